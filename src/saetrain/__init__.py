@@ -1,0 +1,28 @@
+"""saetrain: sparse autoencoders on the activations of any Hugging Face transformer.
+
+Data flow one way::
+
+    text -> tokens -> activations -> codes -> loss -> metrics -> artifacts
+    data/   data/     activations/   coders/  losses  metrics    interop/
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "SAE": "saetrain.runs.inference",
+    "load": "saetrain.runs.inference",
+    "Codes": "saetrain.types",
+    "SaetrainError": "saetrain.errors",
+}
+__all__ = ["SAE", "Codes", "SaetrainError", "__version__", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'saetrain' has no attribute '{name}'")

@@ -1,0 +1,1 @@
+"""Tokens -> activations: the frozen model, its hookpoints, capture, calibration and the mixing buffer."""

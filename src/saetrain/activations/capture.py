@@ -1,0 +1,110 @@
+"""One forward pass for all hookpoints, ended after the last one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from saetrain.activations.model import BaseModel
+from saetrain.errors import SaetrainError
+from saetrain.types import Sequence
+
+PROBE_TOKENS = 8
+
+
+class _Stop(Exception):
+    """Raised in the last hookpoint's hook: what lies above it is not needed."""
+
+
+class ActivationCapture:
+    """Takes the outputs of named modules.
+
+    Hooks, never ``hidden_states``: the last entry of those is behind the final norm in many models.
+
+    ``widths`` {hookpoint: D}. Raises SaetrainError when a module's output is no activation of shape (B, S, D), or
+    when it does not run in a forward pass.
+    """
+
+    def __init__(self, model: BaseModel, hookpoints: list[str]) -> None:
+        self.model = model
+        self.hookpoints = hookpoints
+        self._modules = {name: model.module.get_submodule(name) for name in hookpoints}
+        self._last: str | None = None
+        order = self._probe()
+        self._last = order[-1]
+
+    def _probe(self) -> list[str]:
+        """Run a few tokens through the whole model: the order in which the hookpoints end, and their widths."""
+        length = min(PROBE_TOKENS, self.model.max_positions or PROBE_TOKENS)
+        ids = torch.ones(2, length, dtype=torch.long, device=self.model.device)
+        found = self(ids, torch.ones_like(ids))
+        lacking = [name for name in self.hookpoints if name not in found]
+        if lacking:
+            raise SaetrainError(f"--hookpoints {lacking[0]}: the module does not run in the model's forward pass")
+        for name, value in found.items():
+            if value.dim() != 3 or value.shape[:2] != ids.shape or not value.is_floating_point():
+                raise SaetrainError(
+                    f"--hookpoints {name}: its output has shape {tuple(value.shape)} where activations of "
+                    f"(batch 2, positions {length}, width) are needed; take another module"
+                )
+        self.widths = {name: found[name].shape[-1] for name in self.hookpoints}
+        return list(found)
+
+    @torch.no_grad()
+    def __call__(self, ids_BS: Tensor, mask_BS: Tensor) -> dict[str, Tensor]:
+        """{hookpoint: (B, S, D) in the model's dtype} for token ids and their attention mask, both (B, S)."""
+        found: dict[str, Tensor] = {}
+        handles = [module.register_forward_hook(self._hook(name, found)) for name, module in self._modules.items()]
+        try:
+            self.model.module(input_ids=ids_BS, attention_mask=mask_BS, **self._options())
+        except _Stop:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found
+
+    def _options(self) -> dict[str, Any]:
+        return {"use_cache": False} if self.model.causal else {}
+
+    def _hook(self, name: str, found: dict[str, Tensor]) -> Callable[..., None]:
+        def hook(module: torch.nn.Module, inputs: Any, output: Any) -> None:
+            value = output[0] if isinstance(output, (tuple, list)) and output else output
+            if not isinstance(value, Tensor):
+                raise SaetrainError(
+                    f"--hookpoints {name}: its output is a {type(output).__name__}, not an activation; take another module"
+                )
+            if name in found:
+                raise SaetrainError(f"--hookpoints {name}: the module runs several times in one forward pass")
+            found[name] = value
+            if name == self._last:
+                raise _Stop
+
+        return hook
+
+
+def pad_batch(sequences: list[Sequence], device: torch.device) -> tuple[Tensor, Tensor]:
+    """(ids, mask), both (B, S) int64, padded on the right with id 0 and mask 0."""
+    length = max(len(sequence) for sequence in sequences)
+    ids = np.zeros((len(sequences), length), dtype=np.int64)
+    mask = np.zeros((len(sequences), length), dtype=np.int64)
+    for row, sequence in enumerate(sequences):
+        ids[row, : len(sequence)] = sequence.ids
+        mask[row, : len(sequence)] = 1
+    return torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
+
+
+def length_batches(sequences: list[Sequence], tokens: int) -> list[list[int]]:
+    """Numbers of ``sequences`` grouped by length, each group at most ``tokens`` padded tokens (or one sequence)."""
+    order = sorted(range(len(sequences)), key=lambda number: (-len(sequences[number]), number))
+    batches: list[list[int]] = []
+    for number in order:
+        if batches and (len(batches[-1]) + 1) * len(sequences[batches[-1][0]]) <= tokens:
+            batches[-1].append(number)
+        else:
+            batches.append([number])
+    return batches

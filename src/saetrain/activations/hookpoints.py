@@ -1,0 +1,85 @@
+"""Which modules' outputs are taken: layers by number, or patterns over module names."""
+
+from __future__ import annotations
+
+import fnmatch
+from dataclasses import dataclass
+from typing import Annotated
+
+from torch import nn
+
+from saetrain.activations.model import BaseModel
+from saetrain.errors import SaetrainError, did_you_mean
+from saetrain.types import shown_default
+
+
+@dataclass(frozen=True, kw_only=True)
+class HookpointSettings:
+    """Where: which activations of the model."""
+
+    layers: Annotated[tuple[int, ...] | None, shown_default("0", "INT [INT ...]")] = None
+    """Layers, counted from 0: the residual stream after each."""
+    layer_stride: Annotated[int | None, shown_default("1, used when given without --layers", "INT")] = None
+    """Every n-th layer from 0."""
+    hookpoints: Annotated[tuple[str, ...] | None, shown_default("none, use --layers", "PATTERN [PATTERN ...]")] = None
+    """Patterns over module names, such as `h.*.mlp`: the output of each module."""
+
+    def __post_init__(self) -> None:
+        if self.hookpoints is not None and (self.layers is not None or self.layer_stride is not None):
+            raise SaetrainError("--layers (or --layer_stride) and --hookpoints can't be given together: choose one")
+        if self.layers is not None and self.layer_stride is not None:
+            raise SaetrainError("--layers and --layer_stride can't be given together: choose one")
+        if self.layers is not None and (not self.layers or min(self.layers) < 0):
+            raise SaetrainError(f"--layers {list(self.layers)}: give one or more numbers from 0")
+        if self.layers is not None and len(set(self.layers)) != len(self.layers):
+            raise SaetrainError(f"--layers {list(self.layers)}: a layer is named twice")
+        if self.layer_stride is not None and self.layer_stride < 1:
+            raise SaetrainError(f"--layer_stride {self.layer_stride}: must be at least 1")
+        if self.hookpoints is not None and not self.hookpoints:
+            raise SaetrainError("--hookpoints: give one or more patterns")
+
+
+def resolve_hookpoints(model: BaseModel, settings: HookpointSettings) -> list[str]:
+    """Module names, in the model's own order; SaetrainError for a layer or pattern that it lacks."""
+    if settings.hookpoints is not None:
+        return _match(model.module, settings.hookpoints)
+    name, blocks = find_blocks(model)
+    if settings.layer_stride is not None:
+        layers: tuple[int, ...] = tuple(range(0, len(blocks), settings.layer_stride))
+    else:
+        layers = settings.layers if settings.layers is not None else (0,)
+    lacking = [layer for layer in layers if layer >= len(blocks)]
+    if lacking:
+        raise SaetrainError(
+            f"--layers {' '.join(map(str, lacking))}: {model.name} has {len(blocks)} layers, 0 to {len(blocks) - 1}"
+        )
+    return [f"{name}.{layer}" for layer in sorted(layers)]
+
+
+def find_blocks(model: BaseModel) -> tuple[str, nn.ModuleList]:
+    """(name, list) of the model's layers: the outermost module list as long as the configuration says."""
+    depth = getattr(model.config, "num_hidden_layers", None)
+    found = [
+        (name, module)
+        for name, module in model.module.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == depth
+    ]
+    if not found:
+        raise SaetrainError(
+            f"model {model.name}: its layers were not found ({model.config.model_type}); name modules by --hookpoints"
+        )
+    return min(found, key=lambda item: item[0].count("."))
+
+
+def _match(module: nn.Module, patterns: tuple[str, ...]) -> list[str]:
+    names = [name for name, _ in module.named_modules() if name]
+    chosen: set[str] = set()
+    for pattern in patterns:
+        matched = fnmatch.filter(names, pattern)
+        if not matched:
+            raise SaetrainError(
+                f"--hookpoints {pattern}: matches no module of the model.{did_you_mean(pattern, names)} "
+                f"Its names look like {', '.join(names[:3])}, …, {names[-1]}"
+            )
+        chosen.update(matched)
+    return [name for name in names if name in chosen]

@@ -1,0 +1,200 @@
+"""The frozen base model: loading it with an explicit dtype, and what it is."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from torch import nn
+
+from saetrain.errors import SaetrainError
+from saetrain.files import sha256
+from saetrain.types import shown_default
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+DTYPES: dict[Dtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """Model: how it is loaded and run."""
+
+    revision: Annotated[str | None, shown_default("main", "NAME")] = None
+    """Branch, tag or commit of a hub model."""
+    device: Annotated[str | None, shown_default("cuda where there is one, else cpu", "NAME")] = None
+    """`cpu`, `cuda` or `cuda:N`."""
+    dtype: Annotated[
+        Dtype | None,
+        shown_default("float32 on a CPU, bfloat16 on a GPU", "{float32,bfloat16,float16}"),
+    ] = None
+    """Number format of the model (the SAE is always trained in float32)."""
+    model_batch_tokens: int = 4096
+    """Tokens, padding included, that the model takes at once."""
+    trust_remote_code: bool = False
+    """Run Python code that the model's repository brings along."""
+
+    def __post_init__(self) -> None:
+        if self.model_batch_tokens < 1:
+            raise SaetrainError(f"--model_batch_tokens {self.model_batch_tokens}: must be at least 1")
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A frozen model without its head, in eval mode."""
+
+    module: nn.Module
+    name: str
+    config: Any
+    causal: bool
+    """Attends to the left only (a decoder), so that documents may be packed."""
+    max_positions: int | None
+    device: torch.device
+    dtype: torch.dtype
+    revision: str | None
+    """The hub's commit, where the model came from the hub."""
+
+
+def resolve_device(wanted: str | None) -> torch.device:
+    """The device to run on; SaetrainError when it is not there."""
+    if wanted is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(wanted)
+    except RuntimeError as error:
+        raise SaetrainError(f"--device {wanted}: no such device; use cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise SaetrainError(f"--device {wanted}: only cpu and cuda are supported")
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise SaetrainError(f"--device {wanted}: this machine has {count} CUDA devices; use --device cpu")
+    return device
+
+
+def load_config(name: str, settings: ModelSettings) -> Any:
+    """The model's configuration, from the local cache when it is there, else over the network."""
+    from transformers import AutoConfig
+
+    options: dict[str, Any] = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
+    if os.path.isdir(name):
+        return _from_pretrained(AutoConfig, name, **options)
+    try:
+        return AutoConfig.from_pretrained(name, local_files_only=True, **options)
+    except (OSError, ValueError):
+        from saetrain.hub import require_hub
+
+        require_hub(f"model '{name}'")
+        return _from_pretrained(AutoConfig, name, **options)
+
+
+def check_architecture(name: str, config: Any) -> bool:
+    """Whether the model is causal; SaetrainError for models that do not take tokens in one stream."""
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    )
+
+    if config.is_encoder_decoder:
+        raise SaetrainError(
+            f"model {name}: '{config.model_type}' is an encoder-decoder, which is not supported; "
+            "use an encoder (BERT) or a decoder (GPT-2, Llama, …)"
+        )
+    architectures = " ".join(config.architectures or [])
+    if getattr(config, "is_decoder", False) or "CausalLM" in architectures or "LMHeadModel" in architectures:
+        return True
+    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        return False
+    if config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return True
+    if not getattr(config, "vocab_size", None):
+        raise SaetrainError(f"model {name}: '{config.model_type}' does not read text tokens")
+    return False
+
+
+def load_model(name: str, settings: ModelSettings) -> BaseModel:
+    """Load ``name`` (local folder or hub id), frozen and in eval mode.
+
+    Raises SaetrainError for an unknown or unsupported model, for one whose weights are incomplete, and for a
+    device that is not there.
+    """
+    from transformers import AutoModel
+
+    device = resolve_device(settings.device)
+    dtype = DTYPES[settings.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
+    config = load_config(name, settings)
+    causal = check_architecture(name, config)
+    module, info = _from_pretrained(
+        AutoModel,
+        name,
+        revision=settings.revision,
+        trust_remote_code=settings.trust_remote_code,
+        dtype=dtype,
+        output_loading_info=True,
+    )
+    # The pooler comes after every hookpoint, and many checkpoints leave it out.
+    missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
+    if missing:
+        raise SaetrainError(
+            f"model {name}: its files lack {len(missing)} of the weights ({', '.join(missing[:3])}, …), "
+            "which would be random; is the download complete?"
+        )
+    module.to(device).eval().requires_grad_(False)
+    return BaseModel(
+        module=module,
+        name=name,
+        config=config,
+        causal=causal,
+        max_positions=_max_positions(config),
+        device=device,
+        dtype=dtype,
+        revision=getattr(config, "_commit_hash", None),
+    )
+
+
+def _from_pretrained(cls: Any, name: str, **options: Any) -> Any:
+    try:
+        return cls.from_pretrained(name, **options)
+    except Exception as error:  # the library and its file readers raise many unrelated types
+        raise SaetrainError(_explain(name, error)) from error
+
+
+def _explain(name: str, error: Exception) -> str:
+    text = str(error)
+    if "gated repo" in text or "401" in text:
+        return (
+            f"model '{name}' is gated or private: accept its terms on the hub and set HF_TOKEN to a token "
+            "that has access"
+        )
+    if "is not a local folder" in text or "Repository Not Found" in text:
+        return f"model '{name}' was not found: no local folder of that name, and not on the hub"
+    return f"model '{name}' could not be loaded: {type(error).__name__}: {text.splitlines()[0] if text else ''}"
+
+
+def _max_positions(config: Any) -> int | None:
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is None:
+        return None
+    # RoBERTa's positions begin behind the padding index.
+    offset = (config.pad_token_id or 0) + 1 if config.model_type in ("roberta", "xlm-roberta", "camembert") else 0
+    return int(positions) - offset
+
+
+def weights_hash(model: BaseModel) -> str | None:
+    """SHA-256 over the model's weight files, or None where they are not to be found."""
+    folder = Path(model.name)
+    if not folder.is_dir():
+        from transformers.utils import cached_file
+
+        folder = Path(cached_file(model.name, "config.json", revision=model.revision)).parent
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    if not files:
+        return None
+    digests = [sha256(file) for file in files]
+    if len(digests) == 1:
+        return digests[0]
+    import hashlib
+
+    return hashlib.sha256("".join(digests).encode()).hexdigest()

@@ -1,0 +1,67 @@
+"""Constants of the inputs, measured before training: centre, scale, variance, and the limit of an outlier's norm."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from saetrain.activations.read import Activations
+from saetrain.errors import SaetrainError
+
+OUTLIER_FACTOR = 10.0
+"""A token is an outlier when its norm exceeds this many medians (the rule of dictionary_learning's PR #52)."""
+
+
+@dataclass(frozen=True)
+class Normalizer:
+    """x' = (x - mean) / scale, with scale such that E‖x'‖² = D.
+
+    ``mean`` (D,) fp32; ``scale`` fp32 scalar; ``variance`` E‖x - mean‖² in raw units; ``norm_limit`` largest raw
+    norm of a token that counts (inf: no limit).
+    """
+
+    mean: Tensor
+    scale: float
+    variance: float
+    norm_limit: float
+
+    def __call__(self, x_ND: Tensor) -> Tensor:
+        """Raw activations of any float dtype -> centred and scaled fp32."""
+        return (x_ND.float() - self.mean) / self.scale
+
+    @property
+    def scaled_variance(self) -> float:
+        """E‖x'‖², the variance in the units that the coder sees."""
+        return self.variance / self.scale**2
+
+    @property
+    def mean_to_std(self) -> float:
+        """‖mean‖ / ‖std‖: well above 1 it breeds dead latents unless the inputs are centred."""
+        return float(self.mean.norm()) / self.variance**0.5
+
+
+def norm_limits(sample: Activations) -> dict[str, float]:
+    """{hookpoint: OUTLIER_FACTOR medians of the sample's norms}."""
+    return {name: OUTLIER_FACTOR * float(value.float().norm(dim=1).median()) for name, value in sample.values.items()}
+
+
+def calibrate(sample: Activations, limits: dict[str, float]) -> dict[str, Normalizer]:
+    """The constants of each hookpoint, from a sample of kept tokens (sums in fp64).
+
+    Raises SaetrainError when a hookpoint's activations do not vary.
+    """
+    fine = torch.ones(len(sample), dtype=torch.bool, device=next(iter(sample.values.values())).device)
+    for name, limit in limits.items():
+        fine &= sample.values[name].float().norm(dim=1) <= limit
+    out: dict[str, Normalizer] = {}
+    for name, value in sample.values.items():
+        x = value[fine].double()
+        mean = x.mean(dim=0)
+        variance = float((x - mean).pow(2).sum(dim=1).mean())
+        if not variance > 0:
+            raise SaetrainError(f"--hookpoints {name}: its activations are the same on every token; nothing to learn")
+        scale = (variance / x.shape[1]) ** 0.5
+        out[name] = Normalizer(mean.float(), scale, variance, limits.get(name, float("inf")))
+    return out

@@ -1,0 +1,151 @@
+"""The mixing buffer: exact numbers of shuffled activations, recomputable from a few integers.
+
+Every virtual shard fills a pool by running its next sequences through the model, shuffles it by a seed of its own,
+and hands it out piece by piece. Sample i of the run comes from shard i mod V. A pool is a function of (shard, number,
+cursor, tokens), so a checkpoint holds four integers a shard, and resuming computes the pool again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Annotated
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from saetrain.activations.read import ActivationReader, Activations
+from saetrain.errors import SaetrainError
+from saetrain.types import Sequence, shown_default
+
+Read = Callable[[int, int, int], tuple[list[Sequence], int]]
+"""(shard, cursor, tokens) -> the shard's next sequences with that many kept tokens, and the cursor behind them."""
+
+DEFAULT_BUFFER_TOKENS = 131_072
+
+
+@dataclass(frozen=True, kw_only=True)
+class BufferSettings:
+    """Mixing: the buffer between the model and the SAEs."""
+
+    buffer_tokens: Annotated[int | None, shown_default("131072, and no more than the run needs", "INT")] = None
+    """Activations that are mixed with one another, over all ranks."""
+    exclude_sinks: bool = True
+    """Leave out position 0 of causal models and tokens of more than 10 times the median norm."""
+
+    def __post_init__(self) -> None:
+        if self.buffer_tokens is not None and self.buffer_tokens < 1:
+            raise SaetrainError(f"--buffer_tokens {self.buffer_tokens}: must be at least 1")
+
+
+@dataclass(frozen=True)
+class ShardState:
+    """Where a shard stands: its current pool and how much of it has been handed out."""
+
+    pool: int
+    """Number of the current pool, from 0."""
+    cursor: int
+    """The shard's cursor at the pool's start."""
+    tokens: int
+    """Kept tokens that were asked for when the pool was read."""
+    taken: int
+    """Activations of the pool that have been handed out."""
+
+
+@dataclass
+class _Pool:
+    activations: Activations
+    order: Tensor
+    next_cursor: int
+
+
+class MixingBuffer:
+    """Deals the shards' shuffled activations; ``owned`` are the shards that this rank serves."""
+
+    def __init__(
+        self,
+        reader: ActivationReader,
+        read: Read,
+        owned: list[int],
+        n_shards: int,
+        pool_tokens: int,
+        seed: int,
+    ) -> None:
+        assert pool_tokens >= 1, pool_tokens
+        self._reader, self._read = reader, read
+        self._owned, self._n_shards = owned, n_shards
+        self._pool_tokens, self._seed = pool_tokens, seed
+        self._pools: dict[int, _Pool] = {}
+        self._states = {shard: ShardState(0, 0, 0, 0) for shard in owned}
+        self.outliers_left_out = 0
+        self.tokens_read = 0
+
+    def state(self) -> dict[str, list[int]]:
+        """What :meth:`restore` needs: {shard: [pool, cursor, tokens, taken]}."""
+        return {str(shard): [s.pool, s.cursor, s.tokens, s.taken] for shard, s in self._states.items()}
+
+    def restore(self, state: dict[str, list[int]]) -> None:
+        """Stand where :meth:`state` was taken; the pools are computed again when they are next needed."""
+        self._states = {shard: ShardState(*state[str(shard)]) for shard in self._owned}
+        self._pools.clear()
+
+    def take(self, first: int, count: int, last: int) -> dict[str, Tensor]:
+        """{hookpoint: (n, D)}: this rank's share of samples ``first`` to ``first + count`` of the whole run.
+
+        ``last``: samples that the whole run needs, so that no pool is filled beyond its use.
+        """
+        pieces = [
+            piece
+            for shard in self._owned
+            for piece in self._take(shard, *self._share(shard, first, first + count), self._share(shard, 0, last)[1])
+        ]
+        return {name: torch.cat([piece[name] for piece in pieces]) for name in self._reader.capture.hookpoints}
+
+    def _share(self, shard: int, first: int, stop: int) -> tuple[int, int]:
+        """The shard's own sample numbers among samples ``first`` to ``stop`` of the run, as a range."""
+
+        def before(position: int) -> int:
+            return (position - shard + self._n_shards - 1) // self._n_shards
+
+        return before(first), before(stop)
+
+    def _take(self, shard: int, start: int, stop: int, last: int) -> list[dict[str, Tensor]]:
+        pieces = []
+        while start < stop:
+            pool = self._pool(shard, last - start)
+            state = self._states[shard]
+            taken = min(stop - start, len(pool.activations) - state.taken)
+            rows = pool.order[state.taken : state.taken + taken]
+            pieces.append({name: value.index_select(0, rows) for name, value in pool.activations.values.items()})
+            self._states[shard] = replace(state, taken=state.taken + taken)
+            start += taken
+        return pieces
+
+    def _pool(self, shard: int, needed: int) -> _Pool:
+        """The shard's pool with something left in it, read anew where it is missing or used up."""
+        state = self._states[shard]
+        if state.tokens and shard not in self._pools:
+            self._pools[shard] = self._fill(shard, state)
+        while not state.tokens or state.taken >= len(self._pools[shard].activations):
+            cursor = self._pools.pop(shard).next_cursor if state.tokens else 0
+            state = ShardState(state.pool + bool(state.tokens), cursor, self._size(shard, state, needed), 0)
+            self._states[shard] = state
+            self._pools[shard] = self._fill(shard, state)
+        return self._pools[shard]
+
+    def _size(self, shard: int, state: ShardState, needed: int) -> int:
+        """Tokens of the shard's next pool; first pools differ, so that the refills spread over the steps."""
+        full = self._pool_tokens
+        if not state.tokens:
+            full = max(1, full * (shard + 1) // self._n_shards)
+        return min(full, needed)
+
+    def _fill(self, shard: int, state: ShardState) -> _Pool:
+        sequences, cursor = self._read(shard, state.cursor, state.tokens)
+        activations = self._reader.read(sequences)
+        self.outliers_left_out += activations.n_outliers
+        self.tokens_read += len(activations) + activations.n_outliers
+        order = np.random.default_rng([self._seed, shard, state.pool]).permutation(len(activations))
+        device = next(iter(activations.values.values())).device
+        return _Pool(activations, torch.from_numpy(order).to(device), cursor)

@@ -1,0 +1,133 @@
+"""The command line: argv -> settings -> run, and a user's error as one line without a traceback."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec
+
+from saetrain.config import RunConfig, flags, from_flat, read_yaml
+from saetrain.errors import SaetrainError, did_you_mean
+
+TRUE, FALSE = ("true", "yes", "1"), ("false", "no", "0")
+registry = ConstructorRegistry()
+
+
+@registry.primitive_rule
+def _lower_case_bool(info: Any) -> PrimitiveConstructorSpec[bool] | None:
+    if info.type is not bool:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="{true,false}",
+        choices=("true", "false"),
+        instance_from_str=lambda words: words[0] == "true",
+        is_instance=lambda value: isinstance(value, bool),
+        str_from_instance=lambda value: [str(value).lower()],
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line; exits with 2 on a user's mistake."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in words
+    try:
+        config = parse(words)
+        debug = config.debug
+        from saetrain.runs.train import run
+
+        run(config)
+    except SaetrainError as error:
+        if debug:
+            raise
+        print(f"saetrain: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+
+
+def parse(words: Sequence[str]) -> RunConfig:
+    """Settings from command line words; SaetrainError (or tyro's own exit with 2) for what can't be understood."""
+    words = _spell_out(list(words))
+    words, path = _take_config(words)
+    defaults = from_flat(read_yaml(path), path) if path else tyro.MISSING_NONPROP
+    config = tyro.cli(
+        RunConfig,
+        prog="saetrain",
+        args=words,
+        default=defaults,
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff),
+        registry=registry,
+        use_underscores=True,
+        description=DESCRIPTION,
+    )
+    for name in ("model", "dataset"):
+        if not getattr(config, name):
+            raise SaetrainError(f"{name.upper()} is missing: give it on the command line or as '{name}:' in {path}")
+    return config
+
+
+DESCRIPTION = """Train TopK sparse autoencoders on the activations of a transformer.
+
+Example: saetrain bert-base-uncased wikitext --layers 6 --k 192 --expansion_factor 32
+
+--config FILE.yaml reads settings from a file (such as a run's config.yaml); flags win over it."""
+
+
+def _spell_out(words: list[str]) -> list[str]:
+    """Dashes as underscores, booleans with their value, and an error for flags that do not exist."""
+    kinds = flags()
+    known = [*kinds, "config", "help"]
+    out: list[str] = []
+    for position, word in enumerate(words):
+        if not word.startswith("--") or word == "--":
+            out.append(word)
+            continue
+        name, equals, value = word[2:].partition("=")
+        name = name.replace("-", "_")
+        if name not in known:
+            near = did_you_mean(name, known).replace("mean ", "mean --").replace(" or ", " or --")
+            raise SaetrainError(f"--{name}: no such flag.{near} saetrain --help lists them all")
+        out.append(f"--{name}{equals}{value}")
+        following = words[position + 1].lower() if position + 1 < len(words) else ""
+        if kinds.get(name) is bool and not equals:
+            if following in TRUE + FALSE:
+                continue
+            out.append("true")
+    return _booleans(out, kinds)
+
+
+def _booleans(words: list[str], kinds: dict[str, Any]) -> list[str]:
+    """Every spelling of true and false as tyro's two."""
+    out: list[str] = []
+    for word in words:
+        name, equals, value = word[2:].partition("=") if word.startswith("--") else ("", "", "")
+        if kinds.get(name) is bool and equals:
+            out.extend([f"--{name}", _boolean(value)])
+        elif out and out[-1].startswith("--") and kinds.get(out[-1][2:]) is bool:
+            out.append(_boolean(word))
+        else:
+            out.append(word)
+    return out
+
+
+def _boolean(word: str) -> str:
+    return "true" if word.lower() in TRUE else "false" if word.lower() in FALSE else word
+
+
+def _take_config(words: list[str]) -> tuple[list[str], str | None]:
+    """The words without ``--config FILE``, and the file."""
+    for position, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        if name == "--config":
+            rest = words[position + 1 :]
+            if not equals and not rest:
+                raise SaetrainError("--config: the file is missing")
+            file = value if equals else rest[0]
+            return words[:position] + (rest if equals else rest[1:]), file
+    return words, None

@@ -1,0 +1,9 @@
+"""Activations -> codes: one file per published idea, and the one list of them."""
+
+from __future__ import annotations
+
+from saetrain.coders.base import SparseCoder
+from saetrain.coders.topk import TopK
+
+CODERS: dict[str, type[SparseCoder]] = {"topk": TopK}
+"""Architecture name (as written in ``cfg.json``) -> class."""

@@ -1,0 +1,64 @@
+"""What every sparse coder is: four parameters, an encoder, a linear decoder, and loss terms."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from saetrain.kernels import sparse_decode
+from saetrain.types import CoderOutput, Codes, Progress
+
+
+class SparseCoder(nn.Module, ABC):
+    """x (N, D) -> code -> x̂ (N, D), with ``W_enc`` (D, F), ``b_enc`` (F,), ``W_dec`` (F, D), ``b_dec`` (D,).
+
+    The parameters are fp32. Rows of ``W_dec`` have unit norm, and the encoder starts as its transpose.
+    """
+
+    def __init__(self, d_in: int, num_latents: int, seed: int = 0) -> None:
+        super().__init__()
+        assert d_in > 0, d_in
+        assert num_latents > 0, num_latents
+        self.d_in, self.num_latents = d_in, num_latents
+        generator = torch.Generator().manual_seed(seed)
+        directions = torch.randn(num_latents, d_in, generator=generator)
+        directions /= directions.norm(dim=1, keepdim=True)
+        self.W_dec = nn.Parameter(directions)
+        self.W_enc = nn.Parameter(directions.T.contiguous())
+        self.b_enc = nn.Parameter(torch.zeros(num_latents))
+        self.b_dec = nn.Parameter(torch.zeros(d_in))
+
+    @abstractmethod
+    def encode(self, x_ND: Tensor) -> Codes:
+        """The code of each row of ``x_ND``."""
+
+    @abstractmethod
+    def losses(self, x_ND: Tensor, y_ND: Tensor, output: CoderOutput, progress: Progress) -> dict[str, Tensor]:
+        """Named loss terms with their weights applied; each is this micro-batch's part of the whole step's."""
+
+    def decode(self, codes: Codes) -> Tensor:
+        """The reconstruction (N, D) of a code."""
+        if codes.indices is None:
+            return codes.values @ self.W_dec + self.b_dec
+        return sparse_decode(codes.values, codes.indices, self.W_dec) + self.b_dec
+
+    def forward(self, x_ND: Tensor, y_ND: Tensor, progress: Progress) -> CoderOutput:
+        """Everything that is differentiated: code, reconstruction of ``y_ND``, and losses."""
+        codes = self.encode(x_ND)
+        output = CoderOutput(codes, self.decode(codes))
+        output.losses = self.losses(x_ND, y_ND, output, progress)
+        return output
+
+    @torch.no_grad()
+    def remove_parallel_gradient(self) -> None:
+        """Take out of ``W_dec``'s gradient what would only change the norm of its rows (Bricken et al. 2023)."""
+        grad = self.W_dec.grad
+        assert grad is not None
+        grad.sub_((grad * self.W_dec).sum(dim=1, keepdim=True) * self.W_dec)
+
+    @torch.no_grad()
+    def renormalize_decoder(self) -> None:
+        """Scale the rows of ``W_dec`` back to unit norm."""
+        self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny))

@@ -1,0 +1,85 @@
+"""TopK SAE with the AuxK loss: Gao et al., Scaling and evaluating sparse autoencoders, arXiv 2406.04093."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from torch import Tensor
+
+from saetrain.coders.base import SparseCoder
+from saetrain.errors import SaetrainError
+from saetrain.kernels import sparse_decode, topk_relu
+from saetrain.losses import auxiliary_loss, reconstruction_loss
+from saetrain.types import CoderOutput, Codes, Progress, shown_default
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopKSettings:
+    """SAE: its size and sparsity."""
+
+    k: int = 192
+    """Active latents per token."""
+    expansion_factor: int = 32
+    """Latents = width of the activations times this."""
+    num_latents: Annotated[int | None, shown_default("width x expansion_factor", "INT")] = None
+    """Latents, given directly."""
+    auxk_alpha: float = 1 / 32
+    """Weight of the AuxK loss, which revives dead latents; 0 switches it off."""
+
+    def __post_init__(self) -> None:
+        for name in ("k", "expansion_factor", "num_latents"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise SaetrainError(f"--{name} {value}: must be at least 1")
+        if self.auxk_alpha < 0:
+            raise SaetrainError(f"--auxk_alpha {self.auxk_alpha}: must not be negative")
+
+    def latents(self, d_in: int) -> int:
+        """Number of latents over inputs of width ``d_in``; SaetrainError when k exceeds it."""
+        latents = self.num_latents or d_in * self.expansion_factor
+        if self.k > latents:
+            raise SaetrainError(f"--k {self.k}: more than the {latents} latents")
+        return latents
+
+
+def auxk_size(d_in: int) -> int:
+    """Dead latents that AuxK uses per token: the power of two nearest to d_in / 2 (Gao et al. §A.2)."""
+    return int(2 ** round(torch.log2(torch.tensor(max(d_in / 2, 1.0))).item()))
+
+
+class TopK(SparseCoder):
+    """f = ReLU(TopK(W_enc (x - b_dec) + b_enc)), x̂ = W_dec f + b_dec."""
+
+    def __init__(self, d_in: int, num_latents: int, k: int, auxk_alpha: float = 0.0, seed: int = 0) -> None:
+        super().__init__(d_in, num_latents, seed)
+        assert 1 <= k <= num_latents, (k, num_latents)
+        self.k, self.auxk_alpha = k, auxk_alpha
+
+    def encode(self, x_ND: Tensor) -> Codes:
+        """The k largest pre-activations of each row, negatives as zero."""
+        assert x_ND.dim() == 2, tuple(x_ND.shape)
+        assert x_ND.shape[1] == self.d_in, tuple(x_ND.shape)
+        pre_NF = torch.addmm(self.b_enc, x_ND - self.b_dec, self.W_enc)
+        return Codes(*topk_relu(pre_NF, self.k), self.num_latents)
+
+    def losses(self, x_ND: Tensor, y_ND: Tensor, output: CoderOutput, progress: Progress) -> dict[str, Tensor]:
+        """``recon``: the step's FVU. ``auxk``: dead latents rebuilding the residual, while any are dead."""
+        n, variance = progress.n_tokens, progress.data_variance
+        terms = {"recon": reconstruction_loss(y_ND, output.reconstruction, n, variance)}
+        if self.auxk_alpha and progress.dead is not None:
+            residual = (y_ND - output.reconstruction).detach()
+            terms["auxk"] = self.auxk_alpha * self._auxk(x_ND, residual, progress.dead, progress)
+        return terms
+
+    def _auxk(self, x_ND: Tensor, residual_ND: Tensor, dead: Tensor, progress: Progress) -> Tensor:
+        """AuxK over the dead columns alone; its gradient reaches ``W_enc``, ``b_enc`` and ``W_dec``, and no bias."""
+        columns = dead.nonzero().squeeze(1)
+        wanted = auxk_size(self.d_in)
+        k = min(wanted, len(columns))
+        pre = torch.addmm(self.b_enc[columns], x_ND - self.b_dec.detach(), self.W_enc[:, columns])
+        values, indices = topk_relu(pre, k)
+        estimate = sparse_decode(values, indices, self.W_dec[columns])
+        share = torch.tensor(min(len(columns) / wanted, 1.0), device=x_ND.device)
+        return auxiliary_loss(residual_ND, estimate, progress.n_tokens, progress.residual_variance, share)

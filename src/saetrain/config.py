@@ -1,0 +1,160 @@
+"""All settings of a run: one settings class per stage, nested, and their flat form of flags and YAML files."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tyro
+import yaml
+
+from saetrain.activations.hookpoints import HookpointSettings
+from saetrain.activations.model import ModelSettings
+from saetrain.activations.shuffle import BufferSettings
+from saetrain.coders.topk import TopKSettings
+from saetrain.data.loader import LoaderSettings
+from saetrain.data.sources import SourceSettings
+from saetrain.data.tokenize import TokenSettings
+from saetrain.errors import SaetrainError, did_you_mean
+from saetrain.evaluation.heldout import EvalSettings
+from saetrain.files import write_atomic
+from saetrain.logs import LogSettings
+from saetrain.optim import OptimSettings
+from saetrain.training.checkpoint import CheckpointSettings
+from saetrain.training.firing import DeadSettings
+from saetrain.training.trainer import TrainSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Train TopK sparse autoencoders on the activations of MODEL over the text of DATASET."""
+
+    model: tyro.conf.Positional[typing.Annotated[str, tyro.conf.arg(metavar="MODEL")]]
+    """Hub id or local folder of a transformer."""
+    dataset: tyro.conf.Positional[typing.Annotated[str, tyro.conf.arg(metavar="DATASET")]]
+    """Hub id, or a local folder or file (parquet, jsonl, csv, txt)."""
+    where: HookpointSettings = field(default_factory=HookpointSettings)
+    sae: TopKSettings = field(default_factory=TopKSettings)
+    train: TrainSettings = field(default_factory=TrainSettings)
+    optim: OptimSettings = field(default_factory=OptimSettings)
+    dead: DeadSettings = field(default_factory=DeadSettings)
+    base: ModelSettings = field(default_factory=ModelSettings)
+    source: SourceSettings = field(default_factory=SourceSettings)
+    tokens: TokenSettings = field(default_factory=TokenSettings)
+    loader: LoaderSettings = field(default_factory=LoaderSettings)
+    buffer: BufferSettings = field(default_factory=BufferSettings)
+    evaluation: EvalSettings = field(default_factory=EvalSettings)
+    logs: LogSettings = field(default_factory=LogSettings)
+    output: CheckpointSettings = field(default_factory=CheckpointSettings)
+    dry_run: bool = False
+    """Resolve everything, print what the run would be and cost, and stop."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+def sections() -> dict[str, type]:
+    """{field of RunConfig: its settings class}."""
+    hints = typing.get_type_hints(RunConfig)
+    return {
+        item.name: hints[item.name]
+        for item in dataclasses.fields(RunConfig)
+        if dataclasses.is_dataclass(hints[item.name])
+    }
+
+
+def flags() -> dict[str, Any]:
+    """{flag without dashes: its type}, of every setting but the positionals."""
+    out: dict[str, Any] = {}
+    for cls in (*sections().values(), RunConfig):
+        hints = typing.get_type_hints(cls)
+        out.update({item.name: hints[item.name] for item in dataclasses.fields(cls) if item.name not in sections()})
+    return {name: hint for name, hint in out.items() if name not in ("model", "dataset")}
+
+
+def to_flat(config: RunConfig) -> dict[str, Any]:
+    """{flag: value} with plain YAML types."""
+    out: dict[str, Any] = {}
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        out.update(dataclasses.asdict(value) if dataclasses.is_dataclass(value) else {item.name: value})  # type: ignore[arg-type]
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in out.items()}
+
+
+def from_flat(values: Mapping[str, Any], origin: str) -> RunConfig:
+    """The settings that ``values`` name, defaults for the rest.
+
+    Raises SaetrainError, naming ``origin`` (a file), for keys that do not exist and values of a wrong type.
+    """
+    known = [*flags(), "model", "dataset"]
+    for name in values:
+        if name not in known:
+            raise SaetrainError(f"{origin}: no setting is called '{name}'.{did_you_mean(str(name), known)}")
+    parts: dict[str, Any] = {}
+    for section, cls in sections().items():
+        names = {item.name for item in dataclasses.fields(cls)} & values.keys()
+        parts[section] = _build(cls, {name: values[name] for name in names}, origin)
+    rest = {name: values[name] for name in values if name in ("model", "dataset", "dry_run", "debug")}
+    missing = {"model", "dataset"} - rest.keys()
+    rest.update(dict.fromkeys(missing, ""))
+    return RunConfig(**parts, **_typed(RunConfig, rest, origin))
+
+
+def _build(cls: type, values: Mapping[str, Any], origin: str) -> Any:
+    return cls(**_typed(cls, values, origin))
+
+
+def _typed(cls: type, values: Mapping[str, Any], origin: str) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls)
+    return {name: _fit(value, hints[name], f"{origin}: {name}") for name, value in values.items()}
+
+
+def _fit(value: Any, hint: Any, shown: str) -> Any:
+    """``value`` as type ``hint``; YAML's list becomes a tuple and its int a float where one is wanted."""
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, _UNION) else (hint,)
+    for option in options:
+        origin, args = typing.get_origin(option), typing.get_args(option)
+        if origin is typing.Literal and value in args:
+            return value
+        if origin is tuple and isinstance(value, (list, tuple)) and all(type(item) is args[0] for item in value):
+            return tuple(value)
+        if option is float and type(value) in (int, float):
+            return float(value)
+        if isinstance(option, type) and type(value) is option:
+            return value
+    allowed = " or ".join(_spell(option) for option in options)
+    raise SaetrainError(f"{shown}: found {value!r}, allowed is {allowed}")
+
+
+_UNION = type(int | None)
+
+
+def _spell(option: Any) -> str:
+    if option is type(None):
+        return "null"
+    if typing.get_origin(option) is typing.Literal:
+        return " or ".join(map(str, typing.get_args(option)))
+    if typing.get_origin(option) is tuple:
+        return f"a list of {_spell(typing.get_args(option)[0])}"
+    return {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}.get(option, str(option))
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """The flat settings of a YAML file; dashes in names become underscores."""
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SaetrainError(f"--config {path}: can't be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SaetrainError(f"--config {path}: is not YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(values, dict):
+        raise SaetrainError(f"--config {path}: should hold lines of 'setting: value'")
+    return {str(name).replace("-", "_"): value for name, value in values.items()}
+
+
+def write_yaml(path: Path, config: RunConfig) -> None:
+    """Write all settings, so that ``--config`` reads them back."""
+    write_atomic(path, yaml.safe_dump(to_flat(config), sort_keys=False, allow_unicode=True))

@@ -1,0 +1,72 @@
+"""The sample order: a function of data, seed and position alone, whatever the number of ranks.
+
+The endless sequence of permutations of the data (one per epoch) is dealt to a fixed number of virtual shards like
+cards: number j goes to shard j mod V. A rank serves whole shards, so the order within each is never disturbed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from saetrain.data.sequences import Sequences
+from saetrain.errors import SaetrainError
+from saetrain.types import Sequence, TokenKind
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoaderSettings:
+    """Order of the data."""
+
+    shuffle_seed: int = 42
+    """Seed of the order."""
+    data_shards: int = 16
+    """Virtual shards that the data are dealt to, at least as many as ranks; part of the order."""
+
+    def __post_init__(self) -> None:
+        if self.data_shards < 1:
+            raise SaetrainError(f"--data_shards {self.data_shards}: must be at least 1")
+        if self.shuffle_seed < 0:
+            raise SaetrainError(f"--shuffle_seed {self.shuffle_seed}: must not be negative")
+
+
+class ShardedSequences:
+    """Endless streams of sequences, one per virtual shard, each recomputable from any cursor."""
+
+    def __init__(
+        self, sequences: Sequences, settings: LoaderSettings, exclude_special: bool, exclude_first: bool
+    ) -> None:
+        assert len(sequences), "no sequences"
+        self._sequences = sequences
+        self.n_shards = settings.data_shards
+        self._excluded = np.uint8(exclude_special * TokenKind.SPECIAL | exclude_first * TokenKind.FIRST)
+        seed = settings.shuffle_seed
+        count = len(sequences)
+
+        @lru_cache(maxsize=2)
+        def permutation(epoch: int) -> np.ndarray:
+            return np.random.default_rng([seed, epoch]).permutation(count)
+
+        self._permutation = permutation
+
+    def keep(self, sequence: Sequence) -> np.ndarray:
+        """(S,) bool, the positions that the token policy trains on."""
+        return np.asarray((sequence.kind & self._excluded) == 0)
+
+    def read(self, shard: int, cursor: int, tokens: int) -> tuple[list[Sequence], int]:
+        """The shard's sequences from ``cursor`` on until they hold ``tokens`` kept tokens, and the next cursor."""
+        out: list[Sequence] = []
+        held, empty = 0, 0
+        while held < tokens:
+            epoch, at = divmod(cursor * self.n_shards + shard, len(self._sequences))
+            sequence = self._sequences[int(self._permutation(epoch)[at])]
+            kept = int(self.keep(sequence).sum())
+            empty = 0 if kept else empty + 1
+            if empty > len(self._sequences):
+                raise SaetrainError("the data set holds no token that the token policy keeps")
+            out.append(sequence)
+            held += kept
+            cursor += 1
+        return out, cursor

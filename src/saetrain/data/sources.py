@@ -1,0 +1,240 @@
+"""Where text comes from: a hub data set, or a local folder or file of any common kind."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from saetrain.errors import SaetrainError, did_you_mean
+from saetrain.types import shown_default
+
+if TYPE_CHECKING:
+    import datasets
+
+HELD_OUT_SPLITS = ("validation", "valid", "val", "dev", "test")
+FILE_KINDS = {
+    ".parquet": "parquet",
+    ".jsonl": "json",
+    ".json": "json",
+    ".ndjson": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".txt": "text",
+    ".arrow": "arrow",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceSettings:
+    """Text: which part of the data set."""
+
+    split: str = "train"
+    """Split to train on; `train[:10%]` takes a part."""
+    dataset_config: Annotated[str | None, shown_default("the only one", "NAME")] = None
+    """Configuration of a data set that has several, such as `wikitext-103-raw-v1`."""
+    text_column: Annotated[str | None, shown_default("found by itself", "NAME")] = None
+    """Column that holds the text."""
+
+
+@dataclass(frozen=True)
+class Alias:
+    """What people mean by a bare name."""
+
+    path: str
+    config: str | None
+    column: str
+    distinct: bool = False
+
+
+ALIASES = {
+    "wikitext": Alias("Salesforce/wikitext", "wikitext-103-raw-v1", "text"),
+    "squad": Alias("rajpurkar/squad", "plain_text", "context", distinct=True),
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Rows to train on, rows that the data set itself sets apart, and how they were found."""
+
+    train: datasets.Dataset
+    held_out: datasets.Dataset | None
+    held_out_split: str | None
+    description: str
+    text_column: str | None
+    """Column that the user or the alias names; None: to be found."""
+    distinct: bool
+    """Whether rows repeat the same text on purpose (SQuAD's paragraphs, one row a question)."""
+
+
+def open_source(name: str, settings: SourceSettings) -> Source:
+    """Open data set ``name`` (local path or hub id).
+
+    Raises SaetrainError when there is no such data set, split or configuration, when a file is broken, or when
+    the network that it would need cannot be reached.
+    """
+    if os.path.exists(name):
+        return _open_local(Path(name), settings)
+    alias = ALIASES.get(name)
+    path = alias.path if alias else name
+    config = settings.dataset_config or (alias.config if alias else None)
+    splits = _load_hub(path, config, settings)
+    train, held_out, held_out_split = splits
+    return Source(
+        train=train,
+        held_out=held_out,
+        held_out_split=held_out_split,
+        description=f"{path}{f' ({config})' if config else ''} from the hub",
+        text_column=settings.text_column or (alias.column if alias else None),
+        distinct=bool(alias and alias.distinct),
+    )
+
+
+def _open_local(path: Path, settings: SourceSettings) -> Source:
+    import datasets
+
+    train: datasets.Dataset
+    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+        loaded = datasets.load_from_disk(str(path))
+        splits = loaded if isinstance(loaded, datasets.DatasetDict) else {settings.split: loaded}
+        base = _pick_split(settings.split, list(splits), str(path))
+        if base != settings.split:
+            raise SaetrainError(
+                f"--split {settings.split}: {path} was saved by `datasets`, of which a part cannot be named; "
+                f"give one of {', '.join(splits)}"
+            )
+        train, name = splits[base], _held_out_name(list(splits), base)
+        held_out = splits[name] if name else None
+    else:
+        kind, options = _loader_options(path)
+        train, held_out, name = _load(kind, settings.dataset_config, settings, str(path), **options)
+    return Source(
+        train=train,
+        held_out=held_out,
+        held_out_split=name,
+        description=f"local {'folder' if path.is_dir() else 'file'} {path}",
+        text_column=settings.text_column,
+        distinct=False,
+    )
+
+
+def _loader_options(path: Path) -> tuple[str, dict[str, Any]]:
+    """The `datasets` builder that opens ``path``, and its options."""
+    if path.is_file():
+        kind = FILE_KINDS.get(path.suffix.lower())
+        if kind is None:
+            raise SaetrainError(
+                f"data set {path}: files ending in '{path.suffix}' can't be read; allowed are {', '.join(FILE_KINDS)}"
+            )
+        return kind, {"data_files": {"train": str(path)}, **_kind_options(kind, [path])}
+    files = [f for f in sorted(path.rglob("*")) if f.suffix.lower() in FILE_KINDS and f.stat().st_size]
+    texts = [f for f in files if f.suffix.lower() == ".txt"]
+    if not files:
+        raise SaetrainError(
+            f"data set {path}: the folder holds no data; it should hold files ending in "
+            f"{', '.join(FILE_KINDS)}, or be one that `datasets` saved"
+        )
+    return str(path), _kind_options("text", texts) if len(texts) == len(files) else {}
+
+
+def _kind_options(kind: str, files: list[Path]) -> dict[str, Any]:
+    """Plain text has no rows of its own: blank lines part documents where there are any, else every line is one."""
+    if kind != "text":
+        return {"delimiter": "\t"} if files and files[0].suffix.lower() == ".tsv" else {}
+    with open(files[0], encoding="utf-8", errors="replace") as handle:
+        parted = "\n\n" in handle.read(1 << 20)
+    return {"sample_by": "paragraph" if parted else "line"}
+
+
+def _load_hub(path: str, config: str | None, settings: SourceSettings) -> Any:
+    """Load from the hub's cache when it holds the data set, else over the network."""
+    from saetrain.hub import offline, require_hub
+
+    if "/" in path:
+        try:
+            with offline():
+                return _load(path, config, settings, path)
+        except SaetrainError:
+            pass
+    require_hub(f"data set '{path}'")
+    return _load(path, config, settings, path)
+
+
+def _load(
+    path: str,
+    config: str | None,
+    settings: SourceSettings,
+    shown: str,
+    data_files: dict[str, str] | None = None,
+    **options: Any,
+) -> tuple[Any, Any, str | None]:
+    """(train rows, held-out rows or None, the held-out split's name or None)."""
+    import datasets
+
+    try:
+        if data_files is None:
+            config = _pick_config(path, config, shown)
+            names = datasets.get_dataset_split_names(path, config)
+        else:
+            names = list(data_files)
+        _pick_split(settings.split, names, shown)
+        held_out_name = _held_out_name(names, settings.split.split("[")[0])
+        train, held_out = (
+            datasets.load_dataset(path, config, split=split, data_files=data_files, **options) if split else None
+            for split in (settings.split, held_out_name)
+        )
+    except SaetrainError:
+        raise
+    except Exception as error:  # the libraries raise a dozen unrelated types here
+        raise SaetrainError(explain_load_error(shown, error)) from error
+    return train, held_out, held_out_name
+
+
+def _pick_config(path: str, config: str | None, shown: str) -> str | None:
+    import datasets
+
+    names = datasets.get_dataset_config_names(path)
+    if config is not None:
+        if config not in names:
+            raise SaetrainError(
+                f"--dataset_config {config}: {shown} has no such configuration.{did_you_mean(config, names)} "
+                f"It has: {', '.join(names)}"
+            )
+        return config
+    if len(names) > 1 and "default" not in names:
+        raise SaetrainError(
+            f"data set {shown} has several configurations: name one by --dataset_config. It has: {', '.join(names)}"
+        )
+    return None if len(names) > 1 else names[0]
+
+
+def _pick_split(wanted: str, names: list[str], shown: str) -> str:
+    base = wanted.split("[")[0].split("+")[0]
+    if base not in names:
+        raise SaetrainError(f"--split {wanted}: {shown} has no such split; it has {', '.join(names)}")
+    return base
+
+
+def _held_out_name(names: list[str], train: str) -> str | None:
+    return next((name for name in HELD_OUT_SPLITS if name in names and name != train), None)
+
+
+def explain_load_error(shown: str, error: Exception) -> str:
+    """One line for what went wrong while opening a data set, with the advice that fits."""
+    import datasets.exceptions as kinds
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, GatedRepoError):
+            return (
+                f"data set '{shown}' is gated: accept its terms on the hub and set HF_TOKEN to a token that has access"
+            )
+        if isinstance(cause, RepositoryNotFoundError):
+            return f"data set '{shown}' is not on the hub, or is private: check the name, or set HF_TOKEN"
+        cause = cause.__cause__
+    if isinstance(error, (kinds.DataFilesNotFoundError, kinds.EmptyDatasetError, kinds.DatasetNotFoundError)):
+        return f"data set '{shown}' was not found: no local path of that name, and not on the hub"
+    detail = str(error.__cause__ or error).splitlines()
+    return f"data set '{shown}' could not be read: {type(error).__name__}: {detail[0] if detail else ''}"

@@ -1,0 +1,130 @@
+"""Which column holds the text, and how a row of it (plain, chat or instruction) becomes one document."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from saetrain.errors import SaetrainError, did_you_mean
+
+if TYPE_CHECKING:
+    import datasets
+
+CHAT_COLUMNS = ("messages", "conversations", "conversation")
+PROMPT_COLUMNS = ("instruction", "input", "output")
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "bing": "assistant", "chatgpt": "assistant"}
+SAMPLE_ROWS = 64
+
+Batch = dict[str, list[Any]]
+
+
+@dataclass(frozen=True)
+class TextColumn:
+    """How rows become documents."""
+
+    kind: str
+    """`text`, `chat`, `prompt` or `ids` (rows that hold token ids already)."""
+    columns: tuple[str, ...]
+    reason: str
+
+    def describe(self) -> str:
+        """The line that is printed: what was chosen, and how to choose another."""
+        return f"text from column {' + '.join(self.columns)} ({self.reason}); --text_column names another"
+
+
+def find_text_column(rows: datasets.Dataset, wanted: str | None) -> TextColumn:
+    """Choose the column of ``rows`` that holds the text.
+
+    Raises SaetrainError when ``wanted`` is missing or holds no text, or when no column holds any.
+    """
+    names = list(rows.column_names)
+    sample = rows[: min(SAMPLE_ROWS, len(rows))]
+    if wanted is not None:
+        if wanted not in names:
+            raise SaetrainError(
+                f"--text_column {wanted}: no such column.{did_you_mean(wanted, names)} "
+                f"The data set has {', '.join(names)}"
+            )
+        kind = _kind(sample[wanted])
+        if kind is None:
+            raise SaetrainError(
+                f"--text_column {wanted}: holds neither strings, chat messages nor token ids; "
+                f"the data set has {', '.join(names)}"
+            )
+        return TextColumn(kind, (wanted,), "as asked")
+    return _search(names, sample)
+
+
+def _search(names: list[str], sample: Batch) -> TextColumn:
+    if "text" in names and _kind(sample["text"]) == "text":
+        return TextColumn("text", ("text",), "plain text")
+    for name in CHAT_COLUMNS:
+        if name in names and _kind(sample[name]) == "chat":
+            return TextColumn("chat", (name,), "chat messages")
+    if "input_ids" in names and _kind(sample["input_ids"]) == "ids":
+        return TextColumn("ids", ("input_ids",), "tokenized already")
+    prompts = tuple(name for name in PROMPT_COLUMNS if name in names and _kind(sample[name]) == "text")
+    if "instruction" in prompts and len(prompts) > 1:
+        return TextColumn("prompt", prompts, "instruction rows")
+    lengths = {name: sum(len(v or "") for v in sample[name]) for name in names if _kind(sample[name]) == "text"}
+    if not lengths or not max(lengths.values()):
+        raise SaetrainError(
+            f"no text column was found: the data set has {', '.join(names) or 'no columns'}; "
+            "name the one that holds text by --text_column"
+        )
+    return TextColumn("text", (max(lengths, key=lambda name: lengths[name]),), "the longest strings")
+
+
+def _kind(values: list[Any]) -> str | None:
+    """What a column holds, judged by its first value that is set."""
+    value = next((v for v in values if v is not None), None)
+    if isinstance(value, str):
+        return "text"
+    if isinstance(value, dict) and {"role", "content"} <= value.keys():
+        return "chat"
+    if isinstance(value, list) and value:
+        if isinstance(value[0], dict) and (
+            {"role", "content"} <= value[0].keys() or {"from", "value"} <= value[0].keys()
+        ):
+            return "chat"
+        if isinstance(value[0], int):
+            return "ids"
+    return None
+
+
+def renderer(column: TextColumn, tokenizer: Any) -> Callable[[Batch], list[str]]:
+    """The function that turns a batch of rows into one string per row; rows without text give ``""``."""
+    first = column.columns[0]
+    if column.kind == "text":
+        return lambda batch: [value or "" for value in batch[first]]
+    if column.kind == "prompt":
+        return lambda batch: [
+            "\n\n".join(part for part in parts if part)
+            for parts in zip(*(batch[c] for c in column.columns), strict=True)
+        ]
+    assert column.kind == "chat", column
+    return lambda batch: [_render_chat(value, tokenizer) for value in batch[first]]
+
+
+def _render_chat(value: Any, tokenizer: Any) -> str:
+    messages = _messages(value)
+    if not messages:
+        return ""
+    if tokenizer.chat_template:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+    return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
+
+
+def _messages(value: Any) -> list[dict[str, str]]:
+    """OpenAI's (role, content) or ShareGPT's (from, value) rows as role and content."""
+    if isinstance(value, dict):
+        keys = list(value)
+        value = [dict(zip(keys, entry, strict=True)) for entry in zip(*value.values(), strict=True)]
+    messages = []
+    for turn in value or []:
+        role = turn.get("role") or turn.get("from") or "user"
+        content = turn.get("content") if turn.get("content") is not None else turn.get("value")
+        if content:
+            messages.append({"role": SHAREGPT_ROLES.get(role, role), "content": str(content)})
+    return messages

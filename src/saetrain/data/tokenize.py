@@ -1,0 +1,252 @@
+"""Documents -> token ids: every document is tokenized once, and the result is kept memory-mapped on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import unicodedata
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+
+from saetrain.data.text import Batch, TextColumn, renderer
+from saetrain.errors import SaetrainError
+from saetrain.types import shown_default
+
+if TYPE_CHECKING:
+    import datasets
+
+FORMAT = 1
+"""Part of the cache's fingerprint: raise it when what is stored changes."""
+DEFAULT_CTX_LEN = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenSettings:
+    """Tokens: how documents become sequences."""
+
+    ctx_len: Annotated[int | None, shown_default("512, or the model's positions where fewer", "INT")] = None
+    """Tokens of a sequence, its special tokens included."""
+    exclude_special_tokens: bool = True
+    """Leave CLS, SEP, BOS and EOS out of training and scores (padding always is)."""
+    data_preprocessing_num_proc: int = 1
+    """Processes that tokenize."""
+
+    def __post_init__(self) -> None:
+        if self.ctx_len is not None and self.ctx_len < 4:
+            raise SaetrainError(f"--ctx_len {self.ctx_len}: must be at least 4 tokens")
+        if self.data_preprocessing_num_proc < 1:
+            raise SaetrainError(f"--data_preprocessing_num_proc {self.data_preprocessing_num_proc}: must be at least 1")
+
+
+def load_tokenizer(name: str, revision: str | None, trust_remote_code: bool) -> Any:
+    """The fast tokenizer that belongs to model ``name``; SaetrainError when there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    except Exception as error:  # the library raises many unrelated types for one cause: no usable tokenizer
+        raise SaetrainError(
+            f"model {name}: no tokenizer could be loaded from it: {str(error).splitlines()[0]}"
+        ) from error
+    if not tokenizer.is_fast:
+        raise SaetrainError(f"model {name}: its tokenizer is a slow one; a tokenizer.json is needed")
+    return tokenizer
+
+
+@dataclass(frozen=True)
+class Framing:
+    """What a model expects around its text.
+
+    A causal model reads documents packed end to end; an encoder reads one document, or a part of one, between
+    its own special tokens.
+    """
+
+    causal: bool
+    ctx_len: int
+    bos: int | None
+    """Put before each document and each packed window, where the tokenizer itself does so."""
+    eos: int | None
+    """Put behind each document."""
+
+    @staticmethod
+    def of(tokenizer: Any, causal: bool, ctx_len: int) -> Framing:
+        """Read the framing off ``tokenizer``'s own behaviour."""
+        if not causal:
+            return Framing(False, ctx_len, None, None)
+        own = tokenizer("a")["input_ids"]
+        bos = tokenizer.bos_token_id
+        return Framing(True, ctx_len, bos if bos is not None and own[:1] == [bos] else None, tokenizer.eos_token_id)
+
+    def describe(self, tokenizer: Any) -> str:
+        """One line for the user."""
+        if not self.causal:
+            return f"one document or a part of one per sequence, up to {self.ctx_len} tokens with their special ones"
+        marks = [
+            f"{name} {tokenizer.decode([i])!r}" for name, i in (("BOS", self.bos), ("EOS", self.eos)) if i is not None
+        ]
+        return f"documents packed into sequences of {self.ctx_len} tokens, parted by {' and '.join(marks) or 'nothing'}"
+
+
+def tokenize_rows(
+    rows: datasets.Dataset, column: TextColumn, tokenizer: Any, framing: Framing, num_proc: int
+) -> datasets.Dataset:
+    """Tokenize all ``rows``; cached on disk under a fingerprint of data, tokenizer and framing.
+
+    Gives columns ``ids`` (list of uint16 or uint32), ``special`` (list of bool), ``doc`` (int64, row of the data
+    set) and ``text_hash`` (int64 of the normalised text). A causal model's rows are documents, an encoder's are
+    pieces that fit ``framing.ctx_len``.
+    """
+    import datasets
+    from datasets import Features, List, Value
+
+    ids_type = "uint16" if len(tokenizer) <= 1 << 16 else "uint32"
+    features = Features(
+        {
+            "ids": List(Value(ids_type)),
+            "special": List(Value("bool")),
+            "doc": Value("int64"),
+            "text_hash": Value("int64"),
+        }
+    )
+    os.environ["TOKENIZERS_PARALLELISM"] = "false" if num_proc > 1 else "true"
+    progress = datasets.is_progress_bar_enabled()
+    tokenized = rows.map(
+        row_encoder(column, tokenizer, framing),
+        batched=True,
+        with_indices=True,
+        remove_columns=rows.column_names,
+        features=features,
+        num_proc=num_proc if num_proc > 1 else None,
+        new_fingerprint=_fingerprint(rows, column, tokenizer, framing),
+        desc="tokenizing" if progress else None,
+    )
+    if not len(tokenized):
+        raise SaetrainError(
+            f"the data set holds no text: {len(rows)} rows, all empty in column {'+'.join(column.columns)}"
+        )
+    return tokenized
+
+
+def row_encoder(column: TextColumn, tokenizer: Any, framing: Framing) -> Callable[[Batch, list[int]], Batch]:
+    """The function that tokenizes one batch of rows."""
+    if column.kind == "ids":
+        return _ids_encoder(column.columns[0], tokenizer, framing)
+    render = renderer(column, tokenizer)
+    # A chat template writes special tokens as text, so only there may text turn into special ids.
+    literal = column.kind != "chat"
+    special_ids = set() if literal else set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+
+    def encode(batch: Batch, indices: list[int]) -> Batch:
+        texts = render(batch)
+        filled = [i for i, text in enumerate(texts) if text.strip()]
+        out: Batch = {"ids": [], "special": [], "doc": [], "text_hash": []}
+        if not filled:
+            return out
+        hashes = [text_hash(texts[i]) for i in filled]
+        pieces = _pieces([texts[i] for i in filled], tokenizer, framing, split_special_tokens=literal)
+        for piece, ids, special in pieces:
+            out["ids"].append(ids)
+            out["special"].append(special | np.isin(ids, list(special_ids)) if special_ids else special)
+            out["doc"].append(indices[filled[piece]])
+            out["text_hash"].append(hashes[piece])
+        return out
+
+    return encode
+
+
+def _pieces(
+    texts: list[str], tokenizer: Any, framing: Framing, **options: Any
+) -> list[tuple[int, np.ndarray, np.ndarray]]:
+    """(index into ``texts``, ids, special) of each stored row."""
+    if framing.causal:
+        encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False, **options)[
+            "input_ids"
+        ]
+        return [(i, *_frame(np.asarray(ids, dtype=np.int64), framing)) for i, ids in enumerate(encoded)]
+    encoded = tokenizer(
+        texts,
+        truncation=True,
+        max_length=framing.ctx_len,
+        return_overflowing_tokens=True,
+        return_special_tokens_mask=True,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        **options,
+    )
+    return [
+        (source, np.asarray(ids), np.asarray(special, dtype=bool))
+        for source, ids, special in zip(
+            encoded["overflow_to_sample_mapping"],
+            encoded["input_ids"],
+            encoded["special_tokens_mask"],
+            strict=True,
+        )
+        if not all(special)
+    ]
+
+
+def _frame(ids: np.ndarray, framing: Framing) -> tuple[np.ndarray, np.ndarray]:
+    before = [] if framing.bos is None else [framing.bos]
+    after = [] if framing.eos is None else [framing.eos]
+    framed = np.concatenate([np.array(before, dtype=np.int64), ids, np.array(after, dtype=np.int64)])
+    special = np.zeros(len(framed), dtype=bool)
+    special[: len(before)] = True
+    special[len(framed) - len(after) :] = True
+    return framed, special
+
+
+def _ids_encoder(name: str, tokenizer: Any, framing: Framing) -> Callable[[Batch, list[int]], Batch]:
+    """Rows that hold ids already: special ones are known by their id, for nothing else tells."""
+    special_ids = list(set(tokenizer.all_special_ids) - {tokenizer.unk_token_id})
+    size = len(tokenizer)
+
+    def encode(batch: Batch, indices: list[int]) -> Batch:
+        out: Batch = {"ids": [], "special": [], "doc": [], "text_hash": []}
+        for index, row in zip(indices, batch[name], strict=True):
+            ids = np.asarray(row or [], dtype=np.int64)
+            if ids.size and (ids.min() < 0 or ids.max() >= size):
+                raise SaetrainError(
+                    f"column {name}, row {index}: token id {ids.max() if ids.max() >= size else ids.min()} is not in "
+                    f"the model's vocabulary of {size}; the data set was made with another tokenizer"
+                )
+            step = framing.ctx_len if not framing.causal else max(len(ids), 1)
+            digest = _hash(ids.tobytes())
+            for start in range(0, len(ids), step):
+                piece = ids[start : start + step]
+                out["ids"].append(piece)
+                out["special"].append(np.isin(piece, special_ids))
+                out["doc"].append(index)
+                out["text_hash"].append(digest)
+        return out
+
+    return encode
+
+
+def text_hash(text: str) -> int:
+    """Hash of a text without regard to case, width forms and white space, so that near copies agree; 0 to 2^63."""
+    normal = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    return _hash(normal.encode("utf-8", "replace"))
+
+
+def _hash(data: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") >> 1
+
+
+def _fingerprint(rows: datasets.Dataset, column: TextColumn, tokenizer: Any, framing: Framing) -> str:
+    """Hash of all that decides the stored tokens: the rows, the column, the tokenizer's own file, the framing."""
+    machine = json.loads(tokenizer.backend_tokenizer.to_str())
+    parts = {
+        "format": FORMAT,
+        "rows": rows._fingerprint,
+        "column": [column.kind, *column.columns],
+        # Truncation and padding are traces of the last call, not part of the tokenizer.
+        "tokenizer": {key: value for key, value in machine.items() if key not in ("truncation", "padding")},
+        "special": sorted(tokenizer.all_special_ids),
+        "chat_template": str(tokenizer.chat_template) if column.kind == "chat" else "",
+        "framing": [framing.causal, framing.ctx_len if not framing.causal else 0, framing.bos, framing.eos],
+    }
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()

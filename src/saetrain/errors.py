@@ -1,0 +1,25 @@
+"""What a user can cause: one exception type, and the words that help to mend it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class SaetrainError(Exception):
+    """A mistake that the user can mend.
+
+    The message names the flag or file, what was found and what is allowed. The command line prints it without
+    a traceback and exits with 2.
+    """
+
+
+def nearest(word: str, options: Iterable[str], n: int = 3) -> list[str]:
+    """Up to ``n`` members of ``options`` that are spelt like ``word``, best first."""
+    return difflib.get_close_matches(word, list(options), n=n, cutoff=0.5)
+
+
+def did_you_mean(word: str, options: Iterable[str]) -> str:
+    """`` Did you mean …?`` with the nearest names, or an empty string when nothing is near."""
+    near = nearest(word, options)
+    return f" Did you mean {' or '.join(near)}?" if near else ""

@@ -1,0 +1,1 @@
+"""Held-out tokens -> figures: reconstruction, sparsity, geometry."""

@@ -1,0 +1,1 @@
+"""Our files <-> theirs: one file per format."""

@@ -1,0 +1,86 @@
+"""The directory of one SAE: one ``cfg.json`` with SAELens' keys, sparsify's and ours; the weights in both layouts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from saetrain.coders.topk import TopK
+from saetrain.errors import SaetrainError
+from saetrain.files import replacing, write_json
+from saetrain.interop import saelens, sparsify
+
+CONFIG = "cfg.json"
+FORMAT = 1
+"""Version of our own part of ``cfg.json``."""
+
+
+def save_sae(folder: Path, coder: TopK, about: Mapping[str, Any], with_sparsify: bool = True) -> None:
+    """Write a coder of raw activations to ``folder``; ``about`` says all that a reader needs to use it rightly.
+
+    ``cfg.json`` is written last, so that a folder that has one is whole.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG).unlink(missing_ok=True)
+    with replacing(folder / saelens.WEIGHTS) as path:
+        save_file(saelens.tensors(coder), path)
+    if with_sparsify:
+        with replacing(folder / sparsify.WEIGHTS) as path:
+            save_file(sparsify.tensors(coder), path)
+    else:
+        (folder / sparsify.WEIGHTS).unlink(missing_ok=True)
+    config = {
+        **sparsify.config(coder),
+        **saelens.config(coder, about),
+        "saetrain": {"format": FORMAT, **about},
+    }
+    write_json(folder / CONFIG, config)
+
+
+def load_sae(folder: Path) -> tuple[TopK, dict[str, Any]]:
+    """(a coder of raw activations, what :func:`save_sae` was told about it).
+
+    Raises SaetrainError when ``folder`` holds no SAE of ours or its files are broken.
+    """
+    config = _read_config(folder)
+    about = config.get("saetrain")
+    if not isinstance(about, dict) or about.get("format") != FORMAT:
+        raise SaetrainError(
+            f"{folder / CONFIG}: was not written by this version of saetrain (no 'saetrain' entry of format {FORMAT})"
+        )
+    path = folder / saelens.WEIGHTS
+    try:
+        weights = load_file(path)
+        coder = TopK(config["d_in"], config["d_sae"], config["k"])
+    except FileNotFoundError as error:
+        raise SaetrainError(f"{path}: is missing") from error
+    except SafetensorError as error:
+        raise SaetrainError(f"{path}: is broken or cut short: {error}") from error
+    except KeyError as error:
+        raise SaetrainError(f"{folder / CONFIG}: has no key {error}") from error
+    for name, parameter in coder.named_parameters():
+        if name not in weights or weights[name].shape != parameter.shape:
+            found = tuple(weights[name].shape) if name in weights else "nothing"
+            raise SaetrainError(f"{path}: {name} should be of shape {tuple(parameter.shape)}, found {found}")
+        with torch.no_grad():
+            parameter.copy_(weights[name])
+    return coder.requires_grad_(False), about
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise SaetrainError(f"{folder}: holds no SAE (no {CONFIG})") from error
+    except json.JSONDecodeError as error:
+        raise SaetrainError(f"{path}: is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise SaetrainError(f"{path}: should be a JSON object")
+    return config

@@ -1,0 +1,45 @@
+"""SAELens 6: the keys of ``cfg.json`` and the tensors of ``sae_weights.safetensors``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from saetrain.coders.topk import TopK
+
+WEIGHTS = "sae_weights.safetensors"
+WRITTEN_FOR = "6.54.12"
+"""The release whose reader this layout was tried with; a version must be there for it to be read as format 6."""
+
+
+def config(coder: TopK, about: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys that SAELens reads. ``about``: model, hookpoint, data set and context of the SAE."""
+    return {
+        "architecture": "topk",
+        "d_in": coder.d_in,
+        "d_sae": coder.num_latents,
+        "k": coder.k,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": True,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "rescale_acts_by_decoder_norm": False,
+        "metadata": {
+            "sae_lens_version": WRITTEN_FOR,
+            "model_name": about.get("model"),
+            "hook_name": about.get("hook_name"),
+            "hf_hook_name": about.get("hookpoint"),
+            "dataset_path": about.get("dataset"),
+            "context_size": about.get("ctx_len"),
+            "prepend_bos": about.get("prepend_bos", False),
+            "exclude_special_tokens": about.get("exclude_special_tokens", True),
+        },
+    }
+
+
+def tensors(coder: TopK) -> dict[str, Tensor]:
+    """``W_enc`` (D, F), ``b_enc`` (F,), ``W_dec`` (F, D), ``b_dec`` (D,)."""
+    return {name: value.detach().cpu().contiguous() for name, value in coder.named_parameters()}

@@ -1,0 +1,36 @@
+"""sparsify 1.3: the keys of ``cfg.json`` and the tensors of ``sae.safetensors``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from saetrain.coders.topk import TopK
+
+WEIGHTS = "sae.safetensors"
+
+
+def config(coder: TopK) -> dict[str, Any]:
+    """The keys that sparsify reads."""
+    return {
+        "activation": "topk",
+        "d_in": coder.d_in,
+        "num_latents": coder.num_latents,
+        "expansion_factor": max(1, coder.num_latents // coder.d_in),
+        "k": coder.k,
+        "normalize_decoder": True,
+        "multi_topk": False,
+        "skip_connection": False,
+        "transcode": False,
+    }
+
+
+def tensors(coder: TopK) -> dict[str, Tensor]:
+    """``encoder.weight`` (F, D), ``encoder.bias`` (F,), ``W_dec`` (F, D), ``b_dec`` (D,)."""
+    return {
+        "encoder.weight": coder.W_enc.detach().cpu().T.contiguous(),
+        "encoder.bias": coder.b_enc.detach().cpu().contiguous(),
+        "W_dec": coder.W_dec.detach().cpu().contiguous(),
+        "b_dec": coder.b_dec.detach().cpu().contiguous(),
+    }

@@ -1,0 +1,21 @@
+"""The sparse products of a TopK SAE, in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+
+def topk_relu(pre_NF: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """(values, indices), both (N, k): ReLU of the k largest entries of each row.
+
+    A row with fewer than k positive entries carries zeros, whose indices mean nothing.
+    """
+    values, indices = torch.topk(pre_NF, k, dim=1, sorted=False)
+    return values.relu(), indices
+
+
+def sparse_decode(values_NK: Tensor, indices_NK: Tensor, W_dec_FD: Tensor) -> Tensor:
+    """Σ_k values · W_dec[indices], (N, D), without an (N, K, D) in between; differentiable in values and weight."""
+    return embedding_bag(indices_NK, W_dec_FD, per_sample_weights=values_NK, mode="sum")

@@ -1,0 +1,79 @@
+"""Numbers -> somewhere: sinks behind one small interface; ``metrics.jsonl`` is the truth, always written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from saetrain.errors import SaetrainError
+from saetrain.logs.base import Record, RunInfo, Sink
+from saetrain.logs.jsonl import JsonLines
+from saetrain.logs.tensorboard import TensorBoard
+from saetrain.logs.wandb import WandB
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogSettings:
+    """Logs."""
+
+    log_every: int = 10
+    """Optimizer steps between lines of metrics.jsonl (and TensorBoard)."""
+    log_to_wandb: bool = False
+    """Log to Weights & Biases as well (extra `wandb`; WANDB_MODE=offline works)."""
+    wandb_log_frequency: int = 100
+    """Optimizer steps between points in Weights & Biases."""
+    wandb_project: str = "saetrain"
+    """Its project."""
+    log_to_tensorboard: bool = False
+    """Write TensorBoard files into the run directory (extra `tensorboard`)."""
+
+    def __post_init__(self) -> None:
+        for name in ("log_every", "wandb_log_frequency"):
+            if getattr(self, name) < 1:
+                raise SaetrainError(f"--{name} {getattr(self, name)}: must be at least 1")
+
+
+SINKS: dict[str, Callable[[LogSettings, RunInfo], Sink | None]] = {
+    "jsonl": lambda settings, info: JsonLines(info, settings.log_every),
+    "wandb": lambda settings, info: (
+        WandB(info, settings.wandb_log_frequency, settings.wandb_project) if settings.log_to_wandb else None
+    ),
+    "tensorboard": lambda settings, info: (
+        TensorBoard(info, settings.log_every) if settings.log_to_tensorboard else None
+    ),
+}
+"""Name -> how the sink is opened, or None where it was not asked for."""
+
+
+def check_extras(settings: LogSettings) -> None:
+    """SaetrainError when a sink that is asked for is not installed; called before anything slow."""
+    if settings.log_to_wandb:
+        WandB.require()
+    if settings.log_to_tensorboard:
+        TensorBoard.require()
+
+
+class Log:
+    """All open sinks as one."""
+
+    def __init__(self, settings: LogSettings, info: RunInfo) -> None:
+        self.sinks = [sink for open_sink in SINKS.values() if (sink := open_sink(settings, info)) is not None]
+
+    def due(self, step: int) -> bool:
+        """Whether any sink wants the training figures of ``step``."""
+        return any(sink.due(step) for sink in self.sinks)
+
+    def write(self, record: Record) -> None:
+        """Hand ``record`` to each sink that wants it; evaluations go to all."""
+        for sink in self.sinks:
+            if record.kind != "train" or sink.due(record.step):
+                sink.write(record)
+
+    def state(self) -> dict[str, str]:
+        """What the sinks need to go on after a restart, such as a run id."""
+        return {key: value for sink in self.sinks for key, value in sink.state().items()}
+
+    def close(self, failed: bool = False) -> None:
+        """Flush and close; ``failed`` marks the run so where a sink knows of it."""
+        for sink in self.sinks:
+            sink.close(failed)

@@ -1,0 +1,63 @@
+"""What a log sink is, and what it is given."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class Record:
+    """Figures of one optimizer step: ``run`` of the whole pass, ``saes`` {SAE: {name: value}}."""
+
+    kind: Literal["train", "eval", "final"]
+    step: int
+    tokens: int
+    run: Mapping[str, float] = field(default_factory=dict)
+    saes: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+    def flat(self) -> dict[str, float]:
+        """``{"train/lr": …, "train/<SAE>/fvu": …}``, for sinks without nesting."""
+        out = {f"{self.kind}/{name}": value for name, value in self.run.items()}
+        for sae, figures in self.saes.items():
+            out.update({f"{self.kind}/{sae}/{name}": value for name, value in figures.items()})
+        return {"tokens": self.tokens, **out}
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What a sink may know of the run: where it lies, its name, its settings, and where it was resumed."""
+
+    directory: Path
+    name: str
+    settings: Mapping[str, Any]
+    resumed_step: int | None
+    """Steps done by the checkpoint that the run goes on from; None for a fresh run."""
+    state: Mapping[str, str]
+    """What :meth:`Sink.state` gave before the restart."""
+
+
+class Sink(ABC):
+    """Somewhere that figures go; ``every`` optimizer steps it wants training figures."""
+
+    def __init__(self, every: int) -> None:
+        self._every = every
+
+    def due(self, step: int) -> bool:
+        """Whether this sink wants the training figures of ``step`` (counted from 1)."""
+        return step % self._every == 0
+
+    @abstractmethod
+    def write(self, record: Record) -> None:
+        """Take a record."""
+
+    def state(self) -> dict[str, str]:
+        """What the sink needs to go on after a restart."""
+        return {}
+
+    @abstractmethod
+    def close(self, failed: bool) -> None:
+        """Flush and close."""

@@ -1,0 +1,58 @@
+"""``metrics.jsonl``: one line per record, never a step twice and none missing, also after a crash."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+from saetrain.files import write_atomic
+from saetrain.logs.base import Record, RunInfo, Sink
+
+NAME = "metrics.jsonl"
+
+
+class JsonLines(Sink):
+    """Appends; a resumed run first drops what was written behind its checkpoint."""
+
+    def __init__(self, info: RunInfo, every: int) -> None:
+        super().__init__(every)
+        path = info.directory / NAME
+        if info.resumed_step is not None and path.exists():
+            write_atomic(path, "".join(_lines_until(path.read_text(), info.resumed_step)))
+        elif path.exists():
+            path.unlink()
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
+
+    def write(self, record: Record) -> None:
+        """One JSON object; a figure that is not finite becomes null, for JSON has no NaN."""
+        line = {
+            "kind": record.kind,
+            "step": record.step,
+            "tokens": record.tokens,
+            **_finite(record.run),
+            "saes": {name: _finite(figures) for name, figures in record.saes.items()},
+        }
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self, failed: bool) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _finite(figures: Any) -> dict[str, float | None]:
+    return {name: value if math.isfinite(value) else None for name, value in figures.items()}
+
+
+def _lines_until(text: str, step: int) -> list[str]:
+    """The whole lines of ``text`` whose step is at most ``step``; a line that a crash cut short is dropped."""
+    kept = []
+    for line in text.splitlines(keepends=True):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if record["step"] <= step and line.endswith("\n") and record["kind"] != "final":
+            kept.append(line)
+    return kept

@@ -1,0 +1,29 @@
+"""Loss terms as pure functions: sums over tokens, divided by constants that are handed in."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def squared_error(x_ND: Tensor, reconstruction_ND: Tensor) -> Tensor:
+    """Σ over tokens and dimensions of (x - x̂)², a scalar."""
+    return (x_ND - reconstruction_ND).pow(2).sum()
+
+
+def reconstruction_loss(x_ND: Tensor, reconstruction_ND: Tensor, n_tokens: int, data_variance: Tensor) -> Tensor:
+    """This micro-batch's part of the step's FVU: Σ‖x - x̂‖² / (n_tokens · data_variance)."""
+    return squared_error(x_ND, reconstruction_ND) / (n_tokens * data_variance)
+
+
+def auxiliary_loss(
+    residual_ND: Tensor, estimate_ND: Tensor, n_tokens: int, residual_variance: Tensor, dead_share: Tensor
+) -> Tensor:
+    """AuxK of Gao et al. (arXiv 2406.04093 §A.2): dead latents rebuild what the live ones leave.
+
+    Σ‖e - ê‖² / (n_tokens · residual_variance), times min(dead / k_aux, 1). ``residual_ND`` is detached, and the
+    decoder bias is in neither side. The residual variance is the previous step's, so that cutting a batch into
+    micro-batches or ranks leaves the gradient alone.
+    """
+    tiny = torch.finfo(residual_ND.dtype).tiny
+    return dead_share * squared_error(residual_ND, estimate_ND) / (n_tokens * residual_variance.clamp_min(tiny))

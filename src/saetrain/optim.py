@@ -1,0 +1,133 @@
+"""Gradients -> steps: the optimizers, the learning rate rule and its schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+from torch import Tensor
+
+from saetrain.coders.base import SparseCoder
+from saetrain.errors import SaetrainError
+from saetrain.types import shown_default
+
+DECAY_SHARE = 0.2
+"""Share of the run, at its end, over which the learning rate falls linearly to zero."""
+FAR_OFF = 3.0
+"""Factor off the rule from which the start says so."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimSettings:
+    """Optimizer."""
+
+    optimizer: Literal["adam", "sgd"] = "adam"
+    """`sgd` has momentum 0.9."""
+    lr: float | Literal["auto"] = 0.001
+    """Peak learning rate, or `auto`: 2e-4 / sqrt(latents / 16384)."""
+    lr_warmup_steps: Annotated[int | None, shown_default("a tenth of the run, at most 1000", "INT")] = None
+    """Optimizer steps over which the learning rate rises."""
+    weight_decay: float = 0.0
+    """Decoupled, on the encoder's weights alone; a share per step and unit of learning rate."""
+    max_grad_norm: float = 1.0
+    """Gradients of a larger norm are scaled down to it; 0 switches that off."""
+
+    def __post_init__(self) -> None:
+        if self.lr != "auto" and not 0 < self.lr < float("inf"):
+            raise SaetrainError(f"--lr {self.lr}: must be a positive number, or auto")
+        for name in ("lr_warmup_steps", "weight_decay", "max_grad_norm"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < float("inf"):
+                raise SaetrainError(f"--{name} {value}: must not be negative")
+
+
+def lr_rule(num_latents: int) -> float:
+    """2e-4 / sqrt(F / 2^14), the rule of Gao et al. (arXiv 2406.04093 fig. 3) as sparsify scales it."""
+    return float(2e-4 / (num_latents / 2**14) ** 0.5)
+
+
+def resolve_lr(settings: OptimSettings, num_latents: int) -> tuple[float, str | None]:
+    """(learning rate, a remark where the given one is far off the rule)."""
+    rule = lr_rule(num_latents)
+    if settings.lr == "auto":
+        return rule, None
+    ratio = settings.lr / rule
+    if 1 / FAR_OFF <= ratio <= FAR_OFF:
+        return settings.lr, None
+    far = f"{ratio:.1f} times" if ratio > 1 else f"1/{1 / ratio:.1f} of"
+    return (
+        settings.lr,
+        f"--lr {settings.lr:g} is {far} the usual {rule:.2g} for {num_latents} latents (--lr auto takes that)",
+    )
+
+
+def warmup_steps(settings: OptimSettings, steps: int) -> int:
+    """Optimizer steps of the warm-up in a run of ``steps``."""
+    return settings.lr_warmup_steps if settings.lr_warmup_steps is not None else min(1000, steps // 10)
+
+
+def lr_factor(step: int, steps: int, warmup: int) -> float:
+    """Share of the peak learning rate at optimizer step ``step``, from 0: up, level, then linearly down."""
+    rising = min(1.0, (step + 1) / (warmup + 1))
+    decay = max(1, round(steps * DECAY_SHARE))
+    return rising * min(1.0, (steps - step) / (decay + 1))
+
+
+def _adam(coder: SparseCoder) -> torch.optim.Optimizer:
+    # The eps suits gradients of a loss that is normalised by the variance and averaged over thousands of tokens.
+    return torch.optim.Adam(coder.parameters(), lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True)
+
+
+def _sgd(coder: SparseCoder) -> torch.optim.Optimizer:
+    return torch.optim.SGD(coder.parameters(), lr=0.0, momentum=0.9)
+
+
+OPTIMIZERS: dict[str, Callable[[SparseCoder], torch.optim.Optimizer]] = {"adam": _adam, "sgd": _sgd}
+"""Name of ``--optimizer`` -> how it is built."""
+
+
+class Optimizer:
+    """A torch optimizer over one coder, in the order that leaves the saved decoder at unit norm.
+
+    Project, clip, step, renormalise: the projection needs unit rows, and clipping after it sees the gradient that
+    is really applied.
+    """
+
+    def __init__(self, coder: SparseCoder, settings: OptimSettings) -> None:
+        self._coder, self._settings = coder, settings
+        self.torch = OPTIMIZERS[settings.optimizer](coder)
+
+    def step(self, lr: float) -> Tensor:
+        """Apply the gradients at learning rate ``lr`` and drop them; gives their norm before clipping."""
+        coder = self._coder
+        coder.remove_parallel_gradient()
+        limit = self._settings.max_grad_norm or float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(coder.parameters(), limit)
+        if self._settings.weight_decay:
+            with torch.no_grad():
+                coder.W_enc.mul_(1 - lr * self._settings.weight_decay)
+        for group in self.torch.param_groups:
+            group["lr"] = lr
+        self.torch.step()
+        self.torch.zero_grad(set_to_none=False)
+        coder.renormalize_decoder()
+        return norm
+
+    def state(self) -> dict[str, Tensor]:
+        """The optimizer's tensors as ``{parameter.key: tensor}``."""
+        names: dict[Tensor, str] = {parameter: name for name, parameter in self._coder.named_parameters()}
+        return {
+            f"{names[parameter]}.{key}": value
+            for parameter, entries in self.torch.state.items()
+            for key, value in entries.items()
+            if isinstance(value, Tensor)
+        }
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Take back what :meth:`state` gave."""
+        parameters = dict(self._coder.named_parameters())
+        for name, value in state.items():
+            parameter, key = name.rsplit(".", 1)
+            self.torch.state[parameters[parameter]][key] = value

@@ -1,0 +1,1 @@
+"""The commands: the stages joined, in the order in which data flow."""

@@ -1,0 +1,128 @@
+"""A finished SAE in Python: ``saetrain.load(path)``, then ``encode``, ``decode`` and ``encode_text``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from saetrain.activations.capture import ActivationCapture, length_batches, pad_batch
+from saetrain.activations.model import BaseModel, ModelSettings, load_model, weights_hash
+from saetrain.coders.topk import TopK
+from saetrain.data.tokenize import Framing, load_tokenizer
+from saetrain.errors import SaetrainError
+from saetrain.interop.directory import load_sae
+from saetrain.types import Codes, Sequence, TokenKind
+
+BATCH_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class TokenCodes:
+    """The code of one text: ``tokens`` (S,) as strings, ``kept`` (S,) bool tokens that the SAE was trained on, and
+    ``codes`` of all S tokens."""
+
+    tokens: list[str]
+    kept: np.ndarray
+    codes: Codes
+
+
+class SAE:
+    """A trained SAE that takes raw activations of its hookpoint.
+
+    ``about``: what it was trained on (model, hookpoint, data set, token policy, held-out figures).
+    """
+
+    def __init__(self, coder: TopK, about: dict[str, Any], path: Path) -> None:
+        self.coder, self.about, self.path = coder, about, path
+        self.d_in, self.num_latents, self.k = coder.d_in, coder.num_latents, coder.k
+
+    @torch.no_grad()
+    def encode(self, x_ND: Tensor) -> Codes:
+        """The code of raw activations (N, D) of any float dtype."""
+        if x_ND.dim() != 2 or x_ND.shape[1] != self.d_in:
+            raise SaetrainError(f"encode: activations should be of shape (N, {self.d_in}), found {tuple(x_ND.shape)}")
+        return self.coder.encode(x_ND.to(self.coder.W_enc.device, torch.float32))
+
+    @torch.no_grad()
+    def decode(self, codes: Codes | Tensor) -> Tensor:
+        """The reconstruction (N, D) of a code, sparse or as a dense tensor (N, F)."""
+        if isinstance(codes, Tensor):
+            codes = Codes(codes, None, self.num_latents)
+        return self.coder.decode(codes)
+
+    def encode_text(self, texts: list[str]) -> list[TokenCodes]:
+        """Run the model that the SAE was trained on over ``texts``, and encode every token.
+
+        Longer texts are cut at the SAE's context length. Raises SaetrainError when the model can't be loaded or is
+        not the one that the SAE was trained on.
+        """
+        model, tokenizer, capture, framing = self._base
+        sequences = [self._sequence(text, tokenizer, framing) for text in texts]
+        out: dict[int, TokenCodes] = {}
+        for numbers in length_batches(sequences, BATCH_TOKENS):
+            ids, mask = pad_batch([sequences[n] for n in numbers], model.device)
+            values = capture(ids, mask)[self.about["hookpoint"]]
+            for row, number in enumerate(numbers):
+                sequence = sequences[number]
+                x = values[row, : len(sequence)].float()
+                out[number] = TokenCodes(
+                    tokenizer.convert_ids_to_tokens(sequence.ids.tolist()), self._kept(sequence, x), self.encode(x)
+                )
+        return [out[number] for number in range(len(texts))]
+
+    @cached_property
+    def _base(self) -> tuple[BaseModel, Any, ActivationCapture, Framing]:
+        about = self.about
+        settings = ModelSettings(revision=about["model_revision"], dtype=about["model_dtype"], device=self._device())
+        model = load_model(about["model"], settings)
+        expected, found = about["model_weights_sha256"], weights_hash(model)
+        if expected is not None and found != expected:
+            raise SaetrainError(
+                f"model {about['model']}: its weights are not those that the SAE in {self.path} was trained on "
+                f"(SHA-256 {str(found)[:12]}…, expected {expected[:12]}…)"
+            )
+        tokenizer = load_tokenizer(about["model"], about["model_revision"], trust_remote_code=False)
+        framing = Framing.of(tokenizer, about["causal"], about["ctx_len"])
+        return model, tokenizer, ActivationCapture(model, [about["hookpoint"]]), framing
+
+    def _device(self) -> str:
+        return str(self.coder.W_enc.device)
+
+    def _sequence(self, text: str, tokenizer: Any, framing: Framing) -> Sequence:
+        encoded = tokenizer(
+            text,
+            truncation=True,
+            max_length=framing.ctx_len,
+            return_special_tokens_mask=True,
+            split_special_tokens=True,
+        )
+        kinds = np.asarray(encoded["special_tokens_mask"], dtype=np.uint8) * np.uint8(TokenKind.SPECIAL)
+        if framing.causal and len(kinds):
+            kinds[0] |= np.uint8(TokenKind.FIRST)
+        ids = np.asarray(encoded["input_ids"], dtype=np.int32)
+        if not len(ids):
+            raise SaetrainError(f"encode_text: the text {text!r} has no tokens")
+        return Sequence(ids, kinds, np.zeros(len(ids), dtype=np.int64))
+
+    def _kept(self, sequence: Sequence, x_SD: Tensor) -> np.ndarray:
+        about = self.about
+        excluded = np.uint8(
+            about["exclude_special_tokens"] * TokenKind.SPECIAL | about["exclude_sinks"] * TokenKind.FIRST
+        )
+        kept = (sequence.kind & excluded) == 0
+        if about.get("norm_limit") is not None:
+            kept &= (x_SD.norm(dim=1) <= about["norm_limit"]).cpu().numpy()
+        return np.asarray(kept)
+
+
+def load(path: str | Path, device: str = "cpu") -> SAE:
+    """Load the SAE in directory ``path`` (``…/sae/<hookpoint>``); SaetrainError when it holds none or is broken."""
+    folder = Path(path)
+    coder, about = load_sae(folder)
+    return SAE(coder.to(device), about, folder)

@@ -1,0 +1,1 @@
+"""Codes -> trained coders: the step, the firing counters, and checkpoints."""

@@ -1,0 +1,134 @@
+"""Checkpoints: a folder each, written beside its place and renamed into it, so that a crash leaves whole ones only."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from saetrain.errors import SaetrainError
+from saetrain.files import fsync_dir, sha256, write_json
+from saetrain.types import shown_default
+
+KEPT = 2
+"""Checkpoints that stay on disk."""
+MAX_MINUTES = 10.0
+"""Minutes between checkpoints at the most."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointSettings:
+    """Output: where the run lies, and when it is saved."""
+
+    save_dir: str = "./output"
+    """Folder of all runs."""
+    run_name: Annotated[str | None, shown_default("made from model, layers, k and width", "NAME")] = None
+    """Folder of this run inside it."""
+    save_every: int = 1000
+    """Optimizer steps between checkpoints (and at least every 10 minutes)."""
+    resume: bool = False
+    """Go on from the run's last checkpoint; without one, start fresh."""
+    overwrite: bool = False
+    """Delete an existing run of this name first."""
+    save_sparsify: bool = True
+    """Write sae.safetensors, sparsify's layout of the weights, beside SAELens'."""
+
+    def __post_init__(self) -> None:
+        if self.save_every < 1:
+            raise SaetrainError(f"--save_every {self.save_every}: must be at least 1")
+        if self.resume and self.overwrite:
+            raise SaetrainError("--resume and --overwrite can't be given together: one keeps the run, one deletes it")
+        if self.run_name is not None and (not self.run_name or Path(self.run_name).name != self.run_name):
+            raise SaetrainError(f"--run_name {self.run_name!r}: must be a plain folder name without '/'")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What was read back: {SAE: tensors} and the run's own values."""
+
+    path: Path
+    tensors: dict[str, dict[str, Tensor]]
+    values: dict[str, Any]
+
+
+def save_checkpoint(
+    folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], values: Mapping[str, Any]
+) -> Path:
+    """Write ``folder/step_<step>``, and drop all but the last few.
+
+    Raises OSError (disk full); the checkpoints before it are then as they were.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    final = folder / f"step_{step:09d}"
+    temporary = folder / f".writing_{step:09d}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir()
+        names = {}
+        for number, (name, content) in enumerate(tensors.items()):
+            names[name] = f"sae_{number:03d}.safetensors"
+            save_file({key: value.contiguous() for key, value in content.items()}, temporary / names[name])
+        write_json(temporary / "state.json", {**values, "step": step, "files": names})
+        hashes = {file.name: sha256(file) for file in sorted(temporary.iterdir())}
+        _sync(temporary)
+        write_json(temporary / "manifest.json", {"sha256": hashes})
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(temporary, final)
+        fsync_dir(folder)
+    except OSError:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    for old in list_checkpoints(folder)[:-KEPT]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def _sync(folder: Path) -> None:
+    for file in folder.iterdir():
+        with open(file, "rb+") as handle:
+            os.fsync(handle.fileno())
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Finished checkpoints, oldest first."""
+    return sorted(path for path in folder.glob("step_*") if path.is_dir())
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint's files by its manifest, or None."""
+    try:
+        expected = json.loads((path / "manifest.json").read_text())["sha256"]
+    except (OSError, ValueError, KeyError):
+        return "its manifest.json is missing or broken"
+    for name, digest in expected.items():
+        file = path / name
+        if not file.exists():
+            return f"{name} is missing"
+        if sha256(file) != digest:
+            return f"{name} does not match its hash"
+    return None
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read an undamaged checkpoint."""
+    values = json.loads((path / "state.json").read_text())
+    tensors = {name: load_file(path / file) for name, file in values["files"].items()}
+    return Checkpoint(path, tensors, values)
+
+
+def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
+    """(the newest undamaged checkpoint or None, a line for each newer one that is damaged)."""
+    remarks: list[str] = []
+    for path in reversed(list_checkpoints(folder)):
+        problem = damage(path)
+        if problem is None:
+            return path, remarks
+        remarks.append(f"checkpoint {path} is damaged ({problem}); going back to the one before it")
+    return None, remarks

@@ -1,0 +1,131 @@
+"""When is a latent dead? Counters over tokens, exact under accumulation and over ranks."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from torch import Tensor
+
+from saetrain.errors import SaetrainError
+from saetrain.types import Codes, shown_default
+
+DEFAULT_WINDOW = 10_000_000
+WINDOW_SHARE = 0.05
+MIN_RATE_TOKENS = 50_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeadSettings:
+    """Dead latents: the two rules."""
+
+    dead_percentage_threshold: float = 0.0005
+    """A latent is dead when it fires on less than this share of tokens (0.0005 = 0.05 %)."""
+    dead_window_tokens: Annotated[int | None, shown_default("a twentieth of the run, at most 10000000", "INT")] = None
+    """Tokens without firing after which AuxK takes a latent for dead."""
+    dead_feature_threshold: Annotated[int | None, shown_default("10000000", "INT")] = None
+    """Deprecated, the older name of --dead_window_tokens."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.dead_percentage_threshold < 1:
+            raise SaetrainError(
+                f"--dead_percentage_threshold {self.dead_percentage_threshold}: must be a share of tokens, "
+                "from 0 to below 1 (0.0005 is 0.05 %)"
+            )
+        for name in ("dead_window_tokens", "dead_feature_threshold"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise SaetrainError(f"--{name} {value}: must be at least 1 token")
+        if self.dead_window_tokens is not None and self.dead_feature_threshold is not None:
+            raise SaetrainError(
+                "--dead_window_tokens and --dead_feature_threshold are the same setting: give the first alone"
+            )
+
+    def window(self, max_tokens: int) -> int:
+        """Tokens without firing after which a latent is dead, in a run of ``max_tokens``."""
+        given = self.dead_window_tokens or self.dead_feature_threshold
+        return given or min(DEFAULT_WINDOW, max(1, int(max_tokens * WINDOW_SHARE)))
+
+
+def alive_bound(l0: float, num_latents: int, threshold: float) -> float:
+    """Least share of latents that the rate rule must call dead, whatever the training does.
+
+    The firing rates sum to L0, so at most L0 / threshold latents can reach the threshold.
+    """
+    if threshold <= 0:
+        return 0.0
+    return max(0.0, 1 - l0 / (threshold * num_latents))
+
+
+class FiringTracker:
+    """Firing counters of F latents.
+
+    A latent fires on a token when its code is above zero there. ``since_fired`` (F,) int64: tokens since each
+    latent last fired, in whole optimizer steps. Rates come from the last one to two blocks of tokens, so they
+    depend on neither log frequency nor micro-batches.
+    """
+
+    def __init__(self, num_latents: int, window: int, threshold: float, device: torch.device) -> None:
+        self.window, self.threshold = window, threshold
+        self._block = max(MIN_RATE_TOKENS, math.ceil(20 / threshold) if threshold else 0)
+        zeros = torch.zeros(num_latents, dtype=torch.long, device=device)
+        self.since_fired = zeros.clone()
+        self._step, self._current, self._previous = zeros.clone(), zeros.clone(), zeros.clone()
+        self._step_tokens = self._current_tokens = self._previous_tokens = 0
+
+    def observe(self, codes: Codes) -> None:
+        """Count a micro-batch."""
+        self._step += codes.fired()
+        self._step_tokens += codes.values.shape[0]
+
+    def finish_step(self) -> None:
+        """Close the optimizer step: all its tokens count at once."""
+        self.since_fired += self._step_tokens
+        self.since_fired.masked_fill_(self._step > 0, 0)
+        if self._current_tokens >= self._block:
+            self._previous, self._previous_tokens = self._current.clone(), self._current_tokens
+            self._current.zero_()
+            self._current_tokens = 0
+        self._current += self._step
+        self._current_tokens += self._step_tokens
+        self._step.zero_()
+        self._step_tokens = 0
+
+    def dead(self) -> Tensor | None:
+        """(F,) bool, latents that have not fired within the window; None when all have."""
+        mask = self.since_fired >= self.window
+        return mask if bool(mask.any()) else None
+
+    def rates(self) -> tuple[Tensor, int]:
+        """((F,) share of tokens on which each latent fired, tokens that it is measured on)."""
+        tokens = self._current_tokens + self._previous_tokens
+        return (self._current + self._previous) / max(tokens, 1), tokens
+
+    def metrics(self) -> dict[str, float]:
+        """Dead shares by both rules, each with the tokens behind it."""
+        rates, tokens = self.rates()
+        return {
+            "dead_below_threshold": float((rates < self.threshold).float().mean()),
+            "dead_below_threshold_tokens": tokens,
+            "dead_not_fired": float((self.since_fired >= self.window).float().mean()),
+            "dead_not_fired_tokens": self.window,
+        }
+
+    def state(self) -> dict[str, Tensor]:
+        """Counters between two steps, as tensors."""
+        tokens = torch.tensor([self._current_tokens, self._previous_tokens])
+        return {
+            "since_fired": self.since_fired,
+            "current": self._current,
+            "previous": self._previous,
+            "tokens": tokens,
+        }
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Take back what :meth:`state` gave."""
+        self.since_fired.copy_(state["since_fired"])
+        self._current.copy_(state["current"])
+        self._previous.copy_(state["previous"])
+        self._current_tokens, self._previous_tokens = (int(v) for v in state["tokens"])

@@ -1,0 +1,226 @@
+"""The training step of several SAEs over shared activations, and the loop around it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from saetrain.coders.base import SparseCoder
+from saetrain.errors import SaetrainError
+from saetrain.optim import Optimizer, lr_factor
+from saetrain.training.firing import FiringTracker
+from saetrain.types import CoderOutput, Progress
+
+Batch = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """Training: how much, in which pieces, towards what."""
+
+    max_tokens: int = 1_000_000
+    """Activations to train on, over all ranks."""
+    batch_size: int = 4
+    """Sequences' worth of activations per rank and micro-step: batch_size x ctx_len of them."""
+    grad_acc_steps: int = 1
+    """Micro-steps per optimizer step."""
+    loss_fn: Literal["mse", "fvu", "ce", "kl"] = "mse"
+    """`mse` and `fvu` train alike and are logged in raw units and as a fraction; `ce` and `kl` come later."""
+    init_seeds: tuple[int, ...] = (42,)
+    """Seeds of the initial weights; several train one SAE each in the same pass."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_tokens", "batch_size", "grad_acc_steps"):
+            if getattr(self, name) < 1:
+                raise SaetrainError(f"--{name} {getattr(self, name)}: must be at least 1")
+        if not self.init_seeds or min(self.init_seeds) < 0 or len(set(self.init_seeds)) != len(self.init_seeds):
+            raise SaetrainError(f"--init_seeds {list(self.init_seeds)}: give one or more different numbers from 0")
+        if self.loss_fn in ("ce", "kl"):
+            raise SaetrainError(f"--loss_fn {self.loss_fn}: end-to-end losses are not built yet; use mse or fvu")
+
+
+@dataclass
+class StepSums:
+    """What an optimizer step adds up over its micro-batches, on the device."""
+
+    losses: dict[str, Tensor]
+    residual: Tensor
+    residual_square: Tensor
+    active: Tensor
+    tokens: int = 0
+
+
+class SaeTrainer:
+    """One SAE with its inputs' constants, optimizer and firing counters.
+
+    ``inputs`` maps raw activations (N, D) to what the coder sees; ``data_variance`` is E‖x‖² of that, and
+    ``raw_mse`` the factor from FVU to mean squared error per element in raw units.
+    """
+
+    def __init__(
+        self,
+        hookpoint: str,
+        coder: SparseCoder,
+        inputs: Callable[[Tensor], Tensor],
+        optimizer: Optimizer,
+        firing: FiringTracker,
+        *,
+        data_variance: float,
+        raw_mse: float,
+        lr: float,
+    ) -> None:
+        device = coder.W_dec.device
+        self.hookpoint, self.coder, self.inputs = hookpoint, coder, inputs
+        self.optimizer, self.firing, self.peak_lr, self.raw_mse = optimizer, firing, lr, raw_mse
+        self.data_variance = torch.tensor(data_variance, device=device)
+        self.residual_variance = self.data_variance.clone()
+        self.sums: StepSums | None = None
+        self.grad_norm = torch.zeros((), device=device)
+
+    def micro_step(self, raw_ND: Tensor, progress: Progress) -> None:
+        """Forward, backward and counting of one micro-batch; gradients add up."""
+        x = self.inputs(raw_ND)
+        output = self.coder(x, x, progress)
+        output.total().backward()
+        self._count(x, output)
+
+    @torch.no_grad()
+    def _count(self, x_ND: Tensor, output: CoderOutput) -> None:
+        residual = x_ND - output.reconstruction.detach()
+        self.firing.observe(output.codes)
+        sums = self.sums
+        if sums is None:
+            zero = torch.zeros((), device=residual.device)
+            sums = self.sums = StepSums({}, torch.zeros_like(residual[0]), zero.clone(), zero.clone())
+        for name, loss in output.losses.items():
+            sums.losses[name] = sums.losses.get(name, 0) + loss.detach()
+        sums.residual += residual.sum(dim=0)
+        sums.residual_square += residual.pow(2).sum()
+        sums.active += output.codes.l0().sum()
+        sums.tokens += len(residual)
+
+    def finish_step(self, lr: float) -> None:
+        """Apply the gradients, close the firing counts, and hand the residual's variance to the next step."""
+        assert self.sums is not None
+        self.grad_norm = self.optimizer.step(lr)
+        self.firing.finish_step()
+        mean = self.sums.residual / self.sums.tokens
+        self.residual_variance = self.sums.residual_square / self.sums.tokens - mean.pow(2).sum()
+
+    def metrics(self, loss_fn: str) -> dict[str, float]:
+        """Figures of the step just done; each is of that step or of the firing windows, never of the log interval."""
+        assert self.sums is not None
+        unit = self.raw_mse if loss_fn == "mse" else 1.0
+        terms = {f"loss_{name}": float(value) * unit for name, value in self.sums.losses.items()}
+        recon = float(self.sums.losses["recon"])
+        return {
+            "loss": sum(terms.values()),
+            **terms,
+            "fvu": recon,
+            "explained_variance": 1 - recon,
+            "l0": float(self.sums.active) / self.sums.tokens,
+            **self.firing.metrics(),
+            "grad_norm": float(self.grad_norm),
+        }
+
+    def state(self) -> dict[str, Tensor]:
+        """All that changes while training, as tensors: what a checkpoint holds."""
+        return {
+            **{f"coder.{name}": value.detach() for name, value in self.coder.named_parameters()},
+            **{f"optimizer.{name}": value for name, value in self.optimizer.state().items()},
+            **{f"firing.{name}": value for name, value in self.firing.state().items()},
+            "residual_variance": self.residual_variance,
+        }
+
+    @torch.no_grad()
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Take back what :meth:`state` gave."""
+        parts: dict[str, dict[str, Tensor]] = {"coder": {}, "optimizer": {}, "firing": {}}
+        for name, value in state.items():
+            if "." in name:
+                head, rest = name.split(".", 1)
+                parts[head][rest] = value
+        for name, parameter in self.coder.named_parameters():
+            parameter.copy_(parts["coder"][name])
+        self.optimizer.restore(parts["optimizer"])
+        self.firing.restore(parts["firing"])
+        self.residual_variance.copy_(state["residual_variance"])
+
+
+class Trainer:
+    """Trains SAEs in step: every SAE sees the same tokens at every step."""
+
+    def __init__(self, saes: Mapping[str, SaeTrainer], settings: TrainSettings, *, tokens: int, warmup: int) -> None:
+        self.saes = saes
+        self.settings = settings
+        self.tokens_per_step = tokens
+        self.steps = settings.max_tokens // tokens
+        self.step = 0
+        self._warmup = warmup
+
+    @property
+    def tokens(self) -> int:
+        """Activations trained on so far, over all ranks."""
+        return self.step * self.tokens_per_step
+
+    def train_step(self, micro_batches: Callable[[int], Batch]) -> None:
+        """One optimizer step of every SAE. ``micro_batches(i)`` gives raw activations {hookpoint: (n, D)}."""
+        progress = {name: self._progress(sae) for name, sae in self.saes.items()}
+        factor = lr_factor(self.step, self.steps, self._warmup)
+        for sae in self.saes.values():
+            sae.sums = None
+        for micro in range(self.settings.grad_acc_steps):
+            batch = micro_batches(self.step * self.settings.grad_acc_steps + micro)
+            for name, sae in self.saes.items():
+                sae.micro_step(batch[sae.hookpoint], progress[name])
+        for sae in self.saes.values():
+            sae.finish_step(sae.peak_lr * factor)
+        self.step += 1
+
+    def _progress(self, sae: SaeTrainer) -> Progress:
+        return Progress(
+            step=self.step,
+            fraction=self.step / self.steps,
+            n_tokens=self.tokens_per_step,
+            dead=sae.firing.dead(),
+            data_variance=sae.data_variance,
+            residual_variance=sae.residual_variance,
+        )
+
+    def metrics(self) -> dict[str, dict[str, float]]:
+        """{SAE: figures} of the step just done."""
+        factor = lr_factor(self.step - 1, self.steps, self._warmup)
+        return {
+            name: {**sae.metrics(self.settings.loss_fn), "lr": sae.peak_lr * factor} for name, sae in self.saes.items()
+        }
+
+    def check_finite(self) -> None:
+        """SaetrainError when a loss of the step just done is not finite."""
+        for name, sae in self.saes.items():
+            assert sae.sums is not None
+            for term, value in sae.sums.losses.items():
+                if not math.isfinite(float(value)):
+                    raise SaetrainError(
+                        f"{name}: the loss ({term}) is not finite at step {self.step}; "
+                        f"a lower --lr (now {sae.peak_lr:g}) usually mends it"
+                    )
+
+
+class Throughput:
+    """Tokens per second between two readings."""
+
+    def __init__(self, tokens: int) -> None:
+        self._time, self._tokens = time.perf_counter(), tokens
+
+    def read(self, tokens: int) -> float:
+        """Tokens per second since the last reading."""
+        now = time.perf_counter()
+        rate = (tokens - self._tokens) / max(now - self._time, 1e-9)
+        self._time, self._tokens = now, tokens
+        return rate
