@@ -1,14 +1,18 @@
-"""Whether the hub can be reached, asked once and answered within seconds."""
+"""The hub: its local caches first, and whether it can be reached, asked once and answered within seconds."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import socket
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 from urllib.parse import urlparse
 
 from saetrain.errors import SaetrainError
+
+T = TypeVar("T")
 
 
 @functools.cache
@@ -22,11 +26,17 @@ def reachable(timeout_s: float = 3.0) -> bool:
         return False
     target = urlparse(urllib.request.getproxies().get("https") or constants.ENDPOINT)
     port = target.port or (443 if target.scheme == "https" else 80)
-    try:
-        with socket.create_connection((target.hostname or "", port), timeout=timeout_s):
-            return True
-    except OSError:
-        return False
+    opened = threading.Event()
+
+    def connect() -> None:
+        with contextlib.suppress(OSError), socket.create_connection((target.hostname or "", port), timeout=timeout_s):
+            opened.set()
+
+    # The socket's own limit holds for each of a name's addresses, and not at all for finding them.
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+    return opened.is_set()
 
 
 @contextlib.contextmanager
@@ -36,17 +46,31 @@ def offline() -> Iterator[None]:
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    verbosity = datasets.logging.get_verbosity()
     constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    # It would warn that the hub could not be found, which was not asked.
+    datasets.logging.set_verbosity_error()
     try:
         yield
     finally:
         constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
+        datasets.logging.set_verbosity(verbosity)
+
+
+def cached_or_fetched(what: str, load: Callable[[], T]) -> T:
+    """``load()`` from the local caches where they hold all that it needs, else over the network."""
+    try:
+        with offline():
+            return load()
+    except (OSError, ValueError):  # what the libraries raise for a file that is not in the cache
+        require_hub(what)
+    return load()
 
 
 def require_hub(what: str) -> None:
     """SaetrainError that ``what`` is not on this machine, unless the hub can be reached."""
     if not reachable():
         raise SaetrainError(
-            f"{what} is neither a local path nor in the local cache, and the hub can't be reached (no network?); "
-            "give a local path, or connect and try again"
+            f"{what} is neither a local path nor (whole) in the local cache, and the hub can't be reached "
+            "(no network?); give a local path, or connect and try again"
         )

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from saetrain.coders.base import SparseCoder
 from saetrain.errors import SaetrainError
 from saetrain.types import shown_default
 
@@ -75,59 +74,68 @@ def lr_factor(step: int, steps: int, warmup: int) -> float:
     return rising * min(1.0, (steps - step) / (decay + 1))
 
 
-def _adam(coder: SparseCoder) -> torch.optim.Optimizer:
+Parameters = Mapping[str, nn.Parameter]
+
+
+def _adam(parameters: Parameters) -> torch.optim.Optimizer:
     # The eps suits gradients of a loss that is normalised by the variance and averaged over thousands of tokens.
-    return torch.optim.Adam(coder.parameters(), lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True)
+    return torch.optim.Adam(parameters.values(), lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True)
 
 
-def _sgd(coder: SparseCoder) -> torch.optim.Optimizer:
-    return torch.optim.SGD(coder.parameters(), lr=0.0, momentum=0.9)
+def _sgd(parameters: Parameters) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters.values(), lr=0.0, momentum=0.9)
 
 
-OPTIMIZERS: dict[str, Callable[[SparseCoder], torch.optim.Optimizer]] = {"adam": _adam, "sgd": _sgd}
+OPTIMIZERS: dict[str, Callable[[Parameters], torch.optim.Optimizer]] = {"adam": _adam, "sgd": _sgd}
 """Name of ``--optimizer`` -> how it is built."""
 
 
 class Optimizer:
-    """A torch optimizer over one coder, in the order that leaves the saved decoder at unit norm.
+    """A torch optimizer in the order that leaves the saved decoder at unit norm.
 
     Project, clip, step, renormalise: the projection needs unit rows, and clipping after it sees the gradient that
-    is really applied.
+    is really applied. ``project`` takes the radial part out of the decoder's gradient, ``renormalize`` scales its
+    rows back to unit norm.
     """
 
-    def __init__(self, coder: SparseCoder, settings: OptimSettings) -> None:
-        self._coder, self._settings = coder, settings
-        self.torch = OPTIMIZERS[settings.optimizer](coder)
+    def __init__(
+        self,
+        parameters: Parameters,
+        settings: OptimSettings,
+        *,
+        project: Callable[[], None],
+        renormalize: Callable[[], None],
+    ) -> None:
+        self._parameters, self._settings = dict(parameters), settings
+        self._project, self._renormalize = project, renormalize
+        self.torch = OPTIMIZERS[settings.optimizer](parameters)
 
     def step(self, lr: float) -> Tensor:
         """Apply the gradients at learning rate ``lr`` and drop them; gives their norm before clipping."""
-        coder = self._coder
-        coder.remove_parallel_gradient()
+        self._project()
         limit = self._settings.max_grad_norm or float("inf")
-        norm = torch.nn.utils.clip_grad_norm_(coder.parameters(), limit)
+        norm = torch.nn.utils.clip_grad_norm_(self._parameters.values(), limit)
         if self._settings.weight_decay:
             with torch.no_grad():
-                coder.W_enc.mul_(1 - lr * self._settings.weight_decay)
+                self._parameters["W_enc"].mul_(1 - lr * self._settings.weight_decay)
         for group in self.torch.param_groups:
             group["lr"] = lr
         self.torch.step()
         self.torch.zero_grad(set_to_none=False)
-        coder.renormalize_decoder()
+        self._renormalize()
         return norm
 
     def state(self) -> dict[str, Tensor]:
         """The optimizer's tensors as ``{parameter.key: tensor}``."""
-        names: dict[Tensor, str] = {parameter: name for name, parameter in self._coder.named_parameters()}
         return {
-            f"{names[parameter]}.{key}": value
-            for parameter, entries in self.torch.state.items()
-            for key, value in entries.items()
+            f"{name}.{key}": value
+            for name, parameter in self._parameters.items()
+            for key, value in self.torch.state[parameter].items()
             if isinstance(value, Tensor)
         }
 
-    def restore(self, state: dict[str, Tensor]) -> None:
+    def restore(self, state: Mapping[str, Tensor]) -> None:
         """Take back what :meth:`state` gave."""
-        parameters = dict(self._coder.named_parameters())
         for name, value in state.items():
             parameter, key = name.rsplit(".", 1)
-            self.torch.state[parameters[parameter]][key] = value
+            self.torch.state[self._parameters[parameter]][key] = value

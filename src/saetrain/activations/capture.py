@@ -76,7 +76,8 @@ class ActivationCapture:
             value = output[0] if isinstance(output, (tuple, list)) and output else output
             if not isinstance(value, Tensor):
                 raise SaetrainError(
-                    f"--hookpoints {name}: its output is a {type(output).__name__}, not an activation; take another module"
+                    f"--hookpoints {name}: its output is a {type(output).__name__}, not an activation; "
+                    "take another module"
                 )
             if name in found:
                 raise SaetrainError(f"--hookpoints {name}: the module runs several times in one forward pass")

@@ -12,6 +12,7 @@ from torch import nn
 
 from saetrain.errors import SaetrainError
 from saetrain.files import sha256
+from saetrain.hub import cached_or_fetched
 from saetrain.types import shown_default
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -78,16 +79,7 @@ def load_config(name: str, settings: ModelSettings) -> Any:
     """The model's configuration, from the local cache when it is there, else over the network."""
     from transformers import AutoConfig
 
-    options: dict[str, Any] = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
-    if os.path.isdir(name):
-        return _from_pretrained(AutoConfig, name, **options)
-    try:
-        return AutoConfig.from_pretrained(name, local_files_only=True, **options)
-    except (OSError, ValueError):
-        from saetrain.hub import require_hub
-
-        require_hub(f"model '{name}'")
-        return _from_pretrained(AutoConfig, name, **options)
+    return _from_pretrained(AutoConfig, name, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
 
 
 def check_architecture(name: str, config: Any) -> bool:
@@ -155,15 +147,20 @@ def load_model(name: str, settings: ModelSettings) -> BaseModel:
 
 
 def _from_pretrained(cls: Any, name: str, **options: Any) -> Any:
-    try:
+    def load() -> Any:
         return cls.from_pretrained(name, **options)
+
+    try:
+        return load() if os.path.isdir(name) else cached_or_fetched(f"model '{name}'", load)
+    except SaetrainError:
+        raise
     except Exception as error:  # the library and its file readers raise many unrelated types
         raise SaetrainError(_explain(name, error)) from error
 
 
 def _explain(name: str, error: Exception) -> str:
     text = str(error)
-    if "gated repo" in text or "401" in text:
+    if "gated repo" in text or "401 Client Error" in text:
         return (
             f"model '{name}' is gated or private: accept its terms on the hub and set HF_TOKEN to a token "
             "that has access"

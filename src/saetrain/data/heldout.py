@@ -30,8 +30,10 @@ def split_rows(table: TokenTable, rows: np.ndarray, tokens: int) -> tuple[np.nda
     target = min(max(tokens, MIN_TOKENS), limit)
     chosen = _smallest_hashes(table.text_hash[rows], lengths, target, limit)
     how = "documents chosen by a hash of their text"
-    if lengths[chosen].sum() < target / 2:
-        chosen = _smallest_hashes(_row_hashes(table.text_hash[rows]), lengths, target, limit)
+    # With less than 200k tokens in all, whole documents are worth more than the last few held-out tokens.
+    enough = MIN_TOKENS if 0.9 * limit >= MIN_TOKENS else target / 2
+    if lengths[chosen].sum() < enough:
+        chosen = _smallest_hashes(_part_hashes(table.text_hash[rows], table.doc[rows]), lengths, target, limit)
         how = "parts of documents (whole documents are too long for a tenth)"
     return rows[~chosen], rows[chosen], how
 
@@ -51,8 +53,10 @@ def _smallest_hashes(hashes: np.ndarray, lengths: np.ndarray, target: int, limit
     return taken[group_of]
 
 
-def _row_hashes(hashes: np.ndarray) -> np.ndarray:
-    """A hash for each row: its document's, stirred with its number."""
-    numbers = np.arange(len(hashes), dtype=np.uint64)
-    mixed = (hashes.astype(np.uint64) ^ (numbers * np.uint64(0x9E3779B97F4A7C15))) * np.uint64(0xBF58476D1CE4E5B9)
+def _part_hashes(hashes: np.ndarray, docs: np.ndarray) -> np.ndarray:
+    """A hash for each part of a document: its text's, stirred with the part's number, the same for every copy."""
+    begins = np.flatnonzero(np.concatenate([[True], docs[1:] != docs[:-1]]))
+    numbers = np.arange(len(docs)) - np.repeat(begins, np.diff(np.append(begins, len(docs))))
+    stirred = hashes.astype(np.uint64) ^ (numbers.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+    mixed = stirred * np.uint64(0xBF58476D1CE4E5B9)
     return np.asarray(mixed ^ (mixed >> np.uint64(31)))

@@ -65,8 +65,14 @@ class ShardedSequences:
             kept = int(self.keep(sequence).sum())
             empty = 0 if kept else empty + 1
             if empty > len(self._sequences):
-                raise SaetrainError("the data set holds no token that the token policy keeps")
+                self._require_text()
+                empty = 0
             out.append(sequence)
             held += kept
             cursor += 1
         return out, cursor
+
+    def _require_text(self) -> None:
+        """SaetrainError when no sequence has a kept token; one shard may meet none for long all the same."""
+        if not any(self.keep(self._sequences[number]).any() for number in range(len(self._sequences))):
+            raise SaetrainError("the data set holds no token that the token policy keeps")

@@ -91,7 +91,8 @@ class DocumentSequences(Sequences):
 class PackedSequences(Sequences):
     """A causal model's: the documents laid end to end and cut into windows of ``ctx_len``.
 
-    The last, shorter window is kept; where the tokenizer sets BOS itself, every window begins with one.
+    The last, shorter window is kept; where the tokenizer sets BOS itself, every window begins with one
+    (that of its first document, where one begins there).
     """
 
     def __init__(self, table: TokenTable, rows: np.ndarray, framing: Framing, exclude_special: bool) -> None:
@@ -125,7 +126,7 @@ class PackedSequences(Sequences):
 
     def _window(self, ids: np.ndarray, special: np.ndarray, docs: np.ndarray) -> Sequence:
         kinds = _kinds(special)
-        if self._framing.bos is not None:
+        if self._framing.bos is not None and ids[0] != self._framing.bos:
             ids = np.concatenate([[self._framing.bos], ids])
             kinds = np.concatenate([[np.uint8(TokenKind.SPECIAL)], kinds])
             docs = np.concatenate([docs[:1], docs])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from saetrain.errors import SaetrainError, did_you_mean
+from saetrain.hub import offline, reachable, require_hub
 from saetrain.types import shown_default
 
 if TYPE_CHECKING:
@@ -79,13 +81,13 @@ def open_source(name: str, settings: SourceSettings) -> Source:
     alias = ALIASES.get(name)
     path = alias.path if alias else name
     config = settings.dataset_config or (alias.config if alias else None)
-    splits = _load_hub(path, config, settings)
-    train, held_out, held_out_split = splits
+    train, held_out, held_out_split = _load_hub(path, config, settings)
+    chosen = train.info.config_name
     return Source(
         train=train,
         held_out=held_out,
         held_out_split=held_out_split,
-        description=f"{path}{f' ({config})' if config else ''} from the hub",
+        description=f"hub data set {path}{f' ({chosen})' if chosen not in (None, 'default') else ''}",
         text_column=settings.text_column or (alias.column if alias else None),
         distinct=bool(alias and alias.distinct),
     )
@@ -95,16 +97,23 @@ def _open_local(path: Path, settings: SourceSettings) -> Source:
     import datasets
 
     train: datasets.Dataset
-    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-        loaded = datasets.load_from_disk(str(path))
-        splits = loaded if isinstance(loaded, datasets.DatasetDict) else {settings.split: loaded}
-        base = _pick_split(settings.split, list(splits), str(path))
+    saved = (path / "dataset_dict.json").exists() or (path / "state.json").exists()
+    if settings.dataset_config is not None and (saved or path.is_file()):
+        raise SaetrainError(f"--dataset_config {settings.dataset_config}: {path} has no configurations; leave it out")
+    if saved:
+        try:
+            loaded = datasets.load_from_disk(str(path))
+        except Exception as error:  # a broken file raises whatever its reader does
+            raise SaetrainError(explain_load_error(str(path), error)) from error
+        base = split_names(settings.split)[0]
+        splits = loaded if isinstance(loaded, datasets.DatasetDict) else {base: loaded}
+        _check_split(settings.split, list(splits), str(path))
         if base != settings.split:
             raise SaetrainError(
                 f"--split {settings.split}: {path} was saved by `datasets`, of which a part cannot be named; "
                 f"give one of {', '.join(splits)}"
             )
-        train, name = splits[base], _held_out_name(list(splits), base)
+        train, name = splits[base], _held_out_name(list(splits), settings.split)
         held_out = splits[name] if name else None
     else:
         kind, options = _loader_options(path)
@@ -127,8 +136,10 @@ def _loader_options(path: Path) -> tuple[str, dict[str, Any]]:
             raise SaetrainError(
                 f"data set {path}: files ending in '{path.suffix}' can't be read; allowed are {', '.join(FILE_KINDS)}"
             )
+        if not path.stat().st_size:
+            raise SaetrainError(f"data set {path}: the file is empty")
         return kind, {"data_files": {"train": str(path)}, **_kind_options(kind, [path])}
-    files = [f for f in sorted(path.rglob("*")) if f.suffix.lower() in FILE_KINDS and f.stat().st_size]
+    files = [f for f in sorted(path.rglob("*")) if f.suffix.lower() in FILE_KINDS and f.is_file() and f.stat().st_size]
     texts = [f for f in files if f.suffix.lower() == ".txt"]
     if not files:
         raise SaetrainError(
@@ -148,17 +159,44 @@ def _kind_options(kind: str, files: list[Path]) -> dict[str, Any]:
 
 
 def _load_hub(path: str, config: str | None, settings: SourceSettings) -> Any:
-    """Load from the hub's cache when it holds the data set, else over the network."""
-    from saetrain.hub import offline, require_hub
-
-    if "/" in path:
+    """Load from a local cache that holds the data set, else over the network."""
+    prepared = _prepared_configs(path)
+    if config in prepared or (config is None and prepared):
+        with offline():
+            return _load(path, config, settings, path, configs=prepared)
+    downloaded = _downloaded(path)
+    if downloaded is not None:
         try:
-            with offline():
-                return _load(path, config, settings, path)
-        except SaetrainError:
-            pass
+            return _load(downloaded, config, settings, path)
+        except SaetrainError:  # the download may be a part of the data set
+            if not reachable():
+                raise
     require_hub(f"data set '{path}'")
     return _load(path, config, settings, path)
+
+
+def _prepared_configs(path: str) -> list[str]:
+    """Configurations of hub data set ``path`` that `datasets` has opened before and keeps ready."""
+    import datasets
+    from datasets.naming import camelcase_to_snakecase
+
+    *owner, name = path.split("/")
+    folder = Path(datasets.config.HF_DATASETS_CACHE, "___".join([*owner, camelcase_to_snakecase(name)]))
+    infos = folder.glob("*/*/*/dataset_info.json")
+    # Where options made a variant of a configuration, the folder is not called like the configuration.
+    return sorted(
+        {info.parts[-4] for info in infos if json.loads(info.read_text()).get("config_name") == info.parts[-4]}
+    )
+
+
+def _downloaded(path: str) -> str | None:
+    """Folder of hub data set ``path`` in the hub's own cache, or None."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return str(snapshot_download(path, repo_type="dataset", local_files_only=True))
+    except (OSError, ValueError):  # not there, or no name that a data set can have
+        return None
 
 
 def _load(
@@ -166,20 +204,25 @@ def _load(
     config: str | None,
     settings: SourceSettings,
     shown: str,
+    *,
+    configs: list[str] | None = None,
     data_files: dict[str, str] | None = None,
     **options: Any,
 ) -> tuple[Any, Any, str | None]:
-    """(train rows, held-out rows or None, the held-out split's name or None)."""
+    """(train rows, held-out rows or None, the held-out split's name or None).
+
+    ``configs``: the data set's configurations where they are known already.
+    """
     import datasets
 
     try:
         if data_files is None:
-            config = _pick_config(path, config, shown)
+            config = _pick_config(configs or datasets.get_dataset_config_names(path), config, shown)
             names = datasets.get_dataset_split_names(path, config)
         else:
             names = list(data_files)
-        _pick_split(settings.split, names, shown)
-        held_out_name = _held_out_name(names, settings.split.split("[")[0])
+        _check_split(settings.split, names, shown)
+        held_out_name = _held_out_name(names, settings.split)
         train, held_out = (
             datasets.load_dataset(path, config, split=split, data_files=data_files, **options) if split else None
             for split in (settings.split, held_out_name)
@@ -191,10 +234,8 @@ def _load(
     return train, held_out, held_out_name
 
 
-def _pick_config(path: str, config: str | None, shown: str) -> str | None:
-    import datasets
-
-    names = datasets.get_dataset_config_names(path)
+def _pick_config(names: list[str], config: str | None, shown: str) -> str:
+    """The configuration to load; SaetrainError when ``names`` lack the one asked for, or hold several to choose."""
     if config is not None:
         if config not in names:
             raise SaetrainError(
@@ -206,23 +247,32 @@ def _pick_config(path: str, config: str | None, shown: str) -> str | None:
         raise SaetrainError(
             f"data set {shown} has several configurations: name one by --dataset_config. It has: {', '.join(names)}"
         )
-    return None if len(names) > 1 else names[0]
+    return "default" if len(names) > 1 else names[0]
 
 
-def _pick_split(wanted: str, names: list[str], shown: str) -> str:
-    base = wanted.split("[")[0].split("+")[0]
-    if base not in names:
-        raise SaetrainError(f"--split {wanted}: {shown} has no such split; it has {', '.join(names)}")
-    return base
+def split_names(wanted: str) -> list[str]:
+    """Names of the splits in an expression such as ``train[:10%]+test``."""
+    return [part.split("[")[0].strip() for part in wanted.split("+")]
 
 
-def _held_out_name(names: list[str], train: str) -> str | None:
-    return next((name for name in HELD_OUT_SPLITS if name in names and name != train), None)
+def _check_split(wanted: str, names: list[str], shown: str) -> None:
+    lacking = [name for name in split_names(wanted) if name not in names]
+    if lacking:
+        raise SaetrainError(
+            f"--split {wanted}: {shown} has no split '{lacking[0]}'.{did_you_mean(lacking[0], names)} "
+            f"It has: {', '.join(names)}"
+        )
+
+
+def _held_out_name(names: list[str], wanted: str) -> str | None:
+    """The split to hold out: none of those that are trained on."""
+    return next((name for name in HELD_OUT_SPLITS if name in names and name not in split_names(wanted)), None)
 
 
 def explain_load_error(shown: str, error: Exception) -> str:
     """One line for what went wrong while opening a data set, with the advice that fits."""
-    import datasets.exceptions as kinds
+    from datasets.data_files import EmptyDatasetError
+    from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     cause: BaseException | None = error
@@ -234,7 +284,7 @@ def explain_load_error(shown: str, error: Exception) -> str:
         if isinstance(cause, RepositoryNotFoundError):
             return f"data set '{shown}' is not on the hub, or is private: check the name, or set HF_TOKEN"
         cause = cause.__cause__
-    if isinstance(error, (kinds.DataFilesNotFoundError, kinds.EmptyDatasetError, kinds.DatasetNotFoundError)):
+    if isinstance(error, (DataFilesNotFoundError, EmptyDatasetError, DatasetNotFoundError)):
         return f"data set '{shown}' was not found: no local path of that name, and not on the hub"
     detail = str(error.__cause__ or error).splitlines()
-    return f"data set '{shown}' could not be read: {type(error).__name__}: {detail[0] if detail else ''}"
+    return f"data set '{shown}' could not be read: {detail[0] if detail else type(error).__name__}"

@@ -77,20 +77,14 @@ def _search(names: list[str], sample: Batch) -> TextColumn:
 
 
 def _kind(values: list[Any]) -> str | None:
-    """What a column holds, judged by its first value that is set."""
-    value = next((v for v in values if v is not None), None)
+    """What a column holds, judged by its first value that is set and no empty list."""
+    value = next((v for v in values if v is not None and v != []), None)
     if isinstance(value, str):
         return "text"
-    if isinstance(value, dict) and {"role", "content"} <= value.keys():
+    turn = value[0] if isinstance(value, list) else value
+    if isinstance(turn, dict) and ({"role", "content"} <= turn.keys() or {"from", "value"} <= turn.keys()):
         return "chat"
-    if isinstance(value, list) and value:
-        if isinstance(value[0], dict) and (
-            {"role", "content"} <= value[0].keys() or {"from", "value"} <= value[0].keys()
-        ):
-            return "chat"
-        if isinstance(value[0], int):
-            return "ids"
-    return None
+    return "ids" if isinstance(value, list) and isinstance(turn, int) else None
 
 
 def renderer(column: TextColumn, tokenizer: Any) -> Callable[[Batch], list[str]]:
@@ -112,7 +106,16 @@ def _render_chat(value: Any, tokenizer: Any) -> str:
     if not messages:
         return ""
     if tokenizer.chat_template:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+        from jinja2 import TemplateError
+
+        try:
+            return str(tokenizer.apply_chat_template(messages, tokenize=False))
+        except TemplateError as error:
+            roles = ", ".join(message["role"] for message in messages[:4])
+            raise SaetrainError(
+                f"the tokenizer's chat template refuses a conversation (roles {roles}, …): {error}; "
+                "--text_column names another column"
+            ) from error
     return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
 
 
@@ -125,6 +128,8 @@ def _messages(value: Any) -> list[dict[str, str]]:
     for turn in value or []:
         role = turn.get("role") or turn.get("from") or "user"
         content = turn.get("content") if turn.get("content") is not None else turn.get("value")
+        if isinstance(content, list):  # OpenAI's parts, of which images and the like are left out
+            content = "\n".join(part["text"] for part in content if part.get("text"))
         if content:
             messages.append({"role": SHAREGPT_ROLES.get(role, role), "content": str(content)})
     return messages

@@ -8,20 +8,24 @@ import os
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 
 from saetrain.data.text import Batch, TextColumn, renderer
 from saetrain.errors import SaetrainError
+from saetrain.hub import cached_or_fetched
 from saetrain.types import shown_default
 
 if TYPE_CHECKING:
     import datasets
 
-FORMAT = 1
+FORMAT = 2
 """Part of the cache's fingerprint: raise it when what is stored changes."""
 DEFAULT_CTX_LEN = 512
+ROW_TOKENS = 4096
+"""A causal model's longer documents are stored in several rows, so that a part of one can be held out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +50,13 @@ def load_tokenizer(name: str, revision: str | None, trust_remote_code: bool) -> 
     """The fast tokenizer that belongs to model ``name``; SaetrainError when there is none."""
     from transformers import AutoTokenizer
 
+    def load() -> Any:
+        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+        tokenizer = load() if os.path.isdir(name) else cached_or_fetched(f"model '{name}'", load)
+    except SaetrainError:
+        raise
     except Exception as error:  # the library raises many unrelated types for one cause: no usable tokenizer
         raise SaetrainError(
             f"model {name}: no tokenizer could be loaded from it: {str(error).splitlines()[0]}"
@@ -97,8 +106,8 @@ def tokenize_rows(
     """Tokenize all ``rows``; cached on disk under a fingerprint of data, tokenizer and framing.
 
     Gives columns ``ids`` (list of uint16 or uint32), ``special`` (list of bool), ``doc`` (int64, row of the data
-    set) and ``text_hash`` (int64 of the normalised text). A causal model's rows are documents, an encoder's are
-    pieces that fit ``framing.ctx_len``.
+    set) and ``text_hash`` (int64 of the normalised text). A causal model's rows are documents (the longest in
+    parts), an encoder's are pieces that fit ``framing.ctx_len``.
     """
     import datasets
     from datasets import Features, List, Value
@@ -114,6 +123,10 @@ def tokenize_rows(
     )
     os.environ["TOKENIZERS_PARALLELISM"] = "false" if num_proc > 1 else "true"
     progress = datasets.is_progress_bar_enabled()
+    fingerprint = _fingerprint(rows, column, tokenizer, framing)
+    # Beside the rows' own files, as the library would have it, may be a folder of the user's.
+    folder = Path(datasets.config.HF_DATASETS_CACHE, "saetrain")
+    folder.mkdir(parents=True, exist_ok=True)
     tokenized = rows.map(
         row_encoder(column, tokenizer, framing),
         batched=True,
@@ -121,7 +134,8 @@ def tokenize_rows(
         remove_columns=rows.column_names,
         features=features,
         num_proc=num_proc if num_proc > 1 else None,
-        new_fingerprint=_fingerprint(rows, column, tokenizer, framing),
+        new_fingerprint=fingerprint,
+        cache_file_name=str(folder / f"tokens-{fingerprint}.arrow"),
         desc="tokenizing" if progress else None,
     )
     if not len(tokenized):
@@ -166,7 +180,12 @@ def _pieces(
         encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False, **options)[
             "input_ids"
         ]
-        return [(i, *_frame(np.asarray(ids, dtype=np.int64), framing)) for i, ids in enumerate(encoded)]
+        framed = ((i, *_frame(np.asarray(ids, dtype=np.int64), framing)) for i, ids in enumerate(encoded) if ids)
+        return [
+            (i, ids[start : start + ROW_TOKENS], special[start : start + ROW_TOKENS])
+            for i, ids, special in framed
+            for start in range(0, len(ids), ROW_TOKENS)
+        ]
     encoded = tokenizer(
         texts,
         truncation=True,
@@ -190,8 +209,9 @@ def _pieces(
 
 
 def _frame(ids: np.ndarray, framing: Framing) -> tuple[np.ndarray, np.ndarray]:
-    before = [] if framing.bos is None else [framing.bos]
-    after = [] if framing.eos is None else [framing.eos]
+    # A chat template may have written them already.
+    before = [] if framing.bos is None or ids[0] == framing.bos else [framing.bos]
+    after = [] if framing.eos is None or ids[-1] == framing.eos else [framing.eos]
     framed = np.concatenate([np.array(before, dtype=np.int64), ids, np.array(after, dtype=np.int64)])
     special = np.zeros(len(framed), dtype=bool)
     special[: len(before)] = True
@@ -203,17 +223,23 @@ def _ids_encoder(name: str, tokenizer: Any, framing: Framing) -> Callable[[Batch
     """Rows that hold ids already: special ones are known by their id, for nothing else tells."""
     special_ids = list(set(tokenizer.all_special_ids) - {tokenizer.unk_token_id})
     size = len(tokenizer)
+    # Many decoders are padded with their EOS, which also parts documents.
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id != tokenizer.eos_token_id else None
 
     def encode(batch: Batch, indices: list[int]) -> Batch:
         out: Batch = {"ids": [], "special": [], "doc": [], "text_hash": []}
-        for index, row in zip(indices, batch[name], strict=True):
+        for at, (index, row) in enumerate(zip(indices, batch[name], strict=True)):
             ids = np.asarray(row or [], dtype=np.int64)
+            if "attention_mask" in batch and len(batch["attention_mask"][at] or []) == len(ids):
+                ids = ids[np.asarray(batch["attention_mask"][at], dtype=bool)]
+            elif padding is not None:
+                ids = ids[ids != padding]
             if ids.size and (ids.min() < 0 or ids.max() >= size):
                 raise SaetrainError(
                     f"column {name}, row {index}: token id {ids.max() if ids.max() >= size else ids.min()} is not in "
                     f"the model's vocabulary of {size}; the data set was made with another tokenizer"
                 )
-            step = framing.ctx_len if not framing.causal else max(len(ids), 1)
+            step = ROW_TOKENS if framing.causal else framing.ctx_len
             digest = _hash(ids.tobytes())
             for start in range(0, len(ids), step):
                 piece = ids[start : start + step]

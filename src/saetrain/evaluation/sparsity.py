@@ -31,8 +31,8 @@ class SparsitySums:
             "l0_p5": low,
             "l0_p50": middle,
             "l0_p95": high,
-            "dead_below_threshold": float((rates < self._threshold).float().mean()),
-            "dead_never_fired": float((self._fired == 0).float().mean()),
+            "dead_below_threshold": int((rates < self._threshold).sum()) / len(rates),
+            "dead_never_fired": int((self._fired == 0).sum()) / len(rates),
         }
 
     def _l0_percentile(self, share: float) -> int:

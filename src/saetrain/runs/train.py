@@ -142,7 +142,7 @@ def build_trainer(run: Prepared, checkpoint: Checkpoint | None) -> tuple[Trainer
                 hookpoint,
                 coder,
                 normalizer,
-                Optimizer(coder, config.optim),
+                make_optimizer(coder, config),
                 FiringTracker(latents, window, config.dead.dead_percentage_threshold, device),
                 data_variance=normalizer.scaled_variance,
                 raw_mse=normalizer.variance / coder.d_in,
@@ -154,6 +154,16 @@ def build_trainer(run: Prepared, checkpoint: Checkpoint | None) -> tuple[Trainer
     trainer = Trainer(saes, config.train, tokens=run.plan.tokens_per_step, warmup=warmup)
     trainer.step = checkpoint.values["step"] if checkpoint else 0
     return trainer, normalizers
+
+
+def make_optimizer(coder: TopK, config: RunConfig) -> Optimizer:
+    """The optimizer of one coder."""
+    return Optimizer(
+        dict(coder.named_parameters()),
+        config.optim,
+        project=coder.remove_parallel_gradient,
+        renormalize=coder.renormalize_decoder,
+    )
 
 
 def _normalizer(checkpoint: Checkpoint, name: str, device: torch.device) -> Normalizer:

@@ -107,9 +107,9 @@ class FiringTracker:
         """Dead shares by both rules, each with the tokens behind it."""
         rates, tokens = self.rates()
         return {
-            "dead_below_threshold": float((rates < self.threshold).float().mean()),
+            "dead_below_threshold": int((rates < self.threshold).sum()) / len(rates),
             "dead_below_threshold_tokens": tokens,
-            "dead_not_fired": float((self.since_fired >= self.window).float().mean()),
+            "dead_not_fired": int((self.since_fired >= self.window).sum()) / len(rates),
             "dead_not_fired_tokens": self.window,
         }
 

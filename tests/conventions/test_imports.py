@@ -1,0 +1,77 @@
+"""Who may import whom: ground < maths < stages < uses < config and runs < cli, stages strangers to each other."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import saetrain
+
+ROOT = Path(saetrain.__file__).parent
+LEVELS = [
+    {"errors", "types", "distributed", "files", "hub"},
+    {"losses", "metrics", "kernels"},
+    {"data", "activations", "coders", "optim", "logs", "report"},
+    {"training", "evaluation", "interop"},
+    {"config", "runs"},
+    {"cli"},
+]
+LEVEL = {name: number for number, names in enumerate(LEVELS) for name in names}
+STRANGERS = LEVELS[2] | LEVELS[3]
+OPTIONAL = {"wandb": "logs/wandb.py", "tensorboard": "logs/tensorboard.py"}
+
+
+def family(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> set[str]:
+    """Dotted names that a file imports, also inside functions."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return found
+
+
+def allowed(source: str, target: str) -> bool:
+    if source == target:
+        return True
+    if source in STRANGERS and target in STRANGERS and LEVEL[source] == LEVEL[target]:
+        return False
+    return LEVEL[target] <= LEVEL[source]
+
+
+def test_imports_point_downwards() -> None:
+    wrong = []
+    for path in sorted(ROOT.rglob("*.py")):
+        source = family(path)
+        if source in ("__init__", "__main__"):
+            continue
+        for name in imports(path):
+            parts = name.split(".")
+            if parts[0] != "saetrain":
+                continue
+            if parts[1] not in LEVEL:
+                assert source == "runs" or parts[1] == "distributed", f"{path}: imports the package's root"
+                continue
+            if not allowed(source, parts[1]):
+                wrong.append(f"{path.relative_to(ROOT)} imports {name}")
+    assert not wrong, wrong
+
+
+def test_every_file_has_a_place() -> None:
+    unknown = {family(path) for path in ROOT.rglob("*.py")} - LEVEL.keys() - {"__init__", "__main__"}
+    assert not unknown, unknown
+
+
+def test_optional_packages_are_imported_in_one_file() -> None:
+    for package, home in OPTIONAL.items():
+        users = {
+            path.relative_to(ROOT).as_posix()
+            for path in ROOT.rglob("*.py")
+            if any(name.split(".")[0] == package for name in imports(path))
+        }
+        assert users <= {home}, (package, users)

@@ -1,0 +1,72 @@
+"""The run's folder: never overwritten by accident, said early when it can't be written, and --dry_run leaves none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from saetrain.cli import main
+
+TINY = "--k 4 --num_latents 64 --batch_size 2 --ctx_len 32 --eval_tokens 500 --max_tokens 512"
+
+
+def run(out: Path, model: str, data: str, *words: str) -> None:
+    main([model, data, *TINY.split(), "--save_dir", str(out), "--run_name", "run", *words])
+
+
+def refused(capsys: pytest.CaptureFixture[str], out: Path, *words: str) -> str:
+    """The message of a run that exits with 2 before it loads a model that does not exist."""
+    with pytest.raises(SystemExit) as caught:
+        run(out, "no-such-model", "no-such-data", *words)
+    assert caught.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_an_existing_run_is_refused_and_overwrite_replaces_it(
+    tmp_path: Path, tiny_bert: str, topics_jsonl: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(tmp_path, tiny_bert, topics_jsonl)
+    (tmp_path / "run" / "mine.txt").write_text("x")
+    capsys.readouterr()
+    message = refused(capsys, tmp_path)
+    assert "holds a run already" in message
+    assert "--resume" in message
+    assert "--overwrite" in message
+    run(tmp_path, tiny_bert, topics_jsonl, "--overwrite")
+    assert not (tmp_path / "run" / "mine.txt").exists()
+
+
+def test_overwrite_deletes_only_what_is_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("years of work")
+    assert "holds no run of saetrain" in refused(capsys, tmp_path, "--overwrite")
+    assert (tmp_path / "run" / "thesis.tex").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert "--save_dir" in refused(capsys, tmp_path / "file" / "below")
+
+
+def test_names_are_made_from_model_layers_k_and_width(tmp_path: Path, tiny_bert: str, topics_jsonl: str) -> None:
+    main([tiny_bert, topics_jsonl, *TINY.split(), "--save_dir", str(tmp_path), "--layers", "1", "5"])
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny-bert_layer1-5_k4_f64"]
+
+
+def test_dry_run_prints_the_plan_and_leaves_nothing(
+    tmp_path: Path, tiny_bert: str, topics_jsonl: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    run(out, tiny_bert, topics_jsonl, "--dry_run", "--layers", "0", "3")
+    printed = capsys.readouterr().out
+    for word in ("encoder.layer.0", "encoder.layer.3", "memory", "disk", "steps", "tokens/s", "time"):
+        assert word in printed
+    assert "steps       8 of 64 tokens = 512 tokens" in printed
+    assert not out.exists()
+
+
+def test_sparsify_layout_can_be_switched_off(tmp_path: Path, tiny_bert: str, topics_jsonl: str) -> None:
+    run(tmp_path, tiny_bert, topics_jsonl, "--save_sparsify", "false")
+    folder = tmp_path / "run" / "sae" / "encoder.layer.0"
+    assert sorted(path.name for path in folder.iterdir()) == ["cfg.json", "sae_weights.safetensors"]

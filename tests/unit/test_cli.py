@@ -1,0 +1,240 @@
+"""Words -> settings: spellings, defaults, files, and messages that help."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from saetrain.cli import main, parse
+from saetrain.config import RunConfig, flags, from_flat, to_flat, write_yaml
+from saetrain.errors import SaetrainError
+
+BASE = ["bert-base-uncased", "wikitext"]
+# The promises of the command line; a change here changes what users have written in their scripts.
+DEFAULTS = {
+    "layers": None,
+    "layer_stride": None,
+    "max_tokens": 1_000_000,
+    "batch_size": 4,
+    "ctx_len": None,
+    "grad_acc_steps": 1,
+    "k": 192,
+    "expansion_factor": 32,
+    "num_latents": None,
+    "optimizer": "adam",
+    "lr": 0.001,
+    "weight_decay": 0.0,
+    "loss_fn": "mse",
+    "dead_percentage_threshold": 0.0005,
+    "dead_feature_threshold": None,
+    "save_dir": "./output",
+    "run_name": None,
+    "save_every": 1000,
+    "log_to_wandb": False,
+    "wandb_log_frequency": 100,
+    "shuffle_seed": 42,
+    "init_seeds": [42],
+    "data_preprocessing_num_proc": 1,
+    "exclude_special_tokens": True,
+    "resume": False,
+    "overwrite": False,
+}
+
+
+def refused(*words: str) -> str:
+    with pytest.raises(SaetrainError) as caught:
+        parse([*BASE, *words])
+    return str(caught.value)
+
+
+def test_defaults() -> None:
+    flat = to_flat(parse(BASE))
+    assert {name: flat[name] for name in DEFAULTS} == DEFAULTS
+
+
+def test_the_original_command_is_understood() -> None:
+    words = (
+        "--layers 6 --batch_size 4 --k 32 --num_latents 200 --grad_acc_steps 8 --ctx_len 512 --save_dir ./x "
+        "--shuffle_seed 42 --init_seeds 42 --optimizer adam --lr 0.01 --save_every 500 --run_name r "
+        "--log_to_wandb true --wandb_log_frequency 10 --dead_percentage_threshold 0.1"
+    )
+    config = parse([*BASE, *words.split()])
+    assert (config.where.layers, config.sae.num_latents, config.optim.lr) == ((6,), 200, 0.01)
+    assert config.logs.log_to_wandb is True
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["--max-tokens 5 --grad-acc-steps 2", "--max_tokens=5 --grad_acc_steps=2", "--max_tokens 5 --grad-acc_steps 2"],
+)
+def test_dashes_underscores_and_equals_signs(words: str) -> None:
+    train = parse([*words.split(), *BASE]).train
+    assert (train.max_tokens, train.grad_acc_steps) == (5, 2)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--resume"], True),
+        (["--resume", "true"], True),
+        (["--resume=True"], True),
+        (["--resume", "1"], True),
+        (["--resume", "false"], False),
+        (["--resume=no"], False),
+    ],
+)
+def test_spellings_of_booleans(words: list[str], expected: bool) -> None:
+    assert parse([*BASE, *words]).output.resume is expected
+    assert parse([*words, *BASE]).output.resume is expected
+
+
+def test_positionals_may_stand_anywhere() -> None:
+    config = parse(["--layers", "1", "2", "--k", "8", *BASE])
+    assert (config.model, config.dataset, config.where.layers) == (*BASE, (1, 2))
+
+
+@pytest.mark.parametrize("position", [0, 1, 2])
+def test_unknown_flags_suggest_the_nearest_wherever_they_stand(position: int) -> None:
+    words = [*BASE[:position], "--layrs", "3", *BASE[position:]]
+    with pytest.raises(SaetrainError, match=r"--layrs: no such flag. Did you mean --layers"):
+        parse(words)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--layers 1 --hookpoints h.*", "--layers .* and --hookpoints can't be given together"),
+        ("--layers 1 --layer_stride 2", "--layers and --layer_stride can't be given together"),
+        ("--layers 1 1", "named twice"),
+        ("--layer_stride 0", "--layer_stride 0: must be at least 1"),
+        ("--max_tokens 0", "--max_tokens 0: must be at least 1"),
+        ("--batch_size -3", "--batch_size -3: must be at least 1"),
+        ("--grad_acc_steps 0", "--grad_acc_steps 0"),
+        ("--k 0", "--k 0: must be at least 1"),
+        ("--num_latents 0", "--num_latents 0"),
+        ("--expansion_factor 0", "--expansion_factor 0"),
+        ("--auxk_alpha -1", "--auxk_alpha -1.0: must not be negative"),
+        ("--lr 0", "--lr 0.0: must be a positive number, or auto"),
+        ("--lr nan", "--lr nan"),
+        ("--weight_decay -1", "--weight_decay -1.0"),
+        ("--lr_warmup_steps -1", "--lr_warmup_steps -1"),
+        ("--ctx_len 2", "--ctx_len 2: must be at least 4"),
+        ("--dead_percentage_threshold 5", "--dead_percentage_threshold 5.0: must be a share"),
+        ("--dead_feature_threshold 0", "--dead_feature_threshold 0"),
+        ("--dead_feature_threshold 5 --dead_window_tokens 5", "the same setting"),
+        ("--save_every 0", "--save_every 0"),
+        ("--resume --overwrite", "--resume and --overwrite can't be given together"),
+        ("--run_name a/b", "--run_name 'a/b': must be a plain folder name"),
+        ("--loss_fn kl", "--loss_fn kl: end-to-end losses are not built yet"),
+        ("--init_seeds 1 1", "--init_seeds"),
+        ("--shuffle_seed -1", "--shuffle_seed -1"),
+        ("--data_shards 0", "--data_shards 0"),
+        ("--data_preprocessing_num_proc 0", "--data_preprocessing_num_proc 0"),
+        ("--buffer_tokens 0", "--buffer_tokens 0"),
+        ("--model_batch_tokens 0", "--model_batch_tokens 0"),
+        ("--eval_tokens 0", "--eval_tokens 0"),
+        ("--eval_every -1", "--eval_every -1"),
+        ("--log_every 0", "--log_every 0"),
+        ("--wandb_log_frequency 0", "--wandb_log_frequency 0"),
+    ],
+)
+def test_values_that_make_no_sense_are_refused_by_name(words: str, message: str) -> None:
+    with pytest.raises(SaetrainError, match=message):
+        parse([*BASE, *words.split()])
+
+
+@pytest.mark.parametrize("words", [["--k", "many"], ["--log_to_wandb=maybe"], ["--optimizer", "lion"], ["--k"]])
+def test_values_of_a_wrong_type_exit_with_2_and_name_the_flag(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse([*BASE, *words])
+    assert caught.value.code == 2
+    printed = capsys.readouterr()
+    assert words[0].partition("=")[0] in printed.err + printed.out
+
+
+def test_lr_takes_auto() -> None:
+    assert parse([*BASE, "--lr", "auto"]).optim.lr == "auto"
+
+
+def test_yaml_round_trip_and_flags_win(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    config = parse([*BASE, "--layers", "1", "2", "--lr", "auto", "--k", "7", "--init_seeds", "3", "4"])
+    write_yaml(path, config)
+    assert parse(["--config", str(path)]) == config
+    assert parse(["--config", str(path), "--k", "9"]).sae.k == 9
+    assert parse(["other-model", "other-data", f"--config={path}"]).model == "other-model"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("expansion_facto: 3", "no setting is called 'expansion_facto'. Did you mean expansion_factor"),
+        ("k: many", "k: found 'many', allowed is a whole number"),
+        ("k: true", "k: found True, allowed is a whole number"),
+        ("layers: 3", "layers: found 3, allowed is a list of a whole number or null"),
+        ("optimizer: lion", "allowed is adam or sgd"),
+        ("- 1", "should hold lines"),
+        ("a: [", "is not YAML"),
+        ("k: 3", "MODEL is missing"),
+    ],
+)
+def test_broken_files_are_named(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(content)
+    with pytest.raises(SaetrainError, match=message) as caught:
+        parse(["--config", str(path)])
+    assert "c.yaml" in str(caught.value)
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SaetrainError, match=r"nowhere\.yaml: can't be read"):
+        parse([*BASE, "--config", str(tmp_path / "nowhere.yaml")])
+
+
+def test_every_setting_survives_the_flat_form() -> None:
+    config = parse(BASE)
+    assert from_flat(to_flat(config), "here") == config
+    assert set(to_flat(config)) == {*flags(), "model", "dataset"}
+
+
+def test_help_names_every_flag_and_imports_neither_transformers_nor_datasets() -> None:
+    code = (
+        "import sys\nfrom saetrain.cli import main\n"
+        "try: main(['--help'])\nexcept SystemExit as e: assert not e.code\n"
+        "assert not {'transformers', 'datasets', 'wandb'} & set(sys.modules), 'slow import'"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for name in flags():
+        assert f"--{name} " in done.stdout, name
+    assert done.stdout.count("(default:") >= len(flags())
+
+
+def test_errors_are_one_line_with_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([*BASE, "--k", "0"])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == "saetrain: error: --k 0: must be at least 1\n"
+
+
+def test_debug_shows_the_traceback() -> None:
+    with pytest.raises(SaetrainError):
+        main([*BASE, "--k", "0", "--debug"])
+
+
+def test_module_and_script_are_the_same_command() -> None:
+    for command in ([sys.executable, "-m", "saetrain"], [str(Path(sys.executable).parent / "saetrain")]):
+        done = subprocess.run([*command, *BASE, "--nope"], capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        assert done.stderr.startswith("saetrain: error: --nope: no such flag.")
+
+
+def test_the_written_settings_are_plain_yaml(tmp_path: Path) -> None:
+    write_yaml(tmp_path / "c.yaml", RunConfig(model="m", dataset="d"))
+    assert yaml.safe_load((tmp_path / "c.yaml").read_text())["init_seeds"] == [42]

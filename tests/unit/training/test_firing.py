@@ -1,0 +1,112 @@
+"""Dead counters against a brute-force count over every token."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from saetrain.training.firing import DeadSettings, FiringTracker, alive_bound
+from saetrain.types import Codes
+
+F, K = 13, 3
+
+
+def batch(tokens: int, seed: int) -> Codes:
+    """A sparse code in which some picked entries are zero, as where fewer than K are positive."""
+    generator = torch.Generator().manual_seed(seed)
+    indices = torch.rand(tokens, F, generator=generator).topk(K, dim=1).indices
+    values = torch.rand(tokens, K, generator=generator)
+    return Codes(values * (values > 0.8), indices, F)
+
+
+def test_since_fired_equals_brute_force_under_accumulation() -> None:
+    tracker = FiringTracker(F, window=40, threshold=0.1, device=torch.device("cpu"))
+    since = [0] * F
+    seed = 0
+    for sizes in [(5, 3, 2), (7,), (1, 1, 1, 1), (12, 8)] * 4:
+        fired: set[int] = set()
+        for size in sizes:
+            seed += 1
+            codes = batch(size, seed)
+            tracker.observe(codes)
+            fired |= {i for row in codes.dense().tolist() for i, value in enumerate(row) if value > 0}
+        tracker.finish_step()
+        since = [0 if i in fired else count + sum(sizes) for i, count in enumerate(since)]
+        assert tracker.since_fired.tolist() == since
+        dead = tracker.dead()
+        assert (dead.tolist() if dead is not None else [False] * F) == [count >= 40 for count in since]
+
+
+def test_picks_with_value_zero_do_not_count_as_firing() -> None:
+    codes = Codes(torch.zeros(4, K), torch.zeros(4, K, dtype=torch.long), F)
+    tracker = FiringTracker(F, window=4, threshold=0.1, device=torch.device("cpu"))
+    tracker.observe(codes)
+    tracker.finish_step()
+    assert tracker.metrics()["dead_not_fired"] == 1.0
+
+
+@pytest.mark.parametrize("micro", [1, 4, 10])
+def test_rates_do_not_depend_on_the_micro_batch(micro: int) -> None:
+    whole = FiringTracker(F, window=40, threshold=0.5, device=torch.device("cpu"))
+    parts = FiringTracker(F, window=40, threshold=0.5, device=torch.device("cpu"))
+    for seed in range(6):
+        codes = batch(20, seed)
+        whole.observe(codes)
+        whole.finish_step()
+        for start in range(0, 20, micro):
+            assert codes.indices is not None
+            parts.observe(Codes(codes.values[start : start + micro], codes.indices[start : start + micro], F))
+        parts.finish_step()
+    assert whole.metrics() == parts.metrics()
+    assert torch.equal(whole.rates()[0], parts.rates()[0])
+
+
+def test_rates_cover_the_last_one_to_two_blocks() -> None:
+    tracker = FiringTracker(F, window=40, threshold=0.5, device=torch.device("cpu"))
+    tracker._block = 30
+    history = []
+    for seed in range(20):
+        codes = batch(20, seed)
+        history.append((codes.dense() > 0).sum(dim=0))
+        tracker.observe(codes)
+        tracker.finish_step()
+        rates, tokens = tracker.rates()
+        steps = tokens // 20
+        assert 30 <= tokens <= 80 or seed < 2
+        torch.testing.assert_close(rates, sum(history[-steps:]) / tokens)  # type: ignore[arg-type]
+
+
+def test_state_goes_on_exactly() -> None:
+    one, other = (FiringTracker(F, 40, 0.1, torch.device("cpu")) for _ in range(2))
+    for seed in range(8):
+        one.observe(batch(9, seed))
+        one.finish_step()
+        if seed == 3:
+            other.restore({name: value.clone() for name, value in one.state().items()})
+        if seed > 3:
+            other.observe(batch(9, seed))
+            other.finish_step()
+    assert all(torch.equal(value, other.state()[name]) for name, value in one.state().items())
+
+
+@pytest.mark.parametrize(
+    ("l0", "latents", "threshold", "expected"),
+    [(32, 131072, 5e-4, 0.5117), (192, 24576, 5e-4, 0.0), (32, 24576, 0.1, 0.98698), (32, 200, 0.0, 0.0)],
+)
+def test_bound_of_the_rate_rule(l0: float, latents: int, threshold: float, expected: float) -> None:
+    assert alive_bound(l0, latents, threshold) == pytest.approx(expected, abs=1e-4)
+
+
+def test_no_code_of_that_l0_beats_the_bound() -> None:
+    """A code that spreads its firings evenly over as many latents as can reach the threshold meets the bound."""
+    tokens, k, threshold = 1000, 2, 0.01
+    latents = 1000
+    indices = torch.arange(tokens * k).reshape(tokens, k) % int(k / threshold)
+    rates = Codes(torch.ones(tokens, k), indices, latents).fired() / tokens
+    assert float((rates < threshold).float().mean()) == pytest.approx(alive_bound(k, latents, threshold))
+
+
+def test_window_of_auxk_follows_the_run() -> None:
+    assert DeadSettings().window(1_000_000) == 50_000
+    assert DeadSettings().window(10**10) == 10_000_000
+    assert DeadSettings(dead_feature_threshold=77).window(1_000_000) == 77
