@@ -27,6 +27,7 @@ from saetrain.optim import OptimSettings
 from saetrain.training.checkpoint import CheckpointSettings
 from saetrain.training.firing import DeadSettings
 from saetrain.training.trainer import TrainSettings
+from saetrain.types import shown_default
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +51,10 @@ class RunConfig:
     evaluation: EvalSettings = field(default_factory=EvalSettings)
     logs: LogSettings = field(default_factory=LogSettings)
     output: CheckpointSettings = field(default_factory=CheckpointSettings)
+    finetune: typing.Annotated[str | None, shown_default("none, initial weights are random", "PATH")] = None
+    """Start from a saved SAE: its folder, or one with a folder for each hookpoint (ours, SAELens' or sparsify's)."""
+    force: bool = False
+    """Go on although more memory is needed than there is."""
     dry_run: bool = False
     """Resolve everything, print what the run would be and cost, and stop."""
     debug: bool = False
@@ -97,7 +102,8 @@ def from_flat(values: Mapping[str, Any], origin: str) -> RunConfig:
     for section, cls in sections().items():
         names = {item.name for item in dataclasses.fields(cls)} & values.keys()
         parts[section] = _build(cls, {name: values[name] for name in names}, origin)
-    rest = {name: values[name] for name in values if name in ("model", "dataset", "dry_run", "debug")}
+    own = {item.name for item in dataclasses.fields(RunConfig)}
+    rest = {name: values[name] for name in values if name in own}
     missing = {"model", "dataset"} - rest.keys()
     rest.update(dict.fromkeys(missing, ""))
     return RunConfig(**parts, **_typed(RunConfig, rest, origin))

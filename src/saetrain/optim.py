@@ -110,20 +110,27 @@ class Optimizer:
         self._project, self._renormalize = project, renormalize
         self.torch = OPTIMIZERS[settings.optimizer](parameters)
 
-    def step(self, lr: float) -> Tensor:
-        """Apply the gradients at learning rate ``lr`` and drop them; gives their norm before clipping."""
+    def project(self) -> Tensor:
+        """Project the gradients; gives their norm, before clipping."""
         self._project()
-        limit = self._settings.max_grad_norm or float("inf")
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters.values(), limit)
+        return torch.nn.utils.get_total_norm([p.grad for p in self._parameters.values() if p.grad is not None])
+
+    def step(self, lr: float, norm: Tensor) -> None:
+        """Apply the projected gradients, whose norm is ``norm``, at learning rate ``lr``, and drop them."""
+        if self._settings.max_grad_norm:
+            torch.nn.utils.clip_grads_with_norm_(self._parameters.values(), self._settings.max_grad_norm, norm)
         if self._settings.weight_decay:
             with torch.no_grad():
                 self._parameters["W_enc"].mul_(1 - lr * self._settings.weight_decay)
         for group in self.torch.param_groups:
             group["lr"] = lr
         self.torch.step()
-        self.torch.zero_grad(set_to_none=False)
+        self.drop()
         self._renormalize()
-        return norm
+
+    def drop(self) -> None:
+        """Forget the gradients."""
+        self.torch.zero_grad(set_to_none=False)
 
     def state(self) -> dict[str, Tensor]:
         """The optimizer's tensors as ``{parameter.key: tensor}``."""

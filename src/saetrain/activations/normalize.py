@@ -31,6 +31,11 @@ class Normalizer:
         """Raw activations of any float dtype -> centred and scaled fp32."""
         return (x_ND.float() - self.mean) / self.scale
 
+    def constants(self) -> dict[str, float | None]:
+        """All but the mean, as JSON takes it."""
+        limit = self.norm_limit if self.norm_limit != float("inf") else None
+        return {"scale": self.scale, "variance": self.variance, "norm_limit": limit}
+
     @property
     def scaled_variance(self) -> float:
         """E‖x'‖², the variance in the units that the coder sees."""

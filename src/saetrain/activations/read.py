@@ -42,11 +42,15 @@ class ActivationReader:
     def __init__(self, capture: ActivationCapture, keep: Keep, batch_tokens: int) -> None:
         self.capture, self.keep, self.batch_tokens = capture, keep, batch_tokens
         self.limits: dict[str, float] = {}
+        self.between_batches: Callable[[], None] | None = None
+        """Called before each model batch; may raise to give up."""
 
     def batches(self, sequences: list[Sequence]) -> Iterator[Activations]:
         """One :class:`Activations` per model batch; SaetrainError when an activation is not finite."""
         device = self.capture.model.device
         for numbers in length_batches(sequences, self.batch_tokens):
+            if self.between_batches is not None:
+                self.between_batches()
             chosen = [sequences[number] for number in numbers]
             ids, mask = pad_batch(chosen, device)
             keep = np.zeros(ids.shape, dtype=bool)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -33,4 +34,19 @@ def tensors(coder: TopK) -> dict[str, Tensor]:
         "encoder.bias": coder.b_enc.detach().cpu().contiguous(),
         "W_dec": coder.W_dec.detach().cpu().contiguous(),
         "b_dec": coder.b_dec.detach().cpu().contiguous(),
+    }
+
+
+def read(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A TopK SAE of sparsify in our layout, in fp32; ValueError for what a TopK SAE can't express."""
+    if config.get("activation", "topk") != "topk":
+        raise ValueError(f"its activation is {config['activation']!r}; only 'topk' can be trained on")
+    for key in ("transcode", "skip_connection"):
+        if config.get(key):
+            raise ValueError(f"it is a transcoder or has a skip connection ({key}), which can't be trained on")
+    return {
+        "W_enc": weights["encoder.weight"].float().T.contiguous(),
+        "b_enc": weights["encoder.bias"].float().clone(),
+        "W_dec": weights["W_dec"].float().clone(),
+        "b_dec": weights["b_dec"].float().clone(),
     }

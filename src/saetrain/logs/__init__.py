@@ -73,6 +73,11 @@ class Log:
         """What the sinks need to go on after a restart, such as a run id."""
         return {key: value for sink in self.sinks for key, value in sink.state().items()}
 
+    def sync(self) -> None:
+        """Make what was written survive a crash of the machine; called before a checkpoint."""
+        for sink in self.sinks:
+            sink.sync()
+
     def close(self, failed: bool = False) -> None:
         """Flush and close; ``failed`` marks the run so where a sink knows of it."""
         for sink in self.sinks:

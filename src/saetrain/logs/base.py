@@ -58,6 +58,9 @@ class Sink(ABC):
         """What the sink needs to go on after a restart."""
         return {}
 
+    def sync(self) -> None:  # noqa: B027 (most sinks have nothing to do)
+        """Make what was written survive a crash of the machine."""
+
     @abstractmethod
     def close(self, failed: bool) -> None:
         """Flush and close."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from typing import Any
 
 from saetrain.files import write_atomic
@@ -35,6 +36,10 @@ class JsonLines(Sink):
         }
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
+
+    def sync(self) -> None:
+        """Flush to the disk."""
+        os.fsync(self._file.fileno())
 
     def close(self, failed: bool) -> None:
         """Close the file."""

@@ -7,7 +7,7 @@ import time
 import torch
 
 from saetrain.activations.shuffle import MixingBuffer
-from saetrain.runs.prepare import Prepared, default_buffer_tokens
+from saetrain.runs.prepare import Prepared, buffer_tokens
 from saetrain.training.checkpoint import KEPT
 from saetrain.training.trainer import Trainer
 
@@ -45,8 +45,7 @@ def estimate_memory(run: Prepared, trainer: Trainer) -> int:
     model = sum(p.numel() * p.element_size() for p in run.model.module.parameters())
     saes = sum(4 * FLOAT * p.numel() for sae in trainer.saes.values() for p in sae.coder.parameters())
     widths = sum(run.capture.widths.values())
-    tokens = run.config.buffer.buffer_tokens or default_buffer_tokens(run.capture.widths, run.model)
-    buffer = min(tokens, run.plan.tokens) * widths * run.model.dtype.itemsize
+    buffer = min(buffer_tokens(run), run.plan.tokens) * widths * run.model.dtype.itemsize
     micro = run.plan.tokens_per_step // run.config.train.grad_acc_steps
     widest = max(sae.coder.num_latents for sae in trainer.saes.values())
     return model + saes + buffer + 3 * micro * widest * FLOAT

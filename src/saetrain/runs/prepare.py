@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 from torch import Tensor
 
 from saetrain import distributed
 from saetrain.activations.capture import ActivationCapture
 from saetrain.activations.hookpoints import resolve_hookpoints
-from saetrain.activations.model import DTYPES, BaseModel, load_model
+from saetrain.activations.model import DTYPES, BaseModel, load_model, weights_hash
 from saetrain.activations.normalize import norm_limits
 from saetrain.activations.read import ActivationReader
 from saetrain.activations.shuffle import DEFAULT_BUFFER_TOKENS, MixingBuffer
@@ -29,6 +30,7 @@ from saetrain.data.text import find_text_column
 from saetrain.data.tokenize import DEFAULT_CTX_LEN, Framing, load_tokenizer, tokenize_rows
 from saetrain.errors import SaetrainError
 from saetrain.logs.console import say
+from saetrain.optim import warmup_steps
 
 CALIBRATION_TOKENS = 16_384
 """Tokens on which the inputs' centre, scale and norm limit are measured."""
@@ -70,6 +72,8 @@ class Prepared:
     data: dict[str, Any]
     """What the SAE's metadata say of the text."""
     plan: Plan
+    weights_sha256: str | None
+    """Hash of the model's weight files."""
 
 
 def prepare(config: RunConfig) -> Prepared:
@@ -88,8 +92,21 @@ def prepare(config: RunConfig) -> Prepared:
     exclude_sinks = config.buffer.exclude_sinks
     train = ShardedSequences(train_rows, config.loader, config.tokens.exclude_special_tokens, exclude_sinks)
     reader = ActivationReader(capture, train.keep, config.base.model_batch_tokens)
-    plan = make_plan(config, ctx_len, train_rows)
-    return Prepared(config, model, tokenizer, framing, hookpoints, capture, reader, train, held_out, data, plan)
+    plan = make_plan(config, ctx_len, train_rows.text_tokens)
+    return Prepared(
+        config,
+        model,
+        tokenizer,
+        framing,
+        hookpoints,
+        capture,
+        reader,
+        train,
+        held_out,
+        data,
+        plan,
+        weights_hash(model),
+    )
 
 
 def _quiet_libraries() -> None:
@@ -147,8 +164,16 @@ def load_text(config: RunConfig, tokenizer: Any, framing: Framing) -> tuple[Sequ
         "text_columns": list(column.columns),
         "held_out": how,
         "train_tokens_available": train.text_tokens,
+        "fingerprint": text_fingerprint(table, rows),
     }
     return train, held_out, about
+
+
+def text_fingerprint(table: TokenTable, rows: np.ndarray) -> str:
+    """Hash of the training text: the hashes and lengths of its rows in their order."""
+    digest = xxhash.xxh3_64(table.text_hash[rows].tobytes())
+    digest.update(table.lengths[rows].tobytes())
+    return str(digest.hexdigest())
 
 
 def _sample(source: Source) -> Any:
@@ -160,7 +185,7 @@ def _sample(source: Source) -> Any:
     return rows.select(np.sort(chosen)).flatten_indices()
 
 
-def make_plan(config: RunConfig, ctx_len: int, train: Sequences) -> Plan:
+def make_plan(config: RunConfig, ctx_len: int, train_tokens: int) -> Plan:
     """Steps of the run; SaetrainError when --max_tokens does not make one."""
     per_step = config.train.batch_size * ctx_len * config.train.grad_acc_steps * distributed.world_size()
     steps = config.train.max_tokens // per_step
@@ -170,23 +195,22 @@ def make_plan(config: RunConfig, ctx_len: int, train: Sequences) -> Plan:
             f"(batch_size {config.train.batch_size} x ctx_len {ctx_len} x grad_acc_steps "
             f"{config.train.grad_acc_steps} x {distributed.world_size()} ranks)"
         )
-    tokens = max(train.text_tokens, 1)
-    return Plan(per_step, steps, steps * per_step / tokens, train.text_tokens)
+    return Plan(per_step, steps, steps * per_step / max(train_tokens, 1), train_tokens)
 
 
 def make_buffer(run: Prepared) -> MixingBuffer:
     """The mixing buffer over the training text, at its start."""
-    settings, shards = run.config.buffer, run.train.n_shards
-    total = settings.buffer_tokens or default_buffer_tokens(run.capture.widths, run.model)
+    shards = run.train.n_shards
     owned = [shard for shard in range(shards) if shard % distributed.world_size() == distributed.rank()]
     seed = run.config.loader.shuffle_seed
-    return MixingBuffer(run.reader, run.train.read, owned, shards, max(1, total // shards), seed)
+    return MixingBuffer(run.reader, run.train.read, owned, shards, max(1, buffer_tokens(run) // shards), seed)
 
 
-def default_buffer_tokens(widths: dict[str, int], model: BaseModel) -> int:
-    """Tokens of the mixing buffer: the default, or what MAX_BUFFER_BYTES holds of several hookpoints."""
-    per_token = sum(widths.values()) * model.dtype.itemsize
-    return max(CALIBRATION_TOKENS, min(DEFAULT_BUFFER_TOKENS, MAX_BUFFER_BYTES // per_token))
+def buffer_tokens(run: Prepared) -> int:
+    """Tokens of the mixing buffer: as asked, else the default, or what MAX_BUFFER_BYTES holds of several hookpoints."""
+    per_token = sum(run.capture.widths.values()) * run.model.dtype.itemsize
+    default = max(CALIBRATION_TOKENS, min(DEFAULT_BUFFER_TOKENS, MAX_BUFFER_BYTES // per_token))
+    return run.config.buffer.buffer_tokens or default
 
 
 def read_sample(run: Prepared) -> Any:
@@ -211,19 +235,20 @@ def held_out_batches(run: Prepared) -> Iterator[dict[str, Tensor]]:
 
 def resolved(run: Prepared) -> RunConfig:
     """The settings with everything filled in that was found out, for ``config.yaml``."""
-    config = run.config
-    where = config.where
+    config, where = run.config, run.config.where
     if where.hookpoints is None:
-        where = dataclasses.replace(
-            where, layers=tuple(int(name.rsplit(".", 1)[1]) for name in run.hookpoints), layer_stride=None
-        )
+        layers = tuple(int(name.rsplit(".", 1)[1]) for name in run.hookpoints)
+        where = dataclasses.replace(where, layers=layers, layer_stride=None)
+    dead = config.dead
+    if dead.dead_feature_threshold is None:
+        dead = dataclasses.replace(dead, dead_window_tokens=dead.window(config.train.max_tokens))
+    dtype = next(name for name, dtype in DTYPES.items() if dtype is run.model.dtype)
     return dataclasses.replace(
         config,
         where=where,
+        dead=dead,
         tokens=dataclasses.replace(config.tokens, ctx_len=run.framing.ctx_len),
-        base=dataclasses.replace(
-            config.base,
-            dtype=next(name for name, dtype in DTYPES.items() if dtype is run.model.dtype),
-            device=str(run.model.device),
-        ),
+        base=dataclasses.replace(config.base, dtype=dtype, device=str(run.model.device)),
+        buffer=dataclasses.replace(config.buffer, buffer_tokens=buffer_tokens(run)),
+        optim=dataclasses.replace(config.optim, lr_warmup_steps=warmup_steps(config.optim, run.plan.steps)),
     )

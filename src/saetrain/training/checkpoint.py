@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -63,7 +64,7 @@ def save_checkpoint(
 ) -> Path:
     """Write ``folder/step_<step>``, and drop all but the last few.
 
-    Raises OSError (disk full); the checkpoints before it are then as they were.
+    Raises OSError or SafetensorError (disk full); the checkpoints before it are then as they were.
     """
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step_{step:09d}"
@@ -82,7 +83,7 @@ def save_checkpoint(
         shutil.rmtree(final, ignore_errors=True)
         os.replace(temporary, final)
         fsync_dir(folder)
-    except OSError:
+    except (OSError, SafetensorError):
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     for old in list_checkpoints(folder)[:-KEPT]:

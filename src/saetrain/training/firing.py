@@ -90,6 +90,10 @@ class FiringTracker:
             self._current_tokens = 0
         self._current += self._step
         self._current_tokens += self._step_tokens
+        self.drop_step()
+
+    def drop_step(self) -> None:
+        """Forget the step under way."""
         self._step.zero_()
         self._step_tokens = 0
 

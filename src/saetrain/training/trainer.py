@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -19,6 +21,12 @@ from saetrain.types import CoderOutput, Progress
 
 Batch = Mapping[str, Tensor]
 
+SPIKE_FACTOR = 100.0
+SPIKE_WINDOW = 101
+"""Steps that the running median is taken of."""
+SPIKE_MIN = 5
+"""Steps before which a jump is not judged."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
@@ -32,6 +40,8 @@ class TrainSettings:
     """Micro-steps per optimizer step."""
     loss_fn: Literal["mse", "fvu", "ce", "kl"] = "mse"
     """`mse` and `fvu` train alike and are logged in raw units and as a fraction; `ce` and `kl` come later."""
+    on_spike: Literal["stop", "skip"] = "stop"
+    """What to do when a loss is not finite or 100 times its running median: stop the run, or leave the step out."""
     init_seeds: tuple[int, ...] = (42,)
     """Seeds of the initial weights; several train one SAE each in the same pass."""
 
@@ -43,6 +53,15 @@ class TrainSettings:
             raise SaetrainError(f"--init_seeds {list(self.init_seeds)}: give one or more different numbers from 0")
         if self.loss_fn in ("ce", "kl"):
             raise SaetrainError(f"--loss_fn {self.loss_fn}: end-to-end losses are not built yet; use mse or fvu")
+
+
+class Spike(Exception):
+    """A loss that is not finite or has jumped; ``facts`` say where."""
+
+    def __init__(self, sae: str, step: int, loss: float, median: float | None) -> None:
+        self.facts = {"sae": sae, "step": step, "loss": repr(loss), "running_median": median}
+        usual = f", {loss / median:.0f} times its running median {median:.4g}" if median and math.isfinite(loss) else ""
+        super().__init__(f"{sae}: the loss of step {step} is {loss:.4g}{usual}")
 
 
 @dataclass
@@ -81,6 +100,7 @@ class SaeTrainer:
         self.data_variance = torch.tensor(data_variance, device=device)
         self.residual_variance = self.data_variance.clone()
         self.sums: StepSums | None = None
+        self._recent: deque[float] = deque(maxlen=SPIKE_WINDOW)
         self.grad_norm = torch.zeros((), device=device)
 
     def micro_step(self, raw_ND: Tensor, progress: Progress) -> None:
@@ -105,10 +125,32 @@ class SaeTrainer:
         sums.active += output.codes.l0().sum()
         sums.tokens += len(residual)
 
+    def spike(self, name: str, step: int) -> Spike | None:
+        """What is wrong with the loss or gradient of the step, before it is applied."""
+        assert self.sums is not None
+        self.grad_norm = self.optimizer.project()
+        loss = float(sum(self.sums.losses.values()))
+        median = statistics.median(self._recent) if len(self._recent) >= SPIKE_MIN else None
+        if not math.isfinite(loss) or not math.isfinite(float(self.grad_norm)):
+            return Spike(name, step, loss if not math.isfinite(loss) else float("nan"), median)
+        if median is not None and loss > SPIKE_FACTOR * median:
+            return Spike(name, step, loss, median)
+        self._recent.append(loss)
+        return None
+
+    def recent_losses(self) -> list[float]:
+        """The losses that the running median is taken of."""
+        return list(self._recent)
+
+    def drop_step(self) -> None:
+        """Forget the step's gradients and counts."""
+        self.optimizer.drop()
+        self.firing.drop_step()
+
     def finish_step(self, lr: float) -> None:
         """Apply the gradients, close the firing counts, and hand the residual's variance to the next step."""
         assert self.sums is not None
-        self.grad_norm = self.optimizer.step(lr)
+        self.optimizer.step(lr, self.grad_norm)
         self.firing.finish_step()
         mean = self.sums.residual / self.sums.tokens
         self.residual_variance = self.sums.residual_square / self.sums.tokens - mean.pow(2).sum()
@@ -139,8 +181,9 @@ class SaeTrainer:
         }
 
     @torch.no_grad()
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Take back what :meth:`state` gave."""
+    def restore(self, state: Mapping[str, Tensor], recent_losses: list[float]) -> None:
+        """Take back what :meth:`state` and :meth:`recent_losses` gave."""
+        self._recent.extend(recent_losses)
         parts: dict[str, dict[str, Tensor]] = {"coder": {}, "optimizer": {}, "firing": {}}
         for name, value in state.items():
             if "." in name:
@@ -169,8 +212,11 @@ class Trainer:
         """Activations trained on so far, over all ranks."""
         return self.step * self.tokens_per_step
 
-    def train_step(self, micro_batches: Callable[[int], Batch]) -> None:
-        """One optimizer step of every SAE. ``micro_batches(i)`` gives raw activations {hookpoint: (n, D)}."""
+    def train_step(self, micro_batches: Callable[[int], Batch]) -> list[Spike]:
+        """One optimizer step of every SAE. ``micro_batches(i)`` gives raw activations {hookpoint: (n, D)}.
+
+        Gives the spikes that left an SAE's step out; raises the first one where ``on_spike`` is ``stop``.
+        """
         progress = {name: self._progress(sae) for name, sae in self.saes.items()}
         factor = lr_factor(self.step, self.steps, self._warmup)
         for sae in self.saes.values():
@@ -179,9 +225,28 @@ class Trainer:
             batch = micro_batches(self.step * self.settings.grad_acc_steps + micro)
             for name, sae in self.saes.items():
                 sae.micro_step(batch[sae.hookpoint], progress[name])
-        for sae in self.saes.values():
-            sae.finish_step(sae.peak_lr * factor)
+        spikes = self._spikes()
+        for name, sae in self.saes.items():
+            if name in spikes:
+                sae.drop_step()
+            else:
+                sae.finish_step(sae.peak_lr * factor)
         self.step += 1
+        return list(spikes.values())
+
+    def _spikes(self) -> dict[str, Spike]:
+        found = {
+            name: spike for name, sae in self.saes.items() if (spike := sae.spike(name, self.step + 1)) is not None
+        }
+        if found and self.settings.on_spike == "stop":
+            self.drop_step()
+            raise next(iter(found.values()))
+        return found
+
+    def drop_step(self) -> None:
+        """Forget what the step under way has added up."""
+        for sae in self.saes.values():
+            sae.drop_step()
 
     def _progress(self, sae: SaeTrainer) -> Progress:
         return Progress(
@@ -199,17 +264,6 @@ class Trainer:
         return {
             name: {**sae.metrics(self.settings.loss_fn), "lr": sae.peak_lr * factor} for name, sae in self.saes.items()
         }
-
-    def check_finite(self) -> None:
-        """SaetrainError when a loss of the step just done is not finite."""
-        for name, sae in self.saes.items():
-            assert sae.sums is not None
-            for term, value in sae.sums.losses.items():
-                if not math.isfinite(float(value)):
-                    raise SaetrainError(
-                        f"{name}: the loss ({term}) is not finite at step {self.step}; "
-                        f"a lower --lr (now {sae.peak_lr:g}) usually mends it"
-                    )
 
 
 class Throughput:

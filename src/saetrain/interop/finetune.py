@@ -1,0 +1,93 @@
+"""A saved SAE of any of the three layouts as the start of a new training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from saetrain.coders.topk import TopK
+from saetrain.errors import SaetrainError
+from saetrain.interop import saelens, sparsify
+
+NORM_TOLERANCE = 1e-3
+"""Relative spread of decoder norms up to which one common factor stands for all."""
+
+
+def load_for_finetune(path: str, hookpoint: str, coder: TopK) -> None:
+    """Put the weights of the SAE in ``path`` (or in ``path/hookpoint``) into ``coder``, for raw activations.
+
+    Raises SaetrainError when there is none, when it is of another kind or size, or when its decoder can't be brought
+    to unit norm without changing what it computes.
+    """
+    folder = Path(path)
+    if not (folder / "cfg.json").exists() and (folder / hookpoint / "cfg.json").exists():
+        folder = folder / hookpoint
+    config, weights = _read(folder)
+    k = config.get("k")
+    if k != coder.k:
+        raise SaetrainError(f"--finetune {folder}: its k is {k}, --k is {coder.k}; give --k {k}")
+    _check_shapes(folder, weights, coder)
+    _to_unit_norm(folder, weights, bool(config.get("rescale_acts_by_decoder_norm")))
+    with torch.no_grad():
+        for name, parameter in coder.named_parameters():
+            parameter.copy_(weights[name])
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(cfg.json, the four tensors in our layout and fp32, for an encoder that subtracts b_dec)."""
+    try:
+        config = json.loads((folder / "cfg.json").read_text())
+    except (OSError, ValueError) as error:
+        raise SaetrainError(f"--finetune {folder}: holds no SAE (no readable cfg.json)") from error
+    try:
+        if (folder / saelens.WEIGHTS).exists():
+            return config, saelens.read(config, load_file(folder / saelens.WEIGHTS))
+        if (folder / sparsify.WEIGHTS).exists():
+            return config, sparsify.read(config, load_file(folder / sparsify.WEIGHTS))
+    except SafetensorError as error:
+        raise SaetrainError(f"--finetune {folder}: its weights are broken or cut short: {error}") from error
+    except KeyError as error:
+        raise SaetrainError(f"--finetune {folder}: its weights lack the tensor {error}") from error
+    except ValueError as error:
+        raise SaetrainError(f"--finetune {folder}: {error}") from error
+    raise SaetrainError(f"--finetune {folder}: holds neither {saelens.WEIGHTS} nor {sparsify.WEIGHTS}")
+
+
+def _check_shapes(folder: Path, weights: dict[str, Tensor], coder: TopK) -> None:
+    latents, width = weights["W_dec"].shape
+    if width != coder.d_in:
+        raise SaetrainError(
+            f"--finetune {folder}: its width is {width}, the hookpoint's {coder.d_in}; was it made for another model?"
+        )
+    if latents != coder.num_latents:
+        raise SaetrainError(
+            f"--finetune {folder}: it has {latents} latents, the settings ask for {coder.num_latents}; "
+            f"give --num_latents {latents}"
+        )
+
+
+def _to_unit_norm(folder: Path, weights: dict[str, Tensor], ranked_by_norm: bool) -> None:
+    """Move the decoder rows' norms into the encoder, where that leaves the top k of every token as it was.
+
+    It does when all norms are one constant, or when the SAE ranks latents by value times norm.
+    """
+    norms = weights["W_dec"].norm(dim=1)
+    if bool((norms <= 0).any()):
+        raise SaetrainError(f"--finetune {folder}: {int((norms <= 0).sum())} of its decoder rows are zero")
+    spread = float((norms.max() - norms.min()) / norms.mean())
+    if not ranked_by_norm:
+        if spread > NORM_TOLERANCE:
+            raise SaetrainError(
+                f"--finetune {folder}: its decoder rows have norms from {norms.min():.3g} to {norms.max():.3g}; "
+                "bringing them to 1 would change which latents are the k largest"
+            )
+        norms = norms.mean().expand_as(norms)
+    weights["W_enc"] *= norms
+    weights["b_enc"] *= norms
+    weights["W_dec"] /= weights["W_dec"].norm(dim=1, keepdim=True)

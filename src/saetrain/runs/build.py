@@ -1,0 +1,99 @@
+"""The SAEs of a run, from the start, from a saved SAE, or from a checkpoint."""
+
+from __future__ import annotations
+
+import torch
+
+from saetrain.activations.normalize import Normalizer, calibrate
+from saetrain.coders.folding import unfold_
+from saetrain.coders.topk import TopK
+from saetrain.config import RunConfig
+from saetrain.interop.finetune import load_for_finetune
+from saetrain.logs.console import say
+from saetrain.optim import Optimizer, resolve_lr, warmup_steps
+from saetrain.runs.prepare import Prepared, read_sample
+from saetrain.training.checkpoint import Checkpoint
+from saetrain.training.firing import FiringTracker
+from saetrain.training.trainer import SaeTrainer, Trainer
+
+
+def build_trainer(run: Prepared, checkpoint: Checkpoint | None) -> tuple[Trainer, dict[str, Normalizer]]:
+    """The trainer of every hookpoint and seed, and the constants of each hookpoint's inputs."""
+    normalizers = measure(run) if checkpoint is None else restored(run, checkpoint)
+    saes: dict[str, SaeTrainer] = {}
+    for hookpoint, normalizer in normalizers.items():
+        for number, seed in enumerate(run.config.train.init_seeds):
+            name = hookpoint if number == 0 else f"{hookpoint}/seed{seed}"
+            coder = make_coder(run, hookpoint, normalizer, seed, fresh=checkpoint is None)
+            saes[name] = make_sae(run, hookpoint, coder, normalizer)
+            if checkpoint is not None:
+                saes[name].restore(checkpoint.tensors[name], checkpoint.values["losses"][name])
+    warmup = warmup_steps(run.config.optim, run.plan.steps)
+    trainer = Trainer(saes, run.config.train, tokens=run.plan.tokens_per_step, warmup=warmup)
+    trainer.step = checkpoint.values["step"] if checkpoint else 0
+    return trainer, normalizers
+
+
+def measure(run: Prepared) -> dict[str, Normalizer]:
+    """Constants of each hookpoint's inputs, from the first training tokens."""
+    say("measuring centre and scale of the activations")
+    sample = read_sample(run)
+    normalizers = calibrate(sample, run.reader.limits)
+    kept = len(sample)
+    for name, normalizer in normalizers.items():
+        outliers = int((sample.values[name].float().norm(dim=1) > normalizer.norm_limit).sum())
+        say(
+            f"{name}: width {len(normalizer.mean)}, ‖mean‖/‖std‖ {normalizer.mean_to_std:.2f}, "
+            f"{outliers / kept:.2%} of tokens left out as norm outliers"
+        )
+    return normalizers
+
+
+def restored(run: Prepared, checkpoint: Checkpoint) -> dict[str, Normalizer]:
+    """The constants that a checkpoint holds."""
+    normalizers = {}
+    for name in run.hookpoints:
+        values = checkpoint.values["normalizers"][name]
+        mean = checkpoint.tensors[f"normalizer:{name}"]["mean"].to(run.model.device)
+        limit = values["norm_limit"] if values["norm_limit"] is not None else float("inf")
+        normalizers[name] = Normalizer(mean, values["scale"], values["variance"], limit)
+    if run.config.buffer.exclude_sinks:
+        run.reader.limits = {name: normalizer.norm_limit for name, normalizer in normalizers.items()}
+    return normalizers
+
+
+def make_coder(run: Prepared, hookpoint: str, normalizer: Normalizer, seed: int, *, fresh: bool) -> TopK:
+    """A coder with initial weights, or with those of --finetune unfolded for centred and scaled inputs."""
+    settings, device = run.config.sae, run.model.device
+    width = len(normalizer.mean)
+    coder = TopK(width, settings.latents(width), settings.k, settings.auxk_alpha, seed).to(device)
+    if run.config.finetune is not None and fresh:
+        load_for_finetune(run.config.finetune, hookpoint, coder)
+        unfold_(coder, normalizer.mean, normalizer.scale)
+    return coder
+
+
+def make_sae(run: Prepared, hookpoint: str, coder: TopK, normalizer: Normalizer) -> SaeTrainer:
+    """The trainer of one coder."""
+    config: RunConfig = run.config
+    device: torch.device = run.model.device
+    lr, remark = resolve_lr(config.optim, coder.num_latents)
+    if remark:
+        say(f"{hookpoint}: {remark}")
+    optimizer = Optimizer(
+        dict(coder.named_parameters()),
+        config.optim,
+        project=coder.remove_parallel_gradient,
+        renormalize=coder.renormalize_decoder,
+    )
+    window = config.dead.window(config.train.max_tokens)
+    return SaeTrainer(
+        hookpoint,
+        coder,
+        normalizer,
+        optimizer,
+        FiringTracker(coder.num_latents, window, config.dead.dead_percentage_threshold, device),
+        data_variance=normalizer.scaled_variance,
+        raw_mse=normalizer.variance / coder.d_in,
+        lr=lr,
+    )

@@ -1,0 +1,76 @@
+"""What is said of a run: in the SAE's files, at its start, and at its end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from saetrain.activations.model import DTYPES
+from saetrain.logs.console import say
+from saetrain.runs.prepare import Prepared
+from saetrain.training.firing import alive_bound
+from saetrain.training.trainer import Trainer
+
+
+def about_run(run: Prepared, trainer: Trainer) -> dict[str, Any]:
+    """What every SAE's metadata say of model, text, token policy and training."""
+    config = run.config
+    return {
+        "model": config.model,
+        "model_revision": run.model.revision,
+        "model_weights_sha256": run.weights_sha256,
+        "model_dtype": next(name for name, dtype in DTYPES.items() if dtype is run.model.dtype),
+        "dataset": config.dataset,
+        "dataset_config": config.source.dataset_config,
+        "split": config.source.split,
+        **run.data,
+        "ctx_len": run.framing.ctx_len,
+        "causal": run.framing.causal,
+        "prepend_bos": run.framing.bos is not None,
+        "exclude_special_tokens": config.tokens.exclude_special_tokens,
+        "exclude_sinks": config.buffer.exclude_sinks,
+        "tokens_seen": trainer.tokens,
+        "steps": trainer.step,
+    }
+
+
+def hook_name(run: Prepared, hookpoint: str) -> str:
+    """TransformerLens' name of a causal model's residual stream, which SAELens expects; else the module's own."""
+    if run.model.causal and run.config.where.hookpoints is None:
+        return f"blocks.{hookpoint.rsplit('.', 1)[1]}.hook_resid_post"
+    return hookpoint
+
+
+def announce(run: Prepared, trainer: Trainer) -> None:
+    """The lines at the start: what will be trained on what, and what to know of it."""
+    plan, config = run.plan, run.config
+    rest = config.train.max_tokens - plan.tokens
+    say(
+        f"training {len(trainer.saes)} SAE{'s' if len(trainer.saes) > 1 else ''} for {plan.steps} steps of "
+        f"{plan.tokens_per_step:,} tokens ({plan.tokens:,} in all; {rest:,} of --max_tokens left over), "
+        f"{plan.epochs:.2f} passes over the text"
+    )
+    if config.dead.dead_feature_threshold is not None:
+        say("--dead_feature_threshold is deprecated: use --dead_window_tokens")
+    threshold = config.dead.dead_percentage_threshold
+    for name, sae in trainer.saes.items():
+        bound = alive_bound(config.sae.k, sae.coder.num_latents, threshold)
+        if bound > 0:
+            say(
+                f"{name}: with k = {config.sae.k} at most {int(config.sae.k / threshold):,} of "
+                f"{sae.coder.num_latents:,} latents can fire on {threshold:.3%} of tokens, so at least {bound:.1%} "
+                "count as dead by --dead_percentage_threshold whatever the training does"
+            )
+
+
+def summary(directory: Path, figures: dict[str, dict[str, float]]) -> None:
+    """The held-out figures of each SAE, and where things lie."""
+    print(f"{'SAE':<28} {'FVU':>7} {'expl.var':>9} {'L0':>7} {'never fired':>12} {'redundancy (random)':>20}")
+    for name, row in figures.items():
+        print(
+            f"{name:<28} {row['fvu']:7.4f} {row['explained_variance']:9.4f} {row['l0']:7.2f} "
+            f"{100 * row['dead_never_fired']:10.1f} % {row['decoder_redundancy_top100']:11.3f} "
+            f"({row['decoder_redundancy_top100_random']:.3f})"
+        )
+    tokens = next(iter(figures.values()))["tokens"]
+    print(f"on {tokens:,.0f} held-out tokens; run in {directory}, SAEs in {directory / 'sae'}")

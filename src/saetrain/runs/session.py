@@ -1,0 +1,192 @@
+"""A run under way: the trainer with its data, logs and folder, from its first step or a checkpoint to the end."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Literal
+
+from safetensors import SafetensorError
+
+from saetrain.activations.shuffle import MixingBuffer
+from saetrain.coders.folding import folded
+from saetrain.coders.topk import TopK
+from saetrain.config import to_flat
+from saetrain.errors import SaetrainError
+from saetrain.evaluation.heldout import Subject, evaluate
+from saetrain.files import write_json
+from saetrain.interop.directory import save_sae
+from saetrain.logs import Log
+from saetrain.logs.base import Record, RunInfo
+from saetrain.logs.console import ProgressLine, say
+from saetrain.runs.build import build_trainer
+from saetrain.runs.directory import CHECKPOINTS
+from saetrain.runs.metadata import about_run, announce, hook_name, summary
+from saetrain.runs.prepare import Prepared, held_out_batches, make_buffer, resolved
+from saetrain.runs.resume import identity
+from saetrain.training.checkpoint import MAX_MINUTES, Checkpoint, save_checkpoint
+from saetrain.training.stop import Stopped, StopWish
+from saetrain.training.trainer import Spike, Throughput
+
+SPIKE = "spike.json"
+
+
+class Session:
+    """Steps, logs, evaluations and checkpoints in their order."""
+
+    def __init__(self, prepared: Prepared, directory: Path, checkpoint: Checkpoint | None) -> None:
+        self.prepared, self.directory = prepared, directory
+        self.config = prepared.config
+        self.trainer, self.normalizers = build_trainer(prepared, checkpoint)
+        self.buffer: MixingBuffer = make_buffer(prepared)
+        if checkpoint is not None:
+            self.buffer.restore(checkpoint.values["buffer"])
+            say(f"resumed from {checkpoint.path} at step {self.trainer.step} of {self.trainer.steps}")
+        self.place = self.buffer.state()
+        self.settings = to_flat(resolved(prepared))
+        info = RunInfo(
+            directory=directory,
+            name=directory.name,
+            settings=self.settings,
+            resumed_step=checkpoint.values["step"] if checkpoint else None,
+            state=checkpoint.values["logs"] if checkpoint else {},
+        )
+        self.log = Log(self.config.logs, info)
+        self.saved_at, self.saved_step = time.monotonic(), checkpoint.values["step"] if checkpoint else None
+        self.stop = StopWish()
+
+    def train(self) -> None:
+        """Run the remaining steps, then evaluate and save the SAEs; exits where a signal asked for it."""
+        announce(self.prepared, self.trainer)
+        failed = True
+        try:
+            with self.stop:
+                finished = self._loop()
+                if finished:
+                    final = self.evaluate("final")
+                    self.save_saes(final)
+            failed = False
+        except (OSError, SafetensorError) as error:
+            raise SaetrainError(
+                f"writing to {self.directory} failed at step {self.trainer.step}: {error}; the last checkpoint is "
+                "whole: make room and start again with --resume"
+            ) from error
+        finally:
+            self.log.close(failed)
+        if not finished:
+            raise SystemExit(self.stop.exit_code)
+        summary(self.directory, final)
+
+    def _loop(self) -> bool:
+        """Whether all steps were done; False when a signal stopped it, with everything saved."""
+        trainer = self.trainer
+        line = ProgressLine(trainer.steps, trainer.step)
+        speed = Throughput(trainer.tokens)
+        try:
+            while trainer.step < trainer.steps and self.stop.signal is None:
+                if not self._step():
+                    break
+                line.update(trainer.step, self._log_step(speed))
+                if self._every(self.config.evaluation.eval_every) and trainer.step < trainer.steps:
+                    self.evaluate("eval")
+                if self._every(self.config.output.save_every) or trainer.step == trainer.steps or self._overdue():
+                    self.save()
+        finally:
+            line.close()
+        if trainer.step == trainer.steps:
+            return True
+        if self.saved_step != trainer.step:
+            self.save()
+        assert self.stop.signal is not None
+        say(f"stopped by {self.stop.signal.name} after step {trainer.step}; everything is saved, --resume goes on")
+        return False
+
+    def _step(self) -> bool:
+        """One optimizer step; False when it was dropped because of a signal."""
+        trainer, plan = self.trainer, self.prepared.plan
+        share = plan.tokens_per_step // self.config.train.grad_acc_steps
+        self.prepared.reader.between_batches = self.stop.check
+        try:
+            for spike in trainer.train_step(lambda micro: self.buffer.take(micro * share, share, plan.tokens)):
+                say(f"{spike}; the step is left out (--on_spike skip)")
+        except Stopped:
+            trainer.drop_step()
+            return False
+        except Spike as spike:
+            write_json(self.directory / SPIKE, {**spike.facts, "shards": self.place})
+            raise SaetrainError(
+                f"{spike}; the batch's place is in {self.directory / SPIKE}. The last checkpoint is kept: start again "
+                "with --resume --on_spike skip, or with a lower --lr under another --run_name"
+            ) from spike
+        finally:
+            self.prepared.reader.between_batches = None
+        self.place = self.buffer.state()
+        return True
+
+    def _every(self, steps: int) -> bool:
+        return steps > 0 and self.trainer.step % steps == 0
+
+    def _overdue(self) -> bool:
+        return time.monotonic() - self.saved_at > 60 * MAX_MINUTES
+
+    def _log_step(self, speed: Throughput) -> dict[str, float] | None:
+        """Log the step when a sink wants it; gives the first SAE's figures for the progress line."""
+        trainer = self.trainer
+        if not self.log.due(trainer.step) and trainer.step != trainer.steps:
+            return None
+        rate = speed.read(trainer.tokens)
+        saes = trainer.metrics()
+        self.log.write(Record("train", trainer.step, trainer.tokens, {"tokens_per_second": rate}, saes))
+        return {**next(iter(saes.values())), "tokens_per_second": rate}
+
+    def subjects(self) -> dict[str, Subject]:
+        """The SAEs as they would be saved now: folded, for raw activations."""
+        return {
+            name: Subject(
+                sae.hookpoint,
+                folded(sae.coder, self.normalizers[sae.hookpoint].mean, self.normalizers[sae.hookpoint].scale),
+                self.normalizers[sae.hookpoint].mean,
+            )
+            for name, sae in self.trainer.saes.items()
+        }
+
+    def evaluate(self, kind: Literal["eval", "final"]) -> dict[str, dict[str, float]]:
+        """Held-out figures of all SAEs, logged."""
+        figures = evaluate(
+            self.subjects(),
+            held_out_batches(self.prepared),
+            self.config.evaluation.eval_tokens,
+            self.config.dead.dead_percentage_threshold,
+        )
+        self.log.write(Record(kind, self.trainer.step, self.trainer.tokens, {}, figures))
+        return figures
+
+    def save(self) -> None:
+        """Write a checkpoint of everything that the rest of the run depends on."""
+        self.log.sync()
+        tensors = {name: sae.state() for name, sae in self.trainer.saes.items()}
+        tensors.update({f"normalizer:{name}": {"mean": value.mean} for name, value in self.normalizers.items()})
+        values = {
+            "settings": self.settings,
+            "identity": identity(self.prepared),
+            "normalizers": {name: value.constants() for name, value in self.normalizers.items()},
+            "losses": {name: sae.recent_losses() for name, sae in self.trainer.saes.items()},
+            "buffer": self.place,
+            "logs": self.log.state(),
+        }
+        save_checkpoint(self.directory / CHECKPOINTS, self.trainer.step, tensors, values)
+        self.saved_at, self.saved_step = time.monotonic(), self.trainer.step
+
+    def save_saes(self, figures: dict[str, dict[str, float]]) -> None:
+        """Write the directories of the finished SAEs."""
+        about = about_run(self.prepared, self.trainer)
+        for name, subject in self.subjects().items():
+            assert isinstance(subject.coder, TopK)
+            metadata = {
+                **about,
+                "hookpoint": subject.hookpoint,
+                "hook_name": hook_name(self.prepared, subject.hookpoint),
+                "norm_limit": self.prepared.reader.limits.get(subject.hookpoint),
+                "held_out_figures": figures[name],
+            }
+            save_sae(self.directory / "sae" / name, subject.coder, metadata, self.config.output.save_sparsify)

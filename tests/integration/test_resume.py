@@ -1,0 +1,115 @@
+"""A run that is killed and resumed ends as if nothing had happened, to the bit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SAVE_EVERY = 40
+STEPS = 400
+SETTINGS = (
+    f"--k 4 --num_latents 64 --batch_size 4 --ctx_len 32 --eval_tokens 600 --eval_every 90 --log_every 1 "
+    f"--max_tokens {STEPS * 128} --save_every {SAVE_EVERY} --buffer_tokens 4096 --dead_window_tokens 2000"
+)
+
+
+def start(out: Path, name: str, words: Sequence[str], **environment: str) -> subprocess.Popen[str]:
+    """The command line in a process of its own, with one thread so that many fit on the machine."""
+    command = [sys.executable, "-m", "saetrain", *words, "--save_dir", str(out), "--run_name", name]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process: subprocess.Popen[str], code: int = 0) -> str:
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == code, output
+    return output
+
+
+def steps_done(run: Path) -> int:
+    """Last step in the metrics file, whole lines only."""
+    path = run / "metrics.jsonl"
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return json.loads(lines[-1])["step"] if lines else 0
+
+
+def wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> None:
+    while steps_done(run) < step:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.002)
+
+
+def last_checkpoint(run: Path) -> int:
+    return max((int(path.name[5:]) for path in (run / "checkpoints").glob("step_*")), default=0)
+
+
+def fingerprint(run: Path) -> dict[str, str]:
+    """Hash of every weight file that the run left."""
+    files = sorted((run / "sae").rglob("*.safetensors"))
+    assert files
+    return {str(f.relative_to(run)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    """The metrics without timing figures."""
+    out = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for record in out:
+        record.pop("tokens_per_second", None)
+    return out
+
+
+def kill_and_resume(out: Path, name: str, words: Sequence[str], kills: int, seed: int, steps: int) -> None:
+    """Kill the run ``kills`` times at random steps, all but the first behind a checkpoint, and let it end."""
+    run, generator = out / name, random.Random(seed)
+    process = start(out, name, words)
+    reached = 0
+    for number in range(kills):
+        low = max(reached, SAVE_EVERY if number else 1)
+        target = generator.randint(low, low + max(1, (steps - low) // (kills - number + 1)))
+        wait_for_step(process, run, target)
+        time.sleep(generator.random() * 0.05)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        reached, saved = steps_done(run), last_checkpoint(run)
+        assert reached < steps
+        process = start(out, name, [*words, "--resume"])
+        if saved == 0:
+            continue
+        # The folder may hold a newer checkpoint than the one seen, never an older one.
+        for line in process.stdout or ():
+            if found := re.search(r"resumed from \S+ at step (\d+)", line):
+                resumed = int(found[1])
+                break
+        else:
+            pytest.fail("the run did not resume")
+        assert resumed >= saved > 0
+        assert reached - resumed <= SAVE_EVERY, "no more than save_every steps may be lost"
+    finish(process)
+
+
+@pytest.mark.parametrize(
+    ("model", "layers"), [("tiny_bert", "2"), ("tiny_gpt2", "0 2")], ids=["encoder-one-layer", "decoder-two-layers"]
+)
+def test_killed_at_random_moments_it_ends_with_the_same_bits(
+    model: str, layers: str, request: pytest.FixtureRequest, tmp_path: Path, topics_jsonl: str
+) -> None:
+    words = [request.getfixturevalue(model), topics_jsonl, *SETTINGS.split(), "--layers", *layers.split()]
+    whole = start(tmp_path, "whole", words)
+    kill_and_resume(tmp_path, "killed", words, kills=5, seed=len(layers), steps=STEPS)
+    finish(whole)
+    assert fingerprint(tmp_path / "killed") == fingerprint(tmp_path / "whole")
+    assert records(tmp_path / "killed") == records(tmp_path / "whole")
+    steps = [r["step"] for r in records(tmp_path / "killed") if r["kind"] == "train"]
+    assert steps == list(range(1, STEPS + 1))
