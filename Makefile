@@ -36,7 +36,7 @@ $(INTEROP)/installed: pyproject.toml constraints.txt
 	touch $@
 
 test-interop: $(INTEROP)/installed
-	$(INTEROP)/bin/python -m pytest tests/interop -m interop
+	$(INTEROP)/bin/python -m pytest tests/interop tests/integration/test_docs.py -m interop
 
 clean:
 	rm -rf $(VENV) $(INTEROP) demo output .pytest_cache .mypy_cache .ruff_cache

@@ -161,6 +161,11 @@ def read_yaml(path: str) -> dict[str, Any]:
     return {str(name).replace("-", "_"): value for name, value in values.items()}
 
 
+ONCE = ("resume", "overwrite", "force", "dry_run", "debug")
+"""Wishes of one start, which a file of settings must not repeat behind the user's back."""
+
+
 def write_yaml(path: Path, config: RunConfig) -> None:
-    """Write all settings, so that ``--config`` reads them back."""
-    write_atomic(path, yaml.safe_dump(to_flat(config), sort_keys=False, allow_unicode=True))
+    """Write the settings, so that ``--config`` reads them back."""
+    values = {name: value for name, value in to_flat(config).items() if name not in ONCE}
+    write_atomic(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))

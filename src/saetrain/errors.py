@@ -23,3 +23,14 @@ def did_you_mean(word: str, options: Iterable[str]) -> str:
     """`` Did you mean …?`` with the nearest names, or an empty string when nothing is near."""
     near = nearest(word, options)
     return f" Did you mean {' or '.join(near)}?" if near else ""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether ``error`` is what a CPU or GPU allocator raises when memory runs out."""
+    text = str(error)
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "DefaultCPUAllocator" in text
+        or "can't allocate memory" in text
+    )

@@ -55,6 +55,10 @@ class Codes:
     indices: Tensor | None
     n_latents: int
 
+    def rows(self, rows: slice) -> Codes:
+        """The code of some of the tokens."""
+        return Codes(self.values[rows], None if self.indices is None else self.indices[rows], self.n_latents)
+
     def dense(self) -> Tensor:
         """The code as (N, F)."""
         if self.indices is None:

@@ -112,16 +112,19 @@ def load_model(name: str, settings: ModelSettings) -> BaseModel:
     Raises SaetrainError for an unknown or unsupported model, for one whose weights are incomplete, and for a
     device that is not there.
     """
+    import transformers
     from transformers import AutoModel
 
+    transformers.utils.logging.disable_progress_bar()
     device = resolve_device(settings.device)
     dtype = DTYPES[settings.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
     config = load_config(name, settings)
     causal = check_architecture(name, config)
+    commit = _commit(name, settings.revision)
     module, info = _from_pretrained(
         AutoModel,
         name,
-        revision=settings.revision,
+        revision=commit or settings.revision,
         trust_remote_code=settings.trust_remote_code,
         dtype=dtype,
         output_loading_info=True,
@@ -139,11 +142,21 @@ def load_model(name: str, settings: ModelSettings) -> BaseModel:
         name=name,
         config=config,
         causal=causal,
-        max_positions=_max_positions(config),
+        max_positions=_max_positions(config, module),
         device=device,
         dtype=dtype,
-        revision=getattr(config, "_commit_hash", None),
+        revision=commit,
     )
+
+
+def _commit(name: str, revision: str | None) -> str | None:
+    """The hub's commit that the configuration was taken from, or None for a local folder."""
+    if os.path.isdir(name):
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(name, "config.json", revision=revision)
+    return Path(found).parent.name if isinstance(found, str) else None
 
 
 def _from_pretrained(cls: Any, name: str, **options: Any) -> Any:
@@ -170,13 +183,14 @@ def _explain(name: str, error: Exception) -> str:
     return f"model '{name}' could not be loaded: {type(error).__name__}: {text.splitlines()[0] if text else ''}"
 
 
-def _max_positions(config: Any) -> int | None:
+def _max_positions(config: Any, module: nn.Module) -> int | None:
     positions = getattr(config, "max_position_embeddings", None)
     if positions is None:
         return None
-    # RoBERTa's positions begin behind the padding index.
-    offset = (config.pad_token_id or 0) + 1 if config.model_type in ("roberta", "xlm-roberta", "camembert") else 0
-    return int(positions) - offset
+    tables = [m for name, m in module.named_modules() if name.endswith("position_embeddings")]
+    # The positions of RoBERTa's family and of MPNet begin behind the padding index.
+    padding = next((m.padding_idx for m in tables if isinstance(m, nn.Embedding)), None)
+    return int(positions) - (0 if padding is None else padding + 1)
 
 
 def weights_hash(model: BaseModel) -> str | None:

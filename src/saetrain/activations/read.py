@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from saetrain.activations.capture import ActivationCapture, length_batches, pad_batch
-from saetrain.errors import SaetrainError
+from saetrain.errors import SaetrainError, is_out_of_memory
 from saetrain.types import Sequence
 
 Keep = Callable[[Sequence], np.ndarray]
@@ -58,10 +58,23 @@ class ActivationReader:
                 keep[row, : len(sequence)] = self.keep(sequence)
             docs = np.concatenate([sequence.doc[keep[row, : len(sequence)]] for row, sequence in enumerate(chosen)])
             picked = torch.from_numpy(np.flatnonzero(keep)).to(device)
-            values = {
-                name: value.flatten(0, 1).index_select(0, picked) for name, value in self.capture(ids, mask).items()
-            }
+            captured = self._capture(ids, mask)
+            values = {name: value.flatten(0, 1).index_select(0, picked) for name, value in captured.items()}
             yield self._without_outliers(values, docs)
+
+    def _capture(self, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        try:
+            return self.capture(ids, mask)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            rows, length = ids.shape
+            advice = f"--model_batch_tokens from {self.batch_tokens} to {max(length, rows * length // 2)}"
+            if rows == 1:
+                advice = f"--ctx_len from {length} to {length // 2}"
+            raise SaetrainError(
+                f"out of memory while the model read {rows} x {length} tokens: lower {advice}"
+            ) from error
 
     def read(self, sequences: list[Sequence]) -> Activations:
         """All of ``sequences`` at once."""

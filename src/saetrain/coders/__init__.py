@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from saetrain.coders.base import SparseCoder
 from saetrain.coders.topk import TopK
 
-CODERS: dict[str, type[SparseCoder]] = {"topk": TopK}
+CODERS = {"topk": TopK}
 """Architecture name (as written in ``cfg.json``) -> class."""

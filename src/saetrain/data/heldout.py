@@ -25,7 +25,7 @@ def split_rows(table: TokenTable, rows: np.ndarray, tokens: int) -> tuple[np.nda
     Documents are taken in the order of their text's hash until ``tokens`` tokens (at least 20k) are held out, and
     never more than a tenth. Where single documents are too long for that, rows are taken instead.
     """
-    lengths = table.lengths[rows]
+    lengths = table.lengths[rows] - table.special_counts[rows]
     limit = int(lengths.sum() * MAX_SHARE)
     target = min(max(tokens, MIN_TOKENS), limit)
     chosen = _smallest_hashes(table.text_hash[rows], lengths, target, limit)

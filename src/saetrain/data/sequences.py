@@ -60,7 +60,11 @@ def _concat(parts: list[np.ndarray]) -> np.ndarray:
 
 
 class Sequences(ABC):
-    """A numbered set of sequences. ``text_tokens``: tokens of them that the token policy keeps, in all."""
+    """A numbered set of sequences.
+
+    ``text_tokens``: tokens of them that the token policy keeps, in all (a causal model's first positions count as
+    left out, whatever stands there).
+    """
 
     text_tokens: int
 

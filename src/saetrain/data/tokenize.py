@@ -21,7 +21,7 @@ from saetrain.types import shown_default
 if TYPE_CHECKING:
     import datasets
 
-FORMAT = 2
+FORMAT = 1
 """Part of the cache's fingerprint: raise it when what is stored changes."""
 DEFAULT_CTX_LEN = 512
 ROW_TOKENS = 4096
@@ -61,6 +61,9 @@ def load_tokenizer(name: str, revision: str | None, trust_remote_code: bool) -> 
         raise SaetrainError(
             f"model {name}: no tokenizer could be loaded from it: {str(error).splitlines()[0]}"
         ) from error
+    # Where a model comes without one, the library makes up a tokenizer that knows its special tokens alone.
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise SaetrainError(f"model {name}: it comes without a tokenizer's vocabulary; a tokenizer.json is needed")
     if not tokenizer.is_fast:
         raise SaetrainError(f"model {name}: its tokenizer is a slow one; a tokenizer.json is needed")
     return tokenizer
@@ -214,8 +217,8 @@ def _frame(ids: np.ndarray, framing: Framing) -> tuple[np.ndarray, np.ndarray]:
     after = [] if framing.eos is None or ids[-1] == framing.eos else [framing.eos]
     framed = np.concatenate([np.array(before, dtype=np.int64), ids, np.array(after, dtype=np.int64)])
     special = np.zeros(len(framed), dtype=bool)
-    special[: len(before)] = True
-    special[len(framed) - len(after) :] = True
+    special[0] = framing.bos is not None
+    special[-1] = framing.eos is not None
     return framed, special
 
 

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from saetrain.coders import CODERS
 from saetrain.coders.topk import TopK
 from saetrain.errors import SaetrainError
 from saetrain.files import replacing, write_json
@@ -57,7 +58,7 @@ def load_sae(folder: Path) -> tuple[TopK, dict[str, Any]]:
     path = folder / saelens.WEIGHTS
     try:
         weights = load_file(path)
-        coder = TopK(config["d_in"], config["d_sae"], config["k"])
+        coder = CODERS[config["architecture"]](config["d_in"], config["d_sae"], config["k"])
     except FileNotFoundError as error:
         raise SaetrainError(f"{path}: is missing") from error
     except SafetensorError as error:

@@ -16,7 +16,8 @@ from saetrain.errors import SaetrainError
 from saetrain.interop import saelens, sparsify
 
 NORM_TOLERANCE = 1e-3
-"""Relative spread of decoder norms up to which one common factor stands for all."""
+"""Relative spread of decoder norms up to which one common factor stands for all (more where the file's own number
+format rounds by more)."""
 
 
 def load_for_finetune(path: str, hookpoint: str, coder: TopK) -> None:
@@ -33,14 +34,16 @@ def load_for_finetune(path: str, hookpoint: str, coder: TopK) -> None:
     if k != coder.k:
         raise SaetrainError(f"--finetune {folder}: its k is {k}, --k is {coder.k}; give --k {k}")
     _check_shapes(folder, weights, coder)
-    _to_unit_norm(folder, weights, bool(config.get("rescale_acts_by_decoder_norm")))
+    tolerance = max(NORM_TOLERANCE, 4 * torch.finfo(weights["W_dec"].dtype).eps)
+    weights = {name: value.float() for name, value in weights.items()}
+    _to_unit_norm(folder, weights, tolerance, ranked_by_norm=bool(config.get("rescale_acts_by_decoder_norm")))
     with torch.no_grad():
         for name, parameter in coder.named_parameters():
             parameter.copy_(weights[name])
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(cfg.json, the four tensors in our layout and fp32, for an encoder that subtracts b_dec)."""
+    """(cfg.json, the four tensors in our layout and the file's number format, for an encoder that subtracts b_dec)."""
     try:
         config = json.loads((folder / "cfg.json").read_text())
     except (OSError, ValueError) as error:
@@ -72,7 +75,7 @@ def _check_shapes(folder: Path, weights: dict[str, Tensor], coder: TopK) -> None
         )
 
 
-def _to_unit_norm(folder: Path, weights: dict[str, Tensor], ranked_by_norm: bool) -> None:
+def _to_unit_norm(folder: Path, weights: dict[str, Tensor], tolerance: float, *, ranked_by_norm: bool) -> None:
     """Move the decoder rows' norms into the encoder, where that leaves the top k of every token as it was.
 
     It does when all norms are one constant, or when the SAE ranks latents by value times norm.
@@ -82,7 +85,7 @@ def _to_unit_norm(folder: Path, weights: dict[str, Tensor], ranked_by_norm: bool
         raise SaetrainError(f"--finetune {folder}: {int((norms <= 0).sum())} of its decoder rows are zero")
     spread = float((norms.max() - norms.min()) / norms.mean())
     if not ranked_by_norm:
-        if spread > NORM_TOLERANCE:
+        if spread > tolerance:
             raise SaetrainError(
                 f"--finetune {folder}: its decoder rows have norms from {norms.min():.3g} to {norms.max():.3g}; "
                 "bringing them to 1 would change which latents are the k largest"

@@ -46,13 +46,13 @@ def tensors(coder: TopK) -> dict[str, Tensor]:
 
 
 def read(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A TopK SAE of SAELens in our layout, in fp32; ValueError for what a TopK SAE of raw activations can't express."""
+    """A TopK SAE of SAELens in our layout; ValueError for what a TopK SAE of raw activations can't express."""
     if config.get("architecture") != "topk":
         raise ValueError(f"its architecture is {config.get('architecture')!r}; only 'topk' can be trained on")
     for key in ("normalize_activations", "reshape_activations"):
         if config.get(key, "none") != "none":
             raise ValueError(f"its {key} is {config[key]!r}; only 'none' can be trained on")
-    out = {name: weights[name].float().clone() for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+    out = {name: weights[name].clone() for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
     if not config.get("apply_b_dec_to_input", True):
         out["b_enc"] += out["b_dec"] @ out["W_enc"]
     return out

@@ -38,15 +38,15 @@ def tensors(coder: TopK) -> dict[str, Tensor]:
 
 
 def read(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A TopK SAE of sparsify in our layout, in fp32; ValueError for what a TopK SAE can't express."""
+    """A TopK SAE of sparsify in our layout; ValueError for what a TopK SAE can't express."""
     if config.get("activation", "topk") != "topk":
         raise ValueError(f"its activation is {config['activation']!r}; only 'topk' can be trained on")
     for key in ("transcode", "skip_connection"):
         if config.get(key):
             raise ValueError(f"it is a transcoder or has a skip connection ({key}), which can't be trained on")
     return {
-        "W_enc": weights["encoder.weight"].float().T.contiguous(),
-        "b_enc": weights["encoder.bias"].float().clone(),
-        "W_dec": weights["W_dec"].float().clone(),
-        "b_dec": weights["b_dec"].float().clone(),
+        "W_enc": weights["encoder.weight"].T.contiguous(),
+        "b_enc": weights["encoder.bias"].clone(),
+        "W_dec": weights["W_dec"].clone(),
+        "b_dec": weights["b_dec"].clone(),
     }

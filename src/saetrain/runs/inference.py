@@ -24,10 +24,14 @@ BATCH_TOKENS = 4096
 
 @dataclass(frozen=True)
 class TokenCodes:
-    """The code of one text: ``tokens`` (S,) as strings, ``kept`` (S,) bool tokens that the SAE was trained on, and
-    ``codes`` of all S tokens."""
+    """The code of one text.
+
+    ``tokens`` (S,) as strings; ``offsets`` (S, 2) where each begins and ends in the text; ``kept`` (S,) bool, tokens
+    of a kind that the SAE was trained on; ``codes`` of all S tokens.
+    """
 
     tokens: list[str]
+    offsets: np.ndarray
     kept: np.ndarray
     codes: Codes
 
@@ -63,17 +67,23 @@ class SAE:
         not the one that the SAE was trained on.
         """
         model, tokenizer, capture, framing = self._base
-        sequences = [self._sequence(text, tokenizer, framing) for text in texts]
+        read = [self._sequence(text, tokenizer, framing) for text in texts]
+        sequences = [sequence for sequence, _ in read]
         out: dict[int, TokenCodes] = {}
         for numbers in length_batches(sequences, BATCH_TOKENS):
             ids, mask = pad_batch([sequences[n] for n in numbers], model.device)
-            values = capture(ids, mask)[self.about["hookpoint"]]
-            for row, number in enumerate(numbers):
-                sequence = sequences[number]
-                x = values[row, : len(sequence)].float()
+            x_ND = capture(ids, mask)[self.about["hookpoint"]][mask.bool()].float()
+            codes, start = self.encode(x_ND), 0
+            for number in numbers:
+                sequence, offsets = read[number]
+                rows = slice(start, start + len(sequence))
                 out[number] = TokenCodes(
-                    tokenizer.convert_ids_to_tokens(sequence.ids.tolist()), self._kept(sequence, x), self.encode(x)
+                    tokenizer.convert_ids_to_tokens(sequence.ids.tolist()),
+                    offsets,
+                    self._kept(sequence, x_ND[rows]),
+                    codes.rows(rows),
                 )
+                start += len(sequence)
         return [out[number] for number in range(len(texts))]
 
     @cached_property
@@ -94,13 +104,14 @@ class SAE:
     def _device(self) -> str:
         return str(self.coder.W_enc.device)
 
-    def _sequence(self, text: str, tokenizer: Any, framing: Framing) -> Sequence:
+    def _sequence(self, text: str, tokenizer: Any, framing: Framing) -> tuple[Sequence, np.ndarray]:
         encoded = tokenizer(
             text,
             truncation=True,
             max_length=framing.ctx_len,
             return_special_tokens_mask=True,
             split_special_tokens=True,
+            return_offsets_mapping=True,
         )
         kinds = np.asarray(encoded["special_tokens_mask"], dtype=np.uint8) * np.uint8(TokenKind.SPECIAL)
         if framing.causal and len(kinds):
@@ -108,7 +119,7 @@ class SAE:
         ids = np.asarray(encoded["input_ids"], dtype=np.int32)
         if not len(ids):
             raise SaetrainError(f"encode_text: the text {text!r} has no tokens")
-        return Sequence(ids, kinds, np.zeros(len(ids), dtype=np.int64))
+        return Sequence(ids, kinds, np.zeros(len(ids), dtype=np.int64)), np.asarray(encoded["offset_mapping"])
 
     def _kept(self, sequence: Sequence, x_SD: Tensor) -> np.ndarray:
         about = self.about

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,11 @@ def about_run(run: Prepared, trainer: Trainer) -> dict[str, Any]:
     """What every SAE's metadata say of model, text, token policy and training."""
     config = run.config
     return {
-        "model": config.model,
+        "model": location(config.model),
         "model_revision": run.model.revision,
         "model_weights_sha256": run.weights_sha256,
         "model_dtype": next(name for name, dtype in DTYPES.items() if dtype is run.model.dtype),
-        "dataset": config.dataset,
+        "dataset": location(config.dataset),
         "dataset_config": config.source.dataset_config,
         "split": config.source.split,
         **run.data,
@@ -32,6 +33,11 @@ def about_run(run: Prepared, trainer: Trainer) -> dict[str, Any]:
         "tokens_seen": trainer.tokens,
         "steps": trainer.step,
     }
+
+
+def location(name: str) -> str:
+    """A hub id as it is, a local path in full, so that the SAE's files can be used from anywhere."""
+    return str(Path(name).resolve()) if os.path.exists(name) else name
 
 
 def hook_name(run: Prepared, hookpoint: str) -> str:

@@ -31,6 +31,7 @@ from saetrain.data.tokenize import DEFAULT_CTX_LEN, Framing, load_tokenizer, tok
 from saetrain.errors import SaetrainError
 from saetrain.logs.console import say
 from saetrain.optim import warmup_steps
+from saetrain.runs.resources import check_memory
 
 CALIBRATION_TOKENS = 16_384
 """Tokens on which the inputs' centre, scale and norm limit are measured."""
@@ -72,6 +73,8 @@ class Prepared:
     data: dict[str, Any]
     """What the SAE's metadata say of the text."""
     plan: Plan
+    buffer_tokens: int
+    """Activations in the mixing buffer."""
     weights_sha256: str | None
     """Hash of the model's weight files."""
 
@@ -82,11 +85,14 @@ def prepare(config: RunConfig) -> Prepared:
     _announce_local(config)
     model = load_model(config.model, config.base)
     tokenizer = load_tokenizer(config.model, config.base.revision, config.base.trust_remote_code)
+    check_vocabulary(model, len(tokenizer))
     hookpoints = resolve_hookpoints(model, config.where)
     capture = ActivationCapture(model, hookpoints)
     for width in capture.widths.values():
         config.sae.latents(width)
     ctx_len = resolve_ctx_len(config, model)
+    buffer = buffer_tokens(config, model, capture.widths)
+    check_memory(config, model, capture.widths, ctx_len, buffer)
     framing = Framing.of(tokenizer, model.causal, ctx_len)
     train_rows, held_out, data = load_text(config, tokenizer, framing)
     exclude_sinks = config.buffer.exclude_sinks
@@ -105,16 +111,15 @@ def prepare(config: RunConfig) -> Prepared:
         held_out,
         data,
         plan,
+        buffer,
         weights_hash(model),
     )
 
 
 def _quiet_libraries() -> None:
-    """Without a terminal, other libraries' progress bars are noise in a log file."""
+    """Without a terminal, another library's progress bars are noise in a log file."""
     import datasets
-    import transformers
 
-    transformers.utils.logging.disable_progress_bar()
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
 
@@ -123,6 +128,16 @@ def _announce_local(config: RunConfig) -> None:
     for name, what in ((config.model, "model"), (config.dataset, "data set")):
         if os.path.exists(name):
             say(f"{what} {name}: the local path {Path(name).resolve()}")
+
+
+def check_vocabulary(model: BaseModel, tokens: int) -> None:
+    """SaetrainError when the tokenizer gives ids that the model has no embedding for."""
+    rows = model.module.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    if tokens > rows:
+        raise SaetrainError(
+            f"model {model.name}: its tokenizer has {tokens} tokens and the model embeddings for {rows}; "
+            "they do not belong together"
+        )
 
 
 def resolve_ctx_len(config: RunConfig, model: BaseModel) -> int:
@@ -148,8 +163,13 @@ def load_text(config: RunConfig, tokenizer: Any, framing: Framing) -> tuple[Sequ
     rows = distinct_rows(table) if source.distinct else np.arange(len(table))
     if source.held_out is not None:
         held = TokenTable(tokenize_rows(_sample(source), column, tokenizer, framing, procs))
-        held_out = sequences_of(held, np.arange(len(held)), framing, special)
+        held_rows = distinct_rows(held) if source.distinct else np.arange(len(held))
+        held_out = sequences_of(held, held_rows, framing, special)
+        fresh = ~np.isin(table.text_hash[rows], held.text_hash)
         how = f"split '{source.held_out_split}'"
+        if not fresh.all():
+            how += f"; {table.lengths[rows[~fresh]].sum():,} tokens of the same texts are not trained on"
+        rows = rows[fresh]
     else:
         rows, held_rows, how = split_rows(table, rows, config.evaluation.eval_tokens)
         held_out = sequences_of(table, held_rows, framing, special)
@@ -182,7 +202,7 @@ def _sample(source: Source) -> Any:
     if len(rows) <= MAX_HELD_OUT_ROWS:
         return rows
     chosen = np.random.default_rng(0).choice(len(rows), MAX_HELD_OUT_ROWS, replace=False)
-    return rows.select(np.sort(chosen)).flatten_indices()
+    return rows.select(np.sort(chosen))
 
 
 def make_plan(config: RunConfig, ctx_len: int, train_tokens: int) -> Plan:
@@ -203,14 +223,14 @@ def make_buffer(run: Prepared) -> MixingBuffer:
     shards = run.train.n_shards
     owned = [shard for shard in range(shards) if shard % distributed.world_size() == distributed.rank()]
     seed = run.config.loader.shuffle_seed
-    return MixingBuffer(run.reader, run.train.read, owned, shards, max(1, buffer_tokens(run) // shards), seed)
+    return MixingBuffer(run.reader, run.train.read, owned, shards, max(1, run.buffer_tokens // shards), seed)
 
 
-def buffer_tokens(run: Prepared) -> int:
+def buffer_tokens(config: RunConfig, model: BaseModel, widths: dict[str, int]) -> int:
     """Tokens of the mixing buffer: as asked, else the default, or what MAX_BUFFER_BYTES holds of several hookpoints."""
-    per_token = sum(run.capture.widths.values()) * run.model.dtype.itemsize
+    per_token = sum(widths.values()) * model.dtype.itemsize
     default = max(CALIBRATION_TOKENS, min(DEFAULT_BUFFER_TOKENS, MAX_BUFFER_BYTES // per_token))
-    return run.config.buffer.buffer_tokens or default
+    return config.buffer.buffer_tokens or default
 
 
 def read_sample(run: Prepared) -> Any:
@@ -218,6 +238,8 @@ def read_sample(run: Prepared) -> Any:
     each = -(-min(CALIBRATION_TOKENS, max(run.plan.train_tokens, 1)) // run.train.n_shards)
     sequences = [s for shard in range(run.train.n_shards) for s in run.train.read(shard, 0, each)[0]]
     sample = run.reader.read(sequences)
+    total = sum(map(len, sequences))
+    say(f"{1 - len(sample) / total:.1%} of the tokens are special or at position 0 of a causal model and left out")
     if run.config.buffer.exclude_sinks:
         run.reader.limits = norm_limits(sample)
     return sample
@@ -249,6 +271,6 @@ def resolved(run: Prepared) -> RunConfig:
         dead=dead,
         tokens=dataclasses.replace(config.tokens, ctx_len=run.framing.ctx_len),
         base=dataclasses.replace(config.base, dtype=dtype, device=str(run.model.device)),
-        buffer=dataclasses.replace(config.buffer, buffer_tokens=buffer_tokens(run)),
+        buffer=dataclasses.replace(config.buffer, buffer_tokens=run.buffer_tokens),
         optim=dataclasses.replace(config.optim, lr_warmup_steps=warmup_steps(config.optim, run.plan.steps)),
     )

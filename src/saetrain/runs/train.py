@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from saetrain import distributed
 from saetrain.activations.model import resolve_device
 from saetrain.config import RunConfig, write_yaml
@@ -30,5 +32,6 @@ def run(config: RunConfig) -> None:
     if checkpoint is not None:
         prepared = reconcile(prepared, checkpoint)
     session = Session(prepared, directory, checkpoint)
-    write_yaml(directory / CONFIG, resolved(session.prepared))
+    output = dataclasses.replace(config.output, run_name=directory.name)
+    write_yaml(directory / CONFIG, dataclasses.replace(resolved(session.prepared), output=output))
     session.train()

@@ -68,8 +68,9 @@ def save_checkpoint(
     """
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step_{step:09d}"
+    for left_over in folder.glob(".writing_*"):
+        shutil.rmtree(left_over, ignore_errors=True)
     temporary = folder / f".writing_{step:09d}"
-    shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir()
         names = {}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from saetrain.coders.base import SparseCoder
-from saetrain.errors import SaetrainError
+from saetrain.errors import SaetrainError, is_out_of_memory
 from saetrain.optim import Optimizer, lr_factor
 from saetrain.training.firing import FiringTracker
 from saetrain.types import CoderOutput, Progress
@@ -224,7 +224,7 @@ class Trainer:
         for micro in range(self.settings.grad_acc_steps):
             batch = micro_batches(self.step * self.settings.grad_acc_steps + micro)
             for name, sae in self.saes.items():
-                sae.micro_step(batch[sae.hookpoint], progress[name])
+                self._micro_step(name, batch[sae.hookpoint], progress[name])
         spikes = self._spikes()
         for name, sae in self.saes.items():
             if name in spikes:
@@ -233,6 +233,21 @@ class Trainer:
                 sae.finish_step(sae.peak_lr * factor)
         self.step += 1
         return list(spikes.values())
+
+    def _micro_step(self, name: str, raw_ND: Tensor, progress: Progress) -> None:
+        try:
+            self.saes[name].micro_step(raw_ND, progress)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            rows, accumulated = self.settings.batch_size, self.settings.grad_acc_steps
+            advice = f"--batch_size from {rows} to {rows // 2} and raise --grad_acc_steps to {2 * accumulated}"
+            if rows == 1:
+                advice = "--ctx_len, --num_latents or --expansion_factor"
+            raise SaetrainError(
+                f"{name}: out of memory in a step over {len(raw_ND)} tokens x "
+                f"{self.saes[name].coder.num_latents} latents: lower {advice}"
+            ) from error
 
     def _spikes(self) -> dict[str, Spike]:
         found = {

@@ -1,0 +1,106 @@
+"""Python's own documentation as texts: the chapters of its reference and the docstrings of its standard library.
+
+Python files are parsed and never imported, for importing some of them opens windows or browsers; only compiled modules,
+which have no source to parse, are imported.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import json
+import pkgutil
+import pydoc_data.topics
+import sys
+import sysconfig
+import warnings
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+SKIPPED_FOLDERS = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip", "site-packages", "dist-packages"}
+SKIPPED_MODULES = ("_test", "xx", "_xx")
+MIN_CHARACTERS = 20
+HELD_OUT_PARTS = 10
+"""One text in so many is held out."""
+
+Text = tuple[str, str]
+"""(where it stands, the text itself)."""
+
+
+def write(folder: Path) -> None:
+    """Write ``train.jsonl`` and ``test.jsonl`` to ``folder``; files that are right already are not touched."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines: dict[str, list[str]] = {"train": [], "test": []}
+    for name, text in distinct(gather()):
+        held_out = zlib.crc32(text.encode()) % HELD_OUT_PARTS == 0
+        lines["test" if held_out else "train"].append(json.dumps({"name": name, "text": text}) + "\n")
+    for split, content in lines.items():
+        path = folder / f"{split}.jsonl"
+        if not path.exists() or path.read_text() != "".join(content):
+            path.write_text("".join(content))
+
+
+def distinct(texts: Iterable[Text]) -> list[Text]:
+    """The first of each text, without regard to case and white space; very short ones are dropped."""
+    found: dict[str, Text] = {}
+    for name, text in texts:
+        key = " ".join(text.casefold().split())
+        if len(key) >= MIN_CHARACTERS:
+            found.setdefault(key, (name, inspect.cleandoc(text)))
+    return list(found.values())
+
+
+def gather() -> Iterator[Text]:
+    """Chapters, then the docstrings of Python files, then those of compiled modules."""
+    for name, text in sorted(pydoc_data.topics.topics.items()):
+        yield f"chapter '{name}'", text
+    library = Path(sysconfig.get_path("stdlib"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for path in sorted(library.rglob("*.py")):
+            inner = path.relative_to(library)
+            if not SKIPPED_FOLDERS & set(inner.parts):
+                yield from from_source(path, ".".join(inner.with_suffix("").parts).removesuffix(".__init__"))
+        compiled = {module.name for module in pkgutil.iter_modules([str(library / "lib-dynload")])}
+        for name in sorted(compiled | set(sys.builtin_module_names)):
+            if not name.startswith(SKIPPED_MODULES):
+                yield from from_compiled(name)
+
+
+def from_source(path: Path, module: str) -> Iterator[Text]:
+    """Docstrings of a file's module, classes and functions; none where it is no Python of this version."""
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError):
+        return
+    yield from _docstrings(tree, module)
+
+
+def _docstrings(node: Any, name: str) -> Iterator[Text]:
+    text = ast.get_docstring(node)
+    if text:
+        yield name, text
+    for child in node.body:
+        if isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield from _docstrings(child, f"{name}.{child.name}")
+
+
+def from_compiled(module: str) -> Iterator[Text]:
+    """Docstrings of a compiled module, its functions and classes, and their methods; none where it can't be loaded."""
+    try:
+        yield from _members(importlib.import_module(module), module, depth=2)
+    except ImportError:
+        return
+
+
+def _members(value: Any, name: str, depth: int) -> Iterator[Text]:
+    text = getattr(value, "__doc__", None)
+    if isinstance(text, str):
+        yield name, text
+    if depth and (inspect.ismodule(value) or inspect.isclass(value)):
+        for key, member in sorted(vars(value).items()):
+            if callable(member) or inspect.isdatadescriptor(member) or inspect.ismethoddescriptor(member):
+                yield from _members(member, f"{name}.{key}", depth - 1)

@@ -1,0 +1,65 @@
+"""Memory and disk that a run needs, beside what there is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+import torch
+
+from saetrain.activations.model import BaseModel
+from saetrain.config import RunConfig
+from saetrain.errors import SaetrainError
+
+FLOAT = 4
+CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+def sae_parameters(config: RunConfig, widths: dict[str, int]) -> int:
+    """Parameters of all SAEs of the run."""
+    each = (2 * width * config.sae.latents(width) + config.sae.latents(width) + width for width in widths.values())
+    return sum(each) * len(config.train.init_seeds)
+
+
+def memory_needed(config: RunConfig, model: BaseModel, widths: dict[str, int], ctx_len: int, buffer: int) -> int:
+    """Bytes beside the program: model, SAEs with gradients and two moments, mixing buffer, one micro-step's codes."""
+    weights = sum(p.numel() * p.element_size() for p in model.module.parameters())
+    saes = 4 * FLOAT * sae_parameters(config, widths)
+    mixing = min(buffer, config.train.max_tokens) * sum(widths.values()) * model.dtype.itemsize
+    widest = max(config.sae.latents(width) for width in widths.values())
+    return weights + saes + mixing + 3 * FLOAT * config.train.batch_size * ctx_len * widest
+
+
+def memory_there(device: torch.device) -> int:
+    """Bytes that this process can still take on ``device``, with what it holds already counted back in."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device)
+    free = psutil.virtual_memory().available
+    held = psutil.Process().memory_info().rss
+    for name in CGROUP_LIMITS:
+        limit = Path(name).read_text().strip() if Path(name).exists() else "max"
+        if limit.isdigit():
+            return min(free + held, int(limit))
+    return free + held
+
+
+def check_memory(config: RunConfig, model: BaseModel, widths: dict[str, int], ctx_len: int, buffer: int) -> None:
+    """SaetrainError when the run needs more memory than there is, unless --force."""
+    needed, there = memory_needed(config, model, widths, ctx_len, buffer), memory_there(model.device)
+    if needed <= there or config.force:
+        return
+    latents = ", ".join(sorted({f"{config.sae.latents(width):,}" for width in widths.values()}))
+    raise SaetrainError(
+        f"{latents} latents over {len(widths)} hookpoints need about {gib(needed)} of memory, and {gib(there)} are "
+        f"there on {model.device}; lower --expansion_factor (now {config.sae.expansion_factor}) or --num_latents, "
+        "take fewer --layers at once, or go on with --force"
+    )
+
+
+def gib(count: int) -> str:
+    """Bytes in the largest unit that leaves a number above 1."""
+    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count / 1024:.1f} KiB"

@@ -1,0 +1,254 @@
+"""What a user can get wrong: each ends with one short message and exit code 2, and leaves nothing that looks whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from saetrain.cli import main
+
+BASE = "--k 4 --num_latents 64 --batch_size 2 --ctx_len 32 --eval_tokens 500 --max_tokens 640"
+
+
+class Place:
+    """A working folder with a model and a text, to be spoilt."""
+
+    def __init__(self, folder: Path, bert: str, text: str) -> None:
+        self.folder = folder
+        self.model, self.text = str(folder / "model"), str(folder / "text.jsonl")
+        shutil.copytree(bert, self.model)
+        shutil.copy(text, self.text)
+
+    def config(self, **changes: object) -> None:
+        path = Path(self.model) / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.fixture
+def place(tmp_path: Path, tiny_bert: str, topics_jsonl: str) -> Place:
+    return Place(tmp_path, tiny_bert, topics_jsonl)
+
+
+def unknown_model(place: Place) -> list[str]:
+    place.model = "nobody/no-such-model"
+    return []
+
+
+def unknown_dataset(place: Place) -> list[str]:
+    place.text = "nobody/no-such-text"
+    return []
+
+
+def encoder_decoder(place: Place) -> list[str]:
+    from transformers import T5Config
+
+    shutil.rmtree(place.model)
+    T5Config(num_layers=2).save_pretrained(place.model)
+    return []
+
+
+def cut_short_model(place: Place) -> list[str]:
+    path = Path(place.model) / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:5000])
+    return []
+
+
+def no_tokenizer(place: Place) -> list[str]:
+    for path in Path(place.model).glob("*token*"):
+        path.unlink()
+    return []
+
+
+def missing_weights(place: Place) -> list[str]:
+    from safetensors.torch import load_file, save_file
+
+    path = Path(place.model) / "model.safetensors"
+    weights = {k: v for k, v in load_file(path).items() if "layer.5" not in k}
+    save_file(weights, path, metadata={"format": "pt"})
+    return []
+
+
+def not_finite(place: Place) -> list[str]:
+    from transformers import BertModel
+
+    model = BertModel.from_pretrained(place.model)
+    with torch.no_grad():
+        model.embeddings.word_embeddings.weight[1996] = float("inf")
+    model.save_pretrained(place.model)
+    return []
+
+
+def empty_file(place: Place) -> list[str]:
+    Path(place.text).write_text("")
+    return []
+
+
+def empty_rows(place: Place) -> list[str]:
+    Path(place.text).write_text('{"text": ""}\n{"text": "  "}\n')
+    return []
+
+
+def no_text(place: Place) -> list[str]:
+    Path(place.text).write_text('{"label": 1}\n{"label": 2}\n')
+    return []
+
+
+def one_short_row(place: Place) -> list[str]:
+    Path(place.text).write_text('{"text": "hello"}\n')
+    return []
+
+
+def broken_parquet(place: Place) -> list[str]:
+    place.text = str(place.folder / "t.parquet")
+    Path(place.text).write_bytes(b"PAR1 this is not parquet PAR1")
+    return []
+
+
+def odd_file(place: Place) -> list[str]:
+    place.text = str(place.folder / "t.docx")
+    Path(place.text).write_text("x")
+    return []
+
+
+def unwritable(place: Place) -> list[str]:
+    return ["--save_dir", place.model + "/config.json"]
+
+
+def flags(words: str) -> Callable[[Place], list[str]]:
+    return lambda place: words.split()
+
+
+CASES: dict[str, tuple[Callable[[Place], list[str]], str]] = {
+    "unknown model": (
+        unknown_model,
+        "model 'nobody/no-such-model' is neither a local path nor \\(whole\\) in the local cache",
+    ),
+    "unknown data set": (unknown_dataset, "data set 'nobody/no-such-text' is neither a local path"),
+    "encoder-decoder": (encoder_decoder, "'t5' is an encoder-decoder, which is not supported"),
+    "model file cut short": (cut_short_model, "could not be loaded"),
+    "no tokenizer": (no_tokenizer, "it comes without a tokenizer's vocabulary"),
+    "missing weights": (missing_weights, "its files lack 16 of the weights"),
+    "activations not finite": (not_finite, "activations at encoder.layer.0 are not finite on data set rows"),
+    "layer the model lacks": (flags("--layers 3 12"), "--layers 12: .* has 12 layers, 0 to 11"),
+    "pattern that matches nothing": (flags("--hookpoints encoder.layr.3"), "Did you mean encoder.layer.3"),
+    "module whose output is no activation": (flags("--hookpoints pooler"), "--hookpoints pooler: its output has shape"),
+    "k above the latents": (flags("--k 65"), "--k 65: more than the 64 latents"),
+    "context beyond the positions": (flags("--ctx_len 129"), "--ctx_len 129: .* has positions for at most 128 tokens"),
+    "less than a step": (flags("--max_tokens 63"), "--max_tokens 63: less than one optimizer step, which takes 64"),
+    "more memory than there is": (
+        flags("--num_latents 2000000000"),
+        r"2,000,000,000 latents .* need about [\d,.]+ GiB of memory, and .* are there .* --force",
+    ),
+    "no such device": (flags("--device cuda:7"), "--device cuda:7: this machine has 0 CUDA devices"),
+    "odd device": (flags("--device toaster"), "--device toaster: no such device"),
+    "unwritable folder": (unwritable, "--save_dir .*: can't write to"),
+    "empty file": (empty_file, "text.jsonl"),
+    "empty rows": (empty_rows, "the data set holds no text: 2 rows, all empty in column text"),
+    "no text column": (no_text, "no text column was found: the data set has label"),
+    "one short row": (one_short_row, "too small to train on and hold text out"),
+    "broken parquet": (broken_parquet, "t.parquet"),
+    "odd file": (odd_file, "files ending in '.docx' can't be read; allowed are .parquet"),
+    "unknown split": (flags("--split dev"), "--split dev: .* has no split 'dev'. It has: train"),
+    "unknown column": (flags("--text_column body"), "--text_column body: no such column"),
+    "broken settings file": (flags("--config nowhere.yaml"), "--config nowhere.yaml: can't be read"),
+    "fine-tuning from nothing": (flags("--finetune nowhere"), "--finetune nowhere: holds no SAE"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_message_and_exit_code(name: str, place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    spoil, message = CASES[name]
+    words = spoil(place)
+    out = place.folder / "out"
+    before = set(place.folder.iterdir())
+    with pytest.raises(SystemExit) as caught:
+        main([place.model, place.text, *BASE.split(), "--save_dir", str(out), "--run_name", "run", *words])
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("saetrain: error: ")]
+    assert caught.value.code == 2
+    assert len(errors) == 1
+    assert len(errors[0]) < 500, "short"
+    assert re.search(message, errors[0]), errors[0]
+    assert not list(out.rglob("cfg.json"))
+    assert not list(out.rglob("step_*"))
+    assert set(place.folder.iterdir()) - before <= {out}
+
+
+def test_the_original_pipeline_has_no_traceback_outside_debug(place: Place) -> None:
+    """In a real process, with everything that other libraries print."""
+    cut_short_model(place)
+    command = [sys.executable, "-m", "saetrain", place.model, place.text, "--save_dir", str(place.folder / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    done = subprocess.run([*command, "--debug"], capture_output=True, text=True, check=False)
+    assert "Traceback" in done.stderr
+
+
+def test_missing_extras_are_said_before_the_model_is_loaded(tmp_path: Path) -> None:
+    """With the packages hidden as if they were not installed."""
+    code = (
+        "import importlib.util, sys\nfind = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda n, *a: None if n in ('wandb', 'tensorboard') else find(n, *a)\n"
+        "from saetrain.cli import main\nmain(sys.argv[1:])"
+    )
+    for flag, extra in (("--log_to_wandb", "wandb"), ("--log_to_tensorboard", "tensorboard")):
+        command = [sys.executable, "-c", code, "no-model", "no-text", flag, "true", "--save_dir", str(tmp_path)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        assert f"pip install 'saetrain[{extra}]'" in done.stderr
+
+
+def test_force_goes_on(place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("saetrain.runs.resources.memory_there", lambda device: 1000)
+    words = [place.model, place.text, *BASE.split(), "--save_dir", str(place.folder / "out")]
+    with pytest.raises(SystemExit):
+        main(words)
+    assert "need about" in capsys.readouterr().err
+    main([*words, "--force"])
+
+
+LIMITED = """
+import resource, sys, torch
+import saetrain.runs.build as build
+from saetrain.cli import main
+torch.set_num_threads(1)
+measure = build.measure
+def limited(run):
+    now = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (now + int(sys.argv[1]) * 2**20,) * 2)
+    return measure(run)
+build.measure = limited
+main(sys.argv[2:])
+"""
+
+
+@pytest.mark.parametrize(
+    ("mebibytes", "words", "advice"),
+    [
+        (400, "--batch_size 64 --max_tokens 4096 --num_latents 100000 --k 4", "lower --batch_size from 64 to 32"),
+        (
+            60,
+            "--model_batch_tokens 4000000 --buffer_tokens 40000000 --max_tokens 4000000 --ctx_len 128",
+            "--model_batch_tokens from",
+        ),
+    ],
+)
+def test_out_of_memory_says_what_to_lower(mebibytes: int, words: str, advice: str, place: Place) -> None:
+    """With a real limit on what the process may take once model and text are there."""
+    base = [place.model, place.text, *BASE.split(), "--save_dir", str(place.folder / "out"), "--force"]
+    command = [sys.executable, "-c", LIMITED, str(mebibytes), *base, *words.split()]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert "out of memory" in done.stderr
+    assert advice in done.stderr, done.stderr[-1000:]

@@ -1,0 +1,76 @@
+"""``make demo`` at a small size: what it prints is what lies on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import saetrain
+
+DEMO = Path(__file__).parents[2] / "scripts" / "demo.py"
+
+
+def test_demo(tmp_path: Path) -> None:
+    """One test, for the demo takes half a minute and must not run once for each check."""
+    command = [sys.executable, str(DEMO), "--folder", str(tmp_path), "--tokens", "8192", "--texts", "150"]
+    environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    texts_are_real_distinct_and_enough(tmp_path)
+    the_printed_command_can_be_copied(done.stdout, tmp_path)
+    figures_are_those_on_disk(done.stdout, tmp_path)
+    shown_latents_follow_the_rule(done.stdout, tmp_path)
+
+
+def texts_are_real_distinct_and_enough(folder: Path) -> None:
+    rows = {split: read(folder / "text" / f"{split}.jsonl") for split in ("train", "test")}
+    texts = [" ".join(row["text"].casefold().split()) for split in rows.values() for row in split]
+    assert len(texts) == len(set(texts)) > 5000
+    assert sum(map(len, texts)) > 2_000_000
+    assert 0.05 < len(rows["test"]) / len(texts) < 0.15
+
+
+def the_printed_command_can_be_copied(printed: str, folder: Path) -> None:
+    from saetrain.cli import parse
+
+    command = re.search(r"^\S+ -m saetrain (.*?)\n\n", printed, re.DOTALL | re.MULTILINE)
+    assert command is not None, printed
+    config = parse(command[1].replace("\\\n", " ").split())
+    assert (config.dataset, config.where.layers, config.sae.k) == (str(folder / "text"), (3,), 32)
+
+
+def figures_are_those_on_disk(printed: str, folder: Path) -> None:
+    path = folder / "minilm_layer3" / "sae" / "encoder.layer.3"
+    figures = json.loads((path / "cfg.json").read_text())["saetrain"]["held_out_figures"]
+    assert figures["l0"] == pytest.approx(32, abs=0.01)
+    assert re.search(rf"fvu +{figures['fvu']:.3f} ", printed), printed
+    assert re.search(r"l0 +32\.00 .* of 3,072", printed), printed
+    for file in ("cfg.json", "sae_weights.safetensors", "sae.safetensors"):
+        assert f"kB  {path / file}" in printed
+    assert saetrain.load(path).num_latents == 3072
+
+
+def shown_latents_follow_the_rule(printed: str, folder: Path) -> None:
+    shown = re.findall(r"^  latent (\d+): fires on (\d+) tokens .* strength ([\d.]+)\n((?:.*«.*\n)+)", printed, re.M)
+    assert 1 <= len(shown) <= 6, printed
+    assert len({number for number, *_ in shown}) == len(shown)
+    known = {row["name"] for row in read(folder / "text" / "test.jsonl")}
+    for _, count, strength, lines in shown:
+        values = [float(line.split()[0]) for line in lines.splitlines()]
+        assert 5 <= int(count) <= 200
+        assert len(values) == 4
+        assert values == sorted(values, reverse=True)
+        assert sum(values) / 4 == pytest.approx(float(strength), abs=0.02)
+        for line in lines.splitlines():
+            assert re.search(r"«[^»]+»", line)
+            assert any(line.endswith("  " + name) for name in known), line
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]

@@ -1,0 +1,267 @@
+"""Stops, restarts, changed settings, damaged checkpoints and spikes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from saetrain.cli import main
+from saetrain.training.trainer import SaeTrainer
+from tests.integration.test_resume import (
+    SETTINGS,
+    STEPS,
+    fingerprint,
+    finish,
+    last_checkpoint,
+    records,
+    start,
+    wait_for_step,
+)
+
+SMALL = "--k 4 --num_latents 64 --batch_size 2 --ctx_len 32 --eval_tokens 500 --log_every 1 --buffer_tokens 1024"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, tiny_bert: str, topics_jsonl: str) -> Path:
+    """The uninterrupted run."""
+    out = tmp_path_factory.mktemp("whole")
+    finish(start(out, "whole", [tiny_bert, topics_jsonl, *SETTINGS.split()]))
+    return out / "whole"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_saves_the_step_and_loses_nothing(
+    number: signal.Signals, code: int, whole: Path, tmp_path: Path, tiny_bert: str, topics_jsonl: str
+) -> None:
+    words = [tiny_bert, topics_jsonl, *SETTINGS.split()]
+    run = tmp_path / "run"
+    process = start(tmp_path, "run", words)
+    wait_for_step(process, run, 57)
+    process.send_signal(number)
+    output = finish(process, code)
+    assert f"stopped by {number.name} after step" in output
+    assert "Traceback" not in output
+    done = [r["step"] for r in records(run) if r["kind"] == "train"][-1]
+    assert last_checkpoint(run) == done, "nothing that was logged is lost"
+    assert f"at step {done} of {STEPS}" in finish(start(tmp_path, "run", [*words, "--resume"]))
+    assert fingerprint(run) == fingerprint(whole)
+    assert records(run) == records(whole)
+
+
+def test_a_second_ctrl_c_ends_at_once(tmp_path: Path, tiny_bert: str, topics_jsonl: str) -> None:
+    process = start(tmp_path, "run", [tiny_bert, topics_jsonl, *SETTINGS.split(), "--max_tokens", "100000000"])
+    wait_for_step(process, tmp_path / "run", 3)
+    process.send_signal(signal.SIGSTOP)
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGCONT)
+    process.communicate(timeout=60)
+    assert process.returncode in (-signal.SIGINT, 0, 130)
+
+
+def test_torchrun_restarts_resume_by_themselves(whole: Path, tmp_path: Path, tiny_bert: str, topics_jsonl: str) -> None:
+    words = [tiny_bert, topics_jsonl, *SETTINGS.split(), "--overwrite"]
+    process = start(tmp_path, "run", words)
+    wait_for_step(process, tmp_path / "run", 90)
+    process.kill()
+    process.wait()
+    output = finish(start(tmp_path, "run", words, TORCHELASTIC_RESTART_COUNT="1"))
+    assert "resumed from" in output
+    assert fingerprint(tmp_path / "run") == fingerprint(whole)
+
+
+def copy(whole: Path, tmp_path: Path) -> Path:
+    """A finished run's folder whose checkpoints end before the last step."""
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    shutil.rmtree(run / "checkpoints" / f"step_{STEPS:09d}")
+    return run
+
+
+def resume(tmp_path: Path, model: str, data: str, *words: str) -> None:
+    main([model, data, *SETTINGS.split(), "--save_dir", str(tmp_path), "--run_name", "run", "--resume", *words])
+
+
+@pytest.mark.parametrize("harm", ["cut", "flip", "missing", "manifest"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
+    harm: str, whole: Path, tmp_path: Path, tiny_bert: str, topics_jsonl: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    last = run / "checkpoints" / f"step_{STEPS:09d}"
+    victim = last / ("manifest.json" if harm == "manifest" else "sae_000.safetensors")
+    content = bytearray(victim.read_bytes())
+    if harm == "missing":
+        victim.unlink()
+    elif harm == "flip":
+        content[len(content) // 2] ^= 1
+        victim.write_bytes(content)
+    else:
+        victim.write_bytes(content[: len(content) // 2])
+    resume(tmp_path, tiny_bert, topics_jsonl)
+    printed = capfd.readouterr().err
+    assert f"checkpoint {last} is damaged" in printed
+    assert f"at step {STEPS - 40} of {STEPS}" in printed
+    assert fingerprint(run) == fingerprint(whole)
+
+
+def test_resume_without_a_checkpoint_starts_fresh_and_says_so(
+    tmp_path: Path, tiny_bert: str, topics_jsonl: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = [*SMALL.split(), "--max_tokens", "640", "--save_dir", str(tmp_path), "--run_name", "run"]
+    main([tiny_bert, topics_jsonl, *words, "--resume"])
+    assert "holds no checkpoint, so the run starts from the beginning" in capfd.readouterr().err
+    assert (tmp_path / "run" / "sae" / "encoder.layer.0" / "cfg.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ("--k 5", "--k is 5 now and was 4"),
+        ("--lr 0.01", "--lr is 0.01 now and was 0.001"),
+        ("--shuffle_seed 1", "--shuffle_seed is 1"),
+        ("--layers 3", "--layers is"),
+        ("--batch_size 8", "--batch_size is 8"),
+        ("--dead_window_tokens 9", "--dead_window_tokens is 9"),
+        ("--buffer_tokens 100", "--buffer_tokens is 100"),
+        ("--max_tokens 12800", "--max_tokens 12800 is less than"),
+    ],
+)
+def test_settings_that_change_the_result_are_refused_by_name(
+    words: str,
+    named: str,
+    whole: Path,
+    tmp_path: Path,
+    tiny_bert: str,
+    topics_jsonl: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    copy(whole, tmp_path)
+    before = fingerprint(tmp_path / "run")
+    with pytest.raises(SystemExit) as caught:
+        resume(tmp_path, tiny_bert, topics_jsonl, *words.split())
+    assert caught.value.code == 2
+    assert named in capsys.readouterr().err
+    assert fingerprint(tmp_path / "run") == before
+
+
+def test_another_text_or_model_is_refused(
+    whole: Path, tmp_path: Path, tiny_bert: str, topics_jsonl: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy(whole, tmp_path)
+    other = tmp_path / "other.jsonl"
+    other.write_text(Path(topics_jsonl).read_text().replace("yield", "wield"))
+    with pytest.raises(SystemExit):
+        resume(tmp_path, tiny_bert, str(other))
+    assert "DATASET: its text is not" in capsys.readouterr().err
+    model = tmp_path / "model"
+    shutil.copytree(tiny_bert, model)
+    from transformers import BertModel
+
+    changed = BertModel.from_pretrained(model)
+    with torch.no_grad():
+        changed.embeddings.word_embeddings.weight[5] += 1
+    changed.save_pretrained(model)
+    with pytest.raises(SystemExit):
+        resume(tmp_path, str(model), topics_jsonl)
+    assert "MODEL: its weights are not" in capsys.readouterr().err
+
+
+def test_settings_that_cannot_change_the_result_are_taken(
+    whole: Path, tmp_path: Path, tiny_bert: str, topics_jsonl: str
+) -> None:
+    run = copy(whole, tmp_path)
+    copied = tmp_path / "renamed.jsonl"
+    shutil.copy(topics_jsonl, copied)
+    resume(tmp_path, tiny_bert, str(copied), "--log_every", "7", "--save_every", "1000")
+    assert fingerprint(run) == fingerprint(whole)
+
+
+def test_more_tokens_go_on_and_the_consequence_is_said(
+    whole: Path, tmp_path: Path, tiny_bert: str, topics_jsonl: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    resume(tmp_path, tiny_bert, topics_jsonl, "--max_tokens", str(2 * STEPS * 128))
+    assert "learning rate's last 20% of decay moves to the new end" in capfd.readouterr().err
+    train = [r for r in records(run) if r["kind"] == "train"]
+    assert [r["step"] for r in train] == list(range(1, 2 * STEPS + 1))
+    assert train[STEPS]["saes"]["encoder.layer.0"]["lr"] == pytest.approx(0.001), "the decay of the first end is undone"
+
+
+def test_a_config_of_the_run_resumes_it(whole: Path, tmp_path: Path) -> None:
+    run = copy(whole, tmp_path)
+    main(["--config", str(run / "config.yaml"), "--save_dir", str(tmp_path), "--run_name", "run", "--resume"])
+    assert fingerprint(run) == fingerprint(whole)
+
+
+def poisoned(monkeypatch: pytest.MonkeyPatch, step: int, factor: float) -> None:
+    """Make the activations of one step large (or not finite) behind the buffer, as a broken model run would."""
+    take, calls = SaeTrainer.micro_step, iter(range(1, 10_000))
+
+    def micro_step(self: SaeTrainer, raw_ND: torch.Tensor, progress: Any) -> None:
+        take(self, raw_ND * factor if next(calls) == step else raw_ND, progress)
+
+    monkeypatch.setattr(SaeTrainer, "micro_step", micro_step)
+
+
+@pytest.mark.parametrize("factor", [50.0, float("nan"), float("inf")])
+def test_a_spike_stops_the_run_and_keeps_the_last_checkpoint(
+    factor: float,
+    tmp_path: Path,
+    tiny_bert: str,
+    topics_jsonl: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    poisoned(monkeypatch, 17, factor)
+    words = [tiny_bert, topics_jsonl, *SMALL.split(), "--max_tokens", "1280", "--save_dir", str(tmp_path)]
+    with pytest.raises(SystemExit) as caught:
+        main([*words, "--run_name", "run", "--save_every", "10"])
+    assert caught.value.code == 2
+    assert "the loss of step 17 is" in capsys.readouterr().err
+    facts = json.loads((tmp_path / "run" / "spike.json").read_text())
+    assert (facts["step"], facts["sae"]) == (17, "encoder.layer.0")
+    assert len(facts["shards"]) == 16
+    assert last_checkpoint(tmp_path / "run") == 10
+    assert [r["step"] for r in records(tmp_path / "run")] == list(range(1, 17))
+
+
+def test_a_spike_can_be_skipped(
+    tmp_path: Path,
+    tiny_bert: str,
+    topics_jsonl: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    poisoned(monkeypatch, 17, 50.0)
+    words = [tiny_bert, topics_jsonl, *SMALL.split(), "--max_tokens", "1280", "--save_dir", str(tmp_path)]
+    main([*words, "--run_name", "run", "--on_spike", "skip"])
+    assert "the step is left out" in capfd.readouterr().err
+    fvu = {r["step"]: r["saes"]["encoder.layer.0"]["fvu"] for r in records(tmp_path / "run") if r["kind"] == "train"}
+    assert fvu[17] > 100
+    assert fvu[18] < 1.5, "the weights did not take the step"
+
+
+def test_nothing_is_left_of_a_run_that_never_began(tmp_path: Path, tiny_bert: str) -> None:
+    with pytest.raises(SystemExit):
+        main([tiny_bert, "no-such-file.jsonl", "--save_dir", str(tmp_path), "--run_name", "run"])
+    assert not any((tmp_path / "run").iterdir())
+    assert os.listdir(tmp_path) == ["run"]
+
+
+def test_finetuning_starts_where_the_saved_sae_ended(tmp_path: Path, tiny_bert: str, topics_jsonl: str) -> None:
+    words = [tiny_bert, topics_jsonl, *SMALL.split(), "--lr", "4e-3", "--save_dir", str(tmp_path)]
+    main([*words, "--max_tokens", "19200", "--run_name", "first"])
+    path = str(tmp_path / "first" / "sae" / "encoder.layer.0")
+    main([*words, "--max_tokens", "640", "--run_name", "second", "--finetune", path, "--lr_warmup_steps", "5"])
+    last = next(r for r in records(tmp_path / "first") if r["kind"] == "final")["saes"]["encoder.layer.0"]
+    first = records(tmp_path / "second")[0]["saes"]["encoder.layer.0"]
+    assert first["fvu"] == pytest.approx(last["fvu"], rel=0.15), "the folding was undone"

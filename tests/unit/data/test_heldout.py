@@ -1,0 +1,126 @@
+"""Held-out documents: the same ones for the same texts, copies on one side, enough of them and not too many."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+
+from saetrain.data.heldout import MAX_SHARE, MIN_TOKENS, distinct_rows, split_rows
+from saetrain.data.sequences import TokenTable
+from saetrain.data.text import TextColumn
+from saetrain.data.tokenize import Framing, tokenize_rows
+
+
+class Table:
+    """The columns of a token table that the split reads."""
+
+    def __init__(self, hashes: list[int], lengths: list[int], docs: list[int] | None = None) -> None:
+        self.text_hash = np.array(hashes, dtype=np.int64)
+        self.lengths = np.array(lengths, dtype=np.int64)
+        self.special_counts = np.zeros_like(self.lengths)
+        self.doc = np.arange(len(hashes)) if docs is None else np.array(docs, dtype=np.int64)
+
+
+def documents(count: int, length: int, seed: int = 0, copies: int = 1) -> Table:
+    """``count`` texts of about ``length`` tokens, each ``copies`` times, in a mixed order."""
+    rng = np.random.default_rng(seed)
+    hashes = rng.integers(0, 1 << 63, count)
+    lengths = rng.integers(length // 2, length * 3 // 2, count)
+    order = rng.permutation(np.repeat(np.arange(count), copies))
+    return Table(hashes[order].tolist(), lengths[order].tolist())
+
+
+def split(table: Table, tokens: int = 0) -> tuple[np.ndarray, np.ndarray, str]:
+    return split_rows(table, np.arange(len(table.doc)), tokens)  # type: ignore[arg-type]
+
+
+def test_copies_fall_on_one_side() -> None:
+    table = documents(400, 300, copies=3)
+    train, held, _ = split(table)
+    assert len(held) > 0
+    assert not set(table.text_hash[train]) & set(table.text_hash[held])
+    assert sorted([*train, *held]) == list(range(1200))
+
+
+@pytest.mark.parametrize(
+    ("count", "length", "asked"), [(2000, 300, 0), (2000, 300, 50_000), (700, 300, 100_000), (60, 4000, 0)]
+)
+def test_at_least_20k_tokens_where_the_data_have_them_and_at_most_a_tenth(count: int, length: int, asked: int) -> None:
+    table = documents(count, length)
+    _, held, _ = split(table, asked)
+    total, out = table.lengths.sum(), table.lengths[held].sum()
+    assert total * MAX_SHARE >= MIN_TOKENS
+    assert MIN_TOKENS <= out <= total * MAX_SHARE
+    assert out >= 0.9 * min(asked, total * MAX_SHARE)
+
+
+def test_real_documents_of_an_encoder_go_to_one_side_whole(wordpiece: Any, topics: list[str]) -> None:
+    # 465,000 characters, each document twice, once shouted: the same text to the hash.
+    rows = datasets.Dataset.from_dict({"text": [*topics, *(text.upper() for text in topics)]})
+    framing = Framing.of(wordpiece, False, 128)
+    table = TokenTable(tokenize_rows(rows, TextColumn("text", ("text",), ""), wordpiece, framing, 1))
+    train, held, how = split_rows(table, np.arange(len(table)), 0)
+    assert how.startswith("documents")
+    assert not set(table.doc[train]) & set(table.doc[held])
+    assert {int(doc) % len(topics) for doc in table.doc[held]}.isdisjoint(
+        int(d) % len(topics) for d in table.doc[train]
+    )
+    assert table.lengths[held].sum() >= 0.8 * min(MIN_TOKENS, table.lengths.sum() * MAX_SHARE)
+
+
+def test_small_data_hold_out_nearly_a_tenth() -> None:
+    table = documents(100, 50)
+    _, held, how = split(table)
+    share = table.lengths[held].sum() / table.lengths.sum()
+    assert 0.05 <= share <= MAX_SHARE
+    assert how.startswith("documents")
+
+
+def test_the_choice_is_a_function_of_the_texts_alone() -> None:
+    table = documents(300, 300, copies=2)
+    _, held, _ = split(table)
+    assert np.array_equal(held, split(table)[1])
+    order = np.random.default_rng(1).permutation(len(table.doc))
+    mixed = Table(table.text_hash[order].tolist(), table.lengths[order].tolist())
+    assert set(mixed.text_hash[split(mixed)[1]]) == set(table.text_hash[held])
+
+
+def parts(hashes: list[int], count: int, length: int) -> Table:
+    """Documents with these hashes, each stored in ``count`` rows of ``length`` tokens."""
+    rows = [(text, doc) for doc, text in enumerate(hashes) for _ in range(count)]
+    return Table([text for text, _ in rows], [length] * len(rows), [doc for _, doc in rows])
+
+
+def test_parts_are_held_out_where_documents_are_too_long() -> None:
+    table = parts([7, 8, 9], 500, 200)
+    train, held, how = split(table)
+    assert how.startswith("parts of documents")
+    assert MIN_TOKENS <= table.lengths[held].sum() <= table.lengths.sum() * MAX_SHARE
+    assert not set(train) & set(held)
+
+
+def test_parts_of_copies_fall_on_one_side_in_any_order() -> None:
+    def held_parts(table: Table) -> set[tuple[int, int]]:
+        numbers = np.arange(len(table.doc)) % 500
+        train, held, _ = split(table)
+        out = {(int(table.text_hash[row]), int(numbers[row])) for row in held}
+        assert not out & {(int(table.text_hash[row]), int(numbers[row])) for row in train}
+        return out
+
+    assert held_parts(parts([7, 8, 7], 500, 200)) == held_parts(parts([8, 7, 7], 500, 200))
+
+
+def test_a_single_document_of_a_decoder_can_be_parted() -> None:
+    table = parts([7], 60, 4096)
+    train, held, _ = split(table)
+    assert len(train) > len(held) > 0
+
+
+def test_distinct_rows_are_all_rows_of_the_first_document_with_each_text() -> None:
+    # Documents 0 and 5 are copies in two rows each; the rows of document 3 were empty and are not there.
+    table = Table([11, 11, 12, 11, 11, 13], [4, 2, 4, 4, 2, 9], [0, 0, 2, 5, 5, 6])
+    assert distinct_rows(table).tolist() == [0, 1, 2, 5]  # type: ignore[arg-type]
+    assert distinct_rows(Table([], [], [])).tolist() == []  # type: ignore[arg-type]

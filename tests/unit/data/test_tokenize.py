@@ -1,0 +1,254 @@
+"""Documents become ids once, whole, with the special tokens where the tokenizer itself would set them."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+
+from saetrain.data.sources import SourceSettings, open_source
+from saetrain.data.text import TextColumn, find_text_column
+from saetrain.data.tokenize import ROW_TOKENS, Framing, TokenSettings, load_tokenizer, text_hash, tokenize_rows
+from saetrain.errors import SaetrainError
+
+TEXT = TextColumn("text", ("text",), "")
+ENCODER = Framing(causal=False, ctx_len=32, bos=None, eos=None)
+
+
+def tokenize(
+    texts: list[str], tokenizer: Any, framing: Framing, num_proc: int = 1, column: TextColumn = TEXT
+) -> datasets.Dataset:
+    return tokenize_rows(datasets.Dataset.from_dict({"text": texts}), column, tokenizer, framing, num_proc)
+
+
+def ids_of(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+
+
+def test_encoder_pieces_hold_every_token_of_every_document_once(wordpiece: Any, topics: list[str]) -> None:
+    texts = [*topics[:12], "", "   \n", "short"]
+    rows = tokenize(texts, wordpiece, ENCODER)
+    assert max(map(len, rows["ids"])) == ENCODER.ctx_len
+    inner: dict[int, list[int]] = {}
+    for row in rows:
+        ids, special = np.asarray(row["ids"]), np.asarray(row["special"])
+        assert (ids[0], ids[-1]) == (wordpiece.cls_token_id, wordpiece.sep_token_id)
+        assert special.tolist() == [True] + [False] * (len(ids) - 2) + [True]
+        inner.setdefault(row["doc"], []).extend(ids[~special].tolist())
+    assert inner == {i: ids_of(wordpiece, text) for i, text in enumerate(texts) if text.strip()}
+
+
+def test_documents_without_a_token_leave_no_row(wordpiece: Any) -> None:
+    # Control characters are dropped by the tokenizer, which would leave CLS and SEP around nothing.
+    assert tokenize(["\x01\x02", "word"], wordpiece, ENCODER)["doc"][:] == [1]
+
+
+def test_special_tokens_written_in_a_text_stay_text(wordpiece: Any, bpe: Any) -> None:
+    row = tokenize(["end [SEP] of [CLS] it [PAD]"], wordpiece, ENCODER)[0]
+    # The tokenizer spells the brackets out; only its own CLS and SEP are special.
+    assert wordpiece.decode(row["ids"][1:-1]) == "end [ sep ] of [ cls ] it [ pad ]"
+    assert sum(row["special"]) == 2
+    assert not {wordpiece.sep_token_id, wordpiece.cls_token_id, wordpiece.pad_token_id} & set(row["ids"][1:-1])
+
+    row = tokenize(["a <|endoftext|> b"], bpe, Framing.of(bpe, True, 16))[0]
+    assert row["ids"].count(bpe.eos_token_id) == 1
+    assert bpe.decode(row["ids"][:-1]) == "a <|endoftext|> b"
+    assert row["special"] == [False] * (len(row["ids"]) - 1) + [True]
+
+
+def test_unknown_words_are_text(wordpiece: Any) -> None:
+    row = tokenize(["a \U0001f9ff b"], wordpiece, ENCODER)[0]
+    at = row["ids"].index(wordpiece.unk_token_id)
+    assert not row["special"][at]
+
+
+def test_decoder_framing_follows_the_tokenizer(bpe: Any, bos_bpe: Any) -> None:
+    plain, framed = Framing.of(bpe, True, 16), Framing.of(bos_bpe, True, 16)
+    assert (plain.bos, plain.eos) == (None, bpe.eos_token_id)
+    assert (framed.bos, framed.eos) == (bos_bpe.bos_token_id, bos_bpe.eos_token_id)
+    text = ids_of(bpe, "hello there")
+    assert tokenize(["hello there"], bpe, plain)[0]["ids"] == [*text, plain.eos]
+    row = tokenize(["hello there"], bos_bpe, framed)[0]
+    assert row["ids"] == [framed.bos, *text, framed.eos]
+    assert row["special"] == [True, *[False] * len(text), True]
+    assert "BOS '<s>' and EOS '<|endoftext|>'" in framed.describe(bos_bpe)
+    assert "parted by EOS '<|endoftext|>'" in plain.describe(bpe)
+
+
+def test_encoder_framing_sets_nothing_of_its_own(wordpiece: Any) -> None:
+    framing = Framing.of(wordpiece, False, 64)
+    assert framing == Framing(False, 64, None, None)
+    assert "up to 64 tokens" in framing.describe(wordpiece)
+
+
+def test_long_documents_of_a_decoder_are_stored_in_parts(bpe: Any, topics: list[str]) -> None:
+    text = " ".join(topics[:8])
+    rows = tokenize([text, "short"], bpe, Framing.of(bpe, True, 16))
+    lengths = [len(ids) for ids in rows["ids"]]
+    assert len(lengths) > 2
+    assert max(lengths) == ROW_TOKENS
+    assert rows["doc"][:] == [0] * (len(lengths) - 1) + [1]
+    assert [i for ids in rows["ids"][:-1] for i in ids] == [*ids_of(bpe, text), bpe.eos_token_id]
+    assert sum(sum(special) for special in rows["special"]) == 2
+
+
+def test_chat_templates_marks_are_special_and_not_doubled(chat_bpe: Any) -> None:
+    rows = datasets.Dataset.from_dict({"messages": [[{"role": "user", "content": "hi [SEP]"}]]})
+    tokens = tokenize_rows(rows, find_text_column(rows, None), chat_bpe, Framing.of(chat_bpe, True, 16), 1)
+    ids, special = np.asarray(tokens[0]["ids"]), np.asarray(tokens[0]["special"])
+    user = chat_bpe.convert_tokens_to_ids("<|user|>")
+    assert ids[special].tolist() == [chat_bpe.bos_token_id, user, chat_bpe.eos_token_id]
+    assert ids[~special].tolist() == ids_of(chat_bpe, "hi [SEP]")
+
+
+def test_ids_take_two_bytes_where_they_fit(wordpiece: Any, bpe: Any) -> None:
+    assert tokenize(["a b"], wordpiece, ENCODER).features["ids"].feature.dtype == "uint16"
+    bpe.add_tokens([f"extra{i}" for i in range(1 << 16)])
+    rows = tokenize(["a extra65535"], bpe, Framing.of(bpe, True, 16))
+    assert rows.features["ids"].feature.dtype == "uint32"
+    assert max(rows[0]["ids"]) == len(bpe) - 1 > 1 << 16
+
+
+def count_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of each batch that is really tokenized from now on, in this process."""
+    import saetrain.data.tokenize as module
+
+    calls: list[int] = []
+    original = module._pieces
+
+    def counted(texts: list[str], *args: Any, **options: Any) -> Any:
+        calls.append(len(texts))
+        return original(texts, *args, **options)
+
+    monkeypatch.setattr(module, "_pieces", counted)
+    return calls
+
+
+def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_second_run_tokenizes_only_what_changed(
+    tmp_path: Path, wordpiece: Any, bpe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "rows.jsonl"
+    write_rows(file, [{"text": f"row {i}", "other": f"other {i}"} for i in range(9)])
+    calls = count_calls(monkeypatch)
+
+    def run(tokenizer: Any, framing: Framing, column: str = "text") -> list[list[int]]:
+        calls.clear()
+        rows = open_source(str(file), SourceSettings()).train
+        tokens = tokenize_rows(rows, TextColumn("text", (column,), ""), tokenizer, framing, 1)
+        return list(tokens["ids"])
+
+    first = run(wordpiece, ENCODER)
+    assert calls == [9]
+    assert run(wordpiece, ENCODER) == first
+    assert calls == []
+    # Other calls leave truncation set in the tokenizer, which is no change of it.
+    wordpiece("something else", truncation=True, max_length=7)
+    run(wordpiece, ENCODER)
+    assert calls == []
+    run(wordpiece, Framing(causal=False, ctx_len=16, bos=None, eos=None))
+    assert calls == [9]
+    run(wordpiece, ENCODER, column="other")
+    assert calls == [9]
+    run(bpe, Framing.of(bpe, True, 32))
+    assert calls == [9]
+    # Packing happens after storing, so that another window length needs no new tokens.
+    run(bpe, Framing.of(bpe, True, 16))
+    assert calls == []
+    wordpiece.add_tokens(["row"])
+    run(wordpiece, ENCODER)
+    assert calls == [9]
+    write_rows(file, [{"text": f"new {i}", "other": ""} for i in range(9)])
+    os.utime(file, ns=(1, 1))
+    changed = run(wordpiece, ENCODER)
+    assert calls == [9]
+    assert changed != first
+
+
+def test_saved_folder_is_left_as_it_was(tmp_path: Path, wordpiece: Any) -> None:
+    folder = tmp_path / "saved"
+    datasets.Dataset.from_dict({"text": ["a", "b"]}).save_to_disk(folder)
+    before = sorted(folder.iterdir())
+    tokenize_rows(open_source(str(folder), SourceSettings()).train, TEXT, wordpiece, ENCODER, 1)
+    assert sorted(folder.iterdir()) == before
+
+
+def test_processes_change_nothing(wordpiece: Any, topics: list[str]) -> None:
+    texts = [*topics[:6], "", "x", *topics[6:9]]
+    one, two = (tokenize(texts, wordpiece, ENCODER, num_proc) for num_proc in (1, 2))
+    assert one.to_dict() == two.to_dict()
+    assert one.features == two.features
+
+
+def test_data_set_without_text_is_an_error(wordpiece: Any) -> None:
+    with pytest.raises(SaetrainError, match="holds no text: 2 rows, all empty in column text"):
+        tokenize(["", " \n"], wordpiece, ENCODER)
+
+
+IDS = TextColumn("ids", ("input_ids",), "")
+
+
+@pytest.mark.parametrize("bad", [-1, 30522, 50256])
+def test_ids_outside_the_vocabulary_name_the_row(wordpiece: Any, bad: int) -> None:
+    rows = datasets.Dataset.from_dict({"input_ids": [[101, 7, 102], [101, bad]]})
+    assert len(wordpiece) == 30522
+    with pytest.raises(SaetrainError, match=f"column input_ids, row 1: token id {bad} is not in .* of 30522"):
+        tokenize_rows(rows, IDS, wordpiece, ENCODER, 1)
+
+
+def test_rows_of_ids_are_cut_and_their_padding_dropped(wordpiece: Any, bpe: Any) -> None:
+    text = list(range(1000, 1040))
+    rows = datasets.Dataset.from_dict({"input_ids": [[101, *text, 102, 0, 0], [101, 2000, 102] + [0] * 41]})
+    tokens = tokenize_rows(rows, IDS, wordpiece, ENCODER, 1)
+    assert tokens["ids"][:] == [[101, *text[:31]], [*text[31:], 102], [101, 2000, 102]]
+    assert tokens["special"][:][2] == [True, False, True]
+    assert tokens["doc"][:] == [0, 0, 1]
+
+    # GPT-2's way: padded with EOS, which only the mask tells from the EOS that ends the document.
+    bpe.pad_token = bpe.eos_token
+    end = bpe.eos_token_id
+    masked = datasets.Dataset.from_dict({"input_ids": [[300, 301, end, end, end]], "attention_mask": [[1, 1, 1, 0, 0]]})
+    tokens = tokenize_rows(masked, IDS, bpe, Framing.of(bpe, True, 16), 1)
+    assert tokens["ids"][:] == [[300, 301, end]]
+    assert tokens["special"][:] == [[False, False, True]]
+
+
+def test_text_hash_forgets_case_width_and_white_space() -> None:
+    same = ["Hello  World", "hello world", " HELLO\n\tworld ", "hello\u00a0world", "\uff28ello World"]
+    assert len({text_hash(text) for text in same}) == 1
+    assert text_hash("hello worlds") != text_hash("hello world")
+    assert 0 <= text_hash("\ud800") < 1 << 63
+
+
+@pytest.mark.parametrize(("field", "value"), [("ctx_len", 3), ("data_preprocessing_num_proc", 0)])
+def test_settings_out_of_range(field: str, value: int) -> None:
+    with pytest.raises(SaetrainError, match=f"--{field} {value}"):
+        TokenSettings(**{field: value})
+
+
+def test_tokenizer_of_a_cached_model_needs_no_network(cached_model: str, wordpiece: Any) -> None:
+    tokenizer = load_tokenizer(cached_model, None, False)
+    assert tokenizer("some text")["input_ids"] == wordpiece("some text")["input_ids"]
+    start = time.monotonic()
+    with pytest.raises(SaetrainError, match=r"model 'someone/else' .*no network"):
+        load_tokenizer("someone/else", None, False)
+    assert time.monotonic() - start < 15
+
+
+@pytest.mark.parametrize("architecture", ["BertConfig", "GPT2Config", "LlamaConfig"])
+def test_model_without_a_tokenizer_is_a_user_error(tmp_path: Path, architecture: str) -> None:
+    import transformers
+
+    # For BERT and GPT-2 the library would make up an empty vocabulary, in which every word is unknown.
+    getattr(transformers, architecture)().save_pretrained(tmp_path)
+    with pytest.raises(SaetrainError, match="tokenizer"):
+        load_tokenizer(str(tmp_path), None, False)

@@ -1,0 +1,166 @@
+"""Saved SAEs of all three layouts as a start: exact, or refused with the reason."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from saetrain.coders.topk import TopK
+from saetrain.errors import SaetrainError
+from saetrain.interop.directory import save_sae
+from saetrain.interop.finetune import load_for_finetune
+
+D, F, K, N = 6, 20, 3, 40
+
+
+def tensors(seed: int = 0) -> dict[str, torch.Tensor]:
+    """A trained-like SAE in SAELens' layout, its decoder at unit norm."""
+    generator = torch.Generator().manual_seed(seed)
+    W_dec = torch.randn(F, D, generator=generator)
+    W_dec /= W_dec.norm(dim=1, keepdim=True)
+    return {
+        "W_enc": torch.randn(D, F, generator=generator),
+        "b_enc": torch.randn(F, generator=generator) * 0.1,
+        "W_dec": W_dec,
+        "b_dec": torch.randn(D, generator=generator),
+    }
+
+
+def saelens(folder: Path, weights: dict[str, torch.Tensor], **config: Any) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(weights, folder / "sae_weights.safetensors")
+    cfg = {"architecture": "topk", "d_in": D, "d_sae": F, "k": K, "dtype": "float32", **config}
+    (folder / "cfg.json").write_text(json.dumps(cfg))
+    return folder
+
+
+def sparsify(folder: Path, weights: dict[str, torch.Tensor], **config: Any) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    names = {"encoder.weight": weights["W_enc"].T.contiguous(), "encoder.bias": weights["b_enc"]}
+    save_file({**names, "W_dec": weights["W_dec"], "b_dec": weights["b_dec"]}, folder / "sae.safetensors")
+    (folder / "cfg.json").write_text(json.dumps({"activation": "topk", "d_in": D, "num_latents": F, "k": K, **config}))
+    return folder
+
+
+def loaded(path: Path, hookpoint: str = "h.0") -> TopK:
+    coder = TopK(D, F, K, seed=9)
+    load_for_finetune(str(path), hookpoint, coder)
+    return coder
+
+
+def output(
+    w: dict[str, torch.Tensor], x: torch.Tensor, *, subtract: bool = True, by_norm: bool = False
+) -> torch.Tensor:
+    """What such an SAE computes, by its own library's rules."""
+    pre = (x - w["b_dec"] if subtract else x) @ w["W_enc"] + w["b_enc"]
+    norms = w["W_dec"].norm(dim=1)
+    values, indices = (pre * norms if by_norm else pre).topk(K, dim=1)
+    code = torch.zeros_like(pre).scatter(1, indices, values.relu())
+    return (code / norms if by_norm else code) @ w["W_dec"] + w["b_dec"]
+
+
+def check(coder: TopK, expected: torch.Tensor, x: torch.Tensor) -> None:
+    torch.testing.assert_close(coder.decode(coder.encode(x)), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(coder.W_dec.norm(dim=1), torch.ones(F))
+
+
+@pytest.fixture
+def x() -> torch.Tensor:
+    return torch.randn(N, D, generator=torch.Generator().manual_seed(3))
+
+
+def test_saelens_and_sparsify_layouts_give_the_same_sae(tmp_path: Path, x: torch.Tensor) -> None:
+    weights = tensors()
+    check(loaded(saelens(tmp_path / "a", weights)), output(weights, x), x)
+    check(loaded(sparsify(tmp_path / "b", weights)), output(weights, x), x)
+
+
+def test_our_own_directory_and_a_folder_of_hookpoints(tmp_path: Path, x: torch.Tensor) -> None:
+    source = loaded(saelens(tmp_path / "a", tensors()))
+    save_sae(tmp_path / "sae" / "h.0", source, {"model": "m"})
+    check(loaded(tmp_path / "sae"), source.decode(source.encode(x)), x)
+
+
+def test_bf16_weights_and_encoders_that_do_not_subtract_the_bias(tmp_path: Path, x: torch.Tensor) -> None:
+    weights = {name: value.bfloat16() for name, value in tensors().items()}
+    single = {name: value.float() for name, value in weights.items()}
+    coder = loaded(saelens(tmp_path / "a", weights, apply_b_dec_to_input=False))
+    torch.testing.assert_close(coder.decode(coder.encode(x)), output(single, x, subtract=False), rtol=1e-2, atol=3e-2)
+
+
+def test_one_common_norm_is_moved_into_the_encoder(tmp_path: Path, x: torch.Tensor) -> None:
+    weights = tensors()
+    weights["W_dec"] *= 0.37
+    check(loaded(saelens(tmp_path / "a", weights)), output(weights, x), x)
+
+
+def test_norms_that_take_part_in_the_ranking_are_moved_exactly(tmp_path: Path, x: torch.Tensor) -> None:
+    weights = tensors()
+    weights["W_dec"] *= torch.rand(F, 1, generator=torch.Generator().manual_seed(1)) + 0.5
+    folder = saelens(tmp_path / "a", weights, rescale_acts_by_decoder_norm=True)
+    check(loaded(folder), output(weights, x, by_norm=True), x)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"k": 7}, "its k is 7, --k is 3; give --k 7"),
+        ({"architecture": "jumprelu"}, "architecture is 'jumprelu'"),
+        ({"normalize_activations": "layer_norm"}, "normalize_activations is 'layer_norm'"),
+    ],
+)
+def test_other_kinds_are_refused(tmp_path: Path, config: dict[str, Any], message: str) -> None:
+    with pytest.raises(SaetrainError, match=message):
+        loaded(saelens(tmp_path / "a", tensors(), **config))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"activation": "groupmax"}, "activation is 'groupmax'"),
+        ({"transcode": True}, "transcoder"),
+        ({"skip_connection": True}, "skip connection"),
+    ],
+)
+def test_other_kinds_of_sparsify_are_refused(tmp_path: Path, config: dict[str, Any], message: str) -> None:
+    with pytest.raises(SaetrainError, match=message):
+        loaded(sparsify(tmp_path / "a", tensors(), **config))
+
+
+def test_uneven_norms_are_refused(tmp_path: Path) -> None:
+    weights = tensors()
+    weights["W_dec"][3] *= 2
+    with pytest.raises(SaetrainError, match=r"norms from 1 to 2; bringing them to 1 would change which latents"):
+        loaded(saelens(tmp_path / "a", weights))
+    weights["W_dec"][3] = 0
+    with pytest.raises(SaetrainError, match="1 of its decoder rows are zero"):
+        loaded(saelens(tmp_path / "a", weights))
+
+
+def test_another_size_is_refused(tmp_path: Path) -> None:
+    weights = tensors()
+    folder = saelens(tmp_path / "a", weights)
+    for coder, message in ((TopK(D, F + 1, K), f"give --num_latents {F}"), (TopK(D + 1, F, K), "another model")):
+        with pytest.raises(SaetrainError, match=message):
+            load_for_finetune(str(folder), "h.0", coder)
+
+
+def test_broken_folders_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(SaetrainError, match="holds no SAE"):
+        loaded(tmp_path)
+    folder = saelens(tmp_path / "a", tensors())
+    file = folder / "sae_weights.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(SaetrainError, match="broken or cut short"):
+        loaded(folder)
+    file.unlink()
+    with pytest.raises(SaetrainError, match="holds neither"):
+        loaded(folder)
+    save_file({"W_enc": torch.zeros(D, F)}, file)
+    with pytest.raises(SaetrainError, match="lack the tensor"):
+        loaded(folder)
