@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from pathlib import Path
 from typing import Any
 
 from saetrain.files import write_atomic
@@ -44,6 +45,18 @@ class JsonLines(Sink):
     def close(self, failed: bool) -> None:
         """Close the file."""
         self._file.close()
+
+
+def last_logged(directory: Path) -> dict[str, int]:
+    """{kind of record: its last step} in the metrics file of ``directory``; empty without one."""
+    path = directory / NAME
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    last: dict[str, int] = {}
+    for line in lines:
+        if line.endswith("\n"):
+            record = json.loads(line)
+            last[record["kind"]] = max(last.get(record["kind"], 0), record["step"])
+    return last
 
 
 def _finite(figures: Any) -> dict[str, float | None]:

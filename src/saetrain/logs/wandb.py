@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 
 from saetrain.errors import SaetrainError
 from saetrain.logs.base import Record, RunInfo, Sink
+
+TIMEOUT_S = 30
+"""Seconds to wait for the server at the start."""
 
 
 class WandB(Sink):
@@ -16,15 +20,24 @@ class WandB(Sink):
         self.require()
         import wandb
 
-        self._run = wandb.init(
-            project=project,
-            name=info.name,
-            id=info.state.get("wandb_id"),
-            resume="allow",
-            dir=str(info.directory),
-            config=dict(info.settings),
-        )
+        try:
+            self._run = wandb.init(
+                project=project,
+                name=info.name,
+                id=info.state.get("wandb_id"),
+                resume="allow",
+                dir=str(info.directory),
+                config=dict(info.settings),
+                settings=wandb.Settings(init_timeout=float(os.environ.get("WANDB_INIT_TIMEOUT", TIMEOUT_S))),
+            )
+        except wandb.errors.Error as error:
+            raise SaetrainError(
+                f"--log_to_wandb true: Weights & Biases could not start a run: {str(error).splitlines()[0]} "
+                "(log in by `wandb login` or WANDB_API_KEY, or set WANDB_MODE=offline)"
+            ) from error
         self._run.define_metric("*", step_metric="step")
+        # An offline run can't be rewound, and a resumed one computes the same figures again.
+        self._logged = dict(info.logged) if "wandb_id" in info.state else {}
 
     @staticmethod
     def require() -> None:
@@ -36,6 +49,8 @@ class WandB(Sink):
 
     def write(self, record: Record) -> None:
         """Log the record; final figures go to the run's summary as well."""
+        if record.step <= self._logged.get(record.kind, 0):
+            return
         self._run.log({"step": record.step, **record.flat()})
         if record.kind == "final":
             self._run.summary.update(record.flat())

@@ -19,6 +19,7 @@ from saetrain.interop.directory import save_sae
 from saetrain.logs import Log
 from saetrain.logs.base import Record, RunInfo
 from saetrain.logs.console import ProgressLine, say
+from saetrain.logs.jsonl import last_logged
 from saetrain.runs.build import build_trainer
 from saetrain.runs.directory import CHECKPOINTS
 from saetrain.runs.metadata import about_run, announce, hook_name, summary
@@ -50,6 +51,7 @@ class Session:
             settings=self.settings,
             resumed_step=checkpoint.values["step"] if checkpoint else None,
             state=checkpoint.values["logs"] if checkpoint else {},
+            logged=last_logged(directory),
         )
         self.log = Log(self.config.logs, info)
         self.saved_at, self.saved_step = time.monotonic(), checkpoint.values["step"] if checkpoint else None
