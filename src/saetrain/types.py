@@ -17,6 +17,13 @@ def shown_default(text: str, metavar: str) -> Any:
     return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {text})")
 
 
+Cursor = tuple[int, ...]
+"""Where a virtual shard of the text stands; opaque to all but the source that gave it out."""
+
+PART_BITS = 40
+"""Where several data sets are mixed, row r of data set i is document ``(i << PART_BITS) + r``."""
+
+
 class TokenKind(IntFlag):
     """What a position of a sequence is; plain text is 0 and always trained on."""
 
@@ -32,7 +39,7 @@ class Sequence:
     """One row of the model's input, without padding.
 
     ``ids`` (S,) int32 token ids; ``kind`` (S,) uint8 flags of :class:`TokenKind`; ``doc`` (S,) int64 row of the data
-    set that each token came from.
+    set that each token came from (see PART_BITS).
     """
 
     ids: np.ndarray

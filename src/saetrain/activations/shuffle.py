@@ -2,14 +2,14 @@
 
 Every virtual shard fills a pool by running its next sequences through the model, shuffles it by a seed of its own,
 and hands it out piece by piece. Sample i of the run comes from shard i mod V. A pool is a function of (shard, number,
-cursor, tokens), so a checkpoint holds four integers a shard, and resuming computes the pool again.
+cursor, tokens), so a checkpoint holds a few integers a shard, and resuming computes the pool again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated
+from typing import Annotated, Protocol
 
 import numpy as np
 import torch
@@ -17,12 +17,21 @@ from torch import Tensor
 
 from saetrain.activations.read import ActivationReader, Activations
 from saetrain.errors import SaetrainError
-from saetrain.types import Sequence, shown_default
-
-Read = Callable[[int, int, int], tuple[list[Sequence], int]]
-"""(shard, cursor, tokens) -> the shard's next sequences with that many kept tokens, and the cursor behind them."""
+from saetrain.types import Cursor, Sequence, shown_default
 
 DEFAULT_BUFFER_TOKENS = 131_072
+
+
+class SequenceSource(Protocol):
+    """What the buffer needs of the text (``data/loader.py`` says what each member promises)."""
+
+    start: Cursor
+
+    def read(self, shard: int, cursor: Cursor, tokens: int) -> tuple[list[Sequence], Cursor]:
+        """The shard's next sequences with that many kept tokens, and the cursor behind them."""
+
+    def expect(self, cursors: Mapping[int, Cursor]) -> None:
+        """Which shards will be read from where."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,19 +54,19 @@ class ShardState:
 
     pool: int
     """Number of the current pool, from 0."""
-    cursor: int
-    """The shard's cursor at the pool's start."""
     tokens: int
-    """Kept tokens that were asked for when the pool was read."""
+    """Kept tokens that were asked for when the pool was read; 0 before the first."""
     taken: int
     """Activations of the pool that have been handed out."""
+    cursor: Cursor
+    """The shard's cursor at the pool's start."""
 
 
 @dataclass
 class _Pool:
     activations: Activations
     order: Tensor
-    next_cursor: int
+    next_cursor: Cursor
 
 
 class MixingBuffer:
@@ -66,29 +75,35 @@ class MixingBuffer:
     def __init__(
         self,
         reader: ActivationReader,
-        read: Read,
+        source: SequenceSource,
         owned: list[int],
         n_shards: int,
         pool_tokens: int,
         seed: int,
     ) -> None:
         assert pool_tokens >= 1, pool_tokens
-        self._reader, self._read = reader, read
+        self._reader, self._source = reader, source
         self._owned, self._n_shards = owned, n_shards
         self._pool_tokens, self._seed = pool_tokens, seed
         self._pools: dict[int, _Pool] = {}
-        self._states = {shard: ShardState(0, 0, 0, 0) for shard in owned}
+        self._states = {shard: ShardState(0, 0, 0, source.start) for shard in owned}
         self.outliers_left_out = 0
         self.tokens_read = 0
+        self._expect()
+
+    def _expect(self) -> None:
+        self._source.expect({shard: state.cursor for shard, state in self._states.items()})
 
     def state(self) -> dict[str, list[int]]:
-        """What :meth:`restore` needs: {shard: [pool, cursor, tokens, taken]}."""
-        return {str(shard): [s.pool, s.cursor, s.tokens, s.taken] for shard, s in self._states.items()}
+        """What :meth:`restore` needs: {shard: [pool, tokens, taken, cursor…]}."""
+        return {str(shard): [s.pool, s.tokens, s.taken, *s.cursor] for shard, s in self._states.items()}
 
     def restore(self, state: dict[str, list[int]]) -> None:
         """Stand where :meth:`state` was taken; the pools are computed again when they are next needed."""
-        self._states = {shard: ShardState(*state[str(shard)]) for shard in self._owned}
+        rows = {shard: state[str(shard)] for shard in self._owned}
+        self._states = {shard: ShardState(*row[:3], tuple(row[3:])) for shard, row in rows.items()}
         self._pools.clear()
+        self._expect()
 
     def take(self, first: int, count: int, last: int) -> dict[str, Tensor]:
         """{hookpoint: (n, D)}: this rank's share of samples ``first`` to ``first + count`` of the whole run.
@@ -128,8 +143,8 @@ class MixingBuffer:
         if state.tokens and shard not in self._pools:
             self._pools[shard] = self._fill(shard, state)
         while not state.tokens or state.taken >= len(self._pools[shard].activations):
-            cursor = self._pools.pop(shard).next_cursor if state.tokens else 0
-            state = ShardState(state.pool + bool(state.tokens), cursor, self._size(shard, state, needed), 0)
+            cursor = self._pools.pop(shard).next_cursor if state.tokens else self._source.start
+            state = ShardState(state.pool + bool(state.tokens), self._size(shard, state, needed), 0, cursor)
             self._states[shard] = state
             self._pools[shard] = self._fill(shard, state)
         return self._pools[shard]
@@ -142,7 +157,7 @@ class MixingBuffer:
         return min(full, needed)
 
     def _fill(self, shard: int, state: ShardState) -> _Pool:
-        sequences, cursor = self._read(shard, state.cursor, state.tokens)
+        sequences, cursor = self._source.read(shard, state.cursor, state.tokens)
         activations = self._reader.read(sequences)
         self.outliers_left_out += activations.n_outliers
         self.tokens_read += len(activations) + activations.n_outliers

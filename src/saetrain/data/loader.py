@@ -6,6 +6,8 @@ cards: number j goes to shard j mod V. A rank serves whole shards, so the order 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -13,7 +15,10 @@ import numpy as np
 
 from saetrain.data.sequences import Sequences
 from saetrain.errors import SaetrainError
-from saetrain.types import Sequence, TokenKind
+from saetrain.types import Cursor, Sequence, TokenKind
+
+
+NO_KEPT_TOKEN = "the data set holds no token that the token policy keeps"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,16 +37,43 @@ class LoaderSettings:
             raise SaetrainError(f"--shuffle_seed {self.shuffle_seed}: must not be negative")
 
 
-class ShardedSequences:
-    """Endless streams of sequences, one per virtual shard, each recomputable from any cursor."""
+class ShardedSource(ABC):
+    """Endless streams of sequences, one per virtual shard, each recomputable from any cursor.
+
+    What :meth:`read` gives is a function of its arguments alone, whatever was read before and by whom.
+    """
+
+    start: Cursor
+    """The cursor at the beginning of every shard."""
+
+    def __init__(self, n_shards: int, exclude_special: bool, exclude_first: bool) -> None:
+        self.n_shards = n_shards
+        self._excluded = np.uint8(exclude_special * TokenKind.SPECIAL | exclude_first * TokenKind.FIRST)
+
+    def keep(self, sequence: Sequence) -> np.ndarray:
+        """(S,) bool, the positions that the token policy trains on."""
+        return np.asarray((sequence.kind & self._excluded) == 0)
+
+    @abstractmethod
+    def read(self, shard: int, cursor: Cursor, tokens: int) -> tuple[list[Sequence], Cursor]:
+        """The shard's sequences from ``cursor`` on until they hold ``tokens`` kept tokens, and the next cursor."""
+
+    @abstractmethod
+    def expect(self, cursors: Mapping[int, Cursor]) -> None:
+        """Say which shards will be read from where, which changes nothing but time and memory."""
+
+
+class ShardedSequences(ShardedSource):
+    """Sequences that can be had in any order: the endless permutations, dealt. Its cursor counts the shard's cards."""
+
+    start = (0,)
 
     def __init__(
         self, sequences: Sequences, settings: LoaderSettings, exclude_special: bool, exclude_first: bool
     ) -> None:
         assert len(sequences), "no sequences"
+        super().__init__(settings.data_shards, exclude_special, exclude_first)
         self._sequences = sequences
-        self.n_shards = settings.data_shards
-        self._excluded = np.uint8(exclude_special * TokenKind.SPECIAL | exclude_first * TokenKind.FIRST)
         seed = settings.shuffle_seed
         count = len(sequences)
 
@@ -51,16 +83,13 @@ class ShardedSequences:
 
         self._permutation = permutation
 
-    def keep(self, sequence: Sequence) -> np.ndarray:
-        """(S,) bool, the positions that the token policy trains on."""
-        return np.asarray((sequence.kind & self._excluded) == 0)
-
-    def read(self, shard: int, cursor: int, tokens: int) -> tuple[list[Sequence], int]:
+    def read(self, shard: int, cursor: Cursor, tokens: int) -> tuple[list[Sequence], Cursor]:
         """The shard's sequences from ``cursor`` on until they hold ``tokens`` kept tokens, and the next cursor."""
         out: list[Sequence] = []
         held, empty = 0, 0
+        (card,) = cursor
         while held < tokens:
-            epoch, at = divmod(cursor * self.n_shards + shard, len(self._sequences))
+            epoch, at = divmod(card * self.n_shards + shard, len(self._sequences))
             sequence = self._sequences[int(self._permutation(epoch)[at])]
             kept = int(self.keep(sequence).sum())
             empty = 0 if kept else empty + 1
@@ -69,10 +98,13 @@ class ShardedSequences:
                 empty = 0
             out.append(sequence)
             held += kept
-            cursor += 1
-        return out, cursor
+            card += 1
+        return out, (card,)
+
+    def expect(self, cursors: Mapping[int, Cursor]) -> None:
+        """Nothing to do: any sequence can be had at any time."""
 
     def _require_text(self) -> None:
         """SaetrainError when no sequence has a kept token; one shard may meet none for long all the same."""
         if not any(self.keep(self._sequences[number]).any() for number in range(len(self._sequences))):
-            raise SaetrainError("the data set holds no token that the token policy keeps")
+            raise SaetrainError(NO_KEPT_TOKEN)

@@ -42,7 +42,7 @@ def report(run: Prepared, trainer: Trainer, buffer: MixingBuffer) -> None:
 def measure(run: Prepared, trainer: Trainer, buffer: MixingBuffer) -> float:
     """Seconds per optimizer step: the model's share by its tokens per second, the SAEs' by steps on one batch."""
     start = time.perf_counter()
-    activations = run.reader.read(run.train.read(0, 0, run.config.base.model_batch_tokens)[0])
+    activations = run.reader.read(run.train.read(0, run.train.start, run.config.base.model_batch_tokens)[0])
     model = (time.perf_counter() - start) / len(activations) * run.plan.tokens_per_step
     micro = run.plan.tokens_per_step // run.config.train.grad_acc_steps
     rows = torch.arange(micro, device=run.model.device) % len(activations)

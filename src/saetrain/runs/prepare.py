@@ -223,7 +223,7 @@ def make_buffer(run: Prepared) -> MixingBuffer:
     shards = run.train.n_shards
     owned = [shard for shard in range(shards) if shard % distributed.world_size() == distributed.rank()]
     seed = run.config.loader.shuffle_seed
-    return MixingBuffer(run.reader, run.train.read, owned, shards, max(1, run.buffer_tokens // shards), seed)
+    return MixingBuffer(run.reader, run.train, owned, shards, max(1, run.buffer_tokens // shards), seed)
 
 
 def buffer_tokens(config: RunConfig, model: BaseModel, widths: dict[str, int]) -> int:
@@ -236,7 +236,7 @@ def buffer_tokens(config: RunConfig, model: BaseModel, widths: dict[str, int]) -
 def read_sample(run: Prepared) -> Any:
     """Activations of the first training tokens of each shard; sets the reader's norm limits from them."""
     each = -(-min(CALIBRATION_TOKENS, max(run.plan.train_tokens, 1)) // run.train.n_shards)
-    sequences = [s for shard in range(run.train.n_shards) for s in run.train.read(shard, 0, each)[0]]
+    sequences = [s for shard in range(run.train.n_shards) for s in run.train.read(shard, run.train.start, each)[0]]
     sample = run.reader.read(sequences)
     total = sum(map(len, sequences))
     say(f"{1 - len(sample) / total:.1%} of the tokens are special or at position 0 of a causal model and left out")

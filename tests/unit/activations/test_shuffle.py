@@ -52,7 +52,7 @@ def capture(bert: BaseModel) -> ActivationCapture:
 def make(capture: ActivationCapture, owned: list[int] | None = None, pool: int = 20, seed: int = 1) -> MixingBuffer:
     data = ShardedSequences(DOCUMENTS, LoaderSettings(data_shards=SHARDS), True, True)
     reader = ActivationReader(capture, data.keep, 64)
-    return MixingBuffer(reader, data.read, list(range(SHARDS)) if owned is None else owned, SHARDS, pool, seed)
+    return MixingBuffer(reader, data, list(range(SHARDS)) if owned is None else owned, SHARDS, pool, seed)
 
 
 def steps(buffer: MixingBuffer, count: int, size: int, first: int = 0, last: int | None = None) -> list[torch.Tensor]:
@@ -134,7 +134,7 @@ def test_an_epoch_loses_and_doubles_nothing(capture: ActivationCapture) -> None:
     everything = reader.read([DOCUMENTS[number] for number in range(len(DOCUMENTS))]).values[NAMES[0]]
     assert len(torch.unique(everything, dim=0)) == total
     for pool in (1, 50, total):
-        buffer = MixingBuffer(reader, data.read, [0], 1, pool, 1)
+        buffer = MixingBuffer(reader, data, [0], 1, pool, 1)
         taken = buffer.take(0, 2 * total, 2 * total)[NAMES[0]]
         # Pools are cut between sequences, so that the last of the first epoch may hold some of the second.
         counts = torch.unique(taken.round(decimals=4), dim=0, return_counts=True)[1]
@@ -145,7 +145,7 @@ def test_an_epoch_loses_and_doubles_nothing(capture: ActivationCapture) -> None:
 
 
 def buffer_of_one_epoch(reader: ActivationReader, data: ShardedSequences, total: int) -> torch.Tensor:
-    return MixingBuffer(reader, data.read, [0], 1, total, 1).take(0, total, total)[NAMES[0]]
+    return MixingBuffer(reader, data, [0], 1, total, 1).take(0, total, total)[NAMES[0]]
 
 
 def test_samples_are_mixed_and_the_order_is_the_seed_s(capture: ActivationCapture) -> None:

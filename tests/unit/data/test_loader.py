@@ -45,7 +45,7 @@ def stream(data: ShardedSequences, length: int) -> list[int]:
     """The first ``length`` sequence numbers of the run, in the order in which they are dealt."""
     shards = [[] for _ in range(data.n_shards)]  # type: ignore[var-annotated]
     for shard, out in enumerate(shards):
-        cursor = 0
+        cursor = data.start
         while len(out) * data.n_shards < length + data.n_shards:
             read, cursor = data.read(shard, cursor, 1)
             out.extend(numbers(read))
@@ -66,32 +66,32 @@ def test_order_is_the_seed_s() -> None:
 
 
 def test_a_shard_does_not_depend_on_which_others_are_read_and_when() -> None:
-    alone = {shard: numbers(sharded(23).read(shard, 0, 60)[0]) for shard in range(4)}
+    alone = {shard: numbers(sharded(23).read(shard, (0,), 60)[0]) for shard in range(4)}
     together = sharded(23)
     # Backwards, and interleaved with reads of other epochs, as ranks with other shards would.
     for shard in (3, 1, 0, 2):
-        together.read((shard + 1) % 4, 30, 5)
-        assert numbers(together.read(shard, 0, 60)[0]) == alone[shard]
+        together.read((shard + 1) % 4, (30,), 5)
+        assert numbers(together.read(shard, (0,), 60)[0]) == alone[shard]
 
 
 def test_reading_goes_on_from_any_cursor() -> None:
     data = sharded(23)
-    whole, end = data.read(2, 0, 100)
+    whole, end = data.read(2, (0,), 100)
     pieces: list[int] = []
-    cursor = 0
+    cursor = data.start
     while cursor < end:
         read, cursor = data.read(2, cursor, 1)
         pieces.extend(numbers(read))
     assert pieces == numbers(whole)
-    assert numbers(sharded(23).read(2, 7, 30)[0]) == numbers(whole)[7 : 7 + len(data.read(2, 7, 30)[0])]
+    assert numbers(sharded(23).read(2, (7,), 30)[0]) == numbers(whole)[7 : 7 + len(data.read(2, (7,), 30)[0])]
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 10, 57])
 def test_as_many_sequences_as_hold_the_tokens_and_no_more(tokens: int) -> None:
     data = sharded(23)
-    read, cursor = data.read(1, 0, tokens)
+    read, cursor = data.read(1, (0,), tokens)
     kept = [int(data.keep(sequence).sum()) for sequence in read]
-    assert cursor == len(read)
+    assert cursor == (len(read),)
     assert sum(kept) >= tokens > sum(kept[:-1])
 
 
@@ -107,12 +107,12 @@ def test_a_shard_that_meets_only_empty_sequences_for_long_reads_on() -> None:
     # As many shards as sequences: each gets one a pass, and the one with text comes by after a while.
     data = sharded(16, 16, empty=frozenset(range(1, 16)))
     for shard in range(16):
-        assert numbers(data.read(shard, 0, 1)[0])[-1] == 0
+        assert numbers(data.read(shard, (0,), 1)[0])[-1] == 0
 
 
 def test_data_without_a_kept_token_are_an_error() -> None:
     with pytest.raises(SaetrainError, match="no token that the token policy keeps"):
-        sharded(8, empty=frozenset(range(8))).read(0, 0, 1)
+        sharded(8, empty=frozenset(range(8))).read(0, (0,), 1)
 
 
 @pytest.mark.parametrize(("field", "value"), [("data_shards", 0), ("shuffle_seed", -1)])
