@@ -10,7 +10,7 @@ from typing import Any
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec
 
-from saetrain.config import RunConfig, flags, from_flat, read_yaml
+from saetrain.config import RunConfig, TokenizeConfig, flags, from_flat, read_yaml
 from saetrain.errors import SaetrainError, did_you_mean
 
 TRUE, FALSE = ("true", "yes", "1"), ("false", "no", "0")
@@ -36,6 +36,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     try:
+        if words[:1] == ["tokenize"]:
+            from saetrain.runs.tokenize import tokenize
+
+            tokenize(parse_tokenize(words[1:]))
+            return
         config = parse(words)
         debug = config.debug
         from saetrain.runs.train import run
@@ -55,36 +60,41 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def parse(words: Sequence[str]) -> RunConfig:
     """Settings from command line words; SaetrainError (or tyro's own exit with 2) for what can't be understood."""
-    words = _spell_out(list(words))
+    words = _spell_out(list(words), {**flags(), "config": str})
     words, path = _take_config(words)
     defaults = from_flat(read_yaml(path), path) if path else tyro.MISSING_NONPROP
-    config = tyro.cli(
-        RunConfig,
-        prog="saetrain",
-        args=words,
-        default=defaults,
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff),
-        registry=registry,
-        use_underscores=True,
-        description=DESCRIPTION,
-    )
+    config = tyro.cli(RunConfig, prog="saetrain", args=words, default=defaults, description=DESCRIPTION, **OPTIONS)
     for name in ("model", "dataset"):
         if not getattr(config, name):
-            raise SaetrainError(f"{name.upper()} is missing: give it on the command line or as '{name}:' in {path}")
+            where = f" or as '{name}:' in {path}" if path else ""
+            raise SaetrainError(f"{name.upper()} is missing: give it on the command line{where}")
+    config.mixing.shares(len(config.dataset))
     return config
 
 
+def parse_tokenize(words: Sequence[str]) -> TokenizeConfig:
+    """Settings of ``saetrain tokenize`` from the words behind it."""
+    words = _spell_out(list(words), flags(TokenizeConfig))
+    return tyro.cli(TokenizeConfig, prog="saetrain tokenize", args=words, **OPTIONS)
+
+
+OPTIONS: dict[str, Any] = {
+    "config": (tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff),
+    "registry": registry,
+    "use_underscores": True,
+}
 DESCRIPTION = """Train TopK sparse autoencoders on the activations of a transformer.
 
 Example: saetrain bert-base-uncased wikitext --layers 6 --k 192 --expansion_factor 32
 
+saetrain tokenize MODEL DATASET OUT writes the tokens of a large data set to a folder once (--help behind it).
+
 --config FILE.yaml reads settings from a file (such as a run's config.yaml); flags win over it."""
 
 
-def _spell_out(words: list[str]) -> list[str]:
-    """Dashes as underscores, booleans with their value, and an error for flags that do not exist."""
-    kinds = flags()
-    known = [*kinds, "config", "help"]
+def _spell_out(words: list[str], kinds: dict[str, Any]) -> list[str]:
+    """Dashes as underscores, booleans with their value, and an error for flags that are not in ``kinds``."""
+    known = [*kinds, "help"]
     out: list[str] = []
     for position, word in enumerate(words):
         if not word.startswith("--") or word == "--":

@@ -17,6 +17,7 @@ from saetrain.activations.model import ModelSettings
 from saetrain.activations.shuffle import BufferSettings
 from saetrain.coders.topk import TopKSettings
 from saetrain.data.loader import LoaderSettings
+from saetrain.data.mix import MixSettings
 from saetrain.data.sources import SourceSettings
 from saetrain.data.tokenize import TokenSettings
 from saetrain.errors import SaetrainError, did_you_mean
@@ -36,8 +37,8 @@ class RunConfig:
 
     model: tyro.conf.Positional[typing.Annotated[str, tyro.conf.arg(metavar="MODEL")]]
     """Hub id or local folder of a transformer."""
-    dataset: tyro.conf.Positional[typing.Annotated[str, tyro.conf.arg(metavar="DATASET")]]
-    """Hub id, or a local folder or file (parquet, jsonl, csv, txt)."""
+    dataset: tyro.conf.Positional[typing.Annotated[tuple[str, ...], tyro.conf.arg(metavar="DATASET [DATASET ...]")]]
+    """Hub id, or a local folder or file (parquet, jsonl, csv, txt, tokens); several are mixed, see --mix."""
     where: HookpointSettings = field(default_factory=HookpointSettings)
     sae: TopKSettings = field(default_factory=TopKSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
@@ -46,6 +47,7 @@ class RunConfig:
     base: ModelSettings = field(default_factory=ModelSettings)
     source: SourceSettings = field(default_factory=SourceSettings)
     tokens: TokenSettings = field(default_factory=TokenSettings)
+    mixing: MixSettings = field(default_factory=MixSettings)
     loader: LoaderSettings = field(default_factory=LoaderSettings)
     buffer: BufferSettings = field(default_factory=BufferSettings)
     evaluation: EvalSettings = field(default_factory=EvalSettings)
@@ -61,23 +63,51 @@ class RunConfig:
     """Show the traceback of an error."""
 
 
-def sections() -> dict[str, type]:
-    """{field of RunConfig: its settings class}."""
-    hints = typing.get_type_hints(RunConfig)
+@dataclass(frozen=True, kw_only=True)
+class TokenizeConfig:
+    """Tokenize the text of DATASET for MODEL once, and write it to the folder OUT, which may then stand as DATASET."""
+
+    model: tyro.conf.Positional[typing.Annotated[str, tyro.conf.arg(metavar="MODEL")]]
+    """Hub id or local folder of a transformer, of which the weights are not needed."""
+    dataset: tyro.conf.Positional[typing.Annotated[str, tyro.conf.arg(metavar="DATASET")]]
+    """Hub id, or a local folder or file (parquet, jsonl, csv, txt)."""
+    out: tyro.conf.Positional[typing.Annotated[str, tyro.conf.arg(metavar="OUT")]]
+    """Folder to write."""
+    split: str = SourceSettings.split
+    """Split to train on; `train[:10%]` takes a part."""
+    dataset_config: typing.Annotated[str | None, shown_default("the only one", "NAME")] = None
+    """Configuration of a data set that has several."""
+    text_column: typing.Annotated[str | None, shown_default("found by itself", "NAME")] = None
+    """Column that holds the text."""
+    skip_bad_rows: bool = False
+    """Leave out rows of jsonl, csv and parquet files that can't be read, and count them."""
+    ctx_len: typing.Annotated[int | None, shown_default("512, or the model's positions where fewer", "INT")] = None
+    """Tokens of a sequence; for an encoder it is part of what is written."""
+    data_preprocessing_num_proc: int = 1
+    """Processes that tokenize."""
+    revision: typing.Annotated[str | None, shown_default("main", "NAME")] = None
+    """Branch, tag or commit of a hub model."""
+    trust_remote_code: bool = False
+    """Run Python code that the model's repository brings along."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+def sections(config: type = RunConfig) -> dict[str, type]:
+    """{field of ``config``: its settings class}."""
+    hints = typing.get_type_hints(config)
     return {
-        item.name: hints[item.name]
-        for item in dataclasses.fields(RunConfig)
-        if dataclasses.is_dataclass(hints[item.name])
+        item.name: hints[item.name] for item in dataclasses.fields(config) if dataclasses.is_dataclass(hints[item.name])
     }
 
 
-def flags() -> dict[str, Any]:
-    """{flag without dashes: its type}, of every setting but the positionals."""
+def flags(config: type = RunConfig) -> dict[str, Any]:
+    """{flag without dashes: its type}, of every setting of ``config`` but the positionals."""
     out: dict[str, Any] = {}
-    for cls in (*sections().values(), RunConfig):
+    for cls in (*sections(config).values(), config):
         hints = typing.get_type_hints(cls)
         out.update({item.name: hints[item.name] for item in dataclasses.fields(cls) if item.name not in sections()})
-    return {name: hint for name, hint in out.items() if name not in ("model", "dataset")}
+    return {name: hint for name, hint in out.items() if name not in ("model", "dataset", "out")}
 
 
 def to_flat(config: RunConfig) -> dict[str, Any]:
@@ -86,6 +116,8 @@ def to_flat(config: RunConfig) -> dict[str, Any]:
     for item in dataclasses.fields(config):
         value = getattr(config, item.name)
         out.update(dataclasses.asdict(value) if dataclasses.is_dataclass(value) else {item.name: value})  # type: ignore[arg-type]
+    if len(config.dataset) == 1:
+        out["dataset"] = config.dataset[0]
     return {name: list(value) if isinstance(value, tuple) else value for name, value in out.items()}
 
 
@@ -104,8 +136,9 @@ def from_flat(values: Mapping[str, Any], origin: str) -> RunConfig:
         parts[section] = _build(cls, {name: values[name] for name in names}, origin)
     own = {item.name for item in dataclasses.fields(RunConfig)}
     rest = {name: values[name] for name in values if name in own}
-    missing = {"model", "dataset"} - rest.keys()
-    rest.update(dict.fromkeys(missing, ""))
+    rest = {"model": "", "dataset": [], **rest}
+    if isinstance(rest["dataset"], str):
+        rest["dataset"] = [rest["dataset"]]
     return RunConfig(**parts, **_typed(RunConfig, rest, origin))
 
 
@@ -125,14 +158,16 @@ def _fit(value: Any, hint: Any, shown: str) -> Any:
         origin, args = typing.get_origin(option), typing.get_args(option)
         if origin is typing.Literal and value in args:
             return value
-        if origin is tuple and isinstance(value, (list, tuple)) and all(type(item) is args[0] for item in value):
-            return tuple(value)
-        if option is float and type(value) in (int, float):
-            return float(value)
-        if isinstance(option, type) and type(value) is option:
-            return value
+        if origin is tuple and isinstance(value, (list, tuple)) and all(_is(item, args[0]) for item in value):
+            return tuple(map(args[0], value))
+        if isinstance(option, type) and _is(value, option):
+            return float(value) if option is float else value
     allowed = " or ".join(_spell(option) for option in options)
     raise SaetrainError(f"{shown}: found {value!r}, allowed is {allowed}")
+
+
+def _is(value: Any, kind: type) -> bool:
+    return type(value) is kind or (kind is float and type(value) is int)
 
 
 _UNION = type(int | None)

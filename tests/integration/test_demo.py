@@ -42,7 +42,7 @@ def the_printed_command_can_be_copied(printed: str, folder: Path) -> None:
     command = re.search(r"^\S+ -m saetrain (.*?)\n\n", printed, re.DOTALL | re.MULTILINE)
     assert command is not None, printed
     config = parse(command[1].replace("\\\n", " ").split())
-    assert (config.dataset, config.where.layers, config.sae.k) == (str(folder / "text"), (3,), 32)
+    assert (config.dataset[0], config.where.layers, config.sae.k) == (str(folder / "text"), (3,), 32)
 
 
 def figures_are_those_on_disk(printed: str, folder: Path) -> None:

@@ -94,7 +94,7 @@ def test_spellings_of_booleans(words: list[str], expected: bool) -> None:
 
 def test_positionals_may_stand_anywhere() -> None:
     config = parse(["--layers", "1", "2", "--k", "8", *BASE])
-    assert (config.model, config.dataset, config.where.layers) == (*BASE, (1, 2))
+    assert (config.model, *config.dataset, config.where.layers) == (*BASE, (1, 2))
 
 
 @pytest.mark.parametrize("position", [0, 1, 2])
@@ -236,5 +236,5 @@ def test_module_and_script_are_the_same_command() -> None:
 
 
 def test_the_written_settings_are_plain_yaml(tmp_path: Path) -> None:
-    write_yaml(tmp_path / "c.yaml", RunConfig(model="m", dataset="d"))
+    write_yaml(tmp_path / "c.yaml", RunConfig(model="m", dataset=("d",)))
     assert yaml.safe_load((tmp_path / "c.yaml").read_text())["init_seeds"] == [42]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from saetrain.activations.capture import ActivationCapture, length_batches, pad_batch
 from saetrain.errors import SaetrainError, is_out_of_memory
-from saetrain.types import Sequence
+from saetrain.types import PART_BITS, Sequence
 
 Keep = Callable[[Sequence], np.ndarray]
 
@@ -39,8 +39,11 @@ class ActivationReader:
     that every hookpoint sees the same tokens.
     """
 
-    def __init__(self, capture: ActivationCapture, keep: Keep, batch_tokens: int) -> None:
+    def __init__(
+        self, capture: ActivationCapture, keep: Keep, batch_tokens: int, data_sets: tuple[str, ...] = ()
+    ) -> None:
         self.capture, self.keep, self.batch_tokens = capture, keep, batch_tokens
+        self._data_sets = data_sets
         self.limits: dict[str, float] = {}
         self.between_batches: Callable[[], None] | None = None
         """Called before each model batch; may raise to give up."""
@@ -88,9 +91,9 @@ class ActivationReader:
         for name, value in values.items():
             norms = value.float().norm(dim=1)
             if not bool(torch.isfinite(norms).all()):
-                rows = np.unique(docs[(~torch.isfinite(norms)).cpu().numpy()])[:5]
+                rows = self._name_rows(docs[(~torch.isfinite(norms)).cpu().numpy()])
                 raise SaetrainError(
-                    f"the model's activations at {name} are not finite on data set rows {', '.join(map(str, rows))}; "
+                    f"the model's activations at {name} are not finite on data set rows {rows}; "
                     "a wider --dtype (float32 or bfloat16) usually mends it"
                 )
             if name in self.limits:
@@ -99,3 +102,10 @@ class ActivationReader:
             return Activations(values, docs, 0)
         kept = {name: value[fine] for name, value in values.items()}
         return Activations(kept, docs[fine.cpu().numpy()], int((~fine).sum()))
+
+    def _name_rows(self, docs: np.ndarray) -> str:
+        """The first few rows, with their data set where several are mixed."""
+        rows = np.unique(docs)[:5].tolist()
+        if len(self._data_sets) < 2:
+            return ", ".join(map(str, rows))
+        return ", ".join(f"{row % (1 << PART_BITS)} of {self._data_sets[row >> PART_BITS]}" for row in rows)

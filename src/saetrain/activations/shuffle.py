@@ -101,7 +101,7 @@ class MixingBuffer:
     def restore(self, state: dict[str, list[int]]) -> None:
         """Stand where :meth:`state` was taken; the pools are computed again when they are next needed."""
         rows = {shard: state[str(shard)] for shard in self._owned}
-        self._states = {shard: ShardState(*row[:3], tuple(row[3:])) for shard, row in rows.items()}
+        self._states = {shard: ShardState(row[0], row[1], row[2], tuple(row[3:])) for shard, row in rows.items()}
         self._pools.clear()
         self._expect()
 

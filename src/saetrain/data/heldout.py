@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
+
 import numpy as np
 
 from saetrain.data.sequences import TokenTable
+from saetrain.data.text import Batch
+from saetrain.errors import SaetrainError
 
 MIN_TOKENS = 20_000
 MAX_SHARE = 0.1
+STREAM_SHARE = 0.05
+"""Share of a stream's texts that are held out, as the share of hash space that their hashes lie in."""
+HASHES = 1 << 63
 
 
 def distinct_rows(table: TokenTable) -> np.ndarray:
@@ -60,3 +68,68 @@ def _part_hashes(hashes: np.ndarray, docs: np.ndarray) -> np.ndarray:
     stirred = hashes.astype(np.uint64) ^ (numbers.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15))
     mixed = stirred * np.uint64(0xBF58476D1CE4E5B9)
     return np.asarray(mixed ^ (mixed >> np.uint64(31)))
+
+
+@dataclass(frozen=True)
+class HeldOutTexts:
+    """Which texts of a stream are never trained on: those with a hash below ``limit``, and those of ``hashes``."""
+
+    limit: int
+    hashes: np.ndarray
+
+    def __call__(self, text_hash: np.ndarray) -> np.ndarray:
+        """(n,) bool for (n,) int64 hashes."""
+        return np.asarray((text_hash < self.limit) | np.isin(text_hash, self.hashes))
+
+
+def first_documents(blocks: Iterable[Batch], tokens: int) -> tuple[Batch, HeldOutTexts]:
+    """The documents of a split that is held out, until they hold ``tokens`` tokens (at least 20k)."""
+    taken = _Taken(max(tokens, MIN_TOKENS))
+    for block in blocks:
+        taken.add(block, np.ones(len(block["doc"]), dtype=bool))
+        if taken.full:
+            break
+    return taken.rows, HeldOutTexts(0, np.unique(np.array(taken.rows["text_hash"], dtype=np.int64)))
+
+
+def split_stream(blocks: Iterable[Batch], tokens: int) -> tuple[Batch, HeldOutTexts]:
+    """The held-out documents of a stream that sets none apart: the first of STREAM_SHARE of hash space.
+
+    As many as hold ``tokens`` tokens (at least 20k), or all that the stream has of them; the one with the smallest
+    hash, where it has none. SaetrainError when there is no other text to train on.
+    """
+    limit = int(STREAM_SHARE * HASHES)
+    taken, smallest, least = _Taken(max(tokens, MIN_TOKENS)), _Taken(0), HASHES
+    seen: set[int] = set()
+    for block in blocks:
+        hashes = np.array(block["text_hash"], dtype=np.int64)
+        seen.update(hashes.tolist())
+        taken.add(block, hashes < limit)
+        if len(hashes) and hashes.min() < least:
+            least, smallest = int(hashes.min()), _Taken(0)
+        smallest.add(block, hashes == least)
+        if taken.full:
+            break
+    if not taken.rows["ids"]:
+        taken, limit = smallest, least + 1
+    if all(text < limit for text in seen):
+        raise SaetrainError("the data set is too small to train on and hold text out: no text would be left")
+    return taken.rows, HeldOutTexts(limit, np.zeros(0, dtype=np.int64))
+
+
+class _Taken:
+    """Stored rows gathered until they hold enough tokens, special ones not counted."""
+
+    def __init__(self, wanted: int) -> None:
+        self.rows: Batch = {"ids": [], "special": [], "doc": [], "text_hash": []}
+        self._wanted, self._held = wanted, 0
+
+    @property
+    def full(self) -> bool:
+        return self._held >= self._wanted
+
+    def add(self, block: Batch, chosen: np.ndarray) -> None:
+        for at in np.flatnonzero(chosen):
+            for name, values in self.rows.items():
+                values.append(block[name][at])
+            self._held += int(len(block["ids"][at]) - np.sum(block["special"][at]))

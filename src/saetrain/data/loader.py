@@ -17,7 +17,6 @@ from saetrain.data.sequences import Sequences
 from saetrain.errors import SaetrainError
 from saetrain.types import Cursor, Sequence, TokenKind
 
-
 NO_KEPT_TOKEN = "the data set holds no token that the token policy keeps"
 
 
@@ -66,7 +65,7 @@ class ShardedSource(ABC):
 class ShardedSequences(ShardedSource):
     """Sequences that can be had in any order: the endless permutations, dealt. Its cursor counts the shard's cards."""
 
-    start = (0,)
+    start: Cursor = (0,)
 
     def __init__(
         self, sequences: Sequences, settings: LoaderSettings, exclude_special: bool, exclude_first: bool

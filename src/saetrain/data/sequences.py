@@ -6,7 +6,9 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow as pa
 
+from saetrain.data.text import Batch
 from saetrain.data.tokenize import Framing
 from saetrain.types import Sequence, TokenKind
 
@@ -15,15 +17,18 @@ if TYPE_CHECKING:
 
 
 class TokenTable:
-    """Rows of token ids that lie memory-mapped in Arrow chunks.
+    """Rows of token ids that lie (memory-mapped, where they come from disk) in Arrow chunks.
 
     ``lengths`` (rows,) int64 tokens of each row; ``special_counts`` (rows,) int64 of them special; ``doc`` and
     ``text_hash`` (rows,).
     """
 
-    def __init__(self, rows: datasets.Dataset) -> None:
-        assert rows._indices is None, "a selection of rows has no chunks of its own"
-        table = rows.data
+    def __init__(self, rows: datasets.Dataset | pa.Table) -> None:
+        if isinstance(rows, pa.Table):
+            table = rows
+        else:
+            assert rows._indices is None, "a selection of rows has no chunks of its own"
+            table = rows.data
         ids = table.column("ids").chunks
         special = table.column("special").chunks
         self._ids = [(chunk.values.to_numpy(), chunk.offsets.to_numpy()) for chunk in ids]
@@ -55,6 +60,26 @@ class TokenTable:
         return ids[start:stop], special
 
 
+def batch_table(batch: Batch) -> TokenTable:
+    """The table of one batch of tokenized documents, in memory."""
+    offsets = np.concatenate([[0], np.cumsum([len(ids) for ids in batch["ids"]], dtype=np.int64)]).astype(np.int32)
+
+    def column(name: str, dtype: type) -> pa.Array:
+        values = np.concatenate([np.asarray(v) for v in batch[name]]) if batch[name] else np.zeros(0)
+        return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values.astype(dtype)))
+
+    return TokenTable(
+        pa.table(
+            {
+                "ids": column("ids", np.uint32),
+                "special": column("special", np.bool_),
+                "doc": pa.array(batch["doc"], pa.int64()),
+                "text_hash": pa.array(batch["text_hash"], pa.int64()),
+            }
+        )
+    )
+
+
 def _concat(parts: list[np.ndarray]) -> np.ndarray:
     return np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, dtype=np.int64)
 
@@ -73,6 +98,10 @@ class Sequences(ABC):
 
     @abstractmethod
     def __getitem__(self, index: int) -> Sequence: ...
+
+    def mixed_order(self, seed: int) -> np.ndarray:
+        """Numbers of the sequences in the order in which an evaluation takes them."""
+        return np.random.default_rng([seed, 1]).permutation(len(self))
 
 
 class DocumentSequences(Sequences):

@@ -1,19 +1,21 @@
-"""Where text comes from: a hub data set, or a local folder or file of any common kind."""
+"""Where text comes from: a hub data set, or a local folder or file of any common kind, loaded or streamed."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
+from saetrain.data.rows import BadRow, find_files, first_bad_row, load_leniently, sample_column
+from saetrain.data.text import TextColumn
 from saetrain.errors import SaetrainError, did_you_mean
 from saetrain.hub import offline, reachable, require_hub
 from saetrain.types import shown_default
-
-if TYPE_CHECKING:
-    import datasets
 
 HELD_OUT_SPLITS = ("validation", "valid", "val", "dev", "test")
 FILE_KINDS = {
@@ -38,6 +40,10 @@ class SourceSettings:
     """Configuration of a data set that has several, such as `wikitext-103-raw-v1`."""
     text_column: Annotated[str | None, shown_default("found by itself", "NAME")] = None
     """Column that holds the text."""
+    streaming: bool = False
+    """Read the data set from front to back while training, instead of loading and tokenizing all of it first."""
+    skip_bad_rows: bool = False
+    """Leave out rows of jsonl, csv and parquet files that can't be read, and count them."""
 
 
 @dataclass(frozen=True)
@@ -60,14 +66,29 @@ ALIASES = {
 class Source:
     """Rows to train on, rows that the data set itself sets apart, and how they were found."""
 
-    train: datasets.Dataset
-    held_out: datasets.Dataset | None
+    train: Any
+    """A `datasets.Dataset`, or a `datasets.IterableDataset` where it is streamed."""
+    held_out: Any
+    """The same, or None."""
     held_out_split: str | None
     description: str
     text_column: str | None
     """Column that the user or the alias names; None: to be found."""
     distinct: bool
     """Whether rows repeat the same text on purpose (SQuAD's paragraphs, one row a question)."""
+    column: TextColumn | None = None
+    """The text column where it had to be found to open the files; the rows then have a column `BAD_ROW`."""
+    diagnose: Callable[[], BadRow | None] = lambda: None
+    """Looks for the first row that can't be read, in local files."""
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    train: Any
+    held_out: Any
+    held_out_split: str | None
+    column: TextColumn | None
+    diagnose: Callable[[], BadRow | None]
 
 
 def open_source(name: str, settings: SourceSettings) -> Source:
@@ -76,17 +97,18 @@ def open_source(name: str, settings: SourceSettings) -> Source:
     Raises SaetrainError when there is no such data set, split or configuration, when a file is broken, or when
     the network that it would need cannot be reached.
     """
+    for flag in ("streaming", "skip_bad_rows"):
+        if "[" in settings.split and getattr(settings, flag):
+            raise SaetrainError(f"--split {settings.split}: a part of a split can't be named together with --{flag}")
     if os.path.exists(name):
         return _open_local(Path(name), settings)
     alias = ALIASES.get(name)
     path = alias.path if alias else name
     config = settings.dataset_config or (alias.config if alias else None)
-    train, held_out, held_out_split = _load_hub(path, config, settings)
-    chosen = train.info.config_name
+    loaded = _load_hub(path, config, settings, alias.column if alias else None)
+    chosen = loaded.train.info.config_name
     return Source(
-        train=train,
-        held_out=held_out,
-        held_out_split=held_out_split,
+        **vars(loaded),
         description=f"hub data set {path}{f' ({chosen})' if chosen not in (None, 'default') else ''}",
         text_column=settings.text_column or (alias.column if alias else None),
         distinct=bool(alias and alias.distinct),
@@ -94,38 +116,45 @@ def open_source(name: str, settings: SourceSettings) -> Source:
 
 
 def _open_local(path: Path, settings: SourceSettings) -> Source:
-    import datasets
-
-    train: datasets.Dataset
     saved = (path / "dataset_dict.json").exists() or (path / "state.json").exists()
     if settings.dataset_config is not None and (saved or path.is_file()):
         raise SaetrainError(f"--dataset_config {settings.dataset_config}: {path} has no configurations; leave it out")
     if saved:
-        try:
-            loaded = datasets.load_from_disk(str(path))
-        except Exception as error:  # a broken file raises whatever its reader does
-            raise SaetrainError(explain_load_error(str(path), error)) from error
-        base = split_names(settings.split)[0]
-        splits = loaded if isinstance(loaded, datasets.DatasetDict) else {base: loaded}
-        _check_split(settings.split, list(splits), str(path))
-        if base != settings.split:
-            raise SaetrainError(
-                f"--split {settings.split}: {path} was saved by `datasets`, of which a part cannot be named; "
-                f"give one of {', '.join(splits)}"
-            )
-        train, name = splits[base], _held_out_name(list(splits), settings.split)
-        held_out = splits[name] if name else None
+        loaded = _load_saved(path, settings)
     else:
         kind, options = _loader_options(path)
-        train, held_out, name = _load(kind, settings.dataset_config, settings, str(path), **options)
+        loaded = _load(kind, settings.dataset_config, settings, str(path), **options)
     return Source(
-        train=train,
-        held_out=held_out,
-        held_out_split=name,
+        **vars(loaded),
         description=f"local {'folder' if path.is_dir() else 'file'} {path}",
         text_column=settings.text_column,
         distinct=False,
     )
+
+
+def _load_saved(path: Path, settings: SourceSettings) -> _Loaded:
+    """A folder that `save_to_disk` wrote; what is streamed of it lies memory-mapped all the same."""
+    import datasets
+
+    try:
+        loaded = datasets.load_from_disk(str(path))
+    except Exception as error:  # a broken file raises whatever its reader does
+        raise SaetrainError(explain_load_error(str(path), error)) from error
+    base = split_names(settings.split)[0]
+    splits = loaded if isinstance(loaded, datasets.DatasetDict) else {base: loaded}
+    _check_split(settings.split, list(splits), str(path))
+    if base != settings.split:
+        raise SaetrainError(
+            f"--split {settings.split}: {path} was saved by `datasets`, of which a part cannot be named; "
+            f"give one of {', '.join(splits)}"
+        )
+    name = _held_out_name(list(splits), settings.split)
+    train, held_out = (_streamed(splits[split], settings) if split else None for split in (base, name))
+    return _Loaded(train, held_out, name, None, lambda: None)
+
+
+def _streamed(rows: Any, settings: SourceSettings) -> Any:
+    return rows.to_iterable_dataset() if settings.streaming else rows
 
 
 def _loader_options(path: Path) -> tuple[str, dict[str, Any]]:
@@ -158,21 +187,21 @@ def _kind_options(kind: str, files: list[Path]) -> dict[str, Any]:
     return {"sample_by": "paragraph" if parted else "line"}
 
 
-def _load_hub(path: str, config: str | None, settings: SourceSettings) -> Any:
+def _load_hub(path: str, config: str | None, settings: SourceSettings, column: str | None) -> _Loaded:
     """Load from a local cache that holds the data set, else over the network."""
     prepared = _prepared_configs(path)
     if config in prepared or (config is None and prepared):
         with offline():
-            return _load(path, config, settings, path, configs=prepared)
+            return _load(path, config, settings, path, configs=prepared, column=column)
     downloaded = _downloaded(path)
     if downloaded is not None:
         try:
-            return _load(downloaded, config, settings, path)
+            return _load(downloaded, config, settings, path, column=column)
         except SaetrainError:  # the download may be a part of the data set
             if not reachable():
                 raise
     require_hub(f"data set '{path}'")
-    return _load(path, config, settings, path)
+    return _load(path, config, settings, path, column=column)
 
 
 def _prepared_configs(path: str) -> list[str]:
@@ -206,14 +235,20 @@ def _load(
     shown: str,
     *,
     configs: list[str] | None = None,
+    column: str | None = None,
     data_files: dict[str, str] | None = None,
     **options: Any,
-) -> tuple[Any, Any, str | None]:
-    """(train rows, held-out rows or None, the held-out split's name or None).
+) -> _Loaded:
+    """The rows of the wanted split and of the one to hold out.
 
-    ``configs``: the data set's configurations where they are known already.
+    ``configs``: the data set's configurations where it lies prepared in the library's cache; ``column``: the text
+    column unless the user names one.
     """
     import datasets
+
+    def diagnose() -> BadRow | None:
+        files = find_files(path, config, settings.split, data_files=data_files, **options)
+        return first_bad_row(files) if files is not None and files.local else None
 
     try:
         if data_files is None:
@@ -223,15 +258,44 @@ def _load(
             names = list(data_files)
         _check_split(settings.split, names, shown)
         held_out_name = _held_out_name(names, settings.split)
-        train, held_out = (
-            datasets.load_dataset(path, config, split=split, data_files=data_files, **options) if split else None
-            for split in (settings.split, held_out_name)
-        )
+        splits = [split for split in (settings.split, held_out_name) if split]
+        options["data_files"] = data_files
+        files = [find_files(path, config, split, **options) for split in splits] if settings.skip_bad_rows else [None]
+        found = sample_column(files[0], settings.text_column or column) if files[0] else None
+        rows = [
+            load_leniently(file, found, settings.streaming)
+            if file and found
+            else _load_split(path, config, split, settings.streaming, configs is not None, options)
+            for split, file in zip_longest(splits, files)
+        ]
     except SaetrainError:
         raise
     except Exception as error:  # the libraries raise a dozen unrelated types here
-        raise SaetrainError(explain_load_error(shown, error)) from error
-    return train, held_out, held_out_name
+        bad = _diagnosis(diagnose)
+        raise SaetrainError(
+            f"data set '{shown}' could not be read: {bad}; --skip_bad_rows leaves such rows out"
+            if bad
+            else explain_load_error(shown, error)
+        ) from error
+    return _Loaded(rows[0], rows[1] if held_out_name else None, held_out_name, found, partial(_diagnosis, diagnose))
+
+
+def _load_split(
+    path: str, config: str | None, split: str, streaming: bool, prepared: bool, options: dict[str, Any]
+) -> Any:
+    import datasets
+
+    if streaming and prepared:  # the library does not stream what it has prepared on disk
+        return datasets.load_dataset(path, config, split=split, **options).to_iterable_dataset()
+    return datasets.load_dataset(path, config, split=split, streaming=streaming, **options)
+
+
+def _diagnosis(diagnose: Callable[[], BadRow | None]) -> BadRow | None:
+    """The row that broke the loading, where one did."""
+    try:
+        return diagnose()
+    except Exception:  # what kept the data set from being opened also keeps its files from being found
+        return None
 
 
 def _pick_config(names: list[str], config: str | None, shown: str) -> str:

@@ -38,8 +38,11 @@ def find_text_column(rows: datasets.Dataset, wanted: str | None) -> TextColumn:
 
     Raises SaetrainError when ``wanted`` is missing or holds no text, or when no column holds any.
     """
-    names = list(rows.column_names)
-    sample = rows[: min(SAMPLE_ROWS, len(rows))]
+    return choose_column(list(rows.column_names), rows[: min(SAMPLE_ROWS, len(rows))], wanted)
+
+
+def choose_column(names: list[str], sample: Batch, wanted: str | None) -> TextColumn:
+    """The same from the first rows alone, as {name: values}."""
     if wanted is not None:
         if wanted not in names:
             raise SaetrainError(
@@ -67,7 +70,9 @@ def _search(names: list[str], sample: Batch) -> TextColumn:
     prompts = tuple(name for name in PROMPT_COLUMNS if name in names and _kind(sample[name]) == "text")
     if "instruction" in prompts and len(prompts) > 1:
         return TextColumn("prompt", prompts, "instruction rows")
-    lengths = {name: sum(len(v or "") for v in sample[name]) for name in names if _kind(sample[name]) == "text"}
+    lengths = {
+        name: sum(len(v) for v in sample[name] if isinstance(v, str)) for name in names if _kind(sample[name]) == "text"
+    }
     if not lengths or not max(lengths.values()):
         raise SaetrainError(
             f"no text column was found: the data set has {', '.join(names) or 'no columns'}; "
@@ -85,6 +90,11 @@ def _kind(values: list[Any]) -> str | None:
     if isinstance(turn, dict) and ({"role", "content"} <= turn.keys() or {"from", "value"} <= turn.keys()):
         return "chat"
     return "ids" if isinstance(value, list) and isinstance(turn, int) else None
+
+
+def holds(value: Any, kind: str) -> bool:
+    """Whether ``value`` is what a column of this ``TextColumn.kind`` may hold; nothing at all is allowed."""
+    return value is None or value == [] or _kind([value]) == ("text" if kind == "prompt" else kind)
 
 
 def renderer(column: TextColumn, tokenizer: Any) -> Callable[[Batch], list[str]]:

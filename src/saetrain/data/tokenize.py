@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,11 +21,18 @@ from saetrain.types import shown_default
 if TYPE_CHECKING:
     import datasets
 
-FORMAT = 1
+FORMAT = 2
 """Part of the cache's fingerprint: raise it when what is stored changes."""
 DEFAULT_CTX_LEN = 512
 ROW_TOKENS = 4096
 """A causal model's longer documents are stored in several rows, so that a part of one can be held out."""
+
+
+PART_CHARS = 200_000
+"""Longer texts are tokenized in parts: a tokenizer takes about 200 bytes of memory for each character of a text, and
+BPE's time per character grows on a line without a space."""
+CALL_CHARS = 1_000_000
+"""Characters that are handed to the tokenizer at once, for the same reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,10 +122,9 @@ def tokenize_rows(
     import datasets
     from datasets import Features, List, Value
 
-    ids_type = "uint16" if len(tokenizer) <= 1 << 16 else "uint32"
     features = Features(
         {
-            "ids": List(Value(ids_type)),
+            "ids": List(Value(ids_type(tokenizer))),
             "special": List(Value("bool")),
             "doc": Value("int64"),
             "text_hash": Value("int64"),
@@ -148,6 +154,11 @@ def tokenize_rows(
     return tokenized
 
 
+def ids_type(tokenizer: Any) -> str:
+    """The smallest type that holds every id of the tokenizer's vocabulary."""
+    return "uint16" if len(tokenizer) <= 1 << 16 else "uint32"
+
+
 def row_encoder(column: TextColumn, tokenizer: Any, framing: Framing) -> Callable[[Batch, list[int]], Batch]:
     """The function that tokenizes one batch of rows."""
     if column.kind == "ids":
@@ -158,6 +169,8 @@ def row_encoder(column: TextColumn, tokenizer: Any, framing: Framing) -> Callabl
     special_ids = set() if literal else set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
 
     def encode(batch: Batch, indices: list[int]) -> Batch:
+        if literal:
+            _require_strings(batch, column, indices)
         texts = render(batch)
         filled = [i for i, text in enumerate(texts) if text.strip()]
         out: Batch = {"ids": [], "special": [], "doc": [], "text_hash": []}
@@ -175,22 +188,42 @@ def row_encoder(column: TextColumn, tokenizer: Any, framing: Framing) -> Callabl
     return encode
 
 
+def _require_strings(batch: Batch, column: TextColumn, indices: list[int]) -> None:
+    for name in column.columns:
+        for index, value in zip(indices, batch[name], strict=True):
+            if not isinstance(value, str) and value is not None:
+                raise SaetrainError(
+                    f"column {name}, row {index} (from 0): holds {type(value).__name__} {str(value)[:40]!r} and no "
+                    "text; --skip_bad_rows leaves such rows out"
+                )
+
+
 def _pieces(
     texts: list[str], tokenizer: Any, framing: Framing, **options: Any
 ) -> list[tuple[int, np.ndarray, np.ndarray]]:
     """(index into ``texts``, ids, special) of each stored row."""
-    if framing.causal:
-        encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False, **options)[
-            "input_ids"
-        ]
-        framed = ((i, *_frame(np.asarray(ids, dtype=np.int64), framing)) for i, ids in enumerate(encoded) if ids)
-        return [
-            (i, ids[start : start + ROW_TOKENS], special[start : start + ROW_TOKENS])
-            for i, ids, special in framed
-            for start in range(0, len(ids), ROW_TOKENS)
-        ]
+    if not framing.causal:
+        return [piece for call in _calls(texts) for piece in _encoder_pieces(call, tokenizer, framing, options)]
+    options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False, **options}
+    documents: dict[int, list[np.ndarray]] = {}
+    for call in _calls(texts):
+        encoded = tokenizer([part for _, part in call], **options)["input_ids"]
+        for (number, _), ids in zip(call, encoded, strict=True):
+            documents.setdefault(number, []).append(np.asarray(ids, dtype=np.int64))
+    joined = ((number, np.concatenate(parts)) for number, parts in documents.items())
+    framed = ((number, *_frame(ids, framing)) for number, ids in joined if len(ids))
+    return [
+        (number, ids[start : start + ROW_TOKENS], special[start : start + ROW_TOKENS])
+        for number, ids, special in framed
+        for start in range(0, len(ids), ROW_TOKENS)
+    ]
+
+
+def _encoder_pieces(
+    call: list[tuple[int, str]], tokenizer: Any, framing: Framing, options: dict[str, Any]
+) -> list[tuple[int, np.ndarray, np.ndarray]]:
     encoded = tokenizer(
-        texts,
+        [part for _, part in call],
         truncation=True,
         max_length=framing.ctx_len,
         return_overflowing_tokens=True,
@@ -200,7 +233,7 @@ def _pieces(
         **options,
     )
     return [
-        (source, np.asarray(ids), np.asarray(special, dtype=bool))
+        (call[source][0], np.asarray(ids), np.asarray(special, dtype=bool))
         for source, ids, special in zip(
             encoded["overflow_to_sample_mapping"],
             encoded["input_ids"],
@@ -209,6 +242,36 @@ def _pieces(
         )
         if not all(special)
     ]
+
+
+def _calls(texts: list[str]) -> Iterator[list[tuple[int, str]]]:
+    """The texts' parts, each with its text's index, in lists of about CALL_CHARS characters."""
+    call: list[tuple[int, str]] = []
+    held = 0
+    for number, text in enumerate(texts):
+        for part in text_parts(text):
+            call.append((number, part))
+            held += len(part)
+            if held >= CALL_CHARS:
+                yield call
+                call, held = [], 0
+    if call:
+        yield call
+
+
+def text_parts(text: str) -> Iterator[str]:
+    """``text`` in parts of at most PART_CHARS characters, cut before a word where there is a white space.
+
+    WordPiece and byte-level BPE give the same tokens for such parts as for the whole.
+    """
+    start = 0
+    while len(text) - start > PART_CHARS:
+        window = text[start : start + PART_CHARS + 1]
+        # The white space right before a word belongs to the word.
+        cut = next((at - 1 for at in range(PART_CHARS, 1, -1) if window[at - 1].isspace() > window[at].isspace()), 0)
+        start, previous = start + (cut or PART_CHARS), start
+        yield text[previous:start]
+    yield text[start:]
 
 
 def _frame(ids: np.ndarray, framing: Framing) -> tuple[np.ndarray, np.ndarray]:
@@ -243,13 +306,13 @@ def _ids_encoder(name: str, tokenizer: Any, framing: Framing) -> Callable[[Batch
                     f"the model's vocabulary of {size}; the data set was made with another tokenizer"
                 )
             step = ROW_TOKENS if framing.causal else framing.ctx_len
-            digest = _hash(ids.tobytes())
+            document = _hash(ids.tobytes())
             for start in range(0, len(ids), step):
                 piece = ids[start : start + step]
                 out["ids"].append(piece)
                 out["special"].append(np.isin(piece, special_ids))
                 out["doc"].append(index)
-                out["text_hash"].append(digest)
+                out["text_hash"].append(document)
         return out
 
     return encode
@@ -265,17 +328,30 @@ def _hash(data: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") >> 1
 
 
-def _fingerprint(rows: datasets.Dataset, column: TextColumn, tokenizer: Any, framing: Framing) -> str:
-    """Hash of all that decides the stored tokens: the rows, the column, the tokenizer's own file, the framing."""
+def tokenizer_identity(tokenizer: Any) -> dict[str, Any]:
+    """All that decides what ``tokenizer`` makes of a text."""
     machine = json.loads(tokenizer.backend_tokenizer.to_str())
-    parts = {
-        "format": FORMAT,
-        "rows": rows._fingerprint,
-        "column": [column.kind, *column.columns],
+    return {
         # Truncation and padding are traces of the last call, not part of the tokenizer.
         "tokenizer": {key: value for key, value in machine.items() if key not in ("truncation", "padding")},
         "special": sorted(tokenizer.all_special_ids),
-        "chat_template": str(tokenizer.chat_template) if column.kind == "chat" else "",
-        "framing": [framing.causal, framing.ctx_len if not framing.causal else 0, framing.bos, framing.eos],
     }
-    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+
+
+def _fingerprint(rows: datasets.Dataset, column: TextColumn, tokenizer: Any, framing: Framing) -> str:
+    """Hash of all that decides the stored tokens: the rows, the column, the tokenizer's own file, the framing."""
+    return digest(
+        {
+            "format": FORMAT,
+            "rows": rows._fingerprint,
+            "column": [column.kind, *column.columns],
+            **tokenizer_identity(tokenizer),
+            "chat_template": str(tokenizer.chat_template) if column.kind == "chat" else "",
+            "framing": [framing.causal, framing.ctx_len if not framing.causal else 0, framing.bos, framing.eos],
+        }
+    )
+
+
+def digest(value: Any) -> str:
+    """Hash of what JSON can hold."""
+    return hashlib.blake2b(json.dumps(value).encode(), digest_size=16).hexdigest()

@@ -31,7 +31,8 @@ def report(run: Prepared, trainer: Trainer, buffer: MixingBuffer) -> None:
     sae_files = weights * (2 if run.config.output.save_sparsify else 1)
     print(f"disk        {gib(3 * weights)} a checkpoint ({KEPT} kept), {gib(sae_files)} for the finished SAEs")
     print(f"steps       {plan.steps:,} of {plan.tokens_per_step:,} tokens = {plan.tokens:,} tokens")
-    print(f"text        {plan.train_tokens:,} tokens, passed over {plan.epochs:.2f} times")
+    length = "streamed, of unknown length" if plan.train_tokens is None else f"{plan.train_tokens:,} tokens"
+    print(f"text        {length}; {plan.passes()}")
     per_step = measure(run, trainer, buffer)
     hours, rest = divmod(round(per_step * plan.steps), 3600)
     print(

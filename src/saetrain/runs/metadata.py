@@ -21,7 +21,8 @@ def about_run(run: Prepared, trainer: Trainer) -> dict[str, Any]:
         "model_revision": run.model.revision,
         "model_weights_sha256": run.weights_sha256,
         "model_dtype": next(name for name, dtype in DTYPES.items() if dtype is run.model.dtype),
-        "dataset": location(config.dataset),
+        "dataset": location(config.dataset[0]) if len(config.dataset) == 1 else [location(n) for n in config.dataset],
+        "mix": None if len(config.dataset) == 1 else list(run.plan.shares),
         "dataset_config": config.source.dataset_config,
         "split": config.source.split,
         **run.data,
@@ -54,7 +55,7 @@ def announce(run: Prepared, trainer: Trainer) -> None:
     say(
         f"training {len(trainer.saes)} SAE{'s' if len(trainer.saes) > 1 else ''} for {plan.steps} steps of "
         f"{plan.tokens_per_step:,} tokens ({plan.tokens:,} in all; {rest:,} of --max_tokens left over), "
-        f"{plan.epochs:.2f} passes over the text"
+        f"{plan.passes()}"
     )
     if config.dead.dead_feature_threshold is not None:
         say("--dead_feature_threshold is deprecated: use --dead_window_tokens")

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import xxhash
 from torch import Tensor
 
 from saetrain import distributed
@@ -22,22 +20,20 @@ from saetrain.activations.normalize import norm_limits
 from saetrain.activations.read import ActivationReader
 from saetrain.activations.shuffle import DEFAULT_BUFFER_TOKENS, MixingBuffer
 from saetrain.config import RunConfig
-from saetrain.data.heldout import distinct_rows, split_rows
-from saetrain.data.loader import ShardedSequences
-from saetrain.data.sequences import Sequences, TokenTable, sequences_of
-from saetrain.data.sources import Source, open_source
-from saetrain.data.text import find_text_column
-from saetrain.data.tokenize import DEFAULT_CTX_LEN, Framing, load_tokenizer, tokenize_rows
+from saetrain.data.loader import ShardedSource
+from saetrain.data.sequences import Sequences
+from saetrain.data.tokenfile import stored_ctx_len
+from saetrain.data.tokenize import DEFAULT_CTX_LEN, Framing, load_tokenizer
 from saetrain.errors import SaetrainError
 from saetrain.logs.console import say
 from saetrain.optim import warmup_steps
 from saetrain.runs.resources import check_memory
+from saetrain.runs.text import load_text
 
 CALIBRATION_TOKENS = 16_384
 """Tokens on which the inputs' centre, scale and norm limit are measured."""
 MAX_BUFFER_BYTES = 2 << 30
 """What the mixing buffer takes at the most unless --buffer_tokens says otherwise."""
-MAX_HELD_OUT_ROWS = 20_000
 EVAL_SEQUENCES = 64
 
 
@@ -47,14 +43,34 @@ class Plan:
 
     tokens_per_step: int
     steps: int
-    epochs: float
-    train_tokens: int
-    """Tokens of the training text that the token policy keeps."""
+    data_sets: tuple[str, ...]
+    shares: tuple[float, ...]
+    """Of each data set in the tokens that are trained on."""
+    text_tokens: tuple[int | None, ...]
+    """Training tokens of each data set that the token policy keeps; None where it is streamed."""
 
     @property
     def tokens(self) -> int:
         """Activations that the run trains on."""
         return self.steps * self.tokens_per_step
+
+    @property
+    def train_tokens(self) -> int | None:
+        """Training tokens of all data sets, or None where one is streamed."""
+        known = [tokens for tokens in self.text_tokens if tokens is not None]
+        return sum(known) if len(known) == len(self.text_tokens) else None
+
+    def passes(self) -> str:
+        """How often the run passes over its text."""
+        rows = zip(self.data_sets, self.shares, self.text_tokens, strict=True)
+        counts = {
+            name: f"{self.tokens * share / max(tokens, 1):.2f} passes over" if tokens is not None else "streaming"
+            for name, share, tokens in rows
+        }
+        if len(counts) > 1:
+            return ", ".join(f"{count} {name}" for name, count in counts.items())
+        (count,) = counts.values()
+        return f"{count} the text" + ("" if self.train_tokens is not None else ", the number of passes is not known")
 
 
 @dataclass(frozen=True)
@@ -68,7 +84,7 @@ class Prepared:
     hookpoints: list[str]
     capture: ActivationCapture
     reader: ActivationReader
-    train: ShardedSequences
+    train: ShardedSource
     held_out: Sequences
     data: dict[str, Any]
     """What the SAE's metadata say of the text."""
@@ -81,7 +97,7 @@ class Prepared:
 
 def prepare(config: RunConfig) -> Prepared:
     """Load and resolve everything that comes before the first activation; prints what was chosen."""
-    _quiet_libraries()
+    quiet_libraries()
     _announce_local(config)
     model = load_model(config.model, config.base)
     tokenizer = load_tokenizer(config.model, config.base.revision, config.base.trust_remote_code)
@@ -94,11 +110,9 @@ def prepare(config: RunConfig) -> Prepared:
     buffer = buffer_tokens(config, model, capture.widths)
     check_memory(config, model, capture.widths, ctx_len, buffer)
     framing = Framing.of(tokenizer, model.causal, ctx_len)
-    train_rows, held_out, data = load_text(config, tokenizer, framing)
-    exclude_sinks = config.buffer.exclude_sinks
-    train = ShardedSequences(train_rows, config.loader, config.tokens.exclude_special_tokens, exclude_sinks)
-    reader = ActivationReader(capture, train.keep, config.base.model_batch_tokens)
-    plan = make_plan(config, ctx_len, train_rows.text_tokens)
+    text = load_text(config, tokenizer, framing)
+    reader = ActivationReader(capture, text.train.keep, config.base.model_batch_tokens, config.dataset)
+    plan = make_plan(config, ctx_len, text.tokens)
     return Prepared(
         config,
         model,
@@ -107,16 +121,16 @@ def prepare(config: RunConfig) -> Prepared:
         hookpoints,
         capture,
         reader,
-        train,
-        held_out,
-        data,
+        text.train,
+        text.held_out,
+        text.about,
         plan,
         buffer,
         weights_hash(model),
     )
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """Without a terminal, another library's progress bars are noise in a log file."""
     import datasets
 
@@ -125,7 +139,7 @@ def _quiet_libraries() -> None:
 
 
 def _announce_local(config: RunConfig) -> None:
-    for name, what in ((config.model, "model"), (config.dataset, "data set")):
+    for name, what in ((config.model, "model"), *((name, "data set") for name in config.dataset)):
         if os.path.exists(name):
             say(f"{what} {name}: the local path {Path(name).resolve()}")
 
@@ -144,68 +158,15 @@ def resolve_ctx_len(config: RunConfig, model: BaseModel) -> int:
     """Tokens of a sequence; SaetrainError when more are asked for than the model has positions."""
     given, most = config.tokens.ctx_len, model.max_positions
     if given is None:
+        given = stored_ctx_len(config.dataset)
+    if given is None:
         return min(DEFAULT_CTX_LEN, most or DEFAULT_CTX_LEN)
     if most is not None and given > most:
         raise SaetrainError(f"--ctx_len {given}: {config.model} has positions for at most {most} tokens")
     return given
 
 
-def load_text(config: RunConfig, tokenizer: Any, framing: Framing) -> tuple[Sequences, Sequences, dict[str, Any]]:
-    """(training sequences, held-out sequences, what to say of them)."""
-    source = open_source(config.dataset, config.source)
-    if not len(source.train):
-        raise SaetrainError(f"data set {config.dataset}: split {config.source.split} has no rows")
-    column = find_text_column(source.train, source.text_column)
-    say(f"{source.description}: {column.describe()}")
-    say(f"tokens: {framing.describe(tokenizer)}")
-    procs, special = config.tokens.data_preprocessing_num_proc, config.tokens.exclude_special_tokens
-    table = TokenTable(tokenize_rows(source.train, column, tokenizer, framing, procs))
-    rows = distinct_rows(table) if source.distinct else np.arange(len(table))
-    if source.held_out is not None:
-        held = TokenTable(tokenize_rows(_sample(source), column, tokenizer, framing, procs))
-        held_rows = distinct_rows(held) if source.distinct else np.arange(len(held))
-        held_out = sequences_of(held, held_rows, framing, special)
-        fresh = ~np.isin(table.text_hash[rows], held.text_hash)
-        how = f"split '{source.held_out_split}'"
-        if not fresh.all():
-            how += f"; {table.lengths[rows[~fresh]].sum():,} tokens of the same texts are not trained on"
-        rows = rows[fresh]
-    else:
-        rows, held_rows, how = split_rows(table, rows, config.evaluation.eval_tokens)
-        held_out = sequences_of(table, held_rows, framing, special)
-    train = sequences_of(table, rows, framing, special)
-    if not len(train) or not len(held_out):
-        raise SaetrainError(
-            f"data set {config.dataset}: too small to train on and hold text out: {len(table)} rows, "
-            f"{table.lengths.sum()} tokens"
-        )
-    say(f"training text: {train.text_tokens:,} tokens; held out: {held_out.text_tokens:,} tokens ({how})")
-    about = {
-        "text_columns": list(column.columns),
-        "held_out": how,
-        "train_tokens_available": train.text_tokens,
-        "fingerprint": text_fingerprint(table, rows),
-    }
-    return train, held_out, about
-
-
-def text_fingerprint(table: TokenTable, rows: np.ndarray) -> str:
-    """Hash of the training text: the hashes and lengths of its rows in their order."""
-    digest = xxhash.xxh3_64(table.text_hash[rows].tobytes())
-    digest.update(table.lengths[rows].tobytes())
-    return str(digest.hexdigest())
-
-
-def _sample(source: Source) -> Any:
-    rows = source.held_out
-    assert rows is not None
-    if len(rows) <= MAX_HELD_OUT_ROWS:
-        return rows
-    chosen = np.random.default_rng(0).choice(len(rows), MAX_HELD_OUT_ROWS, replace=False)
-    return rows.select(np.sort(chosen))
-
-
-def make_plan(config: RunConfig, ctx_len: int, train_tokens: int) -> Plan:
+def make_plan(config: RunConfig, ctx_len: int, text_tokens: tuple[int | None, ...]) -> Plan:
     """Steps of the run; SaetrainError when --max_tokens does not make one."""
     per_step = config.train.batch_size * ctx_len * config.train.grad_acc_steps * distributed.world_size()
     steps = config.train.max_tokens // per_step
@@ -215,7 +176,7 @@ def make_plan(config: RunConfig, ctx_len: int, train_tokens: int) -> Plan:
             f"(batch_size {config.train.batch_size} x ctx_len {ctx_len} x grad_acc_steps "
             f"{config.train.grad_acc_steps} x {distributed.world_size()} ranks)"
         )
-    return Plan(per_step, steps, steps * per_step / max(train_tokens, 1), train_tokens)
+    return Plan(per_step, steps, config.dataset, config.mixing.shares(len(config.dataset)), text_tokens)
 
 
 def make_buffer(run: Prepared) -> MixingBuffer:
@@ -235,7 +196,9 @@ def buffer_tokens(config: RunConfig, model: BaseModel, widths: dict[str, int]) -
 
 def read_sample(run: Prepared) -> Any:
     """Activations of the first training tokens of each shard; sets the reader's norm limits from them."""
-    each = -(-min(CALIBRATION_TOKENS, max(run.plan.train_tokens, 1)) // run.train.n_shards)
+    there = run.plan.train_tokens
+    wanted = CALIBRATION_TOKENS if there is None else min(CALIBRATION_TOKENS, max(there, 1))
+    each = -(-wanted // run.train.n_shards)
     sequences = [s for shard in range(run.train.n_shards) for s in run.train.read(shard, run.train.start, each)[0]]
     sample = run.reader.read(sequences)
     total = sum(map(len, sequences))
@@ -247,7 +210,7 @@ def read_sample(run: Prepared) -> Any:
 
 def held_out_batches(run: Prepared) -> Iterator[dict[str, Tensor]]:
     """Raw activations of the held-out sequences, in a fixed mixed order."""
-    order = np.random.default_rng([run.config.loader.shuffle_seed, 1]).permutation(len(run.held_out))
+    order = run.held_out.mixed_order(run.config.loader.shuffle_seed)
     for start in range(0, len(order), EVAL_SEQUENCES):
         sequences = [run.held_out[int(number)] for number in order[start : start + EVAL_SEQUENCES]]
         for batch in run.reader.batches(sequences):

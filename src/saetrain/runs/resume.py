@@ -67,7 +67,7 @@ def reconcile(run: Prepared, checkpoint: Checkpoint) -> Prepared:
             f"the result; give it as it was, or start a run of another --run_name"
         )
     config: RunConfig = dataclasses.replace(from_flat(flat, "checkpoint"), where=run.config.where)
-    plan = make_plan(config, run.framing.ctx_len, run.plan.train_tokens)
+    plan = make_plan(config, run.framing.ctx_len, run.plan.text_tokens)
     assert config.buffer.buffer_tokens is not None
     return dataclasses.replace(run, config=config, plan=plan, buffer_tokens=config.buffer.buffer_tokens)
 

@@ -1,0 +1,121 @@
+"""Several data sets mixed by weight: every virtual shard takes its next sequence from the one that lags most."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated
+
+import numpy as np
+
+from saetrain.data.loader import ShardedSource
+from saetrain.data.sequences import Sequences
+from saetrain.errors import SaetrainError
+from saetrain.types import PART_BITS, Cursor, Sequence, TokenKind, shown_default
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixSettings:
+    """Several data sets: how much of each."""
+
+    mix: Annotated[tuple[float, ...] | None, shown_default("equal", "FLOAT ...")] = None
+    """Weights of the data sets, in their order: their shares of the tokens that are trained on."""
+
+    def __post_init__(self) -> None:
+        if self.mix is not None and not all(0 < weight < float("inf") for weight in self.mix):
+            raise SaetrainError(f"--mix {' '.join(f'{w:g}' for w in self.mix)}: weights must be positive numbers")
+
+    def shares(self, count: int) -> tuple[float, ...]:
+        """The shares of ``count`` data sets, which add up to 1; SaetrainError when the weights are not as many."""
+        if self.mix is None:
+            return (1 / count,) * count
+        if len(self.mix) != count:
+            raise SaetrainError(
+                f"--mix {' '.join(f'{w:g}' for w in self.mix)}: {len(self.mix)} weights for {count} data "
+                f"set{'s' if count > 1 else ''}; give one for each"
+            )
+        return tuple(weight / sum(self.mix) for weight in self.mix)
+
+
+def laggard(held: list[int], shares: tuple[float, ...]) -> int:
+    """The part whose tokens so far are the smallest multiple of its share."""
+    return min(range(len(held)), key=lambda part: held[part] / shares[part])
+
+
+def of_part(sequence: Sequence, part: int) -> Sequence:
+    """The sequence with document numbers that say which data set it is from."""
+    return Sequence(sequence.ids, sequence.kind, sequence.doc + (part << PART_BITS))
+
+
+class MixedSequences(ShardedSource):
+    """Sources mixed shard by shard. Its cursor is every part's cursor with the tokens that it has given."""
+
+    def __init__(
+        self, parts: list[ShardedSource], shares: tuple[float, ...], exclude_special: bool, exclude_first: bool
+    ) -> None:
+        assert len({part.n_shards for part in parts}) == 1, "parts of unequal shards"
+        super().__init__(parts[0].n_shards, exclude_special, exclude_first)
+        self._parts, self._shares = parts, shares
+        self.start: Cursor = tuple(number for part in parts for number in (*part.start, 0))
+
+    def _split(self, cursor: Cursor) -> tuple[list[Cursor], list[int]]:
+        """(each part's cursor, the tokens that it has given)."""
+        cursors, held, at = [], [], 0
+        for part in self._parts:
+            end = at + len(part.start)
+            cursors.append(cursor[at:end])
+            held.append(cursor[end])
+            at = end + 1
+        return cursors, held
+
+    def read(self, shard: int, cursor: Cursor, tokens: int) -> tuple[list[Sequence], Cursor]:
+        """The shard's sequences from ``cursor`` on until they hold ``tokens`` kept tokens, and the next cursor."""
+        out: list[Sequence] = []
+        cursors, held = self._split(cursor)
+        wanted = sum(held) + tokens
+        while sum(held) < wanted:
+            number = laggard(held, self._shares)
+            sequences, cursors[number] = self._parts[number].read(shard, cursors[number], 1)
+            held[number] += sum(int(self.keep(sequence).sum()) for sequence in sequences)
+            out.extend(of_part(sequence, number) for sequence in sequences)
+        return out, tuple(value for at, count in zip(cursors, held, strict=True) for value in (*at, count))
+
+    def expect(self, cursors: Mapping[int, Cursor]) -> None:
+        """Hand each part its own cursors."""
+        split = {shard: self._split(cursor)[0] for shard, cursor in cursors.items()}
+        for number, part in enumerate(self._parts):
+            part.expect({shard: each[number] for shard, each in split.items()})
+
+
+class MixedHeldOut(Sequences):
+    """Held-out sequences of several data sets, in an order that keeps to their shares as long as each has some."""
+
+    def __init__(self, parts: list[Sequences], shares: tuple[float, ...]) -> None:
+        self._parts, self._shares = parts, shares
+        self._starts = np.cumsum([0, *map(len, parts)])
+        self.text_tokens = sum(part.text_tokens for part in parts)
+        self._orders: dict[int, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, index: int) -> Sequence:
+        part = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return of_part(self._parts[part][index - int(self._starts[part])], part)
+
+    def mixed_order(self, seed: int) -> np.ndarray:
+        """Numbers of the sequences until one data set has no more, each in a mixed order of its own."""
+        if seed not in self._orders:
+            self._orders[seed] = self._make_order(seed)
+        return self._orders[seed]
+
+    def _make_order(self, seed: int) -> np.ndarray:
+        orders = [part.mixed_order(seed) for part in self._parts]
+        held, taken = [0] * len(orders), [0] * len(orders)
+        out = []
+        while taken[part := laggard(held, self._shares)] < len(orders[part]):
+            number = int(orders[part][taken[part]])
+            out.append(int(self._starts[part]) + number)
+            held[part] += int((self._parts[part][number].kind == TokenKind.TEXT).sum())
+            taken[part] += 1
+        return np.array(out, dtype=np.int64)

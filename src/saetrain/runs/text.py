@@ -1,0 +1,223 @@
+"""From data set names to training and held-out sequences: loaded, streamed, tokenized before, or several mixed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from saetrain.config import RunConfig
+from saetrain.data.heldout import HASHES, distinct_rows, first_documents, split_rows, split_stream
+from saetrain.data.loader import ShardedSequences, ShardedSource
+from saetrain.data.mix import MixedHeldOut, MixedSequences
+from saetrain.data.rows import BAD_ROW
+from saetrain.data.sequences import Sequences, TokenTable, batch_table, sequences_of
+from saetrain.data.sources import Source, SourceSettings, open_source
+from saetrain.data.stream import StreamedRows, StreamedSequences, columns_of, encoded_blocks
+from saetrain.data.text import SAMPLE_ROWS, TextColumn, choose_column, find_text_column
+from saetrain.data.tokenfile import is_token_folder, open_ids, open_tokens
+from saetrain.data.tokenize import Framing, TokenSettings, row_encoder, tokenize_rows
+from saetrain.errors import SaetrainError
+from saetrain.logs.console import say
+
+MAX_HELD_OUT_ROWS = 20_000
+FINGERPRINT_BLOCKS = 8
+"""Blocks of a stream by which a restart knows it again."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """What a run reads.
+
+    ``tokens``: of each data set, the training tokens that the token policy keeps, or None where it is streamed;
+    ``about``: what the SAE's metadata say of it.
+    """
+
+    train: ShardedSource
+    held_out: Sequences
+    tokens: tuple[int | None, ...]
+    about: dict[str, Any]
+
+
+def load_text(config: RunConfig, tokenizer: Any, framing: Framing) -> Text:
+    """The text of all data sets; prints what was chosen. SaetrainError for what can't be read or is too small."""
+    say(f"tokens: {framing.describe(tokenizer)}")
+    parts = [_load_part(name, config, tokenizer, framing) for name in config.dataset]
+    if len(parts) == 1:
+        return parts[0]
+    shares = config.mixing.shares(len(parts))
+    say("mixed: " + ", ".join(f"{share:.1%} {name}" for share, name in zip(shares, config.dataset, strict=True)))
+    special, first = config.tokens.exclude_special_tokens, config.buffer.exclude_sinks
+    return Text(
+        MixedSequences([part.train for part in parts], shares, special, first),
+        MixedHeldOut([part.held_out for part in parts], shares),
+        tuple(tokens for part in parts for tokens in part.tokens),
+        {name: [part.about[name] for part in parts] for name in parts[0].about},
+    )
+
+
+def _load_part(name: str, config: RunConfig, tokenizer: Any, framing: Framing) -> Text:
+    if is_token_folder(name):
+        return _stored(name, config, tokenizer, framing)
+    source = open_text(name, config.source, tokenizer)
+    column = source.column or _find_column(name, source, config.source.streaming)
+    say(f"{source.description}: {column.describe()}")
+    if config.source.streaming:
+        return _streamed(name, source, column, config, tokenizer, framing)
+    rows = {"train": tokenized(name, source.train, column, tokenizer, framing, config.tokens)}
+    if source.held_out is not None:
+        rows["held_out"] = tokenized(name, sample_rows(source.held_out), column, tokenizer, framing, config.tokens)
+    return _split(name, rows, column.columns, source.held_out_split, source.distinct, config, framing)
+
+
+def open_text(name: str, settings: SourceSettings, tokenizer: Any) -> Source:
+    """The data set, from wherever it is; SaetrainError when it has no rows."""
+    if name.endswith(".bin") and Path(name).is_file():
+        source = open_ids(Path(name), tokenizer, settings.streaming)
+    else:
+        source = open_source(name, settings)
+    if not settings.streaming and not len(source.train):
+        raise SaetrainError(f"data set {name}: split {settings.split} has no rows")
+    return source
+
+
+def _find_column(name: str, source: Source, streaming: bool) -> TextColumn:
+    if not streaming:
+        return find_text_column(source.train, source.text_column)
+    sample = columns_of(list(islice(_rows(source.train, name, source)(0), SAMPLE_ROWS)))
+    if not sample:
+        raise SaetrainError(f"data set {name}: it has no rows")
+    return choose_column(list(sample), sample, source.text_column)
+
+
+def tokenized(
+    name: str, rows: Any, column: TextColumn, tokenizer: Any, framing: Framing, settings: TokenSettings
+) -> Any:
+    """The rows' tokens; prints how many rows were left out as bad."""
+    if BAD_ROW in rows.column_names:
+        bad = [problem for problem in rows[BAD_ROW] if problem]
+        if bad:
+            say(f"data set {name}: {len(bad):,} of {len(rows):,} rows left out as bad, the first: {bad[0]}")
+        rows = rows.remove_columns(BAD_ROW)
+    return tokenize_rows(rows, column, tokenizer, framing, settings.data_preprocessing_num_proc)
+
+
+def sample_rows(rows: Any) -> Any:
+    """A fixed random choice of the held-out rows, where they are very many."""
+    if len(rows) <= MAX_HELD_OUT_ROWS:
+        return rows
+    chosen = np.random.default_rng(0).choice(len(rows), MAX_HELD_OUT_ROWS, replace=False)
+    return rows.select(np.sort(chosen))
+
+
+def _stored(name: str, config: RunConfig, tokenizer: Any, framing: Framing) -> Text:
+    """The text of a token folder, which is memory-mapped whatever --streaming says."""
+    rows, about = open_tokens(Path(name), tokenizer, framing)
+    say(f"token folder {name}: made of {about['dataset']}, split {about['split']}; nothing to tokenize")
+    columns = tuple(about["text_columns"])
+    return _split(name, rows, columns, about["held_out_split"], about["distinct"], config, framing)
+
+
+def _split(
+    name: str,
+    tokens: dict[str, Any],
+    columns: tuple[str, ...],
+    held_out_split: str | None,
+    distinct: bool,
+    config: RunConfig,
+    framing: Framing,
+) -> Text:
+    """Training and held-out sequences of tokenized rows ({`train`, perhaps `held_out`: rows})."""
+    special = config.tokens.exclude_special_tokens
+    table = TokenTable(tokens["train"])
+    rows = distinct_rows(table) if distinct else np.arange(len(table))
+    if "held_out" in tokens:
+        held = TokenTable(tokens["held_out"])
+        held_rows = distinct_rows(held) if distinct else np.arange(len(held))
+        held_out = sequences_of(held, held_rows, framing, special)
+        fresh = ~np.isin(table.text_hash[rows], held.text_hash)
+        how = f"split '{held_out_split}'"
+        if not fresh.all():
+            how += f"; {table.lengths[rows[~fresh]].sum():,} tokens of the same texts are not trained on"
+        rows = rows[fresh]
+    else:
+        rows, held_rows, how = split_rows(table, rows, config.evaluation.eval_tokens)
+        held_out = sequences_of(table, held_rows, framing, special)
+    train = sequences_of(table, rows, framing, special)
+    if not len(train) or not len(held_out):
+        raise SaetrainError(
+            f"data set {name}: too small to train on and hold text out: {len(table)} rows, {table.lengths.sum()} tokens"
+        )
+    say(f"training text: {train.text_tokens:,} tokens; held out: {held_out.text_tokens:,} tokens ({how})")
+    about = {
+        "text_columns": list(columns),
+        "held_out": how,
+        "train_tokens_available": train.text_tokens,
+        "fingerprint": text_fingerprint(table.text_hash[rows], table.lengths[rows]),
+    }
+    source = ShardedSequences(train, config.loader, special, config.buffer.exclude_sinks)
+    return Text(source, held_out, (train.text_tokens,), about)
+
+
+def _streamed(
+    name: str, source: Source, column: TextColumn, config: RunConfig, tokenizer: Any, framing: Framing
+) -> Text:
+    """A stream's training sequences, and the held-out ones that are read off its beginning."""
+    if source.distinct:
+        raise SaetrainError(
+            f"data set {name}: rows that repeat one text can't be told apart while streaming; leave out --streaming"
+        )
+    rows, encode = _rows(source.train, name, source, column), row_encoder(column, tokenizer, framing)
+    if source.held_out is None:
+        held, texts = split_stream(encoded_blocks(rows, encode), config.evaluation.eval_tokens)
+        how = f"documents chosen by a hash of their text, {texts.limit / HASHES:.1%} of all"
+    else:
+        apart = encoded_blocks(_rows(source.held_out, name, source, column), encode)
+        held, texts = first_documents(apart, config.evaluation.eval_tokens)
+        how = f"the first documents of split '{source.held_out_split}'"
+    special = config.tokens.exclude_special_tokens
+    table = batch_table(held)
+    held_out = sequences_of(table, np.arange(len(table)), framing, special)
+    if not len(held_out):
+        raise SaetrainError(f"data set {name}: split '{source.held_out_split}' holds no text")
+    say(f"training text: streamed, so its length is not known; held out: {held_out.text_tokens:,} tokens ({how})")
+    heads = [batch_table(block) for block in islice(encoded_blocks(rows, encode), FINGERPRINT_BLOCKS)]
+    about = {
+        "text_columns": list(column.columns),
+        "held_out": how,
+        "train_tokens_available": None,
+        "fingerprint": text_fingerprint(
+            np.concatenate([head.text_hash for head in heads]), np.concatenate([head.lengths for head in heads])
+        ),
+    }
+    sequences = StreamedSequences(
+        rows,
+        name,
+        encode,
+        texts,
+        framing,
+        loader=config.loader,
+        exclude_special=special,
+        exclude_first=config.buffer.exclude_sinks,
+    )
+    return Text(sequences, held_out, (None,), about)
+
+
+def _rows(rows: Any, name: str, source: Source, column: TextColumn | None = None) -> StreamedRows:
+    """The stream's rows, of its columns those that are needed."""
+    if column is not None:
+        needed = [*column.columns, BAD_ROW, *(["attention_mask"] if column.kind == "ids" else [])]
+        there = rows.column_names or needed
+        rows = rows.select_columns([column for column in needed if column in there])
+    return StreamedRows(rows, name, say, source.diagnose)
+
+
+def text_fingerprint(text_hash: np.ndarray, lengths: np.ndarray) -> str:
+    """Hash of a text: the hashes and lengths (n,) int64 of its rows in their order."""
+    digest = xxhash.xxh3_64(text_hash.tobytes())
+    digest.update(lengths.tobytes())
+    return str(digest.hexdigest())

@@ -1,0 +1,65 @@
+"""``saetrain tokenize MODEL DATASET OUT``: the text of a data set as a folder of tokens, so that it is made once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from saetrain.activations.model import ModelSettings, check_architecture, load_config
+from saetrain.config import TokenizeConfig
+from saetrain.data.sources import SourceSettings
+from saetrain.data.text import find_text_column
+from saetrain.data.tokenfile import check_target, is_token_folder, save_tokens
+from saetrain.data.tokenize import DEFAULT_CTX_LEN, Framing, TokenSettings, load_tokenizer
+from saetrain.errors import SaetrainError
+from saetrain.logs.console import say
+from saetrain.runs.metadata import location
+from saetrain.runs.prepare import quiet_libraries
+from saetrain.runs.text import open_text, sample_rows, tokenized
+
+
+def tokenize(config: TokenizeConfig) -> None:
+    """Write the folder; SaetrainError for what the user can mend."""
+    quiet_libraries()
+    out = Path(config.out)
+    check_target(out)
+    if is_token_folder(config.dataset):
+        raise SaetrainError(f"DATASET {config.dataset}: holds tokens already; name the data set that it was made of")
+    source_settings = SourceSettings(
+        split=config.split,
+        dataset_config=config.dataset_config,
+        text_column=config.text_column,
+        skip_bad_rows=config.skip_bad_rows,
+    )
+    settings = TokenSettings(ctx_len=config.ctx_len, data_preprocessing_num_proc=config.data_preprocessing_num_proc)
+    tokenizer = load_tokenizer(config.model, config.revision, config.trust_remote_code)
+    framing = _framing(config, tokenizer)
+    source = open_text(config.dataset, source_settings, tokenizer)
+    column = source.column or find_text_column(source.train, source.text_column)
+    say(f"{source.description}: {column.describe()}")
+    splits = {"train": tokenized(config.dataset, source.train, column, tokenizer, framing, settings)}
+    if source.held_out is not None:
+        rows = sample_rows(source.held_out)
+        splits["held_out"] = tokenized(config.dataset, rows, column, tokenizer, framing, settings)
+    about = {
+        "model": config.model,
+        "dataset": location(config.dataset),
+        "split": config.split,
+        "dataset_config": config.dataset_config,
+        "text_columns": list(column.columns),
+        "distinct": source.distinct,
+        "held_out_split": source.held_out_split,
+        "splits": list(splits),
+    }
+    save_tokens(out, splits, about, tokenizer, framing)
+    say(f"{sum(len(rows) for rows in splits.values()):,} rows of tokens written to {out}")
+
+
+def _framing(config: TokenizeConfig, tokenizer: object) -> Framing:
+    """How the model reads documents; the same context length as a run would take."""
+    settings = ModelSettings(revision=config.revision, trust_remote_code=config.trust_remote_code)
+    model = load_config(config.model, settings)
+    most = getattr(model, "max_position_embeddings", None)
+    length = config.ctx_len or min(DEFAULT_CTX_LEN, most or DEFAULT_CTX_LEN)
+    if most is not None and length > most:
+        raise SaetrainError(f"--ctx_len {length}: {config.model} has positions for at most {most} tokens")
+    return Framing.of(tokenizer, check_architecture(config.model, model), length)
