@@ -100,12 +100,19 @@ def kill_and_resume(out: Path, name: str, words: Sequence[str], kills: int, seed
 
 
 @pytest.mark.parametrize(
-    ("model", "layers"), [("tiny_bert", "2"), ("tiny_gpt2", "0 2")], ids=["encoder-one-layer", "decoder-two-layers"]
+    ("model", "layers", "source"),
+    [
+        pytest.param("tiny_bert", "2", [], id="encoder-one-layer"),
+        pytest.param("tiny_gpt2", "0 2", [], id="decoder-two-layers"),
+        pytest.param("tiny_gpt2", "2", ["--streaming"], id="decoder-one-layer-streaming"),
+        pytest.param("tiny_bert", "0 2", ["--streaming", "--mix", "2", "1"], id="encoder-two-layers-streaming-mixed"),
+    ],
 )
 def test_killed_at_random_moments_it_ends_with_the_same_bits(
-    model: str, layers: str, request: pytest.FixtureRequest, tmp_path: Path, topics_jsonl: str
+    model: str, layers: str, source: list[str], request: pytest.FixtureRequest, tmp_path: Path, topics_jsonl: str
 ) -> None:
-    words = [request.getfixturevalue(model), topics_jsonl, *SETTINGS.split(), "--layers", *layers.split()]
+    texts = [topics_jsonl] * (2 if "--mix" in source else 1)
+    words = [request.getfixturevalue(model), *texts, *SETTINGS.split(), "--layers", *layers.split(), *source]
     whole = start(tmp_path, "whole", words)
     kill_and_resume(tmp_path, "killed", words, kills=5, seed=len(layers), steps=STEPS)
     finish(whole)

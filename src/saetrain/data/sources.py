@@ -149,12 +149,17 @@ def _load_saved(path: Path, settings: SourceSettings) -> _Loaded:
             f"give one of {', '.join(splits)}"
         )
     name = _held_out_name(list(splits), settings.split)
-    train, held_out = (_streamed(splits[split], settings) if split else None for split in (base, name))
+    train, held_out = (
+        (_as_stream(splits[split], str(path)) if settings.streaming else splits[split]) if split else None
+        for split in (base, name)
+    )
     return _Loaded(train, held_out, name, None, lambda: None)
 
 
-def _streamed(rows: Any, settings: SourceSettings) -> Any:
-    return rows.to_iterable_dataset() if settings.streaming else rows
+def _as_stream(rows: Any, shown: str) -> Any:
+    if not len(rows):
+        raise SaetrainError(f"data set {shown}: it has no rows")
+    return rows.to_iterable_dataset()
 
 
 def _loader_options(path: Path) -> tuple[str, dict[str, Any]]:
@@ -246,8 +251,10 @@ def _load(
     """
     import datasets
 
+    options["data_files"] = data_files
+
     def diagnose() -> BadRow | None:
-        files = find_files(path, config, settings.split, data_files=data_files, **options)
+        files = find_files(path, config, "+".join(split_names(settings.split)), **options)
         return first_bad_row(files) if files is not None and files.local else None
 
     try:
@@ -259,7 +266,6 @@ def _load(
         _check_split(settings.split, names, shown)
         held_out_name = _held_out_name(names, settings.split)
         splits = [split for split in (settings.split, held_out_name) if split]
-        options["data_files"] = data_files
         files = [find_files(path, config, split, **options) for split in splits] if settings.skip_bad_rows else [None]
         found = sample_column(files[0], settings.text_column or column) if files[0] else None
         rows = [
@@ -286,7 +292,7 @@ def _load_split(
     import datasets
 
     if streaming and prepared:  # the library does not stream what it has prepared on disk
-        return datasets.load_dataset(path, config, split=split, **options).to_iterable_dataset()
+        return _as_stream(datasets.load_dataset(path, config, split=split, **options), path)
     return datasets.load_dataset(path, config, split=split, streaming=streaming, **options)
 
 
@@ -294,7 +300,7 @@ def _diagnosis(diagnose: Callable[[], BadRow | None]) -> BadRow | None:
     """The row that broke the loading, where one did."""
     try:
         return diagnose()
-    except Exception:  # what kept the data set from being opened also keeps its files from being found
+    except (OSError, ValueError, SaetrainError):  # what kept the data set from being opened may keep its files so
         return None
 
 

@@ -73,7 +73,8 @@ class StreamedRows:
         time.sleep(PAUSES_S[failures])
 
     def _count_bad(self, at: int, problem: str) -> None:
-        # Every pass meets the same ones again.
+        if at in self._bad:  # every pass meets the same ones again
+            return
         self._bad.add(at)
         count = len(self._bad)
         if str(count).strip("0") == "1":

@@ -8,10 +8,20 @@ import datasets
 import numpy as np
 import pytest
 
-from saetrain.data.heldout import MAX_SHARE, MIN_TOKENS, distinct_rows, split_rows
+from saetrain.data.heldout import (
+    HASHES,
+    MAX_SHARE,
+    MIN_TOKENS,
+    STREAM_SHARE,
+    distinct_rows,
+    first_documents,
+    split_rows,
+    split_stream,
+)
 from saetrain.data.sequences import TokenTable
 from saetrain.data.text import TextColumn
 from saetrain.data.tokenize import Framing, tokenize_rows
+from saetrain.errors import SaetrainError
 
 
 class Table:
@@ -124,3 +134,54 @@ def test_distinct_rows_are_all_rows_of_the_first_document_with_each_text() -> No
     table = Table([11, 11, 12, 11, 11, 13], [4, 2, 4, 4, 2, 9], [0, 0, 2, 5, 5, 6])
     assert distinct_rows(table).tolist() == [0, 1, 2, 5]  # type: ignore[arg-type]
     assert distinct_rows(Table([], [], [])).tolist() == []  # type: ignore[arg-type]
+
+
+def blocks(count: int, length: int, size: int = 32, seed: int = 0) -> list[dict[str, Any]]:
+    """A stream of ``count`` documents of ``length`` tokens in blocks."""
+    hashes = np.random.default_rng(seed).integers(0, HASHES, count).tolist()
+    return [
+        {
+            "ids": [np.zeros(length)] * len(part),
+            "special": [np.zeros(length, dtype=bool)] * len(part),
+            "doc": list(range(start, start + len(part))),
+            "text_hash": part,
+        }
+        for start in range(0, count, size)
+        for part in [hashes[start : start + size]]
+    ]
+
+
+def test_a_stream_holds_out_a_share_of_hash_space() -> None:
+    stream = blocks(9000, 100)
+    held, texts = split_stream(stream, 0)
+    assert 20_000 <= sum(map(len, held["ids"])) < 20_000 + 32 * 100
+    assert texts(np.array(held["text_hash"])).all()
+    everything = np.concatenate([block["text_hash"] for block in stream])
+    assert abs(texts(everything).mean() - STREAM_SHARE) < 0.01
+    # The first ones in the stream's order, and every later one is left out as well.
+    assert held["doc"] == np.flatnonzero(texts(everything))[: len(held["doc"])].tolist()
+
+
+def test_a_short_stream_holds_out_the_text_with_the_smallest_hash() -> None:
+    for seed in range(20):
+        stream = blocks(3, 100, seed=seed)
+        held, texts = split_stream(stream, 0)
+        mask = texts(np.array(stream[0]["text_hash"]))
+        assert mask.sum() >= 1
+        assert not mask.all()
+        assert int(np.argmin(stream[0]["text_hash"])) in held["doc"]
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_a_stream_of_one_text_is_too_small(count: int) -> None:
+    with pytest.raises(SaetrainError, match="too small to train on and hold text out"):
+        split_stream(blocks(count, 100), 0)
+
+
+def test_a_split_that_is_set_apart_gives_its_first_documents() -> None:
+    stream = blocks(1000, 100)
+    held, texts = first_documents(stream, 0)
+    assert held["doc"] == list(range(len(held["doc"])))
+    assert 200 <= len(held["doc"]) < 232
+    assert texts(np.array(held["text_hash"])).all()
+    assert not texts(np.array(stream[-1]["text_hash"])).any()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import time
 from pathlib import Path
 from typing import Any
@@ -252,3 +253,57 @@ def test_model_without_a_tokenizer_is_a_user_error(tmp_path: Path, architecture:
     getattr(transformers, architecture)().save_pretrained(tmp_path)
     with pytest.raises(SaetrainError, match="tokenizer"):
         load_tokenizer(str(tmp_path), None, False)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_texts_cut_into_parts_give_the_same_tokens(
+    wordpiece: Any, bpe: Any, topics: list[str], causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import saetrain.data.tokenize as module
+
+    tokenizer = bpe if causal else wordpiece
+    framing = Framing.of(tokenizer, causal, 512)
+    text = "  \n\n".join(topics[:40])
+    whole = tokenize([text, "x"], tokenizer, framing)
+    monkeypatch.setattr(module, "PART_CHARS", 777)
+    monkeypatch.setattr(module, "CALL_CHARS", 5000)
+    parts = tokenize([text, "x "], tokenizer, framing)
+    found, expected = (
+        [
+            np.concatenate([np.array(r["ids"])[~np.array(r["special"])] for r in rows if r["doc"] == doc]).tolist()
+            for doc in (0, 1)
+        ]
+        for rows in (parts, whole)
+    )
+    assert found[0] == expected[0]
+    if causal:
+        assert parts["ids"][:][:-1] == whole["ids"][:][:-1], "BOS and EOS around the whole alone"
+    assert set(parts["text_hash"]) == set(whole["text_hash"])
+
+
+@pytest.mark.parametrize("text", ["a" * 300, "ab cd " * 60, " " * 300, "\n" * 90 + "x" * 210, ""])
+def test_parts_are_the_text(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import saetrain.data.tokenize as module
+
+    monkeypatch.setattr(module, "PART_CHARS", 50)
+    parts = list(module.text_parts(text))
+    assert "".join(parts) == text
+    assert max(map(len, parts)) <= 50
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_text_of_one_endless_line_takes_little_time_and_memory(wordpiece: Any, bpe: Any, causal: bool) -> None:
+    tokenizer = bpe if causal else wordpiece
+    framing = Framing.of(tokenizer, causal, 512)
+    start, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    rows = tokenize(["xy" * 5_000_000 + "z", "short"], tokenizer, framing)
+    assert time.monotonic() - start < 60
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2 << 20, "2 GiB, in KiB"
+    assert rows["doc"][-1] == 1
+
+
+def test_a_value_that_is_no_text_names_its_row(wordpiece: Any) -> None:
+    column = TextColumn("text", ("label",), "")
+    rows = datasets.Dataset.from_dict({"label": [None, 3]})
+    with pytest.raises(SaetrainError, match=r"column label, row 1 \(from 0\): holds int '3' and no text"):
+        tokenize_rows(rows, column, wordpiece, ENCODER, 1)
