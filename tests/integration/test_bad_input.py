@@ -113,6 +113,56 @@ def broken_parquet(place: Place) -> list[str]:
     return []
 
 
+def broken_line(place: Place) -> list[str]:
+    lines = Path(place.text).read_text().splitlines()
+    lines[6] = lines[6][:30]
+    Path(place.text).write_text("\n".join(lines))
+    return []
+
+
+def streamed_broken_line(place: Place) -> list[str]:
+    broken_line(place)
+    return ["--streaming"]
+
+
+def no_rows_to_stream(place: Place) -> list[str]:
+    import datasets
+
+    place.text = str(place.folder / "t.parquet")
+    datasets.Dataset.from_dict({"text": []}).to_parquet(place.text)
+    return ["--streaming"]
+
+
+def short_row(place: Place) -> list[str]:
+    place.text = str(place.folder / "t.csv")
+    Path(place.text).write_text("number,text\n1,some text\n2,some,more,text\n")
+    return []
+
+
+def broken_row_group(place: Place) -> list[str]:
+    from tests.unit.data.test_rows import write_parquet
+
+    place.text = str(write_parquet(place.folder / "t.parquet"))
+    return []
+
+
+def number_for_text(place: Place) -> list[str]:
+    Path(place.text).write_text('{"text": "a"}\n{"text": 3}\n')
+    return []
+
+
+def tokens_for_another_length(place: Place) -> list[str]:
+    main(["tokenize", place.model, place.text, str(place.folder / "tokens"), "--ctx_len", "64"])
+    place.text = str(place.folder / "tokens")
+    return []
+
+
+def odd_bytes(place: Place) -> list[str]:
+    place.text = str(place.folder / "t.bin")
+    Path(place.text).write_bytes(b"123")
+    return []
+
+
 def odd_file(place: Place) -> list[str]:
     place.text = str(place.folder / "t.docx")
     Path(place.text).write_text("x")
@@ -156,6 +206,17 @@ CASES: dict[str, tuple[Callable[[Place], list[str]], str]] = {
     "no text column": (no_text, "no text column was found: the data set has label"),
     "one short row": (one_short_row, "too small to train on and hold text out"),
     "broken parquet": (broken_parquet, "t.parquet"),
+    "broken line": (broken_line, "text.jsonl' could not be read: .*text.jsonl, line 7: is no JSON: .* --skip_bad_rows"),
+    "broken line in a stream": (streamed_broken_line, "could not be read: .*text.jsonl, line 7: .* --skip_bad_rows"),
+    "row of too many fields": (short_row, "t.csv, line 3: has 4 fields, the header has 2; --skip_bad_rows"),
+    "broken row group": (broken_row_group, r"t.parquet, rows 21 to 30 \(row group 2\): .*; --skip_bad_rows"),
+    "number where text should be": (number_for_text, "column text, row 1 .*holds int '3' and no text; --skip_bad_rows"),
+    "nothing to stream": (no_rows_to_stream, "t.parquet: it has no rows"),
+    "part of a stream": (flags("--streaming --split train[:5]"), "can't be named together with --streaming"),
+    "weights for one data set": (flags("--mix 3 1"), "--mix 3 1: 2 weights for 1 data set; give one for each"),
+    "weight of nothing": (flags("--mix 0"), "--mix 0: weights must be positive"),
+    "tokens for another length": (tokens_for_another_length, "was made for --ctx_len 64, and 32 is asked for"),
+    "no file of ids": (odd_bytes, "t.bin: 3 bytes are no file of uint16 ids"),
     "odd file": (odd_file, "files ending in '.docx' can't be read; allowed are .parquet"),
     "unknown split": (flags("--split dev"), "--split dev: .* has no split 'dev'. It has: train"),
     "unknown column": (flags("--text_column body"), "--text_column body: no such column"),
@@ -170,6 +231,7 @@ def test_message_and_exit_code(name: str, place: Place, capsys: pytest.CaptureFi
     words = spoil(place)
     out = place.folder / "out"
     before = set(place.folder.iterdir())
+    capsys.readouterr()
     with pytest.raises(SystemExit) as caught:
         main([place.model, place.text, *BASE.split(), "--save_dir", str(out), "--run_name", "run", *words])
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("saetrain: error: ")]

@@ -68,6 +68,9 @@ def workplace(folder: Path, bert: str, gpt2: str, topics: list[str]) -> Iterator
 def run_page(page: Path, libraries: bool) -> list[str]:
     """Run a page's commands, then its Python blocks in one namespace; gives what the blocks print."""
     for words in commands(page):
+        if words[0] == "tokenize":
+            main(words)
+            continue
         size = [] if {"--expansion_factor", "--config", "--help"} & set(words) else LATENTS
         main([*words, *size, *SMALL])
     printed = []

@@ -12,7 +12,7 @@ from saetrain.activations.capture import ActivationCapture, pad_batch
 from saetrain.activations.model import BaseModel
 from saetrain.activations.read import ActivationReader
 from saetrain.errors import SaetrainError
-from saetrain.types import Sequence, TokenKind
+from saetrain.types import PART_BITS, Sequence, TokenKind
 
 Make = Callable[..., list[Sequence]]
 NAMES = ["encoder.layer.1", "encoder.layer.4"]
@@ -92,6 +92,11 @@ def test_activations_that_are_not_finite_name_their_rows(gpt2: BaseModel, sequen
             embedding[901] = bad
         with pytest.raises(SaetrainError, match=r"at h\.0 are not finite on data set rows 101; .*--dtype"):
             reader(gpt2, ["h.0"]).read(rows)
+        for row in rows:
+            row.doc[:] += 1 << PART_BITS
+        mixed = ActivationReader(ActivationCapture(gpt2, ["h.0"]), text_only, 64, ("some", "other"))
+        with pytest.raises(SaetrainError, match=r"not finite on data set rows 101 of other; .*--dtype"):
+            mixed.read(rows)
     finally:
         with torch.no_grad():
             embedding[901] = good

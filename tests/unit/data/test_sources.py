@@ -203,7 +203,7 @@ def test_truncated_saved_data_set_is_a_user_error(tmp_path: Path, rows: datasets
         open_(tmp_path / "saved")
 
 
-@pytest.mark.parametrize("name", ["someone/nothing", "wikitext", "squad", "imdb", "data/missing.jsonl"])
+@pytest.mark.parametrize("name", ["someone/nothing", "wikitext", "squad", "imdb"])
 def test_missing_data_set_without_a_network_is_said_within_seconds(hub_cache: Path, name: str) -> None:
     start = time.monotonic()
     with pytest.raises(SaetrainError, match="no network"):
@@ -234,6 +234,17 @@ def test_data_set_that_was_opened_before_needs_no_network(hub_cache: Path, tmp_p
     prepared_cache(tmp_path, two_configs, "someone", "thing", "first")
     with pytest.raises(SaetrainError, match="It has: first, second"):
         open_("someone/thing")
+
+
+@pytest.mark.parametrize("skip_bad_rows", [False, True])
+def test_what_was_opened_or_downloaded_before_is_streamed_without_a_network(
+    hub_cache: Path, tmp_path: Path, cached_dataset: Path, two_configs: Path, skip_bad_rows: bool
+) -> None:
+    prepared_cache(tmp_path, two_configs, "someone", "thing", "second")
+    for name in ("someone/thing", "someone/else"):
+        source = open_(name, dataset_config="second", streaming=True, skip_bad_rows=skip_bad_rows)
+        assert isinstance(source.train, datasets.IterableDataset)
+        assert [row["text"] for row in source.train.skip(3)] == TEXTS[3:]
 
 
 def test_wikitext_means_its_raw_configuration(hub_cache: Path, tmp_path: Path, rows: datasets.Dataset) -> None:
