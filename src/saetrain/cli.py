@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import typing
 from collections.abc import Sequence
 from typing import Any
 
@@ -62,7 +63,7 @@ def parse(words: Sequence[str]) -> RunConfig:
     """Settings from command line words; SaetrainError (or tyro's own exit with 2) for what can't be understood."""
     words = _spell_out(list(words), {**flags(), "config": str})
     words, path = _take_config(words)
-    defaults = from_flat(read_yaml(path), path) if path else tyro.MISSING_NONPROP
+    defaults = from_flat(_without_rivals(read_yaml(path), words), path) if path else tyro.MISSING_NONPROP
     config = tyro.cli(RunConfig, prog="saetrain", args=words, default=defaults, description=DESCRIPTION, **OPTIONS)
     for name in ("model", "dataset"):
         if not getattr(config, name):
@@ -83,6 +84,21 @@ OPTIONS: dict[str, Any] = {
     "registry": registry,
     "use_underscores": True,
 }
+RIVALS = (
+    {"layers", "layer_stride", "hookpoints"},
+    {"num_latents", "expansion_factor"},
+    {"dead_window_tokens", "dead_feature_threshold"},
+)
+"""Settings of which one takes the place of the others."""
+
+
+def _without_rivals(values: dict[str, Any], words: Sequence[str]) -> dict[str, Any]:
+    """A file's settings without those whose place a flag takes."""
+    given = {word[2:].partition("=")[0] for word in words if word.startswith("--")}
+    replaced = {name for group in RIVALS if group & given for name in group}
+    return {name: value for name, value in values.items() if name not in replaced}
+
+
 DESCRIPTION = """Train TopK sparse autoencoders on the activations of a transformer.
 
 Example: saetrain bert-base-uncased wikitext --layers 6 --k 192 --expansion_factor 32
@@ -111,7 +127,36 @@ def _spell_out(words: list[str], kinds: dict[str, Any]) -> list[str]:
             if following in TRUE + FALSE:
                 continue
             out.append("true")
-    return _booleans(out, kinds)
+    return _positionals_first(_booleans(out, kinds), kinds)
+
+
+def _positionals_first(words: list[str], kinds: dict[str, Any]) -> list[str]:
+    """What follows a list of numbers and is no number is a positional, which the parser wants to see first."""
+    first: list[str] = []
+    rest: list[str] = []
+    inside = False
+    for word in words:
+        if word.startswith("--"):
+            inside = "=" not in word and _numbers(kinds.get(word[2:]))
+            rest.append(word)
+        elif inside and not _is_number(word):
+            first.append(word)
+        else:
+            rest.append(word)
+    return [*first, *rest]
+
+
+def _numbers(kind: Any) -> bool:
+    """Whether a setting is a list of numbers."""
+    return any(option in (tuple[int, ...], tuple[float, ...]) for option in (kind, *typing.get_args(kind)))
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
 
 
 def _booleans(words: list[str], kinds: dict[str, Any]) -> list[str]:

@@ -160,6 +160,10 @@ def _fit(value: Any, hint: Any, shown: str) -> Any:
             return value
         if origin is tuple and isinstance(value, (list, tuple)) and all(_is(item, args[0]) for item in value):
             return tuple(map(args[0], value))
+        if origin is tuple and _is(value, args[0]):
+            return (args[0](value),)
+        if option is float and _looks_like_float(value):
+            return float(value)
         if isinstance(option, type) and _is(value, option):
             return float(value) if option is float else value
     allowed = " or ".join(_spell(option) for option in options)
@@ -173,13 +177,25 @@ def _is(value: Any, kind: type) -> bool:
 _UNION = type(int | None)
 
 
+def _looks_like_float(value: Any) -> bool:
+    """Whether a text is a number that YAML 1.1 does not take for one, such as 1e-3."""
+    if not isinstance(value, str):
+        return False
+    try:
+        float(value)
+    except ValueError:
+        return False
+    return True
+
+
 def _spell(option: Any) -> str:
     if option is type(None):
         return "null"
     if typing.get_origin(option) is typing.Literal:
         return " or ".join(map(str, typing.get_args(option)))
     if typing.get_origin(option) is tuple:
-        return f"a list of {_spell(typing.get_args(option)[0])}"
+        inner = typing.get_args(option)[0]
+        return {int: "whole numbers", float: "numbers", str: "texts"}[inner] + " in a list"
     return {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}.get(option, str(option))
 
 

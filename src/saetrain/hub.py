@@ -7,12 +7,14 @@ import functools
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TypeVar
 from urllib.parse import urlparse
 
-from saetrain.errors import SaetrainError
+from saetrain.errors import SaetrainError, did_you_mean
 
 T = TypeVar("T")
+FILE_ENDINGS = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".bin")
 
 
 @functools.cache
@@ -65,6 +67,15 @@ def cached_or_fetched(what: str, load: Callable[[], T]) -> T:
     except (OSError, ValueError):  # what the libraries raise for a file that is not in the cache
         require_hub(what)
     return load()
+
+
+def refuse_missing_path(what: str, name: str) -> None:
+    """SaetrainError when ``name`` is spelt like a path, which no hub id is; it is known not to be there."""
+    near = did_you_mean(
+        Path(name).name, [p.name for p in Path(name).parent.iterdir()] if Path(name).parent.is_dir() else []
+    )
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffix in FILE_ENDINGS:
+        raise SaetrainError(f"{what} '{name}': no such file or folder.{near}")
 
 
 def require_hub(what: str) -> None:

@@ -14,6 +14,9 @@ from saetrain.types import shown_default
 
 DECAY_SHARE = 0.2
 """Share of the run, at its end, over which the learning rate falls linearly to zero."""
+SGD_LR = 1.0
+"""A rate that trains with momentum 0.9 on a loss over the variance (found by trial: 0.001 leaves FVU at 0.74 there,
+1 at 0.14)."""
 FAR_OFF = 3.0
 """Factor off the rule from which the start says so."""
 
@@ -48,7 +51,12 @@ def lr_rule(num_latents: int) -> float:
 
 
 def resolve_lr(settings: OptimSettings, num_latents: int) -> tuple[float, str | None]:
-    """(learning rate, a remark where the given one is far off the rule)."""
+    """(learning rate, a remark where the given one is far off the rule); SaetrainError where there is no rule."""
+    if settings.optimizer == "sgd":
+        if settings.lr == "auto":
+            raise SaetrainError("--lr auto: there is a rule for --optimizer adam alone; give sgd a number, such as 1")
+        small = f"--lr {settings.lr:g} hardly trains with --optimizer sgd: rates near {SGD_LR:g} do on this loss"
+        return settings.lr, small if settings.lr < SGD_LR / 10 else None
     rule = lr_rule(num_latents)
     if settings.lr == "auto":
         return rule, None
@@ -58,7 +66,8 @@ def resolve_lr(settings: OptimSettings, num_latents: int) -> tuple[float, str | 
     far = f"{ratio:.1f} times" if ratio > 1 else f"1/{1 / ratio:.1f} of"
     return (
         settings.lr,
-        f"--lr {settings.lr:g} is {far} the usual {rule:.2g} for {num_latents} latents (--lr auto takes that)",
+        f"--lr {settings.lr:g} is {far} the common width rule's {rule:.2g} for {num_latents} latents, which --lr auto "
+        "takes (short runs often want more)",
     )
 
 
@@ -145,4 +154,7 @@ class Optimizer:
         """Take back what :meth:`state` gave."""
         for name, value in state.items():
             parameter, key = name.rsplit(".", 1)
-            self.torch.state[self._parameters[parameter]][key] = value
+            own = self._parameters[parameter]
+            # A moment must lie in memory as its parameter does, and the count of steps beside it.
+            fitted = torch.empty_like(own).copy_(value) if value.shape == own.shape else value.to(own.device)
+            self.torch.state[own][key] = fitted

@@ -34,7 +34,31 @@ def test_an_existing_run_is_refused_and_overwrite_replaces_it(
     assert "--resume" in message
     assert "--overwrite" in message
     run(tmp_path, tiny_bert, topics_jsonl, "--overwrite")
-    assert not (tmp_path / "run" / "mine.txt").exists()
+    assert (tmp_path / "run" / "mine.txt").exists(), "only what a run writes is deleted"
+
+
+def test_overwrite_deletes_nothing_unless_the_new_run_can_begin(
+    tmp_path: Path, tiny_bert: str, topics_jsonl: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(tmp_path, tiny_bert, topics_jsonl)
+    before = sorted(path.name for path in (tmp_path / "run").rglob("*"))
+    refused(capsys, tmp_path, "--overwrite")
+    with pytest.raises(SystemExit):
+        run(tmp_path, tiny_bert, topics_jsonl, "--overwrite", "--k", "999999")
+    with pytest.raises(SystemExit):
+        run(tmp_path, tiny_bert, topics_jsonl, "--overwrite", "--finetune", "nowhere")
+    assert sorted(path.name for path in (tmp_path / "run").rglob("*")) == before
+
+
+def test_a_folder_of_somebody_else_is_not_taken_for_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "config.yaml").write_text("mine: 1")
+    assert "holds no run of saetrain" in refused(capsys, tmp_path, "--overwrite")
+
+
+def test_a_failed_start_leaves_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    refused(capsys, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_overwrite_deletes_only_what_is_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

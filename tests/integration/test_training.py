@@ -16,7 +16,8 @@ import saetrain
 from saetrain.cli import main, parse
 from saetrain.runs.prepare import held_out_batches, prepare, read_sample
 
-TINY = "--k 4 --num_latents 64 --batch_size 4 --ctx_len 32 --eval_tokens 1500 --buffer_tokens 2048"
+SIZES = "--k 4 --num_latents 64 --batch_size 4 --ctx_len 32 --eval_tokens 1500"
+TINY = f"{SIZES} --buffer_tokens 2048"
 
 
 def train(out: Path, name: str, words: str) -> Path:
@@ -161,7 +162,7 @@ def test_several_layers_and_seeds_in_one_pass_equal_single_runs(
 ) -> None:
     name = request.getfixturevalue(model)
     site = "encoder.layer" if model == "tiny_bert" else "h"
-    base = f"{name} {topics_jsonl} {TINY} --max_tokens 4096"
+    base = f"{name} {topics_jsonl} {SIZES} --max_tokens 4096"
     together = train(tmp_path, "both", f"{base} --layers 0 2 --init_seeds 42 7")
     alone = train(tmp_path, "one", f"{base} --layers 2 --init_seeds 7")
     for key, value in weights(together, f"{site}.2/seed7").items():
@@ -183,9 +184,9 @@ def test_accumulated_micro_batches_equal_one_batch(tmp_path: Path, tiny_bert: st
 def test_figures_do_not_depend_on_the_log_frequency(tmp_path: Path, tiny_bert: str, topics_jsonl: str) -> None:
     base = f"{tiny_bert} {topics_jsonl} {TINY} --max_tokens 4096"
     often = train(tmp_path, "often", f"{base} --log_every 1 --eval_every 3")
-    seldom = train(tmp_path, "seldom", f"{base} --log_every 8 --eval_every 0")
+    seldom = train(tmp_path, "seldom", f"{base} --log_every 9 --eval_every 0")
     by_step = {record["step"]: record["saes"] for record in lines(often, "train")}
-    assert [record["step"] for record in lines(seldom, "train")] == [8, 16, 24, 32]
+    assert [record["step"] for record in lines(seldom, "train")] == [9, 18, 27, 32], "and the last"
     for record in lines(seldom, "train"):
         assert record["saes"] == by_step[record["step"]]
     assert lines(often, "final")[0]["saes"] == lines(seldom, "final")[0]["saes"]
@@ -279,3 +280,60 @@ def test_tensorboard_takes_the_figures(tmp_path: Path, tiny_bert: str, topics_js
     assert [point.step for point in points] == [4, 8, 12, 16]
     expected = [record["saes"]["encoder.layer.0"]["fvu"] for record in lines(run, "train")]
     assert [point.value for point in points] == pytest.approx(expected)
+
+
+def parquet(folder: Path, **splits: list[str]) -> str:
+    import datasets
+
+    for name, texts in splits.items():
+        datasets.Dataset.from_dict({"text": texts}).to_parquet(folder / f"{name}.parquet")
+    return str(folder)
+
+
+def test_texts_of_the_held_out_split_are_not_trained_on(tmp_path: Path, tiny_bert: str, topics: list[str]) -> None:
+    train, held = topics[:60], topics[40:]
+    data = parquet(tmp_path / "data", train=[*train, train[0]], validation=[text.upper() for text in held])
+    prepared = prepare(parse([tiny_bert, data, "--ctx_len", "64"]))
+    trained = {
+        int(doc)
+        for shard in range(16)
+        for sequence in prepared.train.read(shard, prepared.train.start, 20_000)[0]
+        for doc in sequence.doc
+    }
+    assert not trained & {*range(40, 60)}, "these repeat texts of the validation split, in other letters"
+    assert len(trained & {*range(40), 60}) > 35
+    assert "not trained on" in prepared.data["held_out"]
+
+
+def test_a_tiny_validation_split_is_not_enough(tmp_path: Path, tiny_bert: str, topics: list[str]) -> None:
+    data = parquet(tmp_path / "data", train=topics[1:], validation=[topics[0][:200]])
+    prepared = prepare(parse([tiny_bert, data, "--ctx_len", "64"]))
+    assert prepared.held_out.text_tokens > 5000
+    assert "split 'validation' has only" in prepared.data["held_out"]
+
+
+def test_finetuning_knows_the_hookpoint_and_wants_one_seed(
+    tmp_path: Path, tiny_bert: str, topics_jsonl: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = f"{tiny_bert} {topics_jsonl} {TINY} --max_tokens 512"
+    first = train(tmp_path, "first", f"{base} --layers 1")
+    sae = first / "sae" / "encoder.layer.1"
+    for words, message in (
+        (f"--layers 2 --finetune {sae}", "it is an SAE of encoder.layer.1, the run trains encoder.layer.2"),
+        (f"--layers 1 --init_seeds 1 2 --finetune {sae}", "all would start from the same SAE"),
+    ):
+        with pytest.raises(SystemExit):
+            train(tmp_path, "second", f"{base} {words}")
+        assert message in capsys.readouterr().err
+    again = train(tmp_path, "third", f"{base} --layers 1 --finetune {first / 'sae'}")
+    about = json.loads((again / "sae" / "encoder.layer.1" / "cfg.json").read_text())["saetrain"]
+    assert (about["finetuned_from"], about["init_seed"]) == (str(first / "sae"), 42)
+
+
+def test_a_useless_sae_is_said_to_be_useless(
+    tmp_path: Path, tiny_bert: str, topics_jsonl: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(tmp_path, "run", f"{tiny_bert} {topics_jsonl} {SIZES} --k 40 --max_tokens 256")
+    printed = capsys.readouterr()
+    assert "--k 40 is no less than the width 32" in printed.err
+    assert "WARNING: encoder.layer.0: worse than predicting the mean" in printed.out

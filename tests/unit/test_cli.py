@@ -177,7 +177,7 @@ def test_yaml_round_trip_and_flags_win(tmp_path: Path) -> None:
         ("expansion_facto: 3", "no setting is called 'expansion_facto'. Did you mean expansion_factor"),
         ("k: many", "k: found 'many', allowed is a whole number"),
         ("k: true", "k: found True, allowed is a whole number"),
-        ("layers: 3", "layers: found 3, allowed is a list of a whole number or null"),
+        ("layers: many", "layers: found 'many', allowed is whole numbers in a list or null"),
         ("optimizer: lion", "allowed is adam or sgd"),
         ("- 1", "should hold lines"),
         ("a: [", "is not YAML"),
@@ -190,6 +190,36 @@ def test_broken_files_are_named(tmp_path: Path, content: str, message: str) -> N
     with pytest.raises(SaetrainError, match=message) as caught:
         parse(["--config", str(path)])
     assert "c.yaml" in str(caught.value)
+
+
+def test_natural_spellings_in_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("layers: 3\nlr: 1e-3\nmodel: m\ndataset: d\n")
+    config = parse(["--config", str(path)])
+    assert (config.where.layers, config.optim.lr) == ((3,), 0.001)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--hookpoints", "h.1.mlp"], {"layers": None, "hookpoints": ["h.1.mlp"]}),
+        (["--layer_stride", "2"], {"layers": None, "layer_stride": 2}),
+        (["--expansion_factor", "4"], {"num_latents": None, "expansion_factor": 4}),
+        (["--dead_feature_threshold", "9"], {"dead_window_tokens": None, "dead_feature_threshold": 9}),
+    ],
+)
+def test_a_flag_takes_the_place_of_its_rivals_in_the_file(
+    tmp_path: Path, words: list[str], expected: dict[str, object]
+) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("layers: [6]\nnum_latents: 64\ndead_window_tokens: 5\nmodel: m\ndataset: d\n")
+    flat = to_flat(parse(["--config", str(path), *words]))
+    assert {name: flat[name] for name in expected} == expected
+
+
+def test_positionals_may_follow_a_list_of_numbers() -> None:
+    config = parse(["--layers", "1", *BASE, "--init_seeds", "3", "4"])
+    assert (config.model, config.where.layers, config.train.init_seeds) == ("bert-base-uncased", (1,), (3, 4))
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:

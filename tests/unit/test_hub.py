@@ -80,3 +80,20 @@ def test_what_the_caches_lack_is_fetched_once(listener: socket.socket) -> None:
 def test_without_a_hub_the_error_names_what_is_missing(hub_cache: Path) -> None:
     with pytest.raises(SaetrainError, match=r"^model 'x' is neither a local path nor"):
         hub.require_hub("model 'x'")
+
+
+@pytest.mark.parametrize("name", ["./no/such", "/no/such/folder", "data/missing.jsonl", "missing.txt", "a/b/c"])
+def test_what_is_spelt_like_a_path_is_no_hub_id(name: str) -> None:
+    with pytest.raises(SaetrainError, match=rf"data set '{name}': no such file or folder"):
+        hub.refuse_missing_path("data set", name)
+
+
+@pytest.mark.parametrize("name", ["wikitext", "owner/name", "owner/name-v1.5"])
+def test_hub_ids_are_let_through(name: str) -> None:
+    hub.refuse_missing_path("data set", name)
+
+
+def test_the_nearest_neighbour_is_named(tmp_path: Path) -> None:
+    (tmp_path / "corpus.jsonl").touch()
+    with pytest.raises(SaetrainError, match=r"Did you mean corpus\.jsonl"):
+        hub.refuse_missing_path("data set", str(tmp_path / "corpsu.jsonl"))

@@ -12,7 +12,7 @@ from torch import nn
 
 from saetrain.errors import SaetrainError
 from saetrain.files import sha256
-from saetrain.hub import cached_or_fetched
+from saetrain.hub import cached_or_fetched, refuse_missing_path
 from saetrain.types import shown_default
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -79,6 +79,8 @@ def load_config(name: str, settings: ModelSettings) -> Any:
     """The model's configuration, from the local cache when it is there, else over the network."""
     from transformers import AutoConfig
 
+    if not os.path.isdir(name):
+        refuse_missing_path("model", name)
     return _from_pretrained(AutoConfig, name, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
 
 

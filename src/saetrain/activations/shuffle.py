@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -17,9 +17,7 @@ from torch import Tensor
 
 from saetrain.activations.read import ActivationReader, Activations
 from saetrain.errors import SaetrainError
-from saetrain.types import Cursor, Sequence, shown_default
-
-DEFAULT_BUFFER_TOKENS = 131_072
+from saetrain.types import Cursor, Sequence
 
 
 class SequenceSource(Protocol):
@@ -38,13 +36,13 @@ class SequenceSource(Protocol):
 class BufferSettings:
     """Mixing: the buffer between the model and the SAEs."""
 
-    buffer_tokens: Annotated[int | None, shown_default("131072, and no more than the run needs", "INT")] = None
-    """Activations that are mixed with one another, over all ranks."""
+    buffer_tokens: int = 131_072
+    """Activations that are mixed with one another, over all ranks; part of the sample order."""
     exclude_sinks: bool = True
     """Leave out position 0 of causal models and tokens of more than 10 times the median norm."""
 
     def __post_init__(self) -> None:
-        if self.buffer_tokens is not None and self.buffer_tokens < 1:
+        if self.buffer_tokens < 1:
             raise SaetrainError(f"--buffer_tokens {self.buffer_tokens}: must be at least 1")
 
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 from saetrain.data.rows import BadRow, find_files, first_bad_row, load_leniently, sample_column
 from saetrain.data.text import TextColumn
 from saetrain.errors import SaetrainError, did_you_mean
-from saetrain.hub import offline, reachable, require_hub
+from saetrain.hub import offline, reachable, refuse_missing_path, require_hub
 from saetrain.types import shown_default
 
 HELD_OUT_SPLITS = ("validation", "valid", "val", "dev", "test")
@@ -102,6 +102,7 @@ def open_source(name: str, settings: SourceSettings) -> Source:
             raise SaetrainError(f"--split {settings.split}: a part of a split can't be named together with --{flag}")
     if os.path.exists(name):
         return _open_local(Path(name), settings)
+    refuse_missing_path("data set", name)
     alias = ALIASES.get(name)
     path = alias.path if alias else name
     config = settings.dataset_config or (alias.config if alias else None)

@@ -79,7 +79,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text())
     except FileNotFoundError as error:
-        raise SaetrainError(f"{folder}: holds no SAE (no {CONFIG})") from error
+        inner = sorted(str(found.parent) for found in folder.glob(f"**/{CONFIG}"))[:3]
+        hint = f"; there are some in {', '.join(inner)}" if inner else ""
+        raise SaetrainError(f"{folder}: holds no SAE (no {CONFIG}){hint}") from error
     except json.JSONDecodeError as error:
         raise SaetrainError(f"{path}: is not JSON: {error}") from error
     if not isinstance(config, dict):

@@ -20,8 +20,10 @@ NORM_TOLERANCE = 1e-3
 format rounds by more)."""
 
 
-def load_for_finetune(path: str, hookpoint: str, coder: TopK) -> None:
+def load_for_finetune(path: str, hookpoint: str, coder: TopK, model_sha256: str | None = None) -> str | None:
     """Put the weights of the SAE in ``path`` (or in ``path/hookpoint``) into ``coder``, for raw activations.
+
+    Gives a remark where the SAE says that it was trained on a model of other weights.
 
     Raises SaetrainError when there is none, when it is of another kind or size, or when its decoder can't be brought
     to unit norm without changing what it computes.
@@ -30,6 +32,7 @@ def load_for_finetune(path: str, hookpoint: str, coder: TopK) -> None:
     if not (folder / "cfg.json").exists() and (folder / hookpoint / "cfg.json").exists():
         folder = folder / hookpoint
     config, weights = _read(folder)
+    _check_hookpoint(folder, config, hookpoint)
     k = config.get("k")
     if k != coder.k:
         raise SaetrainError(f"--finetune {folder}: its k is {k}, --k is {coder.k}; give --k {k}")
@@ -40,6 +43,21 @@ def load_for_finetune(path: str, hookpoint: str, coder: TopK) -> None:
     with torch.no_grad():
         for name, parameter in coder.named_parameters():
             parameter.copy_(weights[name])
+    trained_on = config.get("saetrain", {}).get("model_weights_sha256")
+    if trained_on and model_sha256 and trained_on != model_sha256:
+        return f"--finetune {folder}: was trained on a model of other weights (SHA-256 {trained_on[:12]}…)"
+    return None
+
+
+def _check_hookpoint(folder: Path, config: dict[str, Any], hookpoint: str) -> None:
+    """SaetrainError when the SAE says that it belongs to another hookpoint."""
+    metadata = config.get("metadata") or {}
+    own = config.get("saetrain", {}).get("hookpoint") or metadata.get("hf_hook_name")
+    if own is not None and own != hookpoint:
+        raise SaetrainError(
+            f"--finetune {folder}: it is an SAE of {own}, the run trains {hookpoint}; give the folder that holds a "
+            "folder for each hookpoint, or the same --layers or --hookpoints"
+        )
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

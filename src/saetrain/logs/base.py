@@ -34,6 +34,8 @@ class RunInfo:
     directory: Path
     name: str
     settings: Mapping[str, Any]
+    steps: int
+    """Optimizer steps of the whole run."""
     resumed_step: int | None
     """Steps done by the checkpoint that the run goes on from; None for a fresh run."""
     state: Mapping[str, str]
@@ -43,14 +45,14 @@ class RunInfo:
 
 
 class Sink(ABC):
-    """Somewhere that figures go; ``every`` optimizer steps it wants training figures."""
+    """Somewhere that figures go; it wants training figures every ``every`` optimizer steps, and of the ``last``."""
 
-    def __init__(self, every: int) -> None:
-        self._every = every
+    def __init__(self, every: int, last: int) -> None:
+        self._every, self._last = every, last
 
     def due(self, step: int) -> bool:
         """Whether this sink wants the training figures of ``step`` (counted from 1)."""
-        return step % self._every == 0
+        return step % self._every == 0 or step == self._last
 
     @abstractmethod
     def write(self, record: Record) -> None:

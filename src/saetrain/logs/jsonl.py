@@ -18,7 +18,7 @@ class JsonLines(Sink):
     """Appends; a resumed run first drops what was written behind its checkpoint."""
 
     def __init__(self, info: RunInfo, every: int) -> None:
-        super().__init__(every)
+        super().__init__(every, info.steps)
         path = info.directory / NAME
         if info.resumed_step is not None and path.exists():
             write_atomic(path, "".join(_lines_until(path.read_text(), info.resumed_step)))

@@ -12,7 +12,7 @@ class TensorBoard(Sink):
     """Scalars by name, over optimizer steps."""
 
     def __init__(self, info: RunInfo, every: int) -> None:
-        super().__init__(every)
+        super().__init__(every, info.steps)
         self.require()
         from torch.utils.tensorboard import SummaryWriter
 

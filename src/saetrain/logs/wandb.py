@@ -8,6 +8,8 @@ import os
 from saetrain.errors import SaetrainError
 from saetrain.logs.base import Record, RunInfo, Sink
 
+REFUSED = "--log_to_wandb true: Weights & Biases could not start a run"
+WAY_OUT = "(log in by `wandb login` or WANDB_API_KEY, or set WANDB_MODE=offline)"
 TIMEOUT_S = 30
 """Seconds to wait for the server at the start."""
 
@@ -16,8 +18,7 @@ class WandB(Sink):
     """One W&B run, whose id survives a resume."""
 
     def __init__(self, info: RunInfo, every: int, project: str) -> None:
-        super().__init__(every)
-        self.require()
+        super().__init__(every, info.steps)
         import wandb
 
         try:
@@ -31,21 +32,26 @@ class WandB(Sink):
                 settings=wandb.Settings(init_timeout=float(os.environ.get("WANDB_INIT_TIMEOUT", TIMEOUT_S))),
             )
         except wandb.errors.Error as error:
-            raise SaetrainError(
-                f"--log_to_wandb true: Weights & Biases could not start a run: {str(error).splitlines()[0]} "
-                "(log in by `wandb login` or WANDB_API_KEY, or set WANDB_MODE=offline)"
-            ) from error
+            raise SaetrainError(f"{REFUSED}: {str(error).splitlines()[0]} {WAY_OUT}") from error
         self._run.define_metric("*", step_metric="step")
         # An offline run can't be rewound, and a resumed one computes the same figures again.
         self._logged = dict(info.logged) if "wandb_id" in info.state else {}
 
     @staticmethod
     def require() -> None:
-        """SaetrainError when the package is missing."""
+        """SaetrainError when the package is missing, or a key where the server will ask for one."""
         if importlib.util.find_spec("wandb") is None:
             raise SaetrainError(
                 "--log_to_wandb true: the package wandb is not installed; pip install 'saetrain[wandb]'"
             )
+        import wandb
+
+        if wandb.setup().settings.mode in ("offline", "disabled", "dryrun"):
+            return
+        try:
+            wandb.login()
+        except wandb.errors.Error as error:
+            raise SaetrainError(f"{REFUSED}: {str(error).splitlines()[0]} {WAY_OUT}") from error
 
     def write(self, record: Record) -> None:
         """Log the record; final figures go to the run's summary as well."""

@@ -8,6 +8,7 @@ from saetrain.activations.normalize import Normalizer, calibrate
 from saetrain.coders.folding import unfold_
 from saetrain.coders.topk import TopK
 from saetrain.config import RunConfig
+from saetrain.errors import SaetrainError
 from saetrain.interop.finetune import load_for_finetune
 from saetrain.logs.console import say
 from saetrain.optim import Optimizer, resolve_lr, warmup_steps
@@ -19,13 +20,15 @@ from saetrain.training.trainer import SaeTrainer, Trainer
 
 def build_trainer(run: Prepared, checkpoint: Checkpoint | None) -> tuple[Trainer, dict[str, Normalizer]]:
     """The trainer of every hookpoint and seed, and the constants of each hookpoint's inputs."""
+    if run.config.finetune is not None and len(run.config.train.init_seeds) > 1:
+        raise SaetrainError("--finetune with several --init_seeds: all would start from the same SAE; give one seed")
     normalizers = measure(run) if checkpoint is None else restored(run, checkpoint)
     saes: dict[str, SaeTrainer] = {}
     for hookpoint, normalizer in normalizers.items():
         for number, seed in enumerate(run.config.train.init_seeds):
             name = hookpoint if number == 0 else f"{hookpoint}/seed{seed}"
             coder = make_coder(run, hookpoint, normalizer, seed, fresh=checkpoint is None)
-            saes[name] = make_sae(run, hookpoint, coder, normalizer)
+            saes[name] = make_sae(run, hookpoint, coder, normalizer, seed)
             if checkpoint is not None:
                 saes[name].restore(checkpoint.tensors[name], checkpoint.values["losses"][name])
     warmup = warmup_steps(run.config.optim, run.plan.steps)
@@ -68,18 +71,18 @@ def make_coder(run: Prepared, hookpoint: str, normalizer: Normalizer, seed: int,
     width = len(normalizer.mean)
     coder = TopK(width, settings.latents(width), settings.k, settings.auxk_alpha, seed).to(device)
     if run.config.finetune is not None and fresh:
-        load_for_finetune(run.config.finetune, hookpoint, coder)
+        remark = load_for_finetune(run.config.finetune, hookpoint, coder, run.weights_sha256)
+        if remark:
+            say(remark)
         unfold_(coder, normalizer.mean, normalizer.scale)
     return coder
 
 
-def make_sae(run: Prepared, hookpoint: str, coder: TopK, normalizer: Normalizer) -> SaeTrainer:
+def make_sae(run: Prepared, hookpoint: str, coder: TopK, normalizer: Normalizer, seed: int) -> SaeTrainer:
     """The trainer of one coder."""
     config: RunConfig = run.config
     device: torch.device = run.model.device
-    lr, remark = resolve_lr(config.optim, coder.num_latents)
-    if remark:
-        say(f"{hookpoint}: {remark}")
+    lr, _ = resolve_lr(config.optim, coder.num_latents)
     optimizer = Optimizer(
         dict(coder.named_parameters()),
         config.optim,
@@ -96,4 +99,5 @@ def make_sae(run: Prepared, hookpoint: str, coder: TopK, normalizer: Normalizer)
         data_variance=normalizer.scaled_variance,
         raw_mse=normalizer.variance / coder.d_in,
         lr=lr,
+        seed=seed,
     )

@@ -5,15 +5,24 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 from saetrain.config import RunConfig
 from saetrain.errors import SaetrainError
+from saetrain.files import write_atomic
 from saetrain.logs.console import say
+from saetrain.logs.jsonl import NAME as METRICS
 from saetrain.training.checkpoint import Checkpoint, load_checkpoint, newest_whole
 
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.yaml"
+SAES = "sae"
+SPIKE = "spike.json"
+OWN = (CHECKPOINTS, CONFIG, SAES, SPIKE, METRICS, "wandb", "tensorboard")
+"""What a run writes into its folder."""
+MARKER = ".saetrain"
+MARKER_TEXT = "A run of saetrain, format 1. --overwrite deletes runs in folders that hold this file."
 
 
 def run_directory(config: RunConfig) -> Path:
@@ -44,13 +53,12 @@ def with_restart(config: RunConfig) -> RunConfig:
 def open_directory(config: RunConfig, directory: Path) -> Checkpoint | None:
     """The checkpoint to go on from, if any; SaetrainError when a run lies there that must not be touched."""
     try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
         if directory.exists() and any(directory.iterdir()):
             _may_enter(config, directory)
-        directory.mkdir(exist_ok=True)
-        probe = directory / ".probe"
-        probe.touch()
-        probe.unlink()
+        # Nothing is made before the run can begin, so the nearest folder that is there is tried.
+        there = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+        with tempfile.TemporaryFile(dir=there):
+            pass
     except OSError as error:
         raise SaetrainError(
             f"--save_dir {config.output.save_dir}: can't write to {directory}: {error.strerror}"
@@ -59,25 +67,45 @@ def open_directory(config: RunConfig, directory: Path) -> Checkpoint | None:
 
 
 def _may_enter(config: RunConfig, directory: Path) -> None:
-    """Delete the run that lies there when --overwrite asks for it; SaetrainError unless --resume goes on with it."""
-    if config.output.overwrite:
-        # Only what this tool wrote is deleted.
-        if not (directory / CONFIG).exists() and not (directory / CHECKPOINTS).exists():
-            raise SaetrainError(
-                f"--overwrite: {directory} holds no run of saetrain, so it is left alone; remove it by hand"
-            )
-        shutil.rmtree(directory)
-    elif not config.output.resume:
+    """SaetrainError unless --resume goes on with what lies there, or --overwrite may delete it."""
+    if config.output.overwrite and not is_run(directory):
+        raise SaetrainError(
+            f"--overwrite: {directory} holds no run of saetrain, so it is left alone; remove it by hand"
+        )
+    if not config.output.overwrite and not config.output.resume:
         raise SaetrainError(
             f"{directory} holds a run already: --resume goes on with it, --overwrite deletes it, "
             "--run_name gives this one another name"
         )
 
 
+def is_run(directory: Path) -> bool:
+    """Whether this tool made the folder."""
+    return (directory / MARKER).exists()
+
+
+def claim(directory: Path, overwrite: bool) -> None:
+    """Make the folder this run's: what an earlier run left goes, and nothing else, once the new one can begin."""
+    directory.mkdir(parents=True, exist_ok=True)
+    if overwrite:
+        for name in OWN:
+            path = directory / name
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+    write_atomic(directory / MARKER, f"{MARKER_TEXT}\n")
+
+
 def _checkpoint(directory: Path) -> Checkpoint | None:
     path, remarks = newest_whole(directory / CHECKPOINTS)
     for remark in remarks:
         say(remark)
+    if path is None and remarks:
+        raise SaetrainError(
+            f"--resume: every checkpoint in {directory / CHECKPOINTS} is damaged, the last because {remarks[0]}; "
+            "--overwrite starts the run from the beginning"
+        )
     if path is None:
         say(f"--resume: {directory} holds no checkpoint, so the run starts from the beginning")
         return None

@@ -25,7 +25,7 @@ def report(run: Prepared, trainer: Trainer, buffer: MixingBuffer) -> None:
             f"SAE         {name}: width {sae.coder.d_in}, {sae.coder.num_latents:,} latents, k {run.config.sae.k}, "
             f"{count:,} parameters"
         )
-    needed = memory_needed(run.config, run.model, run.capture.widths, run.framing.ctx_len, run.buffer_tokens)
+    needed = memory_needed(run.config, run.model, run.capture.widths, run.framing.ctx_len)
     print(f"memory      {gib(needed)} beside the program itself, {gib(memory_there(run.model.device))} there")
     weights = sae_parameters(run.config, run.capture.widths) * FLOAT
     sae_files = weights * (2 if run.config.output.save_sparsify else 1)

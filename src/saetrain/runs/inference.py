@@ -60,13 +60,18 @@ class SAE:
             codes = Codes(codes, None, self.num_latents)
         return self.coder.decode(codes)
 
-    def encode_text(self, texts: list[str]) -> list[TokenCodes]:
+    def __repr__(self) -> str:
+        site = f"{self.about['hookpoint']} of {self.about['model']}"
+        return f"SAE(k={self.k}, num_latents={self.num_latents}, d_in={self.d_in}, {site})"
+
+    def encode_text(self, texts: str | list[str]) -> list[TokenCodes]:
         """Run the model that the SAE was trained on over ``texts``, and encode every token.
 
         Longer texts are cut at the SAE's context length. Raises SaetrainError when the model can't be loaded or is
         not the one that the SAE was trained on.
         """
         model, tokenizer, capture, framing = self._base
+        texts = [texts] if isinstance(texts, str) else texts
         read = [self._sequence(text, tokenizer, framing) for text in texts]
         sequences = [sequence for sequence, _ in read]
         out: dict[int, TokenCodes] = {}

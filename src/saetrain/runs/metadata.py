@@ -8,6 +8,7 @@ from typing import Any
 
 from saetrain.activations.model import DTYPES
 from saetrain.logs.console import say
+from saetrain.optim import resolve_lr
 from saetrain.runs.prepare import Prepared
 from saetrain.training.firing import alive_bound
 from saetrain.training.trainer import Trainer
@@ -31,6 +32,7 @@ def about_run(run: Prepared, trainer: Trainer) -> dict[str, Any]:
         "prepend_bos": run.framing.bos is not None,
         "exclude_special_tokens": config.tokens.exclude_special_tokens,
         "exclude_sinks": config.buffer.exclude_sinks,
+        "finetuned_from": config.finetune,
         "tokens_seen": trainer.tokens,
         "steps": trainer.step,
     }
@@ -52,32 +54,53 @@ def announce(run: Prepared, trainer: Trainer) -> None:
     """The lines at the start: what will be trained on what, and what to know of it."""
     plan, config = run.plan, run.config
     rest = config.train.max_tokens - plan.tokens
+    if trainer.step:
+        say(f"{trainer.steps - trainer.step} steps of {trainer.steps} are left")
+    rates = sorted({f"{sae.peak_lr:.3g}" for sae in trainer.saes.values()})
     say(
         f"training {len(trainer.saes)} SAE{'s' if len(trainer.saes) > 1 else ''} for {plan.steps} steps of "
         f"{plan.tokens_per_step:,} tokens ({plan.tokens:,} in all; {rest:,} of --max_tokens left over), "
-        f"{plan.passes()}"
+        f"{plan.passes()}, at lr {' and '.join(rates)}"
     )
     if config.dead.dead_feature_threshold is not None:
         say("--dead_feature_threshold is deprecated: use --dead_window_tokens")
-    threshold = config.dead.dead_percentage_threshold
-    for name, sae in trainer.saes.items():
-        bound = alive_bound(config.sae.k, sae.coder.num_latents, threshold)
-        if bound > 0:
-            say(
-                f"{name}: with k = {config.sae.k} at most {int(config.sae.k / threshold):,} of "
-                f"{sae.coder.num_latents:,} latents can fire on {threshold:.3%} of tokens, so at least {bound:.1%} "
-                "count as dead by --dead_percentage_threshold whatever the training does"
-            )
+    widths = sorted({sae.coder.d_in for sae in trainer.saes.values() if config.sae.k >= sae.coder.d_in})
+    if widths:
+        say(
+            f"--k {config.sae.k} is no less than the width {widths[0]} of the activations: such a code is hardly sparse"
+        )
+    for latents in sorted({sae.coder.num_latents for sae in trainer.saes.values()}):
+        remark = resolve_lr(config.optim, latents)[1]
+        if remark:
+            say(remark)
+        say_bound(config.sae.k, latents, config.dead.dead_percentage_threshold)
+
+
+def say_bound(k: int, latents: int, threshold: float) -> None:
+    """Say it where the rate rule must call some latents dead whatever the training does."""
+    bound = alive_bound(k, latents, threshold)
+    if bound > 0:
+        say(
+            f"with k = {k} at most {int(k / threshold):,} of {latents:,} latents can fire on {threshold:.3%} of "
+            f"tokens, so at least {bound:.1%} count as dead by --dead_percentage_threshold whatever the training does"
+        )
 
 
 def summary(directory: Path, figures: dict[str, dict[str, float]]) -> None:
     """The held-out figures of each SAE, and where things lie."""
-    print(f"{'SAE':<28} {'FVU':>7} {'expl.var':>9} {'L0':>7} {'never fired':>12} {'redundancy (random)':>20}")
+    wide = max(map(len, figures))
+    print(f"{'SAE':<{wide}}     FVU  expl.var      L0  never fired  dead by rate  redundancy (random)")
     for name, row in figures.items():
         print(
-            f"{name:<28} {row['fvu']:7.4f} {row['explained_variance']:9.4f} {row['l0']:7.2f} "
-            f"{100 * row['dead_never_fired']:10.1f} % {row['decoder_redundancy_top100']:11.3f} "
-            f"({row['decoder_redundancy_top100_random']:.3f})"
+            f"{name:<{wide}} {row['fvu']:7.4f} {row['explained_variance']:9.4f} {row['l0']:7.2f} "
+            f"{row['dead_never_fired']:12.1%} {row['dead_below_threshold']:13.1%} "
+            f"{row['decoder_redundancy_top100']:10.3f} ({row['decoder_redundancy_top100_random']:.3f})"
         )
     tokens = next(iter(figures.values()))["tokens"]
     print(f"on {tokens:,.0f} held-out tokens; run in {directory}, SAEs in {directory / 'sae'}")
+    bad = [name for name, row in figures.items() if not row["fvu"] < 1]
+    if bad:
+        print(
+            f"WARNING: {', '.join(bad)}: worse than predicting the mean (FVU is not below 1), so not usable. More "
+            "tokens, another --lr or a lower --k usually mend it"
+        )

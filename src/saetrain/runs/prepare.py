@@ -18,7 +18,7 @@ from saetrain.activations.hookpoints import resolve_hookpoints
 from saetrain.activations.model import DTYPES, BaseModel, load_model, weights_hash
 from saetrain.activations.normalize import norm_limits
 from saetrain.activations.read import ActivationReader
-from saetrain.activations.shuffle import DEFAULT_BUFFER_TOKENS, MixingBuffer
+from saetrain.activations.shuffle import MixingBuffer
 from saetrain.config import RunConfig
 from saetrain.data.loader import ShardedSource
 from saetrain.data.sequences import Sequences
@@ -26,14 +26,12 @@ from saetrain.data.tokenfile import stored_ctx_len
 from saetrain.data.tokenize import DEFAULT_CTX_LEN, Framing, load_tokenizer
 from saetrain.errors import SaetrainError
 from saetrain.logs.console import say
-from saetrain.optim import warmup_steps
+from saetrain.optim import resolve_lr, warmup_steps
 from saetrain.runs.resources import check_memory
 from saetrain.runs.text import load_text
 
 CALIBRATION_TOKENS = 16_384
 """Tokens on which the inputs' centre, scale and norm limit are measured."""
-MAX_BUFFER_BYTES = 2 << 30
-"""What the mixing buffer takes at the most unless --buffer_tokens says otherwise."""
 EVAL_SEQUENCES = 64
 
 
@@ -89,8 +87,6 @@ class Prepared:
     data: dict[str, Any]
     """What the SAE's metadata say of the text."""
     plan: Plan
-    buffer_tokens: int
-    """Activations in the mixing buffer."""
     weights_sha256: str | None
     """Hash of the model's weight files."""
 
@@ -107,8 +103,7 @@ def prepare(config: RunConfig) -> Prepared:
     for width in capture.widths.values():
         config.sae.latents(width)
     ctx_len = resolve_ctx_len(config, model)
-    buffer = buffer_tokens(config, model, capture.widths)
-    check_memory(config, model, capture.widths, ctx_len, buffer)
+    check_memory(config, model, capture.widths, ctx_len)
     framing = Framing.of(tokenizer, model.causal, ctx_len)
     text = load_text(config, tokenizer, framing)
     reader = ActivationReader(capture, text.train.keep, config.base.model_batch_tokens, config.dataset)
@@ -125,7 +120,6 @@ def prepare(config: RunConfig) -> Prepared:
         text.held_out,
         text.about,
         plan,
-        buffer,
         weights_hash(model),
     )
 
@@ -184,14 +178,7 @@ def make_buffer(run: Prepared) -> MixingBuffer:
     shards = run.train.n_shards
     owned = [shard for shard in range(shards) if shard % distributed.world_size() == distributed.rank()]
     seed = run.config.loader.shuffle_seed
-    return MixingBuffer(run.reader, run.train, owned, shards, max(1, run.buffer_tokens // shards), seed)
-
-
-def buffer_tokens(config: RunConfig, model: BaseModel, widths: dict[str, int]) -> int:
-    """Tokens of the mixing buffer: as asked, else the default, or what MAX_BUFFER_BYTES holds of several hookpoints."""
-    per_token = sum(widths.values()) * model.dtype.itemsize
-    default = max(CALIBRATION_TOKENS, min(DEFAULT_BUFFER_TOKENS, MAX_BUFFER_BYTES // per_token))
-    return config.buffer.buffer_tokens or default
+    return MixingBuffer(run.reader, run.train, owned, shards, max(1, run.config.buffer.buffer_tokens // shards), seed)
 
 
 def read_sample(run: Prepared) -> Any:
@@ -202,7 +189,8 @@ def read_sample(run: Prepared) -> Any:
     sequences = [s for shard in range(run.train.n_shards) for s in run.train.read(shard, run.train.start, each)[0]]
     sample = run.reader.read(sequences)
     total = sum(map(len, sequences))
-    say(f"{1 - len(sample) / total:.1%} of the tokens are special or at position 0 of a causal model and left out")
+    what = "special or at position 0" if run.model.causal else "special"
+    say(f"{1 - len(sample) / total:.1%} of the tokens are {what} and left out")
     if run.config.buffer.exclude_sinks:
         run.reader.limits = norm_limits(sample)
     return sample
@@ -228,12 +216,27 @@ def resolved(run: Prepared) -> RunConfig:
     if dead.dead_feature_threshold is None:
         dead = dataclasses.replace(dead, dead_window_tokens=dead.window(config.train.max_tokens))
     dtype = next(name for name, dtype in DTYPES.items() if dtype is run.model.dtype)
+    sae, optim = (
+        config.sae,
+        dataclasses.replace(config.optim, lr_warmup_steps=warmup_steps(config.optim, run.plan.steps)),
+    )
+    latents = {sae.latents(width) for width in run.capture.widths.values()}
+    # Where hookpoints differ in width, only the rules say what each of them gets.
+    if len(latents) == 1:
+        (count,) = latents
+        sae = dataclasses.replace(sae, num_latents=count)
+        optim = dataclasses.replace(optim, lr=resolve_lr(optim, count)[0])
+    columns = run.data["text_columns"]
+    column = columns[0] if len(columns) == 1 else config.source.text_column
     return dataclasses.replace(
         config,
         where=where,
         dead=dead,
         tokens=dataclasses.replace(config.tokens, ctx_len=run.framing.ctx_len),
-        base=dataclasses.replace(config.base, dtype=dtype, device=str(run.model.device)),
-        buffer=dataclasses.replace(config.buffer, buffer_tokens=run.buffer_tokens),
-        optim=dataclasses.replace(config.optim, lr_warmup_steps=warmup_steps(config.optim, run.plan.steps)),
+        sae=sae,
+        optim=optim,
+        source=dataclasses.replace(config.source, text_column=column),
+        base=dataclasses.replace(
+            config.base, dtype=dtype, device=str(run.model.device), revision=run.model.revision or config.base.revision
+        ),
     )

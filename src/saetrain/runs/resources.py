@@ -21,11 +21,11 @@ def sae_parameters(config: RunConfig, widths: dict[str, int]) -> int:
     return sum(each) * len(config.train.init_seeds)
 
 
-def memory_needed(config: RunConfig, model: BaseModel, widths: dict[str, int], ctx_len: int, buffer: int) -> int:
+def memory_needed(config: RunConfig, model: BaseModel, widths: dict[str, int], ctx_len: int) -> int:
     """Bytes beside the program: model, SAEs with gradients and two moments, mixing buffer, one micro-step's codes."""
     weights = sum(p.numel() * p.element_size() for p in model.module.parameters())
     saes = 4 * FLOAT * sae_parameters(config, widths)
-    mixing = min(buffer, config.train.max_tokens) * sum(widths.values()) * model.dtype.itemsize
+    mixing = min(config.buffer.buffer_tokens, config.train.max_tokens) * sum(widths.values()) * model.dtype.itemsize
     widest = max(config.sae.latents(width) for width in widths.values())
     return weights + saes + mixing + 3 * FLOAT * config.train.batch_size * ctx_len * widest
 
@@ -44,16 +44,16 @@ def memory_there(device: torch.device) -> int:
     return free + held
 
 
-def check_memory(config: RunConfig, model: BaseModel, widths: dict[str, int], ctx_len: int, buffer: int) -> None:
+def check_memory(config: RunConfig, model: BaseModel, widths: dict[str, int], ctx_len: int) -> None:
     """SaetrainError when the run needs more memory than there is, unless --force."""
-    needed, there = memory_needed(config, model, widths, ctx_len, buffer), memory_there(model.device)
+    needed, there = memory_needed(config, model, widths, ctx_len), memory_there(model.device)
     if needed <= there or config.force:
         return
     latents = ", ".join(sorted({f"{config.sae.latents(width):,}" for width in widths.values()}))
     raise SaetrainError(
         f"{latents} latents over {len(widths)} hookpoints need about {gib(needed)} of memory, and {gib(there)} are "
         f"there on {model.device}; lower --expansion_factor (now {config.sae.expansion_factor}) or --num_latents, "
-        "take fewer --layers at once, or go on with --force"
+        "take fewer --layers at once, lower --buffer_tokens, or go on with --force"
     )
 
 

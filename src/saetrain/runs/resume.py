@@ -23,6 +23,7 @@ FREE = frozenset(
         "resume",
         "overwrite",
         "save_sparsify",
+        "eval_every",
         "log_every",
         "log_to_wandb",
         "wandb_log_frequency",
@@ -38,7 +39,7 @@ FREE = frozenset(
     }
 )
 """Settings that may change: they do not touch the weights (model and data set are compared by their content)."""
-DERIVED = ("lr_warmup_steps", "dead_window_tokens", "buffer_tokens")
+DERIVED = ("lr_warmup_steps", "dead_window_tokens")
 """Settings that follow --max_tokens where they are not given; a resumed run keeps the first start's."""
 
 
@@ -68,8 +69,7 @@ def reconcile(run: Prepared, checkpoint: Checkpoint) -> Prepared:
         )
     config: RunConfig = dataclasses.replace(from_flat(flat, "checkpoint"), where=run.config.where)
     plan = make_plan(config, run.framing.ctx_len, run.plan.text_tokens)
-    assert config.buffer.buffer_tokens is not None
-    return dataclasses.replace(run, config=config, plan=plan, buffer_tokens=config.buffer.buffer_tokens)
+    return dataclasses.replace(run, config=config, plan=plan)
 
 
 def _same_identity(now: Mapping[str, Any], before: Mapping[str, Any]) -> None:

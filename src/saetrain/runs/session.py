@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 from safetensors import SafetensorError
 
+from saetrain.activations.normalize import Normalizer
 from saetrain.activations.shuffle import MixingBuffer
 from saetrain.coders.folding import folded
 from saetrain.coders.topk import TopK
@@ -20,25 +23,29 @@ from saetrain.logs import Log
 from saetrain.logs.base import Record, RunInfo
 from saetrain.logs.console import ProgressLine, say
 from saetrain.logs.jsonl import last_logged
-from saetrain.runs.build import build_trainer
-from saetrain.runs.directory import CHECKPOINTS
+from saetrain.runs.directory import CHECKPOINTS, SAES, SPIKE
 from saetrain.runs.metadata import about_run, announce, hook_name, summary
 from saetrain.runs.prepare import Prepared, held_out_batches, make_buffer, resolved
 from saetrain.runs.resume import identity
 from saetrain.training.checkpoint import MAX_MINUTES, Checkpoint, save_checkpoint
 from saetrain.training.stop import Stopped, StopWish
-from saetrain.training.trainer import Spike, Throughput
-
-SPIKE = "spike.json"
+from saetrain.training.trainer import Spike, Throughput, Trainer
 
 
 class Session:
     """Steps, logs, evaluations and checkpoints in their order."""
 
-    def __init__(self, prepared: Prepared, directory: Path, checkpoint: Checkpoint | None) -> None:
+    def __init__(
+        self,
+        prepared: Prepared,
+        trainer: Trainer,
+        normalizers: dict[str, Normalizer],
+        directory: Path,
+        checkpoint: Checkpoint | None,
+    ) -> None:
         self.prepared, self.directory = prepared, directory
+        self.trainer, self.normalizers = trainer, normalizers
         self.config = prepared.config
-        self.trainer, self.normalizers = build_trainer(prepared, checkpoint)
         self.buffer: MixingBuffer = make_buffer(prepared)
         if checkpoint is not None:
             self.buffer.restore(checkpoint.values["buffer"])
@@ -49,6 +56,7 @@ class Session:
             directory=directory,
             name=directory.name,
             settings=self.settings,
+            steps=self.trainer.steps,
             resumed_step=checkpoint.values["step"] if checkpoint else None,
             state=checkpoint.values["logs"] if checkpoint else {},
             logged=last_logged(directory),
@@ -56,6 +64,7 @@ class Session:
         self.log = Log(self.config.logs, info)
         self.saved_at, self.saved_step = time.monotonic(), checkpoint.values["step"] if checkpoint else None
         self.stop = StopWish()
+        self.line = ProgressLine(self.trainer.steps, self.trainer.step)
 
     def train(self) -> None:
         """Run the remaining steps, then evaluate and save the SAEs; exits where a signal asked for it."""
@@ -68,21 +77,30 @@ class Session:
                     final = self.evaluate("final")
                     self.save_saes(final)
             failed = False
-        except (OSError, SafetensorError) as error:
-            raise SaetrainError(
-                f"writing to {self.directory} failed at step {self.trainer.step}: {error}; the last checkpoint is "
-                "whole: make room and start again with --resume"
-            ) from error
         finally:
             self.log.close(failed)
         if not finished:
             raise SystemExit(self.stop.exit_code)
         summary(self.directory, final)
 
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Within it, a full or vanished disk ends the run with a message."""
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            kept = "; the last checkpoint is whole" if self.saved_step is not None else ""
+            raise SaetrainError(
+                f"writing to {self.directory} failed at step {self.trainer.step}: {error}{kept}; make room and start "
+                "again with --resume"
+            ) from error
+
     def _loop(self) -> bool:
         """Whether all steps were done; False when a signal stopped it, with everything saved."""
         trainer = self.trainer
-        line = ProgressLine(trainer.steps, trainer.step)
+        line = self.line
+        fill = min(self.config.buffer.buffer_tokens, self.prepared.plan.tokens)
+        say(f"filling the mixing buffer (up to {fill:,} activations)")
         speed = Throughput(trainer.tokens)
         try:
             while trainer.step < trainer.steps and self.stop.signal is None:
@@ -115,10 +133,12 @@ class Session:
             trainer.drop_step()
             return False
         except Spike as spike:
-            write_json(self.directory / SPIKE, {**spike.facts, "shards": self.place})
+            with self.writing():
+                write_json(self.directory / SPIKE, {**spike.facts, "shards": self.place})
+            kept = "The last checkpoint is kept" if self.saved_step is not None else "There is no checkpoint yet"
             raise SaetrainError(
-                f"{spike}; the batch's place is in {self.directory / SPIKE}. The last checkpoint is kept: start again "
-                "with --resume --on_spike skip, or with a lower --lr under another --run_name"
+                f"{spike}; the batch's place is in {self.directory / SPIKE}. {kept}: start again with --resume "
+                "--on_spike skip, or with a lower --lr under another --run_name"
             ) from spike
         finally:
             self.prepared.reader.between_batches = None
@@ -134,11 +154,12 @@ class Session:
     def _log_step(self, speed: Throughput) -> dict[str, float] | None:
         """Log the step when a sink wants it; gives the first SAE's figures for the progress line."""
         trainer = self.trainer
-        if not self.log.due(trainer.step) and trainer.step != trainer.steps:
+        if not self.log.due(trainer.step) and not self.line.due(trainer.step):
             return None
         rate = speed.read(trainer.tokens)
         saes = trainer.metrics()
-        self.log.write(Record("train", trainer.step, trainer.tokens, {"tokens_per_second": rate}, saes))
+        with self.writing():
+            self.log.write(Record("train", trainer.step, trainer.tokens, {"tokens_per_second": rate}, saes))
         return {**next(iter(saes.values())), "tokens_per_second": rate}
 
     def subjects(self) -> dict[str, Subject]:
@@ -154,18 +175,20 @@ class Session:
 
     def evaluate(self, kind: Literal["eval", "final"]) -> dict[str, dict[str, float]]:
         """Held-out figures of all SAEs, logged."""
+        if kind == "final":
+            say(f"scoring on {self.config.evaluation.eval_tokens:,} held-out tokens")
         figures = evaluate(
             self.subjects(),
             held_out_batches(self.prepared),
             self.config.evaluation.eval_tokens,
             self.config.dead.dead_percentage_threshold,
         )
-        self.log.write(Record(kind, self.trainer.step, self.trainer.tokens, {}, figures))
+        with self.writing():
+            self.log.write(Record(kind, self.trainer.step, self.trainer.tokens, {}, figures))
         return figures
 
     def save(self) -> None:
         """Write a checkpoint of everything that the rest of the run depends on."""
-        self.log.sync()
         tensors = {name: sae.state() for name, sae in self.trainer.saes.items()}
         tensors.update({f"normalizer:{name}": {"mean": value.mean} for name, value in self.normalizers.items()})
         values = {
@@ -176,7 +199,9 @@ class Session:
             "buffer": self.place,
             "logs": self.log.state(),
         }
-        save_checkpoint(self.directory / CHECKPOINTS, self.trainer.step, tensors, values)
+        with self.writing():
+            self.log.sync()
+            save_checkpoint(self.directory / CHECKPOINTS, self.trainer.step, tensors, values)
         self.saved_at, self.saved_step = time.monotonic(), self.trainer.step
 
     def save_saes(self, figures: dict[str, dict[str, float]]) -> None:
@@ -188,7 +213,9 @@ class Session:
                 **about,
                 "hookpoint": subject.hookpoint,
                 "hook_name": hook_name(self.prepared, subject.hookpoint),
+                "init_seed": self.trainer.saes[name].seed,
                 "norm_limit": self.prepared.reader.limits.get(subject.hookpoint),
                 "held_out_figures": figures[name],
             }
-            save_sae(self.directory / "sae" / name, subject.coder, metadata, self.config.output.save_sparsify)
+            with self.writing():
+                save_sae(self.directory / SAES / name, subject.coder, metadata, self.config.output.save_sparsify)

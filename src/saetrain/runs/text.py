@@ -11,7 +11,15 @@ import numpy as np
 import xxhash
 
 from saetrain.config import RunConfig
-from saetrain.data.heldout import HASHES, distinct_rows, first_documents, split_rows, split_stream
+from saetrain.data.heldout import (
+    HASHES,
+    MAX_SHARE,
+    MIN_TOKENS,
+    distinct_rows,
+    first_documents,
+    split_rows,
+    split_stream,
+)
 from saetrain.data.loader import ShardedSequences, ShardedSource
 from saetrain.data.mix import MixedHeldOut, MixedSequences
 from saetrain.data.rows import BAD_ROW
@@ -135,6 +143,7 @@ def _split(
     special = config.tokens.exclude_special_tokens
     table = TokenTable(tokens["train"])
     rows = distinct_rows(table) if distinct else np.arange(len(table))
+    held_out, how = None, ""
     if "held_out" in tokens:
         held = TokenTable(tokens["held_out"])
         held_rows = distinct_rows(held) if distinct else np.arange(len(held))
@@ -144,9 +153,10 @@ def _split(
         if not fresh.all():
             how += f"; {table.lengths[rows[~fresh]].sum():,} tokens of the same texts are not trained on"
         rows = rows[fresh]
-    else:
+    if held_out is None or held_out.text_tokens < min(MIN_TOKENS, table.lengths[rows].sum() * MAX_SHARE):
+        small = f"; split '{held_out_split}' has only {held_out.text_tokens:,}" if held_out is not None else ""
         rows, held_rows, how = split_rows(table, rows, config.evaluation.eval_tokens)
-        held_out = sequences_of(table, held_rows, framing, special)
+        held_out, how = sequences_of(table, held_rows, framing, special), how + small
     train = sequences_of(table, rows, framing, special)
     if not len(train) or not len(held_out):
         raise SaetrainError(

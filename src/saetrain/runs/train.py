@@ -9,7 +9,7 @@ from saetrain.activations.model import resolve_device
 from saetrain.config import RunConfig, write_yaml
 from saetrain.logs import check_extras
 from saetrain.runs.build import build_trainer
-from saetrain.runs.directory import CONFIG, open_directory, run_directory, with_restart
+from saetrain.runs.directory import CONFIG, claim, open_directory, run_directory, with_restart
 from saetrain.runs.dry_run import report
 from saetrain.runs.prepare import make_buffer, prepare, resolved
 from saetrain.runs.resume import reconcile
@@ -31,7 +31,9 @@ def run(config: RunConfig) -> None:
     prepared = prepare(config)
     if checkpoint is not None:
         prepared = reconcile(prepared, checkpoint)
-    session = Session(prepared, directory, checkpoint)
+    trainer, normalizers = build_trainer(prepared, checkpoint)
+    claim(directory, config.output.overwrite)
+    session = Session(prepared, trainer, normalizers, directory, checkpoint)
     output = dataclasses.replace(config.output, run_name=directory.name)
     write_yaml(directory / CONFIG, dataclasses.replace(resolved(session.prepared), output=output))
     session.train()

@@ -126,11 +126,18 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
-    """(the newest undamaged checkpoint or None, a line for each newer one that is damaged)."""
+    """(the newest undamaged checkpoint or None, a line for each newer one that is damaged).
+
+    The damaged ones are renamed where one before them is whole, so that no later clean-up takes them for the newest.
+    """
+    damaged_ones: list[Path] = []
     remarks: list[str] = []
     for path in reversed(list_checkpoints(folder)):
         problem = damage(path)
         if problem is None:
+            for damaged in damaged_ones:
+                os.replace(damaged, damaged.with_name(f"damaged_{damaged.name}"))
             return path, remarks
+        damaged_ones.append(path)
         remarks.append(f"checkpoint {path} is damaged ({problem}); going back to the one before it")
     return None, remarks

@@ -25,7 +25,7 @@ class DeadSettings:
     """A latent is dead when it fires on less than this share of tokens (0.0005 = 0.05 %)."""
     dead_window_tokens: Annotated[int | None, shown_default("a twentieth of the run, at most 10000000", "INT")] = None
     """Tokens without firing after which AuxK takes a latent for dead."""
-    dead_feature_threshold: Annotated[int | None, shown_default("10000000", "INT")] = None
+    dead_feature_threshold: Annotated[int | None, shown_default("unset", "INT")] = None
     """Deprecated, the older name of --dead_window_tokens."""
 
     def __post_init__(self) -> None:

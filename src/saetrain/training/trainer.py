@@ -93,9 +93,10 @@ class SaeTrainer:
         data_variance: float,
         raw_mse: float,
         lr: float,
+        seed: int,
     ) -> None:
         device = coder.W_dec.device
-        self.hookpoint, self.coder, self.inputs = hookpoint, coder, inputs
+        self.hookpoint, self.coder, self.inputs, self.seed = hookpoint, coder, inputs, seed
         self.optimizer, self.firing, self.peak_lr, self.raw_mse = optimizer, firing, lr, raw_mse
         self.data_variance = torch.tensor(data_variance, device=device)
         self.residual_variance = self.data_variance.clone()
@@ -153,7 +154,9 @@ class SaeTrainer:
         self.optimizer.step(lr, self.grad_norm)
         self.firing.finish_step()
         mean = self.sums.residual / self.sums.tokens
-        self.residual_variance = self.sums.residual_square / self.sums.tokens - mean.pow(2).sum()
+        variance = self.sums.residual_square / self.sums.tokens - mean.pow(2).sum()
+        # A perfect reconstruction must not make AuxK's loss explode.
+        self.residual_variance = variance.clamp_min(1e-6 * float(self.data_variance))
 
     def metrics(self, loss_fn: str) -> dict[str, float]:
         """Figures of the step just done; each is of that step or of the firing windows, never of the log interval."""

@@ -1,0 +1,156 @@
+"""The optimizer's order by hand, the learning rate's schedule and rule, and decay where it belongs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from saetrain.coders.topk import TopK
+from saetrain.errors import SaetrainError
+from saetrain.optim import Optimizer, OptimSettings, lr_factor, lr_rule, resolve_lr, warmup_steps
+
+D, F = 5, 9
+
+
+def make(**settings: object) -> tuple[TopK, Optimizer]:
+    coder = TopK(D, F, 2, seed=1)
+    optimizer = Optimizer(
+        dict(coder.named_parameters()),
+        OptimSettings(**settings),  # type: ignore[arg-type]
+        project=coder.remove_parallel_gradient,
+        renormalize=coder.renormalize_decoder,
+    )
+    return coder, optimizer
+
+
+def give_gradients(coder: TopK, seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    grads = {name: torch.randn(p.shape, generator=generator) for name, p in coder.named_parameters()}
+    for name, parameter in coder.named_parameters():
+        parameter.grad = grads[name].clone()
+    return grads
+
+
+def test_one_step_by_hand_project_clip_step_renormalise() -> None:
+    coder, optimizer = make(max_grad_norm=0.5)
+    before = {name: p.detach().clone() for name, p in coder.named_parameters()}
+    grads = give_gradients(coder)
+    norm = optimizer.project()
+    optimizer.step(0.01, norm)
+
+    along = (grads["W_dec"] * before["W_dec"]).sum(dim=1, keepdim=True)
+    grads["W_dec"] = grads["W_dec"] - along * before["W_dec"]
+    expected_norm = torch.cat([g.flatten() for g in grads.values()]).norm()
+    torch.testing.assert_close(norm, expected_norm)
+    scale = 0.5 / (expected_norm + 1e-6)
+    assert scale < 1, "the clip must be at work here"
+    for name, grad in grads.items():
+        clipped = grad * scale
+        # Adam's first step, bias corrected: m = g, v = g².
+        expected = before[name] - 0.01 * clipped / (clipped.abs() + 1e-8)
+        if name == "W_dec":
+            expected = expected / expected.norm(dim=1, keepdim=True)
+        torch.testing.assert_close(dict(coder.named_parameters())[name].detach(), expected, msg=name)
+
+
+def test_clipping_shows_in_what_adam_remembers() -> None:
+    """Adam's first step hides the scale of its gradient, its moments do not."""
+    moments = {}
+    for limit in (0.5, 0.0):
+        coder, optimizer = make(max_grad_norm=limit)
+        give_gradients(coder)
+        norm = optimizer.project()
+        optimizer.step(0.01, norm)
+        moments[limit] = optimizer.state()["W_enc.exp_avg"].clone()
+    torch.testing.assert_close(moments[0.5], moments[0.0] * 0.5 / (norm + 1e-6))
+
+
+def test_the_projected_gradient_leaves_the_norm_alone() -> None:
+    coder, optimizer = make()
+    give_gradients(coder)
+    optimizer.project()
+    assert coder.W_dec.grad is not None
+    assert (coder.W_dec.grad * coder.W_dec).sum(dim=1).abs().max() < 1e-5
+    for step in range(3):
+        give_gradients(coder, step)
+        optimizer.step(0.1, optimizer.project())
+        torch.testing.assert_close(coder.W_dec.norm(dim=1), torch.ones(F))
+
+
+def test_weight_decay_shrinks_the_encoder_alone() -> None:
+    coder, optimizer = make(weight_decay=0.1)
+    before = {name: p.detach().clone() for name, p in coder.named_parameters()}
+    for parameter in coder.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step(0.5, optimizer.project())
+    torch.testing.assert_close(coder.W_enc.detach(), before["W_enc"] * (1 - 0.5 * 0.1))
+    for name in ("W_dec", "b_enc", "b_dec"):
+        torch.testing.assert_close(dict(coder.named_parameters())[name].detach(), before[name], msg=name)
+
+
+@pytest.mark.parametrize("name", ["adam", "sgd"])
+def test_state_goes_on_exactly(name: str) -> None:
+    (one, first), (two, second) = make(optimizer=name), make(optimizer=name)
+    for step in range(6):
+        give_gradients(one, step)
+        first.step(0.05, first.project())
+        if step == 2:
+            two.load_state_dict(one.state_dict())
+            second.restore({key: value.clone() for key, value in first.state().items()})
+        if step > 2:
+            give_gradients(two, step)
+            second.step(0.05, second.project())
+    assert all(torch.equal(p, q) for p, q in zip(one.parameters(), two.parameters(), strict=True))
+
+
+def test_state_is_restored_on_the_parameters_device() -> None:
+    """Meta stands for a GPU: what a checkpoint holds is read on the CPU."""
+    coder, optimizer = make()
+    give_gradients(coder)
+    optimizer.step(0.05, optimizer.project())
+    state = optimizer.state()
+    elsewhere = TopK(D, F, 2).to("meta")
+    moved = Optimizer(
+        dict(elsewhere.named_parameters()), OptimSettings(), project=lambda: None, renormalize=lambda: None
+    )
+    moved.restore(state)
+    assert {value.device.type for value in moved.state().values()} == {"meta"}
+
+
+def test_schedule_rises_holds_and_falls_to_nothing() -> None:
+    steps, warmup = 100, 10
+    factors = [lr_factor(step, steps, warmup) for step in range(steps)]
+    assert factors[0] == pytest.approx(1 / 11)
+    assert factors[:11] == sorted(factors[:11])
+    assert factors[10:80] == [1.0] * 70
+    assert factors[80:] == sorted(factors[80:], reverse=True)
+    assert factors[81] < 1
+    assert 0 < factors[99] < 0.06, "the last step is small, and not lost"
+    assert lr_factor(0, 1, 0) > 0
+
+
+def test_warmup_is_a_tenth_of_the_run_at_most_1000() -> None:
+    assert [warmup_steps(OptimSettings(), steps) for steps in (5, 400, 50_000)] == [0, 40, 1000]
+    assert warmup_steps(OptimSettings(lr_warmup_steps=7), 400) == 7
+
+
+def test_the_rule_falls_with_the_root_of_the_width() -> None:
+    assert lr_rule(2**14) == pytest.approx(2e-4)
+    assert lr_rule(2**16) == pytest.approx(1e-4)
+    assert resolve_lr(OptimSettings(lr="auto"), 2**12) == (pytest.approx(4e-4), None)
+
+
+@pytest.mark.parametrize(
+    ("lr", "said"), [(2e-4, None), (5.9e-4, None), (6.1e-4, "3.0 times"), (6.5e-5, "1/3.1 of"), (0.01, "50.0 times")]
+)
+def test_rates_far_off_the_rule_are_remarked(lr: float, said: str | None) -> None:
+    taken, remark = resolve_lr(OptimSettings(lr=lr), 2**14)
+    assert taken == lr
+    assert (remark is None) if said is None else (remark is not None and said in remark)
+
+
+def test_sgd_has_no_rule_and_says_what_rates_train() -> None:
+    with pytest.raises(SaetrainError, match="--lr auto: there is a rule for --optimizer adam alone"):
+        resolve_lr(OptimSettings(optimizer="sgd", lr="auto"), 1024)
+    assert "hardly trains with --optimizer sgd" in str(resolve_lr(OptimSettings(optimizer="sgd"), 1024)[1])
+    assert resolve_lr(OptimSettings(optimizer="sgd", lr=1.0), 1024) == (1.0, None)
