@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INTEROP := .venv-interop
 
-.PHONY: demo test check format test-interop clean
+.PHONY: demo test test-soak check format test-interop clean
 
 # The stamp makes an install happen once per change of what is installed.
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -18,6 +18,9 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2 -m 'not interop and not soak'
+
+test-soak: $(VENV)/installed
+	$(BIN)/python -m pytest -n 2 -m soak
 
 check: $(VENV)/installed
 	$(BIN)/ruff format --check .

@@ -1,0 +1,56 @@
+"""A hundred kills, `make test-soak`: at random steps, and at random moments of starting, resuming and saving."""
+
+from __future__ import annotations
+
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.integration.test_resume import (
+    SETTINGS,
+    fingerprint,
+    finish,
+    kill_and_resume,
+    last_checkpoint,
+    records,
+    start,
+    steps_done,
+)
+
+pytestmark = pytest.mark.soak
+STEPS = 6000
+KILLS_AT_STEPS, KILLS_AT_TIMES = 13, 12
+"""Of each of four runs."""
+
+
+@pytest.mark.parametrize(
+    ("model", "layers", "source"),
+    [
+        pytest.param("tiny_bert", "2", [], id="encoder-one-layer"),
+        pytest.param("tiny_gpt2", "0 2", [], id="decoder-two-layers"),
+        pytest.param("tiny_gpt2", "2", ["--streaming"], id="decoder-one-layer-streaming"),
+        pytest.param("tiny_bert", "0 2", ["--streaming", "--mix", "2", "1"], id="encoder-two-layers-streaming-mixed"),
+    ],
+)
+def test_twenty_five_kills_change_no_bit(
+    model: str, layers: str, source: list[str], request: pytest.FixtureRequest, tmp_path: Path, topics_jsonl: str
+) -> None:
+    texts = [topics_jsonl] * (2 if "--mix" in source else 1)
+    words = [request.getfixturevalue(model), *texts, *SETTINGS.split(), "--layers", *layers.split(), *source]
+    words += ["--max_tokens", str(STEPS * 128), "--save_every", "20"]
+    run, generator = tmp_path / "killed", random.Random(layers)
+    finish(start(tmp_path, "whole", words))
+    for _ in range(KILLS_AT_TIMES):
+        before = last_checkpoint(run)
+        process = start(tmp_path, "killed", [*words, "--resume"])
+        time.sleep(generator.uniform(0.2, 7.0))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert last_checkpoint(run) >= before
+        assert steps_done(run) < STEPS, "the run ended before all kills: give it more steps"
+    kill_and_resume(tmp_path, "killed", [*words, "--resume"], KILLS_AT_STEPS, seed=7, steps=STEPS)
+    assert fingerprint(run) == fingerprint(tmp_path / "whole")
+    assert records(run) == records(tmp_path / "whole")
