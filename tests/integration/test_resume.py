@@ -74,9 +74,9 @@ def kill_and_resume(out: Path, name: str, words: Sequence[str], kills: int, seed
     """Kill the run ``kills`` times at random steps, all but the first behind a checkpoint, and let it end."""
     run, generator = out / name, random.Random(seed)
     process = start(out, name, words)
-    reached = 0
+    reached = behind_a_checkpoint = 0
     for number in range(kills):
-        low = max(reached, SAVE_EVERY if number else 1)
+        low = max(reached, SAVE_EVERY + 2 if number else 1)
         target = generator.randint(low, low + max(1, (steps - low) // (kills - number + 1)))
         wait_for_step(process, run, target)
         time.sleep(generator.random() * 0.05)
@@ -87,6 +87,7 @@ def kill_and_resume(out: Path, name: str, words: Sequence[str], kills: int, seed
         process = start(out, name, [*words, "--resume"])
         if saved == 0:
             continue
+        behind_a_checkpoint += 1
         # The folder may hold a newer checkpoint than the one seen, never an older one.
         for line in process.stdout or ():
             if found := re.search(r"resumed from \S+ at step (\d+)", line):
@@ -96,10 +97,11 @@ def kill_and_resume(out: Path, name: str, words: Sequence[str], kills: int, seed
             pytest.fail("the run did not resume")
         assert resumed >= saved > 0
         assert reached - resumed <= SAVE_EVERY, "no more than save_every steps may be lost"
+    assert behind_a_checkpoint >= kills - 1
     finish(process)
 
 
-@pytest.mark.parametrize(
+VARIANTS = pytest.mark.parametrize(
     ("model", "layers", "source"),
     [
         pytest.param("tiny_bert", "2", [], id="encoder-one-layer"),
@@ -108,6 +110,9 @@ def kill_and_resume(out: Path, name: str, words: Sequence[str], kills: int, seed
         pytest.param("tiny_bert", "0 2", ["--streaming", "--mix", "2", "1"], id="encoder-two-layers-streaming-mixed"),
     ],
 )
+
+
+@VARIANTS
 def test_killed_at_random_moments_it_ends_with_the_same_bits(
     model: str, layers: str, source: list[str], request: pytest.FixtureRequest, tmp_path: Path, topics_jsonl: str
 ) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from tests.integration.test_resume import (
     SETTINGS,
+    VARIANTS,
     fingerprint,
     finish,
     kill_and_resume,
@@ -26,15 +27,7 @@ KILLS_AT_STEPS, KILLS_AT_TIMES = 13, 12
 """Of each of four runs."""
 
 
-@pytest.mark.parametrize(
-    ("model", "layers", "source"),
-    [
-        pytest.param("tiny_bert", "2", [], id="encoder-one-layer"),
-        pytest.param("tiny_gpt2", "0 2", [], id="decoder-two-layers"),
-        pytest.param("tiny_gpt2", "2", ["--streaming"], id="decoder-one-layer-streaming"),
-        pytest.param("tiny_bert", "0 2", ["--streaming", "--mix", "2", "1"], id="encoder-two-layers-streaming-mixed"),
-    ],
-)
+@VARIANTS
 def test_twenty_five_kills_change_no_bit(
     model: str, layers: str, source: list[str], request: pytest.FixtureRequest, tmp_path: Path, topics_jsonl: str
 ) -> None:

@@ -181,7 +181,10 @@ def _explain(name: str, error: Exception) -> str:
             "that has access"
         )
     if "is not a local folder" in text or "Repository Not Found" in text:
-        return f"model '{name}' was not found: no local folder of that name, and not on the hub"
+        return (
+            f"model '{name}' was not found: no local folder of that name, and not on the hub (or private there: set "
+            "HF_TOKEN to a token that has access)"
+        )
     return f"model '{name}' could not be loaded: {type(error).__name__}: {text.splitlines()[0] if text else ''}"
 
 

@@ -355,7 +355,12 @@ def explain_load_error(shown: str, error: Exception) -> str:
         if isinstance(cause, RepositoryNotFoundError):
             return f"data set '{shown}' is not on the hub, or is private: check the name, or set HF_TOKEN"
         cause = cause.__cause__
+    if isinstance(error, DatasetNotFoundError) and "gated" in str(error).replace(shown, ""):
+        return f"data set '{shown}' is gated: accept its terms on the hub and set HF_TOKEN to a token that has access"
     if isinstance(error, (DataFilesNotFoundError, EmptyDatasetError, DatasetNotFoundError)):
-        return f"data set '{shown}' was not found: no local path of that name, and not on the hub"
+        return (
+            f"data set '{shown}' was not found: no local path of that name, and not on the hub (or private there: set "
+            "HF_TOKEN to a token that has access)"
+        )
     detail = str(error.__cause__ or error).splitlines()
     return f"data set '{shown}' could not be read: {detail[0] if detail else type(error).__name__}"
