@@ -38,7 +38,7 @@ def small_files() -> None:
 def test_a_full_disk_ends_the_run_with_a_message_and_resume_goes_on(
     tmp_path: Path, tiny_bert: str, topics_jsonl: str
 ) -> None:
-    words = [tiny_bert, topics_jsonl, *SETTINGS.split(), "--log_every", "100"]
+    words = [tiny_bert, topics_jsonl, *SETTINGS.split(), "--log_every", "1"]
     finish(start(tmp_path, "whole", words))
     # Tokenized before, so that only the run's own files meet the limit.
     command = [sys.executable, "-m", "saetrain", *words, "--save_dir", str(tmp_path), "--run_name", "run"]

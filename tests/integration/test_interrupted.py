@@ -96,17 +96,19 @@ def resume(tmp_path: Path, model: str, data: str, *words: str) -> None:
     main([model, data, *SETTINGS.split(), "--save_dir", str(tmp_path), "--run_name", "run", "--resume", *words])
 
 
-@pytest.mark.parametrize("harm", ["cut", "flip", "missing", "manifest"])
+@pytest.mark.parametrize("harm", ["cut", "flip", "missing", "manifest", "list"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
     harm: str, whole: Path, tmp_path: Path, tiny_bert: str, topics_jsonl: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(whole, run)
     last = run / "checkpoints" / f"step_{STEPS:09d}"
-    victim = last / ("manifest.json" if harm == "manifest" else "sae_000.safetensors")
+    victim = last / ("manifest.json" if harm in ("manifest", "list") else "sae_000.safetensors")
     content = bytearray(victim.read_bytes())
     if harm == "missing":
         victim.unlink()
+    elif harm == "list":
+        victim.write_text("[]")
     elif harm == "flip":
         content[len(content) // 2] ^= 1
         victim.write_bytes(content)
@@ -217,6 +219,9 @@ def test_more_tokens_go_on_and_the_consequence_is_said(
     train = [r for r in records(run) if r["kind"] == "train"]
     assert [r["step"] for r in train] == list(range(1, 2 * STEPS + 1))
     assert train[STEPS]["saes"]["encoder.layer.0"]["lr"] == pytest.approx(0.001), "the decay of the first end is undone"
+    before = fingerprint(run)
+    resume(tmp_path, tiny_bert, topics_jsonl, "--max_tokens", str(2 * STEPS * 128))
+    assert fingerprint(run) == before, "the same command resumes the longer run"
 
 
 def test_a_config_of_the_run_resumes_it(whole: Path, tmp_path: Path) -> None:

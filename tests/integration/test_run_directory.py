@@ -53,7 +53,8 @@ def test_overwrite_deletes_nothing_unless_the_new_run_can_begin(
 def test_a_folder_of_somebody_else_is_not_taken_for_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "run" / "config.yaml").write_text("mine: 1")
-    assert "holds no run of saetrain" in refused(capsys, tmp_path, "--overwrite")
+    for flag in ("--overwrite", "--resume"):
+        assert "holds no run of saetrain" in refused(capsys, tmp_path, flag)
 
 
 def test_a_failed_start_leaves_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -43,8 +43,12 @@ class JsonLines(Sink):
         os.fsync(self._file.fileno())
 
     def close(self, failed: bool) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the file; after a failure, what could not be written is already said."""
+        try:
+            self._file.close()
+        except OSError:
+            if not failed:
+                raise
 
 
 def last_logged(directory: Path) -> dict[str, int]:

@@ -68,10 +68,12 @@ def open_directory(config: RunConfig, directory: Path) -> Checkpoint | None:
 
 def _may_enter(config: RunConfig, directory: Path) -> None:
     """SaetrainError unless --resume goes on with what lies there, or --overwrite may delete it."""
-    if config.output.overwrite and not is_run(directory):
-        raise SaetrainError(
-            f"--overwrite: {directory} holds no run of saetrain, so it is left alone; remove it by hand"
-        )
+    for flag in ("overwrite", "resume"):
+        if getattr(config.output, flag) and not is_run(directory):
+            raise SaetrainError(
+                f"--{flag}: {directory} holds no run of saetrain, so it is left alone; remove it by hand, or give "
+                "another --run_name"
+            )
     if not config.output.overwrite and not config.output.resume:
         raise SaetrainError(
             f"{directory} holds a run already: --resume goes on with it, --overwrite deletes it, "

@@ -59,7 +59,8 @@ def reconcile(run: Prepared, checkpoint: Checkpoint) -> Prepared:
     flat = to_flat(resolved(run))
     if flat["max_tokens"] != before["max_tokens"]:
         _check_longer(flat["max_tokens"], before["max_tokens"])
-        flat.update({name: before[name] for name in DERIVED if given[name] is None})
+    # Also where the tokens are the same: an earlier resume may have asked for more of them.
+    flat.update({name: before[name] for name in DERIVED if given[name] is None})
     for name, value in flat.items():
         if name in FREE or name == "max_tokens" or value == before.get(name):
             continue

@@ -107,14 +107,13 @@ def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint's files by its manifest, or None."""
     try:
         expected = json.loads((path / "manifest.json").read_text())["sha256"]
-    except (OSError, ValueError, KeyError):
-        return "its manifest.json is missing or broken"
-    for name, digest in expected.items():
-        file = path / name
-        if not file.exists():
-            return f"{name} is missing"
-        if sha256(file) != digest:
-            return f"{name} does not match its hash"
+        for name, digest in expected.items():
+            if not (path / name).exists():
+                return f"{name} is missing"
+            if sha256(path / name) != digest:
+                return f"{name} does not match its hash"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return "its manifest.json or a file that it names can't be read"
     return None
 
 

@@ -61,7 +61,8 @@ class Spike(Exception):
     def __init__(self, sae: str, step: int, loss: float, median: float | None) -> None:
         self.facts = {"sae": sae, "step": step, "loss": repr(loss), "running_median": median}
         usual = f", {loss / median:.0f} times its running median {median:.4g}" if median and math.isfinite(loss) else ""
-        super().__init__(f"{sae}: the loss of step {step} is {loss:.4g}{usual}")
+        gradient = "" if usual or not math.isfinite(loss) else ", and its gradient is not finite"
+        super().__init__(f"{sae}: the loss of step {step} is {loss:.4g}{usual}{gradient}")
 
 
 @dataclass
@@ -133,7 +134,7 @@ class SaeTrainer:
         loss = float(sum(self.sums.losses.values()))
         median = statistics.median(self._recent) if len(self._recent) >= SPIKE_MIN else None
         if not math.isfinite(loss) or not math.isfinite(float(self.grad_norm)):
-            return Spike(name, step, loss if not math.isfinite(loss) else float("nan"), median)
+            return Spike(name, step, loss, median)
         if median is not None and loss > SPIKE_FACTOR * median:
             return Spike(name, step, loss, median)
         self._recent.append(loss)
