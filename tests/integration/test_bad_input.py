@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +17,7 @@ import pytest
 import torch
 
 from saetrain.cli import main
+from tests.conftest import python_topics
 
 BASE = "--k 4 --num_latents 64 --batch_size 2 --ctx_len 32 --eval_tokens 500 --max_tokens 640"
 
@@ -173,6 +176,31 @@ def unwritable(place: Place) -> list[str]:
     return ["--save_dir", place.model + "/config.json"]
 
 
+CUSTOM = """
+from pathlib import Path
+from transformers import BertConfig, BertModel
+Path(__file__).with_name("was-run").touch()
+class OwnConfig(BertConfig):
+    model_type = "own"
+class OwnModel(BertModel):
+    config_class = OwnConfig
+"""
+
+
+def code_of_its_own(place: Place) -> list[str]:
+    Path(place.model, "own.py").write_text(
+        CUSTOM.replace("Path(__file__).with_name", f"Path({place.model!r}).joinpath")
+    )
+    place.config(model_type="own", auto_map={"AutoConfig": "own.OwnConfig", "AutoModel": "own.OwnModel"})
+    return []
+
+
+def endless_line(place: Place) -> list[str]:
+    place.text = str(place.folder / "t.txt")
+    Path(place.text).write_text("abcdefgh" * 250_000)
+    return []
+
+
 def flags(words: str) -> Callable[[Place], list[str]]:
     return lambda place: words.split()
 
@@ -220,6 +248,8 @@ CASES: dict[str, tuple[Callable[[Place], list[str]], str]] = {
     "odd file": (odd_file, "files ending in '.docx' can't be read; allowed are .parquet"),
     "unknown split": (flags("--split dev"), "--split dev: .* has no split 'dev'. It has: train"),
     "unknown column": (flags("--text_column body"), "--text_column body: no such column"),
+    "code of its own": (code_of_its_own, "brings Python code of its own, .* --trust_remote_code true"),
+    "endless line without a word": (endless_line, "its activations are the same on every token"),
     "broken settings file": (flags("--config nowhere.yaml"), "--config nowhere.yaml: can't be read"),
     "fine-tuning from nothing": (flags("--finetune nowhere"), "--finetune nowhere: holds no SAE"),
 }
@@ -242,6 +272,54 @@ def test_message_and_exit_code(name: str, place: Place, capsys: pytest.CaptureFi
     assert not list(out.rglob("cfg.json"))
     assert not list(out.rglob("step_*"))
     assert set(place.folder.iterdir()) - before <= {out}
+
+
+def test_code_of_a_model_is_run_only_when_asked(place: Place) -> None:
+    code_of_its_own(place)
+    words = [place.model, place.text, *BASE.split(), "--save_dir", str(place.folder / "out")]
+    with pytest.raises(SystemExit):
+        main(words)
+    assert not Path(place.model, "was-run").exists()
+    main([*words, "--trust_remote_code", "true"])
+    assert Path(place.model, "was-run").exists()
+    assert list((place.folder / "out").rglob("cfg.json"))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_one_endless_line_of_words_is_trained_on(causal: bool, place: Place, tiny_gpt2: str) -> None:
+    place.text = str(place.folder / "t.txt")
+    Path(place.text).write_text(" ".join(python_topics()).replace("\n", " "))
+    model = tiny_gpt2 if causal else place.model
+    main([model, place.text, *BASE.split(), "--save_dir", str(place.folder / "out")])
+    assert list((place.folder / "out").rglob("cfg.json"))
+
+
+def test_a_disk_that_fills_while_tokenizing_is_named(place: Place) -> None:
+    # Of more bytes in tokens than in text, so that reading the text is not what fails.
+    Path(place.text).write_text((json.dumps({"text": "a,b;c." * 200}) + "\n") * 1000)
+    out = place.folder / "out"
+    done = subprocess.run(
+        [sys.executable, "-m", "saetrain", place.model, place.text, *BASE.split(), "--save_dir", str(out)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "HF_DATASETS_CACHE": str(place.folder / "cache")},
+        preexec_fn=files_up_to(1_800_000),
+    )
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert re.search("the tokens can't be written to .*cache.*; make room there", done.stderr), done.stderr
+    assert not out.exists()
+
+
+def files_up_to(size: int) -> Callable[[], None]:
+    """Every file that grows over ``size`` bytes fails, as on a full disk."""
+
+    def limit() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+    return limit
 
 
 def test_the_original_pipeline_has_no_traceback_outside_debug(place: Place) -> None:

@@ -190,6 +190,11 @@ def test_another_text_or_model_is_refused(
     shutil.copytree(tiny_bert, model)
     from transformers import BertModel
 
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps({**settings, "do_lower_case": False}))
+    with pytest.raises(SystemExit):
+        resume(tmp_path, str(model), topics_jsonl)
+    assert "MODEL: its tokenizer is not" in capsys.readouterr().err
     changed = BertModel.from_pretrained(model)
     with torch.no_grad():
         changed.embeddings.word_embeddings.weight[5] += 1
@@ -205,7 +210,8 @@ def test_settings_that_cannot_change_the_result_are_taken(
     run = copy(whole, tmp_path)
     copied = tmp_path / "renamed.jsonl"
     shutil.copy(topics_jsonl, copied)
-    resume(tmp_path, tiny_bert, str(copied), "--log_every", "7", "--save_every", "1000", "--eval_every", "3")
+    words = "--log_every 7 --save_every 1000 --eval_every 3 --dead_percentage_threshold 0.2 --expansion_factor 99"
+    resume(tmp_path, tiny_bert, str(copied), *words.split(), "--split", "train[:100%]", "--text_column", "text")
     assert fingerprint(run) == fingerprint(whole)
 
 

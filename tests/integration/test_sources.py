@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -12,8 +13,11 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from saetrain.cli import main
+from saetrain.cli import main, parse
 from saetrain.config import from_flat, read_yaml
+from saetrain.data.tokenize import Framing
+from saetrain.runs.text import load_text
+from saetrain.types import PART_BITS
 from tests.integration.test_resume import fingerprint
 
 BASE = "--k 4 --num_latents 64 --batch_size 2 --ctx_len 32 --eval_tokens 500 --max_tokens 1280 --device cpu"
@@ -115,6 +119,34 @@ def test_settings_file_keeps_one_data_set_plain_and_several_as_a_list(
     assert from_flat(flat, "there").dataset == (topics_jsonl,) * 2
     main(["--config", str(two / "config.yaml"), "--save_dir", str(tmp_path), "--run_name", "again"])
     assert fingerprint(tmp_path / "again") == fingerprint(two)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_what_one_data_set_holds_out_no_other_trains_on(
+    model: str, topics: list[str], streaming: bool, tmp_path: Path
+) -> None:
+    halves = {"a": topics[:50], "b": topics[30:]}
+    for name, texts in halves.items():
+        rows = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        (tmp_path / f"{name}.jsonl").write_text(rows)
+    config = parse([model, *(str(tmp_path / f"{name}.jsonl") for name in halves), *BASE.split()])
+    config = dataclasses.replace(config, source=dataclasses.replace(config.source, streaming=streaming))
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    text = load_text(config, tokenizer, Framing.of(tokenizer, "gpt2" in model, 32))
+    held = {topic(halves, int(doc)) for number in range(len(text.held_out)) for doc in set(text.held_out[number].doc)}
+    trained: set[str] = set()
+    for shard in range(text.train.n_shards):
+        sequences, _ = text.train.read(shard, text.train.start, 60_000)
+        trained |= {topic(halves, int(doc)) for sequence in sequences for doc in set(sequence.doc)}
+    assert held & set(topics[30:50]), "both have some of them"
+    assert all(how.startswith("documents chosen") for how in text.about["held_out"])
+    assert not held & trained
+    assert len(trained) > 50
+
+
+def topic(halves: dict[str, list[str]], doc: int) -> str:
+    """The text that a document number of a mixed source stands for."""
+    return list(halves.values())[doc >> PART_BITS][doc % (1 << PART_BITS)]
 
 
 def test_resume_refuses_another_stream_and_other_weights(

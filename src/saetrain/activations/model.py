@@ -175,6 +175,11 @@ def _from_pretrained(cls: Any, name: str, **options: Any) -> Any:
 
 def _explain(name: str, error: Exception) -> str:
     text = str(error)
+    if "trust_remote_code" in text:
+        return (
+            f"model '{name}' brings Python code of its own, which is not run unless you ask: read it, then give "
+            "--trust_remote_code true"
+        )
     if "gated repo" in text or "401 Client Error" in text:
         return (
             f"model '{name}' is gated or private: accept its terms on the hub and set HF_TOKEN to a token "

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -41,7 +42,7 @@ def split_rows(table: TokenTable, rows: np.ndarray, tokens: int) -> tuple[np.nda
     # With less than 200k tokens in all, whole documents are worth more than the last few held-out tokens.
     enough = MIN_TOKENS if 0.9 * limit >= MIN_TOKENS else target / 2
     if lengths[chosen].sum() < enough:
-        chosen = _smallest_hashes(_part_hashes(table.text_hash[rows], table.doc[rows]), lengths, target, limit)
+        chosen = _smallest_hashes(row_hashes(table)[rows], lengths, target, limit)
         how = "parts of documents (whole documents are too long for a tenth)"
     return rows[~chosen], rows[chosen], how
 
@@ -61,35 +62,55 @@ def _smallest_hashes(hashes: np.ndarray, lengths: np.ndarray, target: int, limit
     return taken[group_of]
 
 
-def _part_hashes(hashes: np.ndarray, docs: np.ndarray) -> np.ndarray:
-    """A hash for each part of a document: its text's, stirred with the part's number, the same for every copy."""
-    begins = np.flatnonzero(np.concatenate([[True], docs[1:] != docs[:-1]]))
+def row_hashes(table: TokenTable) -> np.ndarray:
+    """(rows,) uint64, of each row its text's hash stirred with its number within the document: alike for every copy."""
+    docs = table.doc
+    begins = np.flatnonzero(np.concatenate([[True], docs[1:] != docs[:-1]])[: len(docs)])
     numbers = np.arange(len(docs)) - np.repeat(begins, np.diff(np.append(begins, len(docs))))
-    stirred = hashes.astype(np.uint64) ^ (numbers.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+    stirred = table.text_hash.astype(np.uint64) ^ (numbers.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15))
     mixed = stirred * np.uint64(0xBF58476D1CE4E5B9)
     return np.asarray(mixed ^ (mixed >> np.uint64(31)))
 
 
 @dataclass(frozen=True)
 class HeldOutTexts:
-    """Which texts of a stream are never trained on: those with a hash below ``limit``, and those of ``hashes``."""
+    """Which rows of a stream are never trained on.
+
+    Those of a text whose hash lies below ``limit`` or is among ``texts``, and those among ``rows`` (``row_hashes``).
+    """
 
     limit: int
-    hashes: np.ndarray
+    texts: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    rows: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.uint64))
 
-    def __call__(self, text_hash: np.ndarray) -> np.ndarray:
-        """(n,) bool for (n,) int64 hashes."""
-        return np.asarray((text_hash < self.limit) | np.isin(text_hash, self.hashes))
+    def __call__(self, table: TokenTable) -> np.ndarray:
+        """(rows,) bool."""
+        text = table.text_hash
+        return np.asarray((text < self.limit) | np.isin(text, self.texts) | np.isin(row_hashes(table), self.rows))
 
 
-def first_documents(blocks: Iterable[Batch], tokens: int) -> tuple[Batch, HeldOutTexts]:
-    """The documents of a split that is held out, until they hold ``tokens`` tokens (at least 20k)."""
+def divide_stream(
+    train: Iterable[Batch], apart: Iterable[Batch] | None, tokens: int
+) -> tuple[Batch, HeldOutTexts, float]:
+    """(held-out rows, what is then not trained on, the share of the stream's texts that this is).
+
+    The first documents of the split that is set ``apart``, until they hold ``tokens`` tokens (at least 20k). Where
+    there is no such split, or too little in it, documents of the stream itself.
+    """
+    if apart is None:
+        held, texts = split_stream(train, tokens)
+        return held, texts, texts.limit / HASHES
     taken = _Taken(max(tokens, MIN_TOKENS))
-    for block in blocks:
+    for block in apart:
         taken.add(block, np.ones(len(block["doc"]), dtype=bool))
         if taken.full:
             break
-    return taken.rows, HeldOutTexts(0, np.unique(np.array(taken.rows["text_hash"], dtype=np.int64)))
+    hashes = np.unique(np.array(taken.rows["text_hash"], dtype=np.int64))
+    if taken.held < MIN_TOKENS:
+        own, texts = split_stream(train, tokens)
+        if sum(map(len, own["ids"])) > taken.held:
+            return own, dataclasses.replace(texts, texts=hashes), texts.limit / HASHES
+    return taken.rows, HeldOutTexts(0, hashes), 0.0
 
 
 def split_stream(blocks: Iterable[Batch], tokens: int) -> tuple[Batch, HeldOutTexts]:
@@ -114,7 +135,7 @@ def split_stream(blocks: Iterable[Batch], tokens: int) -> tuple[Batch, HeldOutTe
         taken, limit = smallest, least + 1
     if all(text < limit for text in seen):
         raise SaetrainError("the data set is too small to train on and hold text out: no text would be left")
-    return taken.rows, HeldOutTexts(limit, np.zeros(0, dtype=np.int64))
+    return taken.rows, HeldOutTexts(limit)
 
 
 class _Taken:
@@ -122,14 +143,14 @@ class _Taken:
 
     def __init__(self, wanted: int) -> None:
         self.rows: Batch = {"ids": [], "special": [], "doc": [], "text_hash": []}
-        self._wanted, self._held = wanted, 0
+        self._wanted, self.held = wanted, 0
 
     @property
     def full(self) -> bool:
-        return self._held >= self._wanted
+        return self.held >= self._wanted
 
     def add(self, block: Batch, chosen: np.ndarray) -> None:
         for at in np.flatnonzero(chosen):
             for name, values in self.rows.items():
                 values.append(block[name][at])
-            self._held += int(len(block["ids"][at]) - np.sum(block["special"][at]))
+            self.held += int(len(block["ids"][at]) - np.sum(block["special"][at]))

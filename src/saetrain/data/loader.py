@@ -7,7 +7,7 @@ cards: number j goes to shard j mod V. A rank serves whole shards, so the order 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -60,6 +60,10 @@ class ShardedSource(ABC):
     @abstractmethod
     def expect(self, cursors: Mapping[int, Cursor]) -> None:
         """Say which shards will be read from where, which changes nothing but time and memory."""
+
+    def interrupt_by(self, check: Callable[[], None]) -> None:
+        """Call ``check``, which may raise, wherever a read may take long; here nothing does."""
+        del check
 
 
 class ShardedSequences(ShardedSource):

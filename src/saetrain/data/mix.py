@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -85,6 +85,11 @@ class MixedSequences(ShardedSource):
         split = {shard: self._split(cursor)[0] for shard, cursor in cursors.items()}
         for number, part in enumerate(self._parts):
             part.expect({shard: each[number] for shard, each in split.items()})
+
+    def interrupt_by(self, check: Callable[[], None]) -> None:
+        """Hand ``check`` to each part."""
+        for part in self._parts:
+            part.interrupt_by(check)
 
 
 class MixedHeldOut(Sequences):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
+import xxhash
 
 from saetrain.data.text import Batch
 from saetrain.data.tokenize import Framing
@@ -41,6 +42,14 @@ class TokenTable:
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    def digest(self, rows: np.ndarray) -> str:
+        """Hash of all token ids and of which ``rows`` (int64) are meant, however they are cut into chunks."""
+        digest = xxhash.xxh3_64(rows.tobytes())
+        digest.update(self.lengths.tobytes())
+        for values, offsets in self._ids:
+            digest.update(values[offsets[0] : offsets[-1]].astype(np.uint32).tobytes())
+        return str(digest.hexdigest())
 
     @staticmethod
     def _count_special(values: object, offsets: np.ndarray) -> np.ndarray:

@@ -18,7 +18,7 @@ import numpy as np
 
 from saetrain.data.loader import NO_KEPT_TOKEN, LoaderSettings, ShardedSource
 from saetrain.data.rows import BAD_ROW, BadRow
-from saetrain.data.sequences import batch_table, sequences_of
+from saetrain.data.sequences import TokenTable, batch_table, sequences_of
 from saetrain.data.text import Batch
 from saetrain.data.tokenize import Framing
 from saetrain.errors import SaetrainError
@@ -38,6 +38,8 @@ class StreamedRows:
     def __init__(self, rows: Any, name: str, say: Callable[[str], None], diagnose: Callable[[], BadRow | None]) -> None:
         self._rows, self._name, self._say, self._diagnose = rows, name, say, diagnose
         self._bad: set[int] = set()
+        self.check: Callable[[], None] = lambda: None
+        """Called while waiting; may raise to give up."""
 
     def __call__(self, first: int) -> Iterator[Row]:
         """Rows number ``first`` and on, until the stream ends."""
@@ -70,7 +72,10 @@ class StreamedRows:
                 f"was {shown}. What is saved is whole: start again with --resume when the source is back"
             ) from error
         self._say(f"data set {self._name}: reading row {at} failed ({shown}); again in {PAUSES_S[failures]:g} s")
-        time.sleep(PAUSES_S[failures])
+        again = time.monotonic() + PAUSES_S[failures]
+        while time.monotonic() < again:
+            self.check()
+            time.sleep(0.05)
 
     def _count_bad(self, at: int, problem: str) -> None:
         if at in self._bad:  # every pass meets the same ones again
@@ -119,6 +124,7 @@ class BlockReader:
         if self.period is not None and self.index(self._at) == 0:
             self._open(self._at)
         assert self._iterator is not None
+        self._rows.check()
         rows = list(islice(self._iterator, BLOCK_ROWS))
         if self.period is None and len(rows) < BLOCK_ROWS:
             # Opened behind its end, a stream does not say where that was.
@@ -146,8 +152,8 @@ class BlockReader:
 class StreamedSequences(ShardedSource):
     """The sequences of a stream.
 
-    ``encode`` tokenizes a batch of rows (``row_encoder``); documents for whose text hash ``held_out`` is true are
-    left out, wherever they occur.
+    ``encode`` tokenizes a batch of rows (``row_encoder``); those for which ``held_out`` is true are left out, wherever
+    they occur.
     """
 
     start: Cursor = (0, 0)
@@ -157,7 +163,7 @@ class StreamedSequences(ShardedSource):
         rows: StreamedRows,
         name: str,
         encode: Encode,
-        held_out: Callable[[np.ndarray], np.ndarray],
+        held_out: Callable[[TokenTable], np.ndarray],
         framing: Framing,
         *,
         loader: LoaderSettings,
@@ -165,6 +171,7 @@ class StreamedSequences(ShardedSource):
         exclude_first: bool,
     ) -> None:
         super().__init__(loader.data_shards, exclude_special, exclude_first)
+        self._rows = rows
         self._blocks = BlockReader(rows, name, self.n_shards)
         self._encode, self._held_out, self._framing = encode, held_out, framing
         self._seed, self._exclude_special = loader.shuffle_seed, exclude_special
@@ -175,6 +182,10 @@ class StreamedSequences(ShardedSource):
         """Of other shards no block waits in memory, and the stream is opened where the first of these needs it."""
         self._expected = {shard: cursor[0] for shard, cursor in cursors.items()}
         self._forget()
+
+    def interrupt_by(self, check: Callable[[], None]) -> None:
+        """Call ``check``, which may raise, while the stream is read or waited for."""
+        self._rows.check = check
 
     def _forget(self) -> None:
         self._blocks.waiting = {number: rows for number, rows in self._blocks.waiting.items() if self._wanted(number)}
@@ -220,7 +231,7 @@ class StreamedSequences(ShardedSource):
             return []
         batch = self._encode(columns_of(rows), list(range(first, first + len(rows))))
         table = batch_table(batch)
-        kept = np.flatnonzero(~self._held_out(table.text_hash))
+        kept = np.flatnonzero(~self._held_out(table))
         sequences = sequences_of(table, kept, self._framing, self._exclude_special)
         return [sequences[number] for number in range(len(sequences))]
 

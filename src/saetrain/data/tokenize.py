@@ -135,18 +135,24 @@ def tokenize_rows(
     fingerprint = _fingerprint(rows, column, tokenizer, framing)
     # Beside the rows' own files, as the library would have it, may be a folder of the user's.
     folder = Path(datasets.config.HF_DATASETS_CACHE, "saetrain")
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenized = rows.map(
-        row_encoder(column, tokenizer, framing),
-        batched=True,
-        with_indices=True,
-        remove_columns=rows.column_names,
-        features=features,
-        num_proc=num_proc if num_proc > 1 else None,
-        new_fingerprint=fingerprint,
-        cache_file_name=str(folder / f"tokens-{fingerprint}.arrow"),
-        desc="tokenizing" if progress else None,
-    )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tokenized = rows.map(
+            row_encoder(column, tokenizer, framing),
+            batched=True,
+            with_indices=True,
+            remove_columns=rows.column_names,
+            features=features,
+            num_proc=num_proc if num_proc > 1 else None,
+            new_fingerprint=fingerprint,
+            cache_file_name=str(folder / f"tokens-{fingerprint}.arrow"),
+            desc="tokenizing" if progress else None,
+        )
+    except OSError as error:
+        raise SaetrainError(
+            f"the tokens can't be written to {folder}: {error}; make room there, or name another folder by the "
+            "variable HF_DATASETS_CACHE"
+        ) from error
     if not len(tokenized):
         raise SaetrainError(
             f"the data set holds no text: {len(rows)} rows, all empty in column {'+'.join(column.columns)}"

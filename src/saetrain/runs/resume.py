@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from saetrain.config import RunConfig, from_flat, to_flat
+from saetrain.data.tokenize import digest, tokenizer_identity
 from saetrain.errors import SaetrainError
 from saetrain.logs.console import say
 from saetrain.optim import DECAY_SHARE
@@ -36,16 +37,23 @@ FREE = frozenset(
         "debug",
         "trust_remote_code",
         "finetune",
+        "dead_percentage_threshold",
     }
 )
 """Settings that may change: they do not touch the weights (model and data set are compared by their content)."""
+OF_TEXT = frozenset({"split", "dataset_config", "text_column", "skip_bad_rows"})
+"""Settings that say which text it is: a text that is compared whole is told by its content."""
 DERIVED = ("lr_warmup_steps", "dead_window_tokens")
 """Settings that follow --max_tokens where they are not given; a resumed run keeps the first start's."""
 
 
 def identity(run: Prepared) -> dict[str, Any]:
     """What the model's weights and the text are, whatever their names."""
-    return {"model_weights_sha256": run.weights_sha256, "text": run.data["fingerprint"]}
+    return {
+        "model_weights_sha256": run.weights_sha256,
+        "tokenizer": digest(tokenizer_identity(run.tokenizer)),
+        "text": run.data["fingerprint"],
+    }
 
 
 def reconcile(run: Prepared, checkpoint: Checkpoint) -> Prepared:
@@ -53,7 +61,9 @@ def reconcile(run: Prepared, checkpoint: Checkpoint) -> Prepared:
 
     Raises SaetrainError for a setting, a model or a text that has changed and would change the result.
     """
-    _same_identity(identity(run), checkpoint.values["identity"])
+    then, now = checkpoint.values["identity"], identity(run)
+    _same(now, then, "model_weights_sha256", "MODEL: its weights are not those")
+    _same(now, then, "tokenizer", "MODEL: its tokenizer is not the one")
     before: Mapping[str, Any] = checkpoint.values["settings"]
     given = to_flat(run.config)
     flat = to_flat(resolved(run))
@@ -61,25 +71,39 @@ def reconcile(run: Prepared, checkpoint: Checkpoint) -> Prepared:
         _check_longer(flat["max_tokens"], before["max_tokens"])
     # Also where the tokens are the same: an earlier resume may have asked for more of them.
     flat.update({name: before[name] for name in DERIVED if given[name] is None})
+    settled = _settled(run, flat)
     for name, value in flat.items():
-        if name in FREE or name == "max_tokens" or value == before.get(name):
+        if name in FREE | settled or name == "max_tokens" or value == before.get(name):
             continue
         raise SaetrainError(
             f"--resume: --{name} is {value} now and was {before.get(name)} when the run began, which would change "
             f"the result; give it as it was, or start a run of another --run_name"
         )
+    # Behind the settings, for some of them decide which texts are trained on.
+    _same(now, then, "text", "DATASET: its text is not the one")
     config: RunConfig = dataclasses.replace(from_flat(flat, "checkpoint"), where=run.config.where)
     plan = make_plan(config, run.framing.ctx_len, run.plan.text_tokens)
     return dataclasses.replace(run, config=config, plan=plan)
 
 
-def _same_identity(now: Mapping[str, Any], before: Mapping[str, Any]) -> None:
-    for name, what in (("model_weights_sha256", "MODEL: its weights are"), ("text", "DATASET: its text is")):
-        if now[name] != before[name]:
-            raise SaetrainError(
-                f"--resume: {what} not those that the run began with (hash {str(now[name])[:12]}, was "
-                f"{str(before[name])[:12]}); start a run of another --run_name"
-            )
+def _settled(run: Prepared, flat: Mapping[str, Any]) -> frozenset[str]:
+    """Settings that can't matter beside what else is compared."""
+    names = set()
+    if flat["num_latents"] is not None:
+        names.add("expansion_factor")
+    if run.weights_sha256 is not None:
+        names.add("revision")
+    if run.plan.train_tokens is not None:
+        names |= OF_TEXT
+    return frozenset(names)
+
+
+def _same(now: Mapping[str, Any], before: Mapping[str, Any], name: str, what: str) -> None:
+    if now[name] != before[name]:
+        raise SaetrainError(
+            f"--resume: {what} that the run began with (hash {str(now[name])[:12]}, was "
+            f"{str(before[name])[:12]}); start a run of another --run_name"
+        )
 
 
 def _check_longer(now: int, before: int) -> None:

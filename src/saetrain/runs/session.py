@@ -64,6 +64,7 @@ class Session:
         self.log = Log(self.config.logs, info)
         self.saved_at, self.saved_step = time.monotonic(), checkpoint.values["step"] if checkpoint else None
         self.stop = StopWish()
+        prepared.train.interrupt_by(self.stop.check)
         self.line = ProgressLine(self.trainer.steps, self.trainer.step)
 
     def train(self) -> None:

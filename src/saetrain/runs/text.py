@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xxhash
 
 from saetrain.config import RunConfig
 from saetrain.data.heldout import (
-    HASHES,
     MAX_SHARE,
     MIN_TOKENS,
     distinct_rows,
-    first_documents,
+    divide_stream,
+    row_hashes,
     split_rows,
-    split_stream,
 )
 from saetrain.data.loader import ShardedSequences, ShardedSource
 from saetrain.data.mix import MixedHeldOut, MixedSequences
@@ -28,7 +28,7 @@ from saetrain.data.sources import Source, SourceSettings, open_source
 from saetrain.data.stream import StreamedRows, StreamedSequences, columns_of, encoded_blocks
 from saetrain.data.text import SAMPLE_ROWS, TextColumn, choose_column, find_text_column
 from saetrain.data.tokenfile import is_token_folder, open_ids, open_tokens
-from saetrain.data.tokenize import Framing, TokenSettings, row_encoder, tokenize_rows
+from saetrain.data.tokenize import Framing, TokenSettings, digest, row_encoder, tokenize_rows
 from saetrain.errors import SaetrainError
 from saetrain.logs.console import say
 
@@ -54,7 +54,11 @@ class Text:
 def load_text(config: RunConfig, tokenizer: Any, framing: Framing) -> Text:
     """The text of all data sets; prints what was chosen. SaetrainError for what can't be read or is too small."""
     say(f"tokens: {framing.describe(tokenizer)}")
-    parts = [_load_part(name, config, tokenizer, framing) for name in config.dataset]
+    divided = [_divide(name, config, tokenizer, framing) for name in config.dataset]
+    parts = []
+    for number, part in enumerate(divided):
+        others = [other.held_rows for at, other in enumerate(divided) if at != number]
+        parts.append(part.finish(np.concatenate(others) if others else np.zeros(0, dtype=np.uint64)))
     if len(parts) == 1:
         return parts[0]
     shares = config.mixing.shares(len(parts))
@@ -68,7 +72,18 @@ def load_text(config: RunConfig, tokenizer: Any, framing: Framing) -> Text:
     )
 
 
-def _load_part(name: str, config: RunConfig, tokenizer: Any, framing: Framing) -> Text:
+@dataclass(frozen=True)
+class _Divided:
+    """A data set whose held-out rows are chosen.
+
+    ``held_rows`` are their hashes; ``finish`` gives its text, without what other data sets hold out (their hashes).
+    """
+
+    held_rows: np.ndarray
+    finish: Callable[[np.ndarray], Text]
+
+
+def _divide(name: str, config: RunConfig, tokenizer: Any, framing: Framing) -> _Divided:
     if is_token_folder(name):
         return _stored(name, config, tokenizer, framing)
     source = open_text(name, config.source, tokenizer)
@@ -122,7 +137,7 @@ def sample_rows(rows: Any) -> Any:
     return rows.select(np.sort(chosen))
 
 
-def _stored(name: str, config: RunConfig, tokenizer: Any, framing: Framing) -> Text:
+def _stored(name: str, config: RunConfig, tokenizer: Any, framing: Framing) -> _Divided:
     """The text of a token folder, which is memory-mapped whatever --streaming says."""
     rows, about = open_tokens(Path(name), tokenizer, framing)
     say(f"token folder {name}: made of {about['dataset']}, split {about['split']}; nothing to tokenize")
@@ -138,83 +153,102 @@ def _split(
     distinct: bool,
     config: RunConfig,
     framing: Framing,
-) -> Text:
+) -> _Divided:
     """Training and held-out sequences of tokenized rows ({`train`, perhaps `held_out`: rows})."""
     special = config.tokens.exclude_special_tokens
     table = TokenTable(tokens["train"])
     rows = distinct_rows(table) if distinct else np.arange(len(table))
-    held_out, how = None, ""
+    held, held_rows, how = table, rows[:0], ""
     if "held_out" in tokens:
         held = TokenTable(tokens["held_out"])
         held_rows = distinct_rows(held) if distinct else np.arange(len(held))
-        held_out = sequences_of(held, held_rows, framing, special)
-        fresh = ~np.isin(table.text_hash[rows], held.text_hash)
         how = f"split '{held_out_split}'"
+        fresh = ~np.isin(table.text_hash[rows], held.text_hash)
         if not fresh.all():
             how += f"; {table.lengths[rows[~fresh]].sum():,} tokens of the same texts are not trained on"
         rows = rows[fresh]
-    if held_out is None or held_out.text_tokens < min(MIN_TOKENS, table.lengths[rows].sum() * MAX_SHARE):
-        small = f"; split '{held_out_split}' has only {held_out.text_tokens:,}" if held_out is not None else ""
+    there = sequences_of(held, held_rows, framing, special).text_tokens
+    if there < min(MIN_TOKENS, table.lengths[rows].sum() * MAX_SHARE):
+        small = f"; split '{held_out_split}' has only {there:,}" if how else ""
         rows, held_rows, how = split_rows(table, rows, config.evaluation.eval_tokens)
-        held_out, how = sequences_of(table, held_rows, framing, special), how + small
-    train = sequences_of(table, rows, framing, special)
-    if not len(train) or not len(held_out):
-        raise SaetrainError(
-            f"data set {name}: too small to train on and hold text out: {len(table)} rows, {table.lengths.sum()} tokens"
-        )
-    say(f"training text: {train.text_tokens:,} tokens; held out: {held_out.text_tokens:,} tokens ({how})")
-    about = {
-        "text_columns": list(columns),
-        "held_out": how,
-        "train_tokens_available": train.text_tokens,
-        "fingerprint": text_fingerprint(table.text_hash[rows], table.lengths[rows]),
-    }
-    source = ShardedSequences(train, config.loader, special, config.buffer.exclude_sinks)
-    return Text(source, held_out, (train.text_tokens,), about)
+        held, how = table, how + small
+    held_out = sequences_of(held, held_rows, framing, special)
+
+    def finish(others: np.ndarray) -> Text:
+        kept, said = _without(table, rows, others)
+        train = sequences_of(table, kept, framing, special)
+        if not len(train) or not len(held_out):
+            raise SaetrainError(
+                f"data set {name}: too small to train on and hold text out: {len(table)} rows, "
+                f"{table.lengths.sum()} tokens"
+            )
+        say(f"training text: {train.text_tokens:,} tokens; held out: {held_out.text_tokens:,} tokens ({how}){said}")
+        about = {
+            "text_columns": list(columns),
+            "held_out": how,
+            "train_tokens_available": train.text_tokens,
+            "fingerprint": table.digest(kept),
+        }
+        source = ShardedSequences(train, config.loader, special, config.buffer.exclude_sinks)
+        return Text(source, held_out, (train.text_tokens,), about)
+
+    return _Divided(row_hashes(held)[held_rows], finish)
+
+
+def _without(table: TokenTable, rows: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, str]:
+    """(``rows`` without those that other data sets hold out, what is said of them)."""
+    fresh = ~np.isin(row_hashes(table)[rows], others)
+    if fresh.all():
+        return rows, ""
+    tokens = table.lengths[rows[~fresh]].sum()
+    return rows[fresh], f"; {tokens:,} tokens that another data set holds out are not trained on"
 
 
 def _streamed(
     name: str, source: Source, column: TextColumn, config: RunConfig, tokenizer: Any, framing: Framing
-) -> Text:
+) -> _Divided:
     """A stream's training sequences, and the held-out ones that are read off its beginning."""
     if source.distinct:
         raise SaetrainError(
             f"data set {name}: rows that repeat one text can't be told apart while streaming; leave out --streaming"
         )
     rows, encode = _rows(source.train, name, source, column), row_encoder(column, tokenizer, framing)
-    if source.held_out is None:
-        held, texts = split_stream(encoded_blocks(rows, encode), config.evaluation.eval_tokens)
-        how = f"documents chosen by a hash of their text, {texts.limit / HASHES:.1%} of all"
-    else:
+    special, tokens = config.tokens.exclude_special_tokens, config.evaluation.eval_tokens
+    apart = None
+    if source.held_out is not None:
         apart = encoded_blocks(_rows(source.held_out, name, source, column), encode)
-        held, texts = first_documents(apart, config.evaluation.eval_tokens)
-        how = f"the first documents of split '{source.held_out_split}'"
-    special = config.tokens.exclude_special_tokens
+    held, texts, share = divide_stream(encoded_blocks(rows, encode), apart, tokens)
+    how = f"the first documents of split '{source.held_out_split}'"
+    if share:
+        how = f"documents chosen by a hash of their text, {share:.1%} of all"
+        how += f"; split '{source.held_out_split}' has too few tokens" if source.held_out is not None else ""
     table = batch_table(held)
     held_out = sequences_of(table, np.arange(len(table)), framing, special)
     if not len(held_out):
         raise SaetrainError(f"data set {name}: split '{source.held_out_split}' holds no text")
-    say(f"training text: streamed, so its length is not known; held out: {held_out.text_tokens:,} tokens ({how})")
-    heads = [batch_table(block) for block in islice(encoded_blocks(rows, encode), FINGERPRINT_BLOCKS)]
-    about = {
-        "text_columns": list(column.columns),
-        "held_out": how,
-        "train_tokens_available": None,
-        "fingerprint": text_fingerprint(
-            np.concatenate([head.text_hash for head in heads]), np.concatenate([head.lengths for head in heads])
-        ),
-    }
-    sequences = StreamedSequences(
-        rows,
-        name,
-        encode,
-        texts,
-        framing,
-        loader=config.loader,
-        exclude_special=special,
-        exclude_first=config.buffer.exclude_sinks,
-    )
-    return Text(sequences, held_out, (None,), about)
+
+    def finish(others: np.ndarray) -> Text:
+        say(f"training text: streamed, so its length is not known; held out: {held_out.text_tokens:,} tokens ({how})")
+        heads = [batch_table(block) for block in islice(encoded_blocks(rows, encode), FINGERPRINT_BLOCKS)]
+        about = {
+            "text_columns": list(column.columns),
+            "held_out": how,
+            "train_tokens_available": None,
+            "fingerprint": digest([head.digest(np.arange(len(head))) for head in heads]),
+        }
+        sequences = StreamedSequences(
+            rows,
+            name,
+            encode,
+            dataclasses.replace(texts, rows=others),
+            framing,
+            loader=config.loader,
+            exclude_special=special,
+            exclude_first=config.buffer.exclude_sinks,
+        )
+        return Text(sequences, held_out, (None,), about)
+
+    return _Divided(row_hashes(table), finish)
 
 
 def _rows(rows: Any, name: str, source: Source, column: TextColumn | None = None) -> StreamedRows:
@@ -224,10 +258,3 @@ def _rows(rows: Any, name: str, source: Source, column: TextColumn | None = None
         there = rows.column_names or needed
         rows = rows.select_columns([column for column in needed if column in there])
     return StreamedRows(rows, name, say, source.diagnose)
-
-
-def text_fingerprint(text_hash: np.ndarray, lengths: np.ndarray) -> str:
-    """Hash of a text: the hashes and lengths (n,) int64 of its rows in their order."""
-    digest = xxhash.xxh3_64(text_hash.tobytes())
-    digest.update(lengths.tobytes())
-    return str(digest.hexdigest())

@@ -14,11 +14,12 @@ from saetrain.data.heldout import (
     MIN_TOKENS,
     STREAM_SHARE,
     distinct_rows,
-    first_documents,
+    divide_stream,
+    row_hashes,
     split_rows,
     split_stream,
 )
-from saetrain.data.sequences import TokenTable
+from saetrain.data.sequences import TokenTable, batch_table
 from saetrain.data.text import TextColumn
 from saetrain.data.tokenize import Framing, tokenize_rows
 from saetrain.errors import SaetrainError
@@ -155,18 +156,18 @@ def test_a_stream_holds_out_a_share_of_hash_space() -> None:
     stream = blocks(9000, 100)
     held, texts = split_stream(stream, 0)
     assert 20_000 <= sum(map(len, held["ids"])) < 20_000 + 32 * 100
-    assert texts(np.array(held["text_hash"])).all()
-    everything = np.concatenate([block["text_hash"] for block in stream])
-    assert abs(texts(everything).mean() - STREAM_SHARE) < 0.01
+    assert texts(batch_table(held)).all()
+    everything = np.concatenate([texts(batch_table(block)) for block in stream])
+    assert abs(everything.mean() - STREAM_SHARE) < 0.01
     # The first ones in the stream's order, and every later one is left out as well.
-    assert held["doc"] == np.flatnonzero(texts(everything))[: len(held["doc"])].tolist()
+    assert held["doc"] == np.flatnonzero(everything)[: len(held["doc"])].tolist()
 
 
 def test_a_short_stream_holds_out_the_text_with_the_smallest_hash() -> None:
     for seed in range(20):
         stream = blocks(3, 100, seed=seed)
         held, texts = split_stream(stream, 0)
-        mask = texts(np.array(stream[0]["text_hash"]))
+        mask = texts(batch_table(stream[0]))
         assert mask.sum() >= 1
         assert not mask.all()
         assert int(np.argmin(stream[0]["text_hash"])) in held["doc"]
@@ -180,8 +181,27 @@ def test_a_stream_of_one_text_is_too_small(count: int) -> None:
 
 def test_a_split_that_is_set_apart_gives_its_first_documents() -> None:
     stream = blocks(1000, 100)
-    held, texts = first_documents(stream, 0)
+    held, texts, share = divide_stream(iter([]), stream, 0)
+    assert share == 0
     assert held["doc"] == list(range(len(held["doc"])))
     assert 200 <= len(held["doc"]) < 232
-    assert texts(np.array(held["text_hash"])).all()
-    assert not texts(np.array(stream[-1]["text_hash"])).any()
+    assert texts(batch_table(held)).all()
+    assert not texts(batch_table(stream[-1])).any()
+
+
+def test_a_split_that_is_too_small_is_not_scored_on_but_never_trained_on_either() -> None:
+    stream, apart = blocks(9000, 100), blocks(20, 100, seed=1)
+    held, texts, share = divide_stream(stream, apart, 0)
+    assert share == pytest.approx(STREAM_SHARE)
+    assert sum(map(len, held["ids"])) >= MIN_TOKENS
+    assert texts(batch_table(apart[0])).all()
+    own, _, share = divide_stream(blocks(50, 10), apart, 0)
+    assert (len(own["ids"]), share) == (20, 0), "the stream itself has less to hold out"
+
+
+def test_rows_are_told_by_text_and_place_in_the_document() -> None:
+    first = row_hashes(Table([7, 7, 7, 9], [1] * 4, [0, 0, 0, 1]))  # type: ignore[arg-type]
+    other = row_hashes(Table([9, 7, 7, 7], [1] * 4, [4, 5, 5, 5]))  # type: ignore[arg-type]
+    assert len(set(first.tolist())) == 4
+    assert first.tolist() == np.roll(other, -1).tolist()
+    assert row_hashes(Table([], [], [])).tolist() == []  # type: ignore[arg-type]

@@ -108,6 +108,7 @@ def test_how_the_table_is_chunked_changes_nothing(wordpiece: Any, bpe: Any, topi
     for name in ("lengths", "special_counts", "doc", "text_hash"):
         np.testing.assert_array_equal(getattr(table, name), getattr(other, name))
     rows = np.arange(size)
+    assert table.digest(rows) == other.digest(rows)
     same(sequences_of(table, rows, framing, True), sequences_of(other, rows, framing, True))
 
 
@@ -117,3 +118,11 @@ def test_no_rows_make_no_sequences(bpe: Any, wordpiece: Any) -> None:
         table = TokenTable(tokens(["some text"], tokenizer, framing))
         none = sequences_of(table, np.zeros(0, dtype=np.int64), framing, True)
         assert (len(none), none.text_tokens) == (0, 0)
+
+
+def test_the_digest_is_of_ids_and_rows(bpe: Any) -> None:
+    framing = Framing.of(bpe, True, 16)
+    texts = [["some text", "more"], ["Some text", "more"], ["some  text", "more"], ["some text more"]]
+    tables = [TokenTable(tokens(each, bpe, framing)) for each in texts]
+    digests = {table.digest(np.arange(len(table))) for table in tables} | {tables[0].digest(np.arange(1))}
+    assert len(digests) == 5

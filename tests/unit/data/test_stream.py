@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice
@@ -17,6 +18,7 @@ import pytest
 from saetrain.data import stream
 from saetrain.data.loader import LoaderSettings
 from saetrain.data.rows import BAD_ROW
+from saetrain.data.sequences import TokenTable
 from saetrain.data.sources import SourceSettings, open_source
 from saetrain.data.stream import BLOCK_ROWS, BlockReader, StreamedRows, StreamedSequences, encoded_blocks
 from saetrain.data.text import TextColumn
@@ -29,8 +31,8 @@ IDS = TextColumn("ids", ("input_ids",), "")
 SHARDS = 4
 
 
-def none_held_out(hashes: np.ndarray) -> np.ndarray:
-    return np.zeros(len(hashes), dtype=bool)
+def none_held_out(table: TokenTable) -> np.ndarray:
+    return np.zeros(len(table), dtype=bool)
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +61,7 @@ def streamed(
     causal: bool = False,
     shards: int = SHARDS,
     seed: int = 42,
-    held_out: Callable[[np.ndarray], np.ndarray] = none_held_out,
+    held_out: Callable[[TokenTable], np.ndarray] = none_held_out,
     column: TextColumn = TEXT,
 ) -> StreamedSequences:
     framing = Framing.of(tokenizer, causal, 16)
@@ -186,7 +188,9 @@ def test_held_out_texts_are_left_out_wherever_they_occur(wordpiece: Any) -> None
     texts = documents(90)
     copies = [*texts, *(text.upper() for text in texts[:10])]
     secret = {text_hash(text) for text in texts[:5]}
-    data = streamed(iterable(copies), wordpiece, shards=1, held_out=lambda h: np.isin(h, list(secret)))
+    data = streamed(
+        iterable(copies), wordpiece, shards=1, held_out=lambda table: np.isin(table.text_hash, list(secret))
+    )
     sequences, _ = data.read(0, (0, 0), 9000)
     seen = {int(doc) for sequence in sequences for doc in sequence.doc}
     assert seen == set(range(100)) - set(range(5)) - set(range(90, 95))
@@ -194,7 +198,7 @@ def test_held_out_texts_are_left_out_wherever_they_occur(wordpiece: Any) -> None
 
 @pytest.mark.parametrize("texts", [[], ["", "  "], ["a"]])
 def test_streams_without_a_kept_token_are_an_error(wordpiece: Any, texts: list[str]) -> None:
-    everything = streamed(iterable(texts), wordpiece, held_out=lambda h: np.ones(len(h), dtype=bool))
+    everything = streamed(iterable(texts), wordpiece, held_out=lambda table: np.ones(len(table), dtype=bool))
     with pytest.raises(SaetrainError, match="has no rows" if not texts else "no token that the token policy keeps"):
         everything.read(2, (0, 0), 1)
 
@@ -257,6 +261,29 @@ def test_a_source_that_fails_for_good_names_itself_the_row_and_the_error() -> No
     ):
         list(rows(0))
     assert len(said) == 3
+
+
+def test_a_wish_to_stop_is_heard_while_the_source_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, wordpiece: Any
+) -> None:
+    monkeypatch.setattr(stream, "PAUSES_S", (60.0,))
+    calls = []
+
+    def stop_soon() -> None:
+        calls.append(1)
+        if len(calls) > 8:
+            raise KeyboardInterrupt
+
+    data = streamed(generated(Flaky(100, 50, 99)), wordpiece)
+    data.interrupt_by(stop_soon)
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        data.read(0, (0, 0), 9000)
+    assert time.monotonic() - started < 30
+    again = streamed(iterable(documents(900)), wordpiece)
+    again.interrupt_by(stop_soon)
+    with pytest.raises(KeyboardInterrupt):  # between blocks too
+        again.read(0, (0, 0), 9000)
 
 
 def test_tries_are_counted_anew_where_rows_came_between() -> None:
