@@ -20,13 +20,18 @@ def fsync_dir(path: Path) -> None:
         os.close(handle)
 
 
+def temporary_of(path: Path) -> Path:
+    """Where ``path`` is written before it takes its place; a process that is killed may leave it behind."""
+    return path.with_name(f".{path.name}.tmp")
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary neighbour to write to, which takes ``path``'s place when the block ends without an error.
 
     Raises OSError (disk full, no permission); ``path`` then holds what it held before.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = temporary_of(path)
     try:
         yield temporary
         with open(temporary, "rb+") as handle:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import signal
@@ -9,15 +10,22 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.integration.test_resume import SETTINGS, fingerprint, finish, start
 
 HERE = Path(__file__).parent
 
 
-def test_every_system_call_of_a_save_may_fail_or_be_the_last(tmp_path: Path) -> None:
-    library = tmp_path / "faults.so"
-    command = ["cc", "-shared", "-fPIC", "-O1", str(HERE / "faults.c"), "-o", str(library), "-ldl"]
-    subprocess.run(command, check=True)
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The faults, to be preloaded."""
+    path = tmp_path_factory.mktemp("faults") / "faults.so"
+    subprocess.run(["cc", "-shared", "-fPIC", "-O1", str(HERE / "faults.c"), "-o", str(path), "-ldl"], check=True)
+    return path
+
+
+def test_every_system_call_of_a_save_may_fail_or_be_the_last(library: Path, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(HERE / "fault_driver.py"), str(library), str(tmp_path)],
         env={**os.environ, "LD_PRELOAD": str(library), "OMP_NUM_THREADS": "1"},
@@ -27,6 +35,41 @@ def test_every_system_call_of_a_save_may_fail_or_be_the_last(tmp_path: Path) -> 
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("resumable") == 4
+
+
+@pytest.mark.parametrize(
+    ("before", "faults"),
+    [
+        ("nothing", ["killed"]),
+        ("nothing", ["full", "once"]),
+        ("damaged checkpoint", ["killed", "full"]),
+        ("other run", ["killed", "full"]),
+        ("no checkpoints", ["killed", "full"]),
+    ],
+)
+def test_every_system_call_of_a_run_may_fail_or_be_the_last(
+    before: str, faults: list[str], library: Path, tmp_path: Path, tiny_bert: str, topics: list[str]
+) -> None:
+    """A run of 8 steps and 3 checkpoints is forked once for each system call in its folder, and meets a fault there.
+
+    It is killed there, or the disk is full from then on (both at every call but those inside the second checkpoint's
+    folder, which are the third's again; of a write half is done), or the call alone fails (renames, unlink, rmdir,
+    mkdir). Where the folder holds something before, the calls are those of the start, for behind it the run is the
+    same. Out of reach is the rename inside safetensors, which goes past the C library.
+    """
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": topic[:1500]}) + "\n" for topic in topics[:8]))
+    arguments = [str(library), str(tmp_path), tiny_bert, str(text), before, *faults]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.integration.run_fault_driver", *arguments],
+        env={**os.environ, "LD_PRELOAD": str(library), "OMP_NUM_THREADS": "1"},
+        cwd=HERE.parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count(f"over {before}\n") == len(faults)
 
 
 def small_files() -> None:

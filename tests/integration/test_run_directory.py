@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,25 @@ def test_an_existing_run_is_refused_and_overwrite_replaces_it(
     assert "--overwrite" in message
     run(tmp_path, tiny_bert, topics_jsonl, "--overwrite")
     assert (tmp_path / "run" / "mine.txt").exists(), "only what a run writes is deleted"
+
+
+def test_metrics_without_a_checkpoint_are_set_aside_until_overwrite(
+    tmp_path: Path, tiny_bert: str, topics_jsonl: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    run(tmp_path, tiny_bert, topics_jsonl)
+    earlier = []
+    for number in (1, 2):
+        earlier.append((folder / "metrics.jsonl").read_text())
+        shutil.rmtree(folder / "checkpoints")
+        capfd.readouterr()
+        run(tmp_path, tiny_bert, topics_jsonl, "--resume")
+        kept = folder / f"metrics.jsonl.{number}"
+        assert f"the metrics of the earlier start are kept in {kept}" in capfd.readouterr().err
+    assert [(folder / f"metrics.jsonl.{number}").read_text() for number in (1, 2)] == earlier
+    (folder / "metrics.jsonl.mine").write_text("x")
+    run(tmp_path, tiny_bert, topics_jsonl, "--overwrite")
+    assert [path.name for path in folder.glob("metrics.jsonl.*")] == ["metrics.jsonl.mine"]
 
 
 def test_overwrite_deletes_nothing_unless_the_new_run_can_begin(

@@ -29,6 +29,9 @@ def save_sae(folder: Path, coder: TopK, about: Mapping[str, Any], with_sparsify:
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).unlink(missing_ok=True)
+    # A save that was killed leaves what it had not yet renamed.
+    for left_over in (*folder.glob(".tmp*"), *folder.glob(".*.tmp")):
+        left_over.unlink()
     with replacing(folder / saelens.WEIGHTS) as path:
         save_file(saelens.tensors(coder), path)
     if with_sparsify:

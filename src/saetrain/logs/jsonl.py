@@ -8,22 +8,23 @@ import os
 from pathlib import Path
 from typing import Any
 
-from saetrain.files import write_atomic
+from saetrain.files import fsync_dir, write_atomic
 from saetrain.logs.base import Record, RunInfo, Sink
+from saetrain.logs.console import say
 
 NAME = "metrics.jsonl"
 
 
 class JsonLines(Sink):
-    """Appends; a resumed run first drops what was written behind its checkpoint."""
+    """Appends; a resumed run first drops what was written behind its checkpoint, a fresh one sets older lines aside."""
 
     def __init__(self, info: RunInfo, every: int) -> None:
         super().__init__(every, info.steps)
         path = info.directory / NAME
         if info.resumed_step is not None and path.exists():
             write_atomic(path, "".join(_lines_until(path.read_text(), info.resumed_step)))
-        elif path.exists():
-            path.unlink()
+        elif path.exists() and path.stat().st_size:
+            _set_aside(path)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
 
     def write(self, record: Record) -> None:
@@ -51,16 +52,18 @@ class JsonLines(Sink):
                 raise
 
 
-def last_logged(directory: Path) -> dict[str, int]:
-    """{kind of record: its last step} in the metrics file of ``directory``; empty without one."""
-    path = directory / NAME
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    last: dict[str, int] = {}
-    for line in lines:
-        if line.endswith("\n"):
-            record = json.loads(line)
-            last[record["kind"]] = max(last.get(record["kind"], 0), record["step"])
-    return last
+def set_aside(directory: Path) -> list[Path]:
+    """The metrics files of earlier starts in ``directory``: ``metrics.jsonl.1`` and so on."""
+    return sorted(path for path in directory.glob(f"{NAME}.*") if path.suffix[1:].isdecimal())
+
+
+def _set_aside(path: Path) -> None:
+    """Rename the metrics of a run that begins anew without --overwrite, such as one whose checkpoints were removed."""
+    number = 1 + max((int(old.suffix[1:]) for old in set_aside(path.parent)), default=0)
+    old = path.with_name(f"{NAME}.{number}")
+    os.replace(path, old)
+    fsync_dir(path.parent)
+    say(f"the metrics of the earlier start are kept in {old}")
 
 
 def _finite(figures: Any) -> dict[str, float | None]:

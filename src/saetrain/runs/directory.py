@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from saetrain.config import RunConfig
 from saetrain.errors import SaetrainError
-from saetrain.files import write_atomic
+from saetrain.files import temporary_of, write_atomic
 from saetrain.logs.console import say
 from saetrain.logs.jsonl import NAME as METRICS
+from saetrain.logs.jsonl import set_aside
 from saetrain.training.checkpoint import Checkpoint, load_checkpoint, newest_whole
 
 CHECKPOINTS = "checkpoints"
@@ -21,6 +26,7 @@ SAES = "sae"
 SPIKE = "spike.json"
 OWN = (CHECKPOINTS, CONFIG, SAES, SPIKE, METRICS, "wandb", "tensorboard")
 """What a run writes into its folder."""
+DELETING = ".deleting"
 MARKER = ".saetrain"
 MARKER_TEXT = "A run of saetrain, format 1. --overwrite deletes runs in folders that hold this file."
 
@@ -53,7 +59,8 @@ def with_restart(config: RunConfig) -> RunConfig:
 def open_directory(config: RunConfig, directory: Path) -> Checkpoint | None:
     """The checkpoint to go on from, if any; SaetrainError when a run lies there that must not be touched."""
     try:
-        if directory.exists() and any(directory.iterdir()):
+        # A process that was killed while it claimed a new folder leaves the marker under its temporary name.
+        if directory.exists() and set(directory.iterdir()) - {temporary_of(directory / MARKER)}:
             _may_enter(config, directory)
         # Nothing is made before the run can begin, so the nearest folder that is there is tried.
         there = next(path for path in (directory, *directory.absolute().parents) if path.exists())
@@ -89,18 +96,35 @@ def is_run(directory: Path) -> bool:
 def claim(directory: Path, overwrite: bool) -> None:
     """Make the folder this run's: what an earlier run left goes, and nothing else, once the new one can begin."""
     directory.mkdir(parents=True, exist_ok=True)
+    if (directory / DELETING).exists():
+        shutil.rmtree(directory / DELETING)
     if overwrite:
-        for name in OWN:
-            path = directory / name
+        for path in (*(directory / name for name in OWN), *set_aside(directory)):
             if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
+                # Deleted in its place and cut short, an SAE's folder could lose a file and still look whole.
+                os.replace(path, directory / DELETING)
+                shutil.rmtree(directory / DELETING)
             else:
                 path.unlink(missing_ok=True)
     write_atomic(directory / MARKER, f"{MARKER_TEXT}\n")
 
 
+@contextlib.contextmanager
+def writing(directory: Path, when: str, kept: bool, again: str = "--resume") -> Iterator[None]:
+    """Within it, a full or vanished disk ends the run with a message; ``kept``: a checkpoint is there."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        whole = "; the last checkpoint is whole" if kept else ""
+        raise SaetrainError(
+            f"writing to {directory} failed {when}: {error}{whole}; make room and start again with {again}"
+        ) from error
+
+
 def _checkpoint(directory: Path) -> Checkpoint | None:
-    path, remarks = newest_whole(directory / CHECKPOINTS)
+    # A damaged checkpoint is renamed only where one before it is whole.
+    with writing(directory, "at the start", kept=True):
+        path, remarks = newest_whole(directory / CHECKPOINTS)
     for remark in remarks:
         say(remark)
     if path is None and remarks:

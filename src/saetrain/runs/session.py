@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Literal
-
-from safetensors import SafetensorError
 
 from saetrain.activations.normalize import Normalizer
 from saetrain.activations.shuffle import MixingBuffer
@@ -22,8 +19,7 @@ from saetrain.interop.directory import save_sae
 from saetrain.logs import Log
 from saetrain.logs.base import Record, RunInfo
 from saetrain.logs.console import ProgressLine, say
-from saetrain.logs.jsonl import last_logged
-from saetrain.runs.directory import CHECKPOINTS, SAES, SPIKE
+from saetrain.runs.directory import CHECKPOINTS, SAES, SPIKE, writing
 from saetrain.runs.metadata import about_run, announce, hook_name, summary
 from saetrain.runs.prepare import Prepared, held_out_batches, make_buffer, resolved
 from saetrain.runs.resume import identity
@@ -59,10 +55,10 @@ class Session:
             steps=self.trainer.steps,
             resumed_step=checkpoint.values["step"] if checkpoint else None,
             state=checkpoint.values["logs"] if checkpoint else {},
-            logged=last_logged(directory),
         )
-        self.log = Log(self.config.logs, info)
         self.saved_at, self.saved_step = time.monotonic(), checkpoint.values["step"] if checkpoint else None
+        with self.writing():
+            self.log = Log(self.config.logs, info)
         self.stop = StopWish()
         prepared.train.interrupt_by(self.stop.check)
         self.line = ProgressLine(self.trainer.steps, self.trainer.step)
@@ -79,22 +75,15 @@ class Session:
                     self.save_saes(final)
             failed = False
         finally:
-            self.log.close(failed)
+            with self.writing():
+                self.log.close(failed)
         if not finished:
             raise SystemExit(self.stop.exit_code)
         summary(self.directory, final)
 
-    @contextlib.contextmanager
-    def writing(self) -> Iterator[None]:
+    def writing(self) -> AbstractContextManager[None]:
         """Within it, a full or vanished disk ends the run with a message."""
-        try:
-            yield
-        except (OSError, SafetensorError) as error:
-            kept = "; the last checkpoint is whole" if self.saved_step is not None else ""
-            raise SaetrainError(
-                f"writing to {self.directory} failed at step {self.trainer.step}: {error}{kept}; make room and start "
-                "again with --resume"
-            ) from error
+        return writing(self.directory, f"at step {self.trainer.step}", self.saved_step is not None)
 
     def _loop(self) -> bool:
         """Whether all steps were done; False when a signal stopped it, with everything saved."""

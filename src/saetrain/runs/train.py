@@ -9,7 +9,7 @@ from saetrain.activations.model import resolve_device
 from saetrain.config import RunConfig, write_yaml
 from saetrain.logs import check_extras
 from saetrain.runs.build import build_trainer
-from saetrain.runs.directory import CONFIG, claim, open_directory, run_directory, with_restart
+from saetrain.runs.directory import CONFIG, claim, open_directory, run_directory, with_restart, writing
 from saetrain.runs.dry_run import report
 from saetrain.runs.prepare import make_buffer, prepare, resolved
 from saetrain.runs.resume import reconcile
@@ -32,8 +32,11 @@ def run(config: RunConfig) -> None:
     if checkpoint is not None:
         prepared = reconcile(prepared, checkpoint)
     trainer, normalizers = build_trainer(prepared, checkpoint)
-    claim(directory, config.output.overwrite)
+    again = "--overwrite" if config.output.overwrite else "--resume"
+    with writing(directory, "at the start", checkpoint is not None, again):
+        claim(directory, config.output.overwrite)
     session = Session(prepared, trainer, normalizers, directory, checkpoint)
     output = dataclasses.replace(config.output, run_name=directory.name)
-    write_yaml(directory / CONFIG, dataclasses.replace(resolved(session.prepared), output=output))
+    with session.writing():
+        write_yaml(directory / CONFIG, dataclasses.replace(resolved(session.prepared), output=output))
     session.train()
