@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.integration.test_resume import SETTINGS, STEPS, finish, records, start, wait_for_step
+from tests.integration.test_resume import SETTINGS, STEPS, finish, records, start, steps_done, wait_for_step
 
 BLOCK = 32 * 1024
 
@@ -58,16 +58,18 @@ def points(rows: list[dict[str, Any]], key: str) -> dict[int, float]:
     return dict(found)
 
 
-def test_a_killed_and_resumed_run_is_one_run_with_every_figure_once(
+OFFLINE = {"WANDB_MODE": "offline", "WANDB_API_KEY": "secret-key-of-mine-0123456789abcdef01234567"}
+
+
+def test_a_stopped_and_resumed_run_is_one_run_with_every_figure_once(
     tmp_path: Path, tiny_bert: str, topics_jsonl: str
 ) -> None:
     words = [tiny_bert, topics_jsonl, *SETTINGS.split(), "--log_to_wandb", "true", "--wandb_log_frequency", "20"]
-    environment = {"WANDB_MODE": "offline", "WANDB_API_KEY": "secret-key-of-mine-0123456789abcdef01234567"}
-    process = start(tmp_path, "run", words, **environment)
+    process = start(tmp_path, "run", words, **OFFLINE)
     wait_for_step(process, tmp_path / "run", 130)
     process.send_signal(signal.SIGTERM)
     finish(process)
-    finish(start(tmp_path, "run", [*words, "--resume"], **environment))
+    finish(start(tmp_path, "run", [*words, "--resume"], **OFFLINE))
     files = sorted((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
     assert len(files) == 2
     (first_id, first, _, config), (second_id, second, summary, _) = map(read, files)
@@ -82,6 +84,43 @@ def test_a_killed_and_resumed_run_is_one_run_with_every_figure_once(
     assert config["num_latents"] == 64
     for path in (tmp_path / "run").rglob("*"):
         assert path.is_dir() or b"secret-key-of-mine" not in path.read_bytes(), path
+
+
+def test_a_run_that_is_killed_twice_logs_no_step_twice(tmp_path: Path, tiny_bert: str, topics_jsonl: str) -> None:
+    """The second kill comes before the step of the first, whose figures the metrics file then no longer holds."""
+    words = [tiny_bert, topics_jsonl, *SETTINGS.split(), "--log_to_wandb", "true", "--wandb_log_frequency", "3"]
+    words += ["--log_every", "7", "--save_every", "100"]
+    run, reached = tmp_path / "run", []
+    # wandb writes what it was given to its file every 15 seconds, which a test of a few seconds would not see.
+    environment = {**OFFLINE, "WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL": "0.1"}
+    for step, more in ((160, []), (105, ["--resume"])):
+        process = start(tmp_path, "run", [*words, *more], **environment)
+        # Until then the metrics of the first start may still be there in full.
+        for line in process.stdout or ():
+            if line.startswith("filling"):
+                break
+        wait_for_step(process, run, step)
+        process.kill()
+        process.wait()
+        reached.append(steps_done(run))
+    assert 100 < reached[1] < reached[0] - 10 < 190, f"killed at steps {reached}: too late for what is tried"
+    finish(start(tmp_path, "run", [*words, "--resume"], **environment))
+    files = sorted((run / "wandb").glob("offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime)
+    (first_id, first, *_), (second_id, second, *_), (third_id, third, summary, _) = map(read, files)
+    assert first_id == second_id == third_id
+    key = "train/encoder.layer.0/fvu"
+    logged = [points(rows, key) for rows in (first, second, third)]
+    assert reached[1] < max(logged[0]), "what the last start computes again was logged"
+    together = points(first + second + third, key)
+    assert list(together) == sorted(together)
+    # A line of the metrics comes every 7 steps, so the first start had done at most 6 more, and one under way.
+    wanted, known = {*range(3, STEPS + 1, 3), STEPS}, reached[0] + 7
+    assert set(together) <= wanted
+    assert {step for step in together if step > known} == {step for step in wanted if step > known}
+    evaluated = [row["step"] for row in first + second + third if "eval/encoder.layer.0/fvu" in row]
+    assert len(evaluated) == len(set(evaluated))
+    final = next(r for r in records(run) if r["kind"] == "final")
+    assert summary["final/encoder.layer.0/fvu"] == final["saes"]["encoder.layer.0"]["fvu"]
 
 
 def test_no_key_and_no_server_are_said_with_the_way_out(tmp_path: Path, tiny_bert: str, topics_jsonl: str) -> None:

@@ -40,8 +40,6 @@ class RunInfo:
     """Steps done by the checkpoint that the run goes on from; None for a fresh run."""
     state: Mapping[str, str]
     """What :meth:`Sink.state` gave before the restart."""
-    logged: Mapping[str, int] = field(default_factory=dict)
-    """{kind of record: last step of it that was logged before the restart}."""
 
 
 class Sink(ABC):

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
+from pathlib import Path
 
 from saetrain.errors import SaetrainError
+from saetrain.files import write_json
 from saetrain.logs.base import Record, RunInfo, Sink
 
 REFUSED = "--log_to_wandb true: Weights & Biases could not start a run"
 WAY_OUT = "(log in by `wandb login` or WANDB_API_KEY, or set WANDB_MODE=offline)"
 TIMEOUT_S = 30
 """Seconds to wait for the server at the start."""
+MARKS = "wandb/logged.json"
+"""Which W&B run this is, and the last step of each kind of record that was handed to it."""
 
 
 class WandB(Sink):
@@ -35,7 +40,9 @@ class WandB(Sink):
             raise SaetrainError(f"{REFUSED}: {str(error).splitlines()[0]} {WAY_OUT}") from error
         self._run.define_metric("*", step_metric="step")
         # An offline run can't be rewound, and a resumed one computes the same figures again.
-        self._logged = dict(info.logged) if "wandb_id" in info.state else {}
+        self._path = info.directory / MARKS
+        self._path.parent.mkdir(exist_ok=True)
+        self._logged = _marks(self._path, str(self._run.id))
 
     @staticmethod
     def require() -> None:
@@ -54,10 +61,12 @@ class WandB(Sink):
             raise SaetrainError(f"{REFUSED}: {str(error).splitlines()[0]} {WAY_OUT}") from error
 
     def write(self, record: Record) -> None:
-        """Log the record; final figures go to the run's summary as well."""
-        if record.step <= self._logged.get(record.kind, 0):
-            return
-        self._run.log({"step": record.step, **record.flat()})
+        """Log the record, unless an earlier start did; final figures go to the run's summary as well."""
+        if record.step > self._logged.get(record.kind, 0):
+            # Marked first: a kill in between leaves a point out, where it would else be there twice.
+            self._logged[record.kind] = record.step
+            write_json(self._path, {"id": str(self._run.id), "logged": self._logged})
+            self._run.log({"step": record.step, **record.flat()})
         if record.kind == "final":
             self._run.summary.update(record.flat())
 
@@ -68,3 +77,9 @@ class WandB(Sink):
     def close(self, failed: bool) -> None:
         """Finish the run."""
         self._run.finish(exit_code=1 if failed else 0)
+
+
+def _marks(path: Path, run_id: str) -> dict[str, int]:
+    """{kind of record: its last step} that the W&B run ``run_id`` was given; empty for a new one."""
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    return kept["logged"] if kept.get("id") == run_id else {}
