@@ -108,6 +108,12 @@ VARIANTS = pytest.mark.parametrize(
         pytest.param("tiny_gpt2", "0 2", [], id="decoder-two-layers"),
         pytest.param("tiny_gpt2", "2", ["--streaming"], id="decoder-one-layer-streaming"),
         pytest.param("tiny_bert", "0 2", ["--streaming", "--mix", "2", "1"], id="encoder-two-layers-streaming-mixed"),
+        pytest.param(
+            "tiny_bert",
+            "2",
+            ["--batch_size", "2", "--grad_acc_steps", "2", "--init_seeds", "1", "2", "--optimizer", "sgd"],
+            id="encoder-two-seeds-two-micro-steps-sgd",
+        ),
     ],
 )
 

@@ -1,4 +1,4 @@
-"""A hundred kills, `make test-soak`: at random steps, and at random moments of starting, resuming and saving."""
+"""More than a hundred kills, `make test-soak`: at random steps, and at moments of starting, resuming and saving."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.integration.test_resume import (
 pytestmark = pytest.mark.soak
 STEPS = 6000
 KILLS_AT_STEPS, KILLS_AT_TIMES = 13, 12
-"""Of each of four runs."""
+"""Of each run."""
 
 
 @VARIANTS
