@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -27,6 +28,7 @@ class Place:
 
     def __init__(self, folder: Path, bert: str, text: str) -> None:
         self.folder = folder
+        self.allowed: set[Path] = set()
         self.model, self.text = str(folder / "model"), str(folder / "text.jsonl")
         shutil.copytree(bert, self.model)
         shutil.copy(text, self.text)
@@ -201,6 +203,37 @@ def endless_line(place: Place) -> list[str]:
     return []
 
 
+def latin_1(place: Place) -> list[str]:
+    lines = Path(place.text).read_bytes().splitlines(keepends=True)
+    lines[3] = '{"text": "caf\u00e9 au lait"}\n'.encode("latin-1")
+    Path(place.text).write_bytes(b"".join(lines))
+    return []
+
+
+def half_a_character(place: Place) -> list[str]:
+    with open(place.text, "a") as file:
+        file.write('{"text": "\\ud800 alone"}\n')
+    return []
+
+
+def half_a_character_streamed(place: Place) -> list[str]:
+    half_a_character(place)
+    return ["--streaming"]
+
+
+def wide_ids(place: Place) -> list[str]:
+    place.text = str(place.folder / "t.bin")
+    np.arange(1000, 20_000).astype("<u4").tofile(place.text)
+    return []
+
+
+def finetune_elsewhere(place: Place) -> list[str]:
+    main([place.model, place.text, *BASE.split(), "--layers", "1", "--save_dir", str(place.folder / "other")])
+    (run,) = (place.folder / "other").iterdir()
+    place.allowed = {place.folder / "other"}
+    return ["--finetune", str(run / "sae")]
+
+
 def flags(words: str) -> Callable[[Place], list[str]]:
     return lambda place: words.split()
 
@@ -250,6 +283,14 @@ CASES: dict[str, tuple[Callable[[Place], list[str]], str]] = {
     "unknown column": (flags("--text_column body"), "--text_column body: no such column"),
     "code of its own": (code_of_its_own, "brings Python code of its own, .* --trust_remote_code true"),
     "endless line without a word": (endless_line, "its activations are the same on every token"),
+    "bytes that are no UTF-8": (latin_1, "text.jsonl, line 4: is no JSON: 'utf-8' .*--skip_bad_rows"),
+    "half a character": (half_a_character, r"text.jsonl, line \d+: holds half a character.*--skip_bad_rows"),
+    "half a character in a stream": (half_a_character_streamed, r"line \d+: holds half a character; --skip_bad_rows"),
+    "ids of four bytes": (wide_ids, "t.bin: every second id of two bytes is 0"),
+    "fine-tuning from another layer": (
+        finetune_elsewhere,
+        "holds no SAE of encoder.layer.0; there are encoder.layer.1",
+    ),
     "broken settings file": (flags("--config nowhere.yaml"), "--config nowhere.yaml: can't be read"),
     "fine-tuning from nothing": (flags("--finetune nowhere"), "--finetune nowhere: holds no SAE"),
 }
@@ -271,7 +312,7 @@ def test_message_and_exit_code(name: str, place: Place, capsys: pytest.CaptureFi
     assert re.search(message, errors[0]), errors[0]
     assert not list(out.rglob("cfg.json"))
     assert not list(out.rglob("step_*"))
-    assert set(place.folder.iterdir()) - before <= {out}
+    assert set(place.folder.iterdir()) - before <= {out, *place.allowed}
 
 
 def test_code_of_a_model_is_run_only_when_asked(place: Place) -> None:
@@ -310,6 +351,18 @@ def test_a_disk_that_fills_while_tokenizing_is_named(place: Place) -> None:
     assert "Traceback" not in done.stderr
     assert re.search("the tokens can't be written to .*cache.*; make room there", done.stderr), done.stderr
     assert not out.exists()
+
+
+def test_a_cache_that_cannot_be_made_is_named(place: Place) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "saetrain", place.model, place.text, *BASE.split(), "--save_dir", str(place.folder)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "HF_DATASETS_CACHE": place.text},
+    )
+    assert done.returncode == 2, done.stderr
+    assert "the variable HF_DATASETS_CACHE names another folder" in done.stderr
 
 
 def files_up_to(size: int) -> Callable[[], None]:

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from saetrain.cli import main
+from saetrain.files import sha256
 from saetrain.training.trainer import SaeTrainer
 from tests.integration.test_resume import (
     SETTINGS,
@@ -123,6 +124,33 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
     assert last.exists(), "the new checkpoint of that step is whole, and was not cleaned away"
 
 
+def test_a_checkpoint_may_be_damaged_twice(whole: Path, tmp_path: Path, tiny_bert: str, topics_jsonl: str) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    newest = run / "checkpoints" / f"step_{STEPS:09d}"
+    for _ in range(2):
+        (newest / "manifest.json").write_text("{}x")
+        resume(tmp_path, tiny_bert, topics_jsonl)
+        assert fingerprint(run) == fingerprint(whole)
+        assert newest.exists()
+
+
+def test_a_checkpoint_of_another_version_is_refused(
+    whole: Path, tmp_path: Path, tiny_bert: str, topics_jsonl: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = copy(whole, tmp_path)
+    for path in run.glob("checkpoints/step_*/state.json"):
+        values = json.loads(path.read_text())
+        path.write_text(json.dumps({**values, "format": 0}))
+        manifest = json.loads(path.with_name("manifest.json").read_text())
+        manifest["sha256"]["state.json"] = sha256(path)
+        path.with_name("manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(SystemExit) as caught:
+        resume(tmp_path, tiny_bert, topics_jsonl)
+    assert caught.value.code == 2
+    assert "is of format 0, and this version goes on from" in capsys.readouterr().err
+
+
 def test_resume_refuses_when_every_checkpoint_is_damaged(
     whole: Path, tmp_path: Path, tiny_bert: str, topics_jsonl: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -190,6 +218,11 @@ def test_another_text_or_model_is_refused(
     shutil.copytree(tiny_bert, model)
     from transformers import BertModel
 
+    (model / "config.json").write_text((model / "config.json").read_text().replace('"gelu"', '"relu"'))
+    with pytest.raises(SystemExit):
+        resume(tmp_path, str(model), topics_jsonl)
+    assert "MODEL: its configuration or code is not" in capsys.readouterr().err
+    shutil.copy(Path(tiny_bert) / "config.json", model)
     settings = json.loads((model / "tokenizer_config.json").read_text())
     (model / "tokenizer_config.json").write_text(json.dumps({**settings, "do_lower_case": False}))
     with pytest.raises(SystemExit):
@@ -266,6 +299,47 @@ def test_a_spike_stops_the_run_and_keeps_the_last_checkpoint(
     assert len(facts["shards"]) == 16
     assert last_checkpoint(tmp_path / "run") == 10
     assert [r["step"] for r in records(tmp_path / "run")] == list(range(1, 17))
+
+
+def test_a_checkpoint_right_before_the_spike_is_set_aside(
+    tmp_path: Path, tiny_bert: str, topics_jsonl: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A learning rate far too high ruins the weights in one update, which the next loss shows."""
+    words = [tiny_bert, topics_jsonl, *SMALL.split(), "--max_tokens", "1280", "--save_dir", str(tmp_path)]
+    words += ["--run_name", "run", "--save_every", "1", "--lr", "1e30", "--lr_warmup_steps", "0"]
+    with pytest.raises(SystemExit) as caught:
+        main(words)
+    assert caught.value.code == 2
+    said = capsys.readouterr().err
+    saved = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    if "is set aside" in said:
+        assert any(name.startswith("suspect_step_") for name in saved)
+    with pytest.raises(SystemExit) as caught:
+        main([*words, "--resume", "--on_spike", "skip"])
+    assert caught.value.code == 2
+    said = capsys.readouterr().err
+    assert "10 steps in a row were left out, so the weights themselves are ruined" in said
+    assert "Traceback" not in said
+    assert not list((tmp_path / "run").glob("sae/*/cfg.json"))
+    left = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step_*"))
+    assert left
+    assert left[-1] <= "step_000000002", "nothing is saved behind a step that was left out"
+
+
+def test_of_two_checkpoints_the_one_before_a_spike_goes(
+    tmp_path: Path,
+    tiny_bert: str,
+    topics_jsonl: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    poisoned(monkeypatch, 17, float("nan"))
+    words = [tiny_bert, topics_jsonl, *SMALL.split(), "--max_tokens", "1280", "--save_dir", str(tmp_path)]
+    with pytest.raises(SystemExit):
+        main([*words, "--run_name", "run", "--save_every", "8"])
+    assert "The checkpoint of step 16, which may be what ruined it, is set aside" in capsys.readouterr().err
+    assert last_checkpoint(tmp_path / "run") == 8
+    assert (tmp_path / "run" / "checkpoints" / "suspect_step_000000016").exists()
 
 
 def test_a_spike_can_be_skipped(

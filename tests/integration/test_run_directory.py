@@ -82,6 +82,20 @@ def test_a_failed_start_leaves_no_folder(tmp_path: Path, capsys: pytest.CaptureF
     assert not (tmp_path / "out").exists()
 
 
+def test_an_overwrite_that_was_cut_short_is_finished_by_the_next_start(
+    tmp_path: Path, tiny_bert: str, topics_jsonl: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(tmp_path, tiny_bert, topics_jsonl, "--layers", "0", "2")
+    # As a kill leaves it that comes when deleting has begun.
+    (tmp_path / "run" / ".overwriting").touch()
+    capsys.readouterr()
+    run(tmp_path, tiny_bert, topics_jsonl, "--layers", "2", "--resume")
+    said = capsys.readouterr()
+    assert "was being overwritten, so the run starts from the beginning" in said.err + said.out
+    assert [path.name for path in (tmp_path / "run" / "sae").iterdir()] == ["encoder.layer.2"]
+    assert not (tmp_path / "run" / ".overwriting").exists()
+
+
 def test_overwrite_deletes_only_what_is_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").write_text("years of work")

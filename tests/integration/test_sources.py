@@ -149,6 +149,38 @@ def topic(halves: dict[str, list[str]], doc: int) -> str:
     return list(halves.values())[doc >> PART_BITS][doc % (1 << PART_BITS)]
 
 
+def test_resume_refuses_a_stream_of_which_other_text_is_held_out(
+    tiny_bert: str, topics: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for name, texts in (("train", topics), ("validation", topics[:20])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    run(tmp_path, "r", tiny_bert, str(folder), "--streaming")
+    with open(folder / "validation.jsonl", "a") as file:
+        file.write(json.dumps({"text": topics[60]}) + "\n")
+    end = [*BASE.split(), "--save_dir", str(tmp_path), "--run_name", "r", "--resume"]
+    assert "DATASET: its text is not" in refused(capsys, tiny_bert, str(folder), "--streaming", *end)
+
+
+def test_near_copies_of_what_another_data_set_holds_out_are_left_out(
+    tiny_bert: str, topics: list[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for name, texts in (("train", topics[:40]), ("validation", topics[40:])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    loud = tmp_path / "loud.jsonl"
+    loud.write_text("".join(json.dumps({"text": "  ".join(text.upper().split())}) + "\n" for text in topics[30:]))
+    config = parse([tiny_bert, str(folder), str(loud), *BASE.split()])
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
+    text = load_text(config, tokenizer, Framing.of(tokenizer, False, 32))
+    sequences, _ = text.train.read(0, text.train.start, 60_000)
+    loud_docs = {int(doc) % (1 << PART_BITS) for s in sequences for doc in set(s.doc) if int(doc) >> PART_BITS == 1}
+    assert loud_docs <= set(range(10)), "those from the tenth on are the first data set's validation split"
+    assert loud_docs
+
+
 def test_resume_refuses_another_stream_and_other_weights(
     tiny_bert: str, topics: list[str], topics_jsonl: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

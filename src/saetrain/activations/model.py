@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,9 @@ from saetrain.types import shown_default
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 DTYPES: dict[Dtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+NAMES_IN_CONFIG = ("_name_or_path", "_commit_hash", "transformers_version")
+"""Entries of a model's configuration that decide nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,6 +208,16 @@ def _max_positions(config: Any, module: nn.Module) -> int | None:
     return int(positions) - (0 if padding is None else padding + 1)
 
 
+def code_hash(model: BaseModel) -> str:
+    """Hash of the rest that decides what the model computes: its configuration, and Python files in a local folder."""
+    config = model.config.to_dict()
+    settings = {key: value for key, value in config.items() if key not in NAMES_IN_CONFIG}
+    folder = Path(model.name)
+    own = {file.name: sha256(file) for file in sorted(folder.glob("*.py"))} if folder.is_dir() else {}
+    text = json.dumps([settings, own], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def weights_hash(model: BaseModel) -> str | None:
     """SHA-256 over the model's weight files, or None where they are not to be found."""
     folder = Path(model.name)
@@ -216,6 +231,4 @@ def weights_hash(model: BaseModel) -> str | None:
     digests = [sha256(file) for file in files]
     if len(digests) == 1:
         return digests[0]
-    import hashlib
-
     return hashlib.sha256("".join(digests).encode()).hexdigest()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
+import xxhash
 
 from saetrain.data.sequences import TokenTable
 from saetrain.data.text import Batch
@@ -28,8 +30,8 @@ def distinct_rows(table: TokenTable) -> np.ndarray:
     return np.flatnonzero(kept[table.doc])
 
 
-def split_rows(table: TokenTable, rows: np.ndarray, tokens: int) -> tuple[np.ndarray, np.ndarray, str]:
-    """(training rows, held-out rows, what was done), as row numbers of ``table``.
+def split_rows(table: TokenTable, rows: np.ndarray, tokens: int) -> tuple[np.ndarray, np.ndarray, str, bool]:
+    """(training rows, held-out rows, what was done, whether to whole documents), as row numbers of ``table``.
 
     Documents are taken in the order of their text's hash until ``tokens`` tokens (at least 20k) are held out, and
     never more than a tenth. Where single documents are too long for that, rows are taken instead.
@@ -41,10 +43,11 @@ def split_rows(table: TokenTable, rows: np.ndarray, tokens: int) -> tuple[np.nda
     how = "documents chosen by a hash of their text"
     # With less than 200k tokens in all, whole documents are worth more than the last few held-out tokens.
     enough = MIN_TOKENS if 0.9 * limit >= MIN_TOKENS else target / 2
-    if lengths[chosen].sum() < enough:
+    whole = bool(lengths[chosen].sum() >= enough)
+    if not whole:
         chosen = _smallest_hashes(row_hashes(table)[rows], lengths, target, limit)
         how = "parts of documents (whole documents are too long for a tenth)"
-    return rows[~chosen], rows[chosen], how
+    return rows[~chosen], rows[chosen], how, whole
 
 
 def _smallest_hashes(hashes: np.ndarray, lengths: np.ndarray, target: int, limit: int) -> np.ndarray:
@@ -74,19 +77,48 @@ def row_hashes(table: TokenTable) -> np.ndarray:
 
 @dataclass(frozen=True)
 class HeldOutTexts:
-    """Which rows of a stream are never trained on.
+    """Which rows are never trained on.
 
     Those of a text whose hash lies below ``limit`` or is among ``texts``, and those among ``rows`` (``row_hashes``).
     """
 
-    limit: int
+    limit: int = 0
     texts: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     rows: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.uint64))
 
     def __call__(self, table: TokenTable) -> np.ndarray:
         """(rows,) bool."""
         text = table.text_hash
-        return np.asarray((text < self.limit) | np.isin(text, self.texts) | np.isin(row_hashes(table), self.rows))
+        parts = np.isin(row_hashes(table), self.rows) if len(self.rows) else False
+        return np.asarray((text < self.limit) | np.isin(text, self.texts) | parts)
+
+    def __bool__(self) -> bool:
+        return bool(self.limit or len(self.texts) or len(self.rows))
+
+    def digest(self) -> str:
+        """Hash of what is left out."""
+        digest = xxhash.xxh3_64(np.int64(self.limit).tobytes())
+        for hashes in (self.texts, self.rows):
+            digest.update(np.unique(hashes).tobytes())
+        return str(digest.hexdigest())
+
+    @staticmethod
+    def of(table: TokenTable, rows: np.ndarray, whole_documents: bool) -> HeldOutTexts:
+        """Those of ``rows``, by their texts where they are whole documents, so that every near copy is one of them."""
+        if whole_documents:
+            return HeldOutTexts(texts=np.unique(table.text_hash[rows]))
+        return HeldOutTexts(rows=np.unique(row_hashes(table)[rows]))
+
+    @staticmethod
+    def union(parts: list[HeldOutTexts]) -> HeldOutTexts:
+        """What any of ``parts`` leaves out."""
+        if not parts:
+            return HeldOutTexts()
+        return HeldOutTexts(
+            max(part.limit for part in parts),
+            np.concatenate([part.texts for part in parts]),
+            np.concatenate([part.rows for part in parts]),
+        )
 
 
 def divide_stream(
@@ -107,9 +139,11 @@ def divide_stream(
             break
     hashes = np.unique(np.array(taken.rows["text_hash"], dtype=np.int64))
     if taken.held < MIN_TOKENS:
-        own, texts = split_stream(train, tokens)
-        if sum(map(len, own["ids"])) > taken.held:
-            return own, dataclasses.replace(texts, texts=hashes), texts.limit / HASHES
+        # A stream that has nothing to give itself is held to the little that there is.
+        with contextlib.suppress(SaetrainError):
+            own, texts = split_stream(train, tokens)
+            if count_text(own) > taken.held:
+                return own, dataclasses.replace(texts, texts=hashes), texts.limit / HASHES
     return taken.rows, HeldOutTexts(0, hashes), 0.0
 
 
@@ -138,6 +172,11 @@ def split_stream(blocks: Iterable[Batch], tokens: int) -> tuple[Batch, HeldOutTe
     return taken.rows, HeldOutTexts(limit)
 
 
+def count_text(rows: Batch) -> int:
+    """Tokens of stored rows, special ones not counted."""
+    return sum(len(ids) - int(np.sum(special)) for ids, special in zip(rows["ids"], rows["special"], strict=True))
+
+
 class _Taken:
     """Stored rows gathered until they hold enough tokens, special ones not counted."""
 
@@ -153,4 +192,4 @@ class _Taken:
         for at in np.flatnonzero(chosen):
             for name, values in self.rows.items():
                 values.append(block[name][at])
-            self.held += int(len(block["ids"][at]) - np.sum(block["special"][at]))
+            self.held += count_text({name: [block[name][at]] for name in ("ids", "special")})

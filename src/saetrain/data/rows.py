@@ -145,7 +145,21 @@ def _json_rows(path: str, files: Files) -> Iterator[Row]:
             except (ValueError, RecursionError) as error:
                 yield BadRow(place, f"is no JSON: {error}")
                 continue
-            yield row if isinstance(row, dict) else BadRow(place, f"holds {line[:40]!r} and no object of columns")
+            if not isinstance(row, dict):
+                yield BadRow(place, f"holds {line[:40]!r} and no object of columns")
+            elif b"\\ud" in line.lower() and _has_half_a_character(row):
+                yield BadRow(place, "holds half a character")
+            else:
+                yield row
+
+
+def _has_half_a_character(row: dict[str, Any]) -> bool:
+    """Whether a string of the row can't be written as UTF-8, by half of a surrogate pair."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _json_list(path: str, handle: IO[bytes]) -> Iterator[Row]:

@@ -16,6 +16,9 @@ from saetrain.types import Sequence, TokenKind
 if TYPE_CHECKING:
     import datasets
 
+DIGEST_TOKENS = 1 << 22
+"""Tokens that are hashed at once."""
+
 
 class TokenTable:
     """Rows of token ids that lie (memory-mapped, where they come from disk) in Arrow chunks.
@@ -48,7 +51,8 @@ class TokenTable:
         digest = xxhash.xxh3_64(rows.tobytes())
         digest.update(self.lengths.tobytes())
         for values, offsets in self._ids:
-            digest.update(values[offsets[0] : offsets[-1]].astype(np.uint32).tobytes())
+            for start in range(int(offsets[0]), int(offsets[-1]), DIGEST_TOKENS):
+                digest.update(values[start : min(start + DIGEST_TOKENS, int(offsets[-1]))].astype(np.uint32).tobytes())
         return str(digest.hexdigest())
 
     @staticmethod

@@ -25,8 +25,17 @@ from saetrain.errors import SaetrainError
 from saetrain.types import Cursor, Sequence
 
 BLOCK_ROWS = 32
-PAUSES_S = (1.0, 2.0, 4.0, 8.0, 16.0)
+PAUSES_S = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 """Seconds before each further try to read a row."""
+LIBRARY_RETRIES = {
+    "STREAMING_READ_MAX_RETRIES": 1,
+    "STREAMING_READ_RETRY_INTERVAL": 0,
+    "STREAMING_READ_SERVER_UNAVAILABLE_RETRY_INTERVAL": 0,
+    "STREAMING_READ_RATE_LIMIT_RETRY_INTERVAL": 0,
+    "STREAMING_OPEN_MAX_RETRIES": 1,
+    "STREAMING_OPEN_RETRY_INTERVAL": 0,
+}
+"""The library would try for minutes, in which no wish to stop is heard."""
 
 Row = dict[str, Any]
 Encode = Callable[[Batch, list[int]], Batch]
@@ -37,6 +46,10 @@ class StreamedRows:
 
     def __init__(self, rows: Any, name: str, say: Callable[[str], None], diagnose: Callable[[], BadRow | None]) -> None:
         self._rows, self._name, self._say, self._diagnose = rows, name, say, diagnose
+        import datasets
+
+        for setting, value in LIBRARY_RETRIES.items():
+            setattr(datasets.config, setting, value)
         self._bad: set[int] = set()
         self.check: Callable[[], None] = lambda: None
         """Called while waiting; may raise to give up."""

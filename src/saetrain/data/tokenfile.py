@@ -122,6 +122,12 @@ def open_ids(path: Path, tokenizer: Any, streaming: bool) -> Source:
         raise SaetrainError(
             f"data set {path}: {size} bytes are no file of {dtype} ids, which the vocabulary of {len(tokenizer)} needs"
         )
+    head = np.fromfile(path, dtype="<u2", count=4096)
+    if dtype == "uint16" and len(head) >= 16 and not head[1::2].any():
+        raise SaetrainError(
+            f"data set {path}: every second id of two bytes is 0, so it seems to hold ids of four; with a "
+            f"vocabulary of {len(tokenizer)} they are read as two: write them as {dtype}"
+        )
     about = {
         "path": str(path),
         "dtype": dtype,

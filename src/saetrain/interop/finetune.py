@@ -29,8 +29,11 @@ def load_for_finetune(path: str, hookpoint: str, coder: TopK, model_sha256: str 
     to unit norm without changing what it computes.
     """
     folder = Path(path)
-    if not (folder / "cfg.json").exists() and (folder / hookpoint / "cfg.json").exists():
-        folder = folder / hookpoint
+    if not (folder / "cfg.json").exists():
+        there = sorted(path.parent.name for path in folder.glob("*/cfg.json"))
+        if there and hookpoint not in there:
+            raise SaetrainError(f"--finetune {folder}: holds no SAE of {hookpoint}; there are {', '.join(there)}")
+        folder = folder / hookpoint if there else folder
     config, weights = _read(folder)
     _check_hookpoint(folder, config, hookpoint)
     k = config.get("k")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from saetrain.files import fsync_dir, write_atomic
 from saetrain.logs.base import Record, RunInfo, Sink
@@ -33,8 +33,8 @@ class JsonLines(Sink):
             "kind": record.kind,
             "step": record.step,
             "tokens": record.tokens,
-            **_finite(record.run),
-            "saes": {name: _finite(figures) for name, figures in record.saes.items()},
+            **finite(record.run),
+            "saes": {name: finite(figures) for name, figures in record.saes.items()},
         }
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
@@ -66,7 +66,8 @@ def _set_aside(path: Path) -> None:
     say(f"the metrics of the earlier start are kept in {old}")
 
 
-def _finite(figures: Any) -> dict[str, float | None]:
+def finite(figures: Mapping[str, float]) -> dict[str, float | None]:
+    """The figures with None for what JSON can't write."""
     return {name: value if math.isfinite(value) else None for name, value in figures.items()}
 
 

@@ -16,7 +16,7 @@ class TensorBoard(Sink):
         self.require()
         from torch.utils.tensorboard import SummaryWriter
 
-        purge = None if info.resumed_step is None else info.resumed_step + 1
+        purge = 0 if info.resumed_step is None else info.resumed_step + 1
         self._writer = SummaryWriter(str(info.directory / "tensorboard"), purge_step=purge)
 
     @staticmethod

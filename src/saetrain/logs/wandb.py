@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from saetrain.errors import SaetrainError
 from saetrain.files import write_json
@@ -81,5 +82,10 @@ class WandB(Sink):
 
 def _marks(path: Path, run_id: str) -> dict[str, int]:
     """{kind of record: its last step} that the W&B run ``run_id`` was given; empty for a new one."""
-    kept = json.loads(path.read_text()) if path.exists() else {}
-    return kept["logged"] if kept.get("id") == run_id else {}
+    try:
+        kept: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"id": None}
+        return dict(kept["logged"]) if kept["id"] == run_id else {}
+    except (ValueError, KeyError, TypeError) as error:
+        raise SaetrainError(
+            f"{path} is broken; delete it, and W&B is given the steps since the checkpoint again"
+        ) from error

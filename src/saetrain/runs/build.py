@@ -72,6 +72,7 @@ def make_coder(run: Prepared, hookpoint: str, normalizer: Normalizer, seed: int,
     coder = TopK(width, settings.latents(width), settings.k, settings.auxk_alpha, seed).to(device)
     if run.config.finetune is not None and fresh:
         remark = load_for_finetune(run.config.finetune, hookpoint, coder, run.weights_sha256)
+        say(f"{hookpoint}: starts from the SAE in {run.config.finetune}")
         if remark:
             say(remark)
         unfold_(coder, normalizer.mean, normalizer.scale)

@@ -27,6 +27,8 @@ SPIKE = "spike.json"
 OWN = (CHECKPOINTS, CONFIG, SAES, SPIKE, METRICS, "wandb", "tensorboard")
 """What a run writes into its folder."""
 DELETING = ".deleting"
+OVERWRITING = ".overwriting"
+"""Lies in a folder whose earlier run is being deleted."""
 MARKER = ".saetrain"
 MARKER_TEXT = "A run of saetrain, format 1. --overwrite deletes runs in folders that hold this file."
 
@@ -98,7 +100,9 @@ def claim(directory: Path, overwrite: bool) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     if (directory / DELETING).exists():
         shutil.rmtree(directory / DELETING)
-    if overwrite:
+    if overwrite or (directory / OVERWRITING).exists():
+        # Cut short, it is finished by the next start, whatever that one asks for.
+        (directory / OVERWRITING).touch()
         for path in (*(directory / name for name in OWN), *set_aside(directory)):
             if path.is_dir() and not path.is_symlink():
                 # Deleted in its place and cut short, an SAE's folder could lose a file and still look whole.
@@ -106,6 +110,7 @@ def claim(directory: Path, overwrite: bool) -> None:
                 shutil.rmtree(directory / DELETING)
             else:
                 path.unlink(missing_ok=True)
+        (directory / OVERWRITING).unlink()
     write_atomic(directory / MARKER, f"{MARKER_TEXT}\n")
 
 
@@ -122,6 +127,9 @@ def writing(directory: Path, when: str, kept: bool, again: str = "--resume") -> 
 
 
 def _checkpoint(directory: Path) -> Checkpoint | None:
+    if (directory / OVERWRITING).exists():
+        say(f"--resume: {directory} was being overwritten, so the run starts from the beginning")
+        return None
     # A damaged checkpoint is renamed only where one before it is whole.
     with writing(directory, "at the start", kept=True):
         path, remarks = newest_whole(directory / CHECKPOINTS)
@@ -129,7 +137,7 @@ def _checkpoint(directory: Path) -> Checkpoint | None:
         say(remark)
     if path is None and remarks:
         raise SaetrainError(
-            f"--resume: every checkpoint in {directory / CHECKPOINTS} is damaged, the last because {remarks[0]}; "
+            f"--resume: every checkpoint in {directory / CHECKPOINTS} is damaged; {remarks[0]}; "
             "--overwrite starts the run from the beginning"
         )
     if path is None:

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from saetrain.activations.model import code_hash
 from saetrain.config import RunConfig, from_flat, to_flat
 from saetrain.data.tokenize import digest, tokenizer_identity
 from saetrain.errors import SaetrainError
@@ -51,6 +52,7 @@ def identity(run: Prepared) -> dict[str, Any]:
     """What the model's weights and the text are, whatever their names."""
     return {
         "model_weights_sha256": run.weights_sha256,
+        "model_config": code_hash(run.model),
         "tokenizer": digest(tokenizer_identity(run.tokenizer)),
         "text": run.data["fingerprint"],
     }
@@ -63,6 +65,7 @@ def reconcile(run: Prepared, checkpoint: Checkpoint) -> Prepared:
     """
     then, now = checkpoint.values["identity"], identity(run)
     _same(now, then, "model_weights_sha256", "MODEL: its weights are not those")
+    _same(now, then, "model_config", "MODEL: its configuration or code is not the one")
     _same(now, then, "tokenizer", "MODEL: its tokenizer is not the one")
     before: Mapping[str, Any] = checkpoint.values["settings"]
     given = to_flat(run.config)
@@ -71,13 +74,16 @@ def reconcile(run: Prepared, checkpoint: Checkpoint) -> Prepared:
         _check_longer(flat["max_tokens"], before["max_tokens"])
     # Also where the tokens are the same: an earlier resume may have asked for more of them.
     flat.update({name: before[name] for name in DERIVED if given[name] is None})
-    settled = _settled(run, flat)
-    for name, value in flat.items():
-        if name in FREE | settled or name == "max_tokens" or value == before.get(name):
-            continue
+    settled = _settled(run, flat, before)
+    changed = [
+        f"--{name} is {value} now and was {before.get(name)}"
+        for name, value in flat.items()
+        if name not in FREE | settled | {"max_tokens"} and value != before.get(name)
+    ]
+    if changed:
         raise SaetrainError(
-            f"--resume: --{name} is {value} now and was {before.get(name)} when the run began, which would change "
-            f"the result; give it as it was, or start a run of another --run_name"
+            f"--resume: {', '.join(changed)} when the run began, which would change the result; give it as it was, or "
+            "start a run of another --run_name"
         )
     # Behind the settings, for some of them decide which texts are trained on.
     _same(now, then, "text", "DATASET: its text is not the one")
@@ -86,12 +92,13 @@ def reconcile(run: Prepared, checkpoint: Checkpoint) -> Prepared:
     return dataclasses.replace(run, config=config, plan=plan)
 
 
-def _settled(run: Prepared, flat: Mapping[str, Any]) -> frozenset[str]:
+def _settled(run: Prepared, flat: Mapping[str, Any], before: Mapping[str, Any]) -> frozenset[str]:
     """Settings that can't matter beside what else is compared."""
     names = set()
-    if flat["num_latents"] is not None:
+    if flat["num_latents"] is not None and flat["num_latents"] == before["num_latents"]:
         names.add("expansion_factor")
-    if run.weights_sha256 is not None:
+    # A hub model's own code is told by its commit alone.
+    if run.weights_sha256 is not None and not run.config.base.trust_remote_code:
         names.add("revision")
     if run.plan.train_tokens is not None:
         names |= OF_TEXT

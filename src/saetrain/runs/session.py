@@ -19,13 +19,19 @@ from saetrain.interop.directory import save_sae
 from saetrain.logs import Log
 from saetrain.logs.base import Record, RunInfo
 from saetrain.logs.console import ProgressLine, say
+from saetrain.logs.jsonl import finite
 from saetrain.runs.directory import CHECKPOINTS, SAES, SPIKE, writing
 from saetrain.runs.metadata import about_run, announce, hook_name, summary
 from saetrain.runs.prepare import Prepared, held_out_batches, make_buffer, resolved
 from saetrain.runs.resume import identity
-from saetrain.training.checkpoint import MAX_MINUTES, Checkpoint, save_checkpoint
+from saetrain.training.checkpoint import MAX_MINUTES, Checkpoint, save_checkpoint, set_aside_suspect
 from saetrain.training.stop import Stopped, StopWish
 from saetrain.training.trainer import Spike, Throughput, Trainer
+
+PLACE = ("pool", "pool_tokens", "taken", "cursor")
+"""Names of what the mixing buffer's state says of a shard."""
+MOST_LEFT_OUT = 10
+"""Steps in a row that --on_spike skip leaves out before the run is given up."""
 
 
 class Session:
@@ -59,6 +65,7 @@ class Session:
         self.saved_at, self.saved_step = time.monotonic(), checkpoint.values["step"] if checkpoint else None
         with self.writing():
             self.log = Log(self.config.logs, info)
+        self.left_out = 0
         self.stop = StopWish()
         prepared.train.interrupt_by(self.stop.check)
         self.line = ProgressLine(self.trainer.steps, self.trainer.step)
@@ -99,16 +106,19 @@ class Session:
                 line.update(trainer.step, self._log_step(speed))
                 if self._every(self.config.evaluation.eval_every) and trainer.step < trainer.steps:
                     self.evaluate("eval")
-                if self._every(self.config.output.save_every) or trainer.step == trainer.steps or self._overdue():
+                due = self._every(self.config.output.save_every) or trainer.step == trainer.steps or self._overdue()
+                # Behind a step that was left out the weights may be ruined, which only a good step disproves.
+                if due and not self.left_out:
                     self.save()
         finally:
             line.close()
         if trainer.step == trainer.steps:
             return True
-        if self.saved_step != trainer.step:
+        if self.saved_step != trainer.step and not self.left_out:
             self.save()
         assert self.stop.signal is not None
-        say(f"stopped by {self.stop.signal.name} after step {trainer.step}; everything is saved, --resume goes on")
+        saved = "everything is saved" if not self.left_out else f"saved is step {self.saved_step or 0}"
+        say(f"stopped by {self.stop.signal.name} after step {trainer.step}; {saved}, --resume goes on")
         return False
 
     def _step(self) -> bool:
@@ -117,23 +127,55 @@ class Session:
         share = plan.tokens_per_step // self.config.train.grad_acc_steps
         self.prepared.reader.between_batches = self.stop.check
         try:
-            for spike in trainer.train_step(lambda micro: self.buffer.take(micro * share, share, plan.tokens)):
-                say(f"{spike}; the step is left out (--on_spike skip)")
+            spikes = trainer.train_step(lambda micro: self.buffer.take(micro * share, share, plan.tokens))
         except Stopped:
             trainer.drop_step()
             return False
         except Spike as spike:
-            with self.writing():
-                write_json(self.directory / SPIKE, {**spike.facts, "shards": self.place})
-            kept = "The last checkpoint is kept" if self.saved_step is not None else "There is no checkpoint yet"
-            raise SaetrainError(
-                f"{spike}; the batch's place is in {self.directory / SPIKE}. {kept}: start again with --resume "
-                "--on_spike skip, or with a lower --lr under another --run_name"
-            ) from spike
+            raise self._stopped_by(spike) from spike
         finally:
             self.prepared.reader.between_batches = None
         self.place = self.buffer.state()
+        self._leave_out(spikes)
         return True
+
+    def _leave_out(self, spikes: list[Spike]) -> None:
+        """Say which SAEs' step was left out; SaetrainError after too many in a row."""
+        for spike in spikes:
+            say(f"{spike}; the step is left out (--on_spike skip)")
+        self.left_out = self.left_out + 1 if spikes else 0
+        if self.left_out == MOST_LEFT_OUT:
+            kept = self._last_good(self.trainer.step - self.left_out)
+            raise SaetrainError(
+                f"{spikes[0]}; {MOST_LEFT_OUT} steps in a row were left out, so the weights themselves are ruined. "
+                f"{kept}; start a run of another --run_name with a lower --lr"
+            )
+
+    def _stopped_by(self, spike: Spike) -> SaetrainError:
+        """The batch's place is written down, and the message says what to do."""
+        path = self.directory / SPIKE
+        with self.writing():
+            shards = {shard: dict(zip(PLACE, (*row[:3], row[3:]), strict=True)) for shard, row in self.place.items()}
+            write_json(path, {**spike.facts, "shards": shards})
+        return SaetrainError(
+            f"{spike}; the batch's place is in {path}. {self._last_good(self.trainer.step)}: start again with --resume "
+            "--on_spike skip, or with a lower --lr under another --run_name"
+        )
+
+    def _last_good(self, step: int) -> str:
+        """Set a checkpoint aside that was saved at ``step``, right before a spike; says what is kept.
+
+        The update that ruins the weights shows in the loss of the step behind it.
+        """
+        if self.saved_step is None:
+            return "There is no checkpoint yet"
+        with self.writing():
+            before = set_aside_suspect(self.directory / CHECKPOINTS, step)
+        if before is None:
+            return "The last checkpoint is kept"
+        return (
+            f"The checkpoint of step {step}, which may be what ruined it, is set aside, and that of step {before} kept"
+        )
 
     def _every(self, steps: int) -> bool:
         return steps > 0 and self.trainer.step % steps == 0
@@ -205,7 +247,7 @@ class Session:
                 "hook_name": hook_name(self.prepared, subject.hookpoint),
                 "init_seed": self.trainer.saes[name].seed,
                 "norm_limit": self.prepared.reader.limits.get(subject.hookpoint),
-                "held_out_figures": figures[name],
+                "held_out_figures": finite(figures[name]),
             }
             with self.writing():
                 save_sae(self.directory / SAES / name, subject.coder, metadata, self.config.output.save_sparsify)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
@@ -15,9 +15,9 @@ from saetrain.config import RunConfig
 from saetrain.data.heldout import (
     MAX_SHARE,
     MIN_TOKENS,
+    HeldOutTexts,
     distinct_rows,
     divide_stream,
-    row_hashes,
     split_rows,
 )
 from saetrain.data.loader import ShardedSequences, ShardedSource
@@ -54,11 +54,12 @@ class Text:
 def load_text(config: RunConfig, tokenizer: Any, framing: Framing) -> Text:
     """The text of all data sets; prints what was chosen. SaetrainError for what can't be read or is too small."""
     say(f"tokens: {framing.describe(tokenizer)}")
+    _require_cache()
     divided = [_divide(name, config, tokenizer, framing) for name in config.dataset]
     parts = []
     for number, part in enumerate(divided):
-        others = [other.held_rows for at, other in enumerate(divided) if at != number]
-        parts.append(part.finish(np.concatenate(others) if others else np.zeros(0, dtype=np.uint64)))
+        others = [other.held for at, other in enumerate(divided) if at != number]
+        parts.append(part.finish(HeldOutTexts.union(others)))
     if len(parts) == 1:
         return parts[0]
     shares = config.mixing.shares(len(parts))
@@ -72,29 +73,55 @@ def load_text(config: RunConfig, tokenizer: Any, framing: Framing) -> Text:
     )
 
 
+def _require_cache() -> None:
+    """SaetrainError when the library's cache, into which every text is read, can't be written."""
+    import datasets
+
+    folder = Path(datasets.config.HF_DATASETS_CACHE)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise SaetrainError(
+            f"the cache of data sets {folder} can't be written: {error.strerror}; the variable HF_DATASETS_CACHE names "
+            "another folder"
+        ) from error
+
+
 @dataclass(frozen=True)
 class _Divided:
-    """A data set whose held-out rows are chosen.
+    """A data set whose held-out rows are chosen: ``finish`` gives its text, without what other data sets hold out."""
 
-    ``held_rows`` are their hashes; ``finish`` gives its text, without what other data sets hold out (their hashes).
-    """
-
-    held_rows: np.ndarray
-    finish: Callable[[np.ndarray], Text]
+    held: HeldOutTexts
+    finish: Callable[[HeldOutTexts], Text]
 
 
 def _divide(name: str, config: RunConfig, tokenizer: Any, framing: Framing) -> _Divided:
     if is_token_folder(name):
         return _stored(name, config, tokenizer, framing)
     source = open_text(name, config.source, tokenizer)
-    column = source.column or _find_column(name, source, config.source.streaming)
+    try:
+        column = source.column or _find_column(name, source, config.source.streaming)
+    except UnicodeDecodeError as error:
+        raise _unreadable(name, source, error) from error
     say(f"{source.description}: {column.describe()}")
     if config.source.streaming:
         return _streamed(name, source, column, config, tokenizer, framing)
-    rows = {"train": tokenized(name, source.train, column, tokenizer, framing, config.tokens)}
-    if source.held_out is not None:
-        rows["held_out"] = tokenized(name, sample_rows(source.held_out), column, tokenizer, framing, config.tokens)
+    try:
+        rows = {"train": tokenized(name, source.train, column, tokenizer, framing, config.tokens)}
+        if source.held_out is not None:
+            rows["held_out"] = tokenized(name, sample_rows(source.held_out), column, tokenizer, framing, config.tokens)
+    except UnicodeDecodeError as error:
+        raise _unreadable(name, source, error) from error
     return _split(name, rows, column.columns, source.held_out_split, source.distinct, config, framing)
+
+
+def _unreadable(name: str, source: Source, error: Exception) -> SaetrainError:
+    """The library takes bytes that are no UTF-8 for strings, and fails when it hands them out."""
+    return SaetrainError(
+        f"data set {name}: could not be read: {source.diagnose() or error}; --skip_bad_rows leaves such rows out"
+    )
 
 
 def open_text(name: str, settings: SourceSettings, tokenizer: Any) -> Source:
@@ -158,7 +185,7 @@ def _split(
     special = config.tokens.exclude_special_tokens
     table = TokenTable(tokens["train"])
     rows = distinct_rows(table) if distinct else np.arange(len(table))
-    held, held_rows, how = table, rows[:0], ""
+    held, held_rows, how, whole = table, rows[:0], "", True
     if "held_out" in tokens:
         held = TokenTable(tokens["held_out"])
         held_rows = distinct_rows(held) if distinct else np.arange(len(held))
@@ -170,11 +197,11 @@ def _split(
     there = sequences_of(held, held_rows, framing, special).text_tokens
     if there < min(MIN_TOKENS, table.lengths[rows].sum() * MAX_SHARE):
         small = f"; split '{held_out_split}' has only {there:,}" if how else ""
-        rows, held_rows, how = split_rows(table, rows, config.evaluation.eval_tokens)
+        rows, held_rows, how, whole = split_rows(table, rows, config.evaluation.eval_tokens)
         held, how = table, how + small
     held_out = sequences_of(held, held_rows, framing, special)
 
-    def finish(others: np.ndarray) -> Text:
+    def finish(others: HeldOutTexts) -> Text:
         kept, said = _without(table, rows, others)
         train = sequences_of(table, kept, framing, special)
         if not len(train) or not len(held_out):
@@ -192,12 +219,14 @@ def _split(
         source = ShardedSequences(train, config.loader, special, config.buffer.exclude_sinks)
         return Text(source, held_out, (train.text_tokens,), about)
 
-    return _Divided(row_hashes(held)[held_rows], finish)
+    return _Divided(HeldOutTexts.of(held, held_rows, whole), finish)
 
 
-def _without(table: TokenTable, rows: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, str]:
+def _without(table: TokenTable, rows: np.ndarray, others: HeldOutTexts) -> tuple[np.ndarray, str]:
     """(``rows`` without those that other data sets hold out, what is said of them)."""
-    fresh = ~np.isin(row_hashes(table)[rows], others)
+    if not others:
+        return rows, ""
+    fresh = ~others(table)[rows]
     if fresh.all():
         return rows, ""
     tokens = table.lengths[rows[~fresh]].sum()
@@ -227,20 +256,21 @@ def _streamed(
     if not len(held_out):
         raise SaetrainError(f"data set {name}: split '{source.held_out_split}' holds no text")
 
-    def finish(others: np.ndarray) -> Text:
+    def finish(others: HeldOutTexts) -> Text:
+        left_out = HeldOutTexts.union([texts, others])
         say(f"training text: streamed, so its length is not known; held out: {held_out.text_tokens:,} tokens ({how})")
         heads = [batch_table(block) for block in islice(encoded_blocks(rows, encode), FINGERPRINT_BLOCKS)]
         about = {
             "text_columns": list(column.columns),
             "held_out": how,
             "train_tokens_available": None,
-            "fingerprint": digest([head.digest(np.arange(len(head))) for head in heads]),
+            "fingerprint": digest([*(head.digest(np.arange(len(head))) for head in heads), left_out.digest()]),
         }
         sequences = StreamedSequences(
             rows,
             name,
             encode,
-            dataclasses.replace(texts, rows=others),
+            left_out,
             framing,
             loader=config.loader,
             exclude_special=special,
@@ -248,7 +278,7 @@ def _streamed(
         )
         return Text(sequences, held_out, (None,), about)
 
-    return _Divided(row_hashes(table), finish)
+    return _Divided(HeldOutTexts.of(table, np.arange(len(table)), whole_documents=True), finish)
 
 
 def _rows(rows: Any, name: str, source: Source, column: TextColumn | None = None) -> StreamedRows:

@@ -50,6 +50,10 @@ class CheckpointSettings:
             raise SaetrainError(f"--run_name {self.run_name!r}: must be a plain folder name without '/'")
 
 
+FORMAT = 1
+"""Of what a checkpoint holds: raise it when a run could not go on from an older one."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """What was read back: {SAE: tensors} and the run's own values."""
@@ -67,7 +71,7 @@ def save_checkpoint(
     Raises OSError or SafetensorError (disk full); the checkpoints before it are then as they were.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    final = folder / f"step_{step:09d}"
+    final = folder / _name(step)
     for left_over in folder.glob(".writing_*"):
         shutil.rmtree(left_over, ignore_errors=True)
     temporary = folder / f".writing_{step:09d}"
@@ -77,7 +81,7 @@ def save_checkpoint(
         for number, (name, content) in enumerate(tensors.items()):
             names[name] = f"sae_{number:03d}.safetensors"
             save_file({key: value.contiguous() for key, value in content.items()}, temporary / names[name])
-        write_json(temporary / "state.json", {**values, "step": step, "files": names})
+        write_json(temporary / "state.json", {"format": FORMAT, **values, "step": step, "files": names})
         hashes = {file.name: sha256(file) for file in sorted(temporary.iterdir())}
         _sync(temporary)
         write_json(temporary / "manifest.json", {"sha256": hashes})
@@ -103,6 +107,21 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step_*") if path.is_dir())
 
 
+def set_aside_suspect(folder: Path, step: int) -> int | None:
+    """Rename the checkpoint of ``step`` where one before it is there; gives that one's step, else None."""
+    checkpoints = list_checkpoints(folder)
+    if len(checkpoints) < 2 or checkpoints[-1].name != _name(step):
+        return None
+    aside = folder / f"suspect_{checkpoints[-1].name}"
+    shutil.rmtree(aside, ignore_errors=True)
+    os.replace(checkpoints[-1], aside)
+    return int(checkpoints[-2].name.removeprefix("step_"))
+
+
+def _name(step: int) -> str:
+    return f"step_{step:09d}"
+
+
 def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint's files by its manifest, or None."""
     try:
@@ -118,8 +137,13 @@ def damage(path: Path) -> str | None:
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read an undamaged checkpoint."""
+    """Read an undamaged checkpoint; SaetrainError when another version wrote it."""
     values = json.loads((path / "state.json").read_text())
+    if values.get("format") != FORMAT:
+        raise SaetrainError(
+            f"--resume: checkpoint {path} is of format {values.get('format')}, and this version goes on from {FORMAT}; "
+            "end the run with the version that began it, or start one of another --run_name"
+        )
     tensors = {name: load_file(path / file) for name, file in values["files"].items()}
     return Checkpoint(path, tensors, values)
 
@@ -135,8 +159,10 @@ def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
         problem = damage(path)
         if problem is None:
             for damaged in damaged_ones:
-                os.replace(damaged, damaged.with_name(f"damaged_{damaged.name}"))
+                aside = damaged.with_name(f"damaged_{damaged.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                os.replace(damaged, aside)
             return path, remarks
         damaged_ones.append(path)
-        remarks.append(f"checkpoint {path} is damaged ({problem}); going back to the one before it")
+        remarks.append(f"checkpoint {path} is damaged ({problem})")
     return None, remarks

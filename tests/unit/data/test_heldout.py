@@ -13,6 +13,7 @@ from saetrain.data.heldout import (
     MAX_SHARE,
     MIN_TOKENS,
     STREAM_SHARE,
+    HeldOutTexts,
     distinct_rows,
     divide_stream,
     row_hashes,
@@ -45,7 +46,7 @@ def documents(count: int, length: int, seed: int = 0, copies: int = 1) -> Table:
 
 
 def split(table: Table, tokens: int = 0) -> tuple[np.ndarray, np.ndarray, str]:
-    return split_rows(table, np.arange(len(table.doc)), tokens)  # type: ignore[arg-type]
+    return split_rows(table, np.arange(len(table.doc)), tokens)[:3]  # type: ignore[arg-type]
 
 
 def test_copies_fall_on_one_side() -> None:
@@ -73,7 +74,7 @@ def test_real_documents_of_an_encoder_go_to_one_side_whole(wordpiece: Any, topic
     rows = datasets.Dataset.from_dict({"text": [*topics, *(text.upper() for text in topics)]})
     framing = Framing.of(wordpiece, False, 128)
     table = TokenTable(tokenize_rows(rows, TextColumn("text", ("text",), ""), wordpiece, framing, 1))
-    train, held, how = split_rows(table, np.arange(len(table)), 0)
+    train, held, how, _ = split_rows(table, np.arange(len(table)), 0)
     assert how.startswith("documents")
     assert not set(table.doc[train]) & set(table.doc[held])
     assert {int(doc) % len(topics) for doc in table.doc[held]}.isdisjoint(
@@ -197,6 +198,8 @@ def test_a_split_that_is_too_small_is_not_scored_on_but_never_trained_on_either(
     assert texts(batch_table(apart[0])).all()
     own, _, share = divide_stream(blocks(50, 10), apart, 0)
     assert (len(own["ids"]), share) == (20, 0), "the stream itself has less to hold out"
+    own, _, share = divide_stream(blocks(1, 10), apart, 0)
+    assert (len(own["ids"]), share) == (20, 0), "the stream itself has nothing to hold out"
 
 
 def test_rows_are_told_by_text_and_place_in_the_document() -> None:
@@ -205,3 +208,25 @@ def test_rows_are_told_by_text_and_place_in_the_document() -> None:
     assert len(set(first.tolist())) == 4
     assert first.tolist() == np.roll(other, -1).tolist()
     assert row_hashes(Table([], [], [])).tolist() == []  # type: ignore[arg-type]
+
+
+def test_whole_documents_are_known_again_by_their_text_and_parts_by_their_place() -> None:
+    held: Any = Table([7, 7, 9], [1] * 3, [0, 0, 1])
+    near_copy: Any = Table([5, 7, 7, 7, 7], [1] * 5, [0, 1, 1, 1, 1])
+    assert HeldOutTexts.of(held, np.array([0, 1]), whole_documents=True)(near_copy).tolist() == [False] + [True] * 4
+    assert (
+        HeldOutTexts.of(held, np.array([1]), whole_documents=False)(near_copy).tolist()
+        == [False, False, True] + [False] * 2
+    )
+    both = HeldOutTexts.union([HeldOutTexts(limit=6), HeldOutTexts.of(held, np.array([2]), True)])
+    assert both(near_copy).tolist() == [True] + [False] * 4
+    assert not HeldOutTexts.union([])
+    assert (
+        len(
+            {
+                one.digest()
+                for one in (both, HeldOutTexts(), HeldOutTexts(limit=6), HeldOutTexts.of(held, np.array([2]), True))
+            }
+        )
+        == 4
+    )
