@@ -26,6 +26,7 @@ from saetrain.files import write_atomic
 from saetrain.logs import LogSettings
 from saetrain.optim import OptimSettings
 from saetrain.training.checkpoint import CheckpointSettings
+from saetrain.training.engine import KernelSettings
 from saetrain.training.firing import DeadSettings
 from saetrain.training.trainer import TrainSettings
 from saetrain.types import shown_default
@@ -44,6 +45,7 @@ class RunConfig:
     train: TrainSettings = field(default_factory=TrainSettings)
     optim: OptimSettings = field(default_factory=OptimSettings)
     dead: DeadSettings = field(default_factory=DeadSettings)
+    compute: KernelSettings = field(default_factory=KernelSettings)
     base: ModelSettings = field(default_factory=ModelSettings)
     source: SourceSettings = field(default_factory=SourceSettings)
     tokens: TokenSettings = field(default_factory=TokenSettings)

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from saetrain.errors import SaetrainError
 from saetrain.types import shown_default
 
+BETAS = (0.9, 0.999)
+EPS = 1e-8
+"""Adam's constants; the eps suits gradients of a loss over the variance, averaged over thousands of tokens."""
 DECAY_SHARE = 0.2
 """Share of the run, at its end, over which the learning rate falls linearly to zero."""
 SGD_LR = 1.0
@@ -87,8 +90,7 @@ Parameters = Mapping[str, nn.Parameter]
 
 
 def _adam(parameters: Parameters) -> torch.optim.Optimizer:
-    # The eps suits gradients of a loss that is normalised by the variance and averaged over thousands of tokens.
-    return torch.optim.Adam(parameters.values(), lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True)
+    return torch.optim.Adam(parameters.values(), lr=0.0, betas=BETAS, eps=EPS, fused=True)
 
 
 def _sgd(parameters: Parameters) -> torch.optim.Optimizer:
@@ -121,6 +123,10 @@ class Optimizer:
 
     def project(self) -> Tensor:
         """Project the gradients; gives their norm, before clipping."""
+        # The fused optimizer walks memory, so a gradient that lies in another order would be applied elsewhere.
+        assert all(p.grad is None or p.grad.stride() == p.stride() for p in self._parameters.values()), (
+            "gradient layout"
+        )
         self._project()
         return torch.nn.utils.get_total_norm([p.grad for p in self._parameters.values() if p.grad is not None])
 

@@ -27,7 +27,7 @@ def give_gradients(coder: TopK, seed: int = 0) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     grads = {name: torch.randn(p.shape, generator=generator) for name, p in coder.named_parameters()}
     for name, parameter in coder.named_parameters():
-        parameter.grad = grads[name].clone()
+        parameter.grad = torch.empty_like(parameter).copy_(grads[name])
     return grads
 
 

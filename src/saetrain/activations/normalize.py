@@ -29,7 +29,7 @@ class Normalizer:
 
     def __call__(self, x_ND: Tensor) -> Tensor:
         """Raw activations of any float dtype -> centred and scaled fp32."""
-        return (x_ND.float() - self.mean) / self.scale
+        return (x_ND - self.mean).div_(self.scale)
 
     def constants(self) -> dict[str, float | None]:
         """All but the mean, as JSON takes it."""

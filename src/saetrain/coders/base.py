@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from saetrain.kernels import sparse_decode
 from saetrain.types import CoderOutput, Codes, Progress
 
+ROWS = 256
+"""Latents that are projected at once."""
+
 
 class SparseCoder(nn.Module, ABC):
     """x (N, D) -> code -> x̂ (N, D), with ``W_enc`` (D, F), ``b_enc`` (F,), ``W_dec`` (F, D), ``b_dec`` (D,).
@@ -26,7 +29,8 @@ class SparseCoder(nn.Module, ABC):
         directions = torch.randn(num_latents, d_in, generator=generator)
         directions /= directions.norm(dim=1, keepdim=True)
         self.W_dec = nn.Parameter(directions)
-        self.W_enc = nn.Parameter(directions.T.contiguous())
+        # Its memory holds one latent after the other, as the decoder's does: each kernel reads whole latents.
+        self.W_enc = nn.Parameter(directions.clone().T)
         self.b_enc = nn.Parameter(torch.zeros(num_latents))
         self.b_dec = nn.Parameter(torch.zeros(d_in))
 
@@ -54,9 +58,11 @@ class SparseCoder(nn.Module, ABC):
     @torch.no_grad()
     def remove_parallel_gradient(self) -> None:
         """Take out of ``W_dec``'s gradient what would only change the norm of its rows (Bricken et al. 2023)."""
-        grad = self.W_dec.grad
-        assert grad is not None
-        grad.sub_((grad * self.W_dec).sum(dim=1, keepdim=True) * self.W_dec)
+        assert self.W_dec.grad is not None
+        # In pieces that stay in a core's cache from the product to the subtraction.
+        pieces = (self.W_dec.grad.split(ROWS), self.W_dec.split(ROWS))
+        for grad, weight in zip(*pieces, strict=True):
+            grad.addcmul_((grad * weight).sum(dim=1, keepdim=True), weight, value=-1)
 
     @torch.no_grad()
     def renormalize_decoder(self) -> None:

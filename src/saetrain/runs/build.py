@@ -11,7 +11,8 @@ from saetrain.config import RunConfig
 from saetrain.errors import SaetrainError
 from saetrain.interop.finetune import load_for_finetune
 from saetrain.logs.console import say
-from saetrain.optim import Optimizer, resolve_lr, warmup_steps
+from saetrain.optim import resolve_lr, warmup_steps
+from saetrain.runs.kernels import choose_kernels, make_engine
 from saetrain.runs.prepare import Prepared, read_sample
 from saetrain.training.checkpoint import Checkpoint
 from saetrain.training.firing import FiringTracker
@@ -84,18 +85,13 @@ def make_sae(run: Prepared, hookpoint: str, coder: TopK, normalizer: Normalizer,
     config: RunConfig = run.config
     device: torch.device = run.model.device
     lr, _ = resolve_lr(config.optim, coder.num_latents)
-    optimizer = Optimizer(
-        dict(coder.named_parameters()),
-        config.optim,
-        project=coder.remove_parallel_gradient,
-        renormalize=coder.renormalize_decoder,
-    )
+    kernels = choose_kernels(config.compute, config.optim, device)
     window = config.dead.window(config.train.max_tokens)
     return SaeTrainer(
         hookpoint,
         coder,
         normalizer,
-        optimizer,
+        make_engine(coder, kernels, config.optim, one_micro_step=config.train.grad_acc_steps == 1),
         FiringTracker(coder.num_latents, window, config.dead.dead_percentage_threshold, device),
         data_variance=normalizer.scaled_variance,
         raw_mse=normalizer.variance / coder.d_in,

@@ -27,6 +27,7 @@ from saetrain.data.tokenize import DEFAULT_CTX_LEN, Framing, load_tokenizer
 from saetrain.errors import SaetrainError
 from saetrain.logs.console import say
 from saetrain.optim import resolve_lr, warmup_steps
+from saetrain.runs.kernels import choose_kernels
 from saetrain.runs.resources import check_memory
 from saetrain.runs.text import load_text
 
@@ -235,6 +236,7 @@ def resolved(run: Prepared) -> RunConfig:
         tokens=dataclasses.replace(config.tokens, ctx_len=run.framing.ctx_len),
         sae=sae,
         optim=optim,
+        compute=choose_kernels(config.compute, config.optim, run.model.device),
         source=dataclasses.replace(config.source, text_column=column),
         base=dataclasses.replace(
             config.base, dtype=dtype, device=str(run.model.device), revision=run.model.revision or config.base.revision

@@ -74,6 +74,8 @@ def reconcile(run: Prepared, checkpoint: Checkpoint) -> Prepared:
         _check_longer(flat["max_tokens"], before["max_tokens"])
     # Also where the tokens are the same: an earlier resume may have asked for more of them.
     flat.update({name: before[name] for name in DERIVED if given[name] is None})
+    # The first start's choice holds, for the kernels round differently.
+    flat.update({name: before[name] for name in ("kernels", "compute_dtype") if given[name] == "auto"})
     settled = _settled(run, flat, before)
     changed = [
         f"--{name} is {value} now and was {before.get(name)}"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from saetrain.errors import SaetrainError
-from saetrain.types import Codes, shown_default
+from saetrain.types import shown_default
 
 DEFAULT_WINDOW = 10_000_000
 WINDOW_SHARE = 0.05
@@ -75,10 +75,10 @@ class FiringTracker:
         self._step, self._current, self._previous = zeros.clone(), zeros.clone(), zeros.clone()
         self._step_tokens = self._current_tokens = self._previous_tokens = 0
 
-    def observe(self, codes: Codes) -> None:
-        """Count a micro-batch."""
-        self._step += codes.fired()
-        self._step_tokens += codes.values.shape[0]
+    def observe(self, fired: Tensor, tokens: int) -> None:
+        """Count a micro-batch of ``tokens``, on ``fired`` (F,) int64 of which each latent was active."""
+        self._step += fired
+        self._step_tokens += tokens
 
     def finish_step(self) -> None:
         """Close the optimizer step: all its tokens count at once."""

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from saetrain.coders.base import SparseCoder
 from saetrain.errors import SaetrainError, is_out_of_memory
-from saetrain.optim import Optimizer, lr_factor
+from saetrain.optim import lr_factor
+from saetrain.training.engine import Engine, MicroStep
 from saetrain.training.firing import FiringTracker
-from saetrain.types import CoderOutput, Progress
+from saetrain.types import Progress
 
 Batch = Mapping[str, Tensor]
 
@@ -77,7 +78,7 @@ class StepSums:
 
 
 class SaeTrainer:
-    """One SAE with its inputs' constants, optimizer and firing counters.
+    """One SAE with its inputs' constants, the engine that steps it, and firing counters.
 
     ``inputs`` maps raw activations (N, D) to what the coder sees; ``data_variance`` is E‖x‖² of that, and
     ``raw_mse`` the factor from FVU to mean squared error per element in raw units.
@@ -88,7 +89,7 @@ class SaeTrainer:
         hookpoint: str,
         coder: SparseCoder,
         inputs: Callable[[Tensor], Tensor],
-        optimizer: Optimizer,
+        engine: Engine,
         firing: FiringTracker,
         *,
         data_variance: float,
@@ -98,7 +99,7 @@ class SaeTrainer:
     ) -> None:
         device = coder.W_dec.device
         self.hookpoint, self.coder, self.inputs, self.seed = hookpoint, coder, inputs, seed
-        self.optimizer, self.firing, self.peak_lr, self.raw_mse = optimizer, firing, lr, raw_mse
+        self.engine, self.firing, self.peak_lr, self.raw_mse = engine, firing, lr, raw_mse
         self.data_variance = torch.tensor(data_variance, device=device)
         self.residual_variance = self.data_variance.clone()
         self.sums: StepSums | None = None
@@ -107,33 +108,28 @@ class SaeTrainer:
 
     def micro_step(self, raw_ND: Tensor, progress: Progress) -> None:
         """Forward, backward and counting of one micro-batch; gradients add up."""
-        x = self.inputs(raw_ND)
-        output = self.coder(x, x, progress)
-        output.total().backward()
-        self._count(x, output)
+        self._count(self.engine.micro_step(self.inputs(raw_ND), progress))
 
-    @torch.no_grad()
-    def _count(self, x_ND: Tensor, output: CoderOutput) -> None:
-        residual = x_ND - output.reconstruction.detach()
-        self.firing.observe(output.codes)
+    def _count(self, done: MicroStep) -> None:
+        self.firing.observe(done.fired, done.tokens)
         sums = self.sums
         if sums is None:
-            zero = torch.zeros((), device=residual.device)
-            sums = self.sums = StepSums({}, torch.zeros_like(residual[0]), zero.clone(), zero.clone())
-        for name, loss in output.losses.items():
-            sums.losses[name] = sums.losses.get(name, 0) + loss.detach()
-        sums.residual += residual.sum(dim=0)
-        sums.residual_square += residual.pow(2).sum()
-        sums.active += output.codes.l0().sum()
-        sums.tokens += len(residual)
+            zero = torch.zeros((), device=done.residual_sum.device)
+            sums = self.sums = StepSums({}, torch.zeros_like(done.residual_sum), zero.clone(), zero.clone())
+        for name, loss in done.losses.items():
+            sums.losses[name] = sums.losses.get(name, 0) + loss
+        sums.residual += done.residual_sum
+        sums.residual_square += done.residual_square
+        sums.active += done.fired.sum()
+        sums.tokens += done.tokens
 
     def spike(self, name: str, step: int) -> Spike | None:
         """What is wrong with the loss or gradient of the step, before it is applied."""
         assert self.sums is not None
-        self.grad_norm = self.optimizer.project()
+        bound = self.engine.norm_bound()
         loss = float(sum(self.sums.losses.values()))
         median = statistics.median(self._recent) if len(self._recent) >= SPIKE_MIN else None
-        if not math.isfinite(loss) or not math.isfinite(float(self.grad_norm)):
+        if not math.isfinite(loss) or not math.isfinite(bound):
             return Spike(name, step, loss, median)
         if median is not None and loss > SPIKE_FACTOR * median:
             return Spike(name, step, loss, median)
@@ -146,13 +142,13 @@ class SaeTrainer:
 
     def drop_step(self) -> None:
         """Forget the step's gradients and counts."""
-        self.optimizer.drop()
+        self.engine.drop()
         self.firing.drop_step()
 
     def finish_step(self, lr: float) -> None:
         """Apply the gradients, close the firing counts, and hand the residual's variance to the next step."""
         assert self.sums is not None
-        self.optimizer.step(lr, self.grad_norm)
+        self.grad_norm = self.engine.apply(lr)
         self.firing.finish_step()
         mean = self.sums.residual / self.sums.tokens
         variance = self.sums.residual_square / self.sums.tokens - mean.pow(2).sum()
@@ -179,7 +175,7 @@ class SaeTrainer:
         """All that changes while training, as tensors: what a checkpoint holds."""
         return {
             **{f"coder.{name}": value.detach() for name, value in self.coder.named_parameters()},
-            **{f"optimizer.{name}": value for name, value in self.optimizer.state().items()},
+            **{f"optimizer.{name}": value for name, value in self.engine.state().items()},
             **{f"firing.{name}": value for name, value in self.firing.state().items()},
             "residual_variance": self.residual_variance,
         }
@@ -195,7 +191,7 @@ class SaeTrainer:
                 parts[head][rest] = value
         for name, parameter in self.coder.named_parameters():
             parameter.copy_(parts["coder"][name])
-        self.optimizer.restore(parts["optimizer"])
+        self.engine.restore(parts["optimizer"])
         self.firing.restore(parts["firing"])
         self.residual_variance.copy_(state["residual_variance"])
 
@@ -225,18 +221,29 @@ class Trainer:
         factor = lr_factor(self.step, self.steps, self._warmup)
         for sae in self.saes.values():
             sae.sums = None
+        spikes = []
         for micro in range(self.settings.grad_acc_steps):
             batch = micro_batches(self.step * self.settings.grad_acc_steps + micro)
             for name, sae in self.saes.items():
                 self._micro_step(name, batch[sae.hookpoint], progress[name])
-        spikes = self._spikes()
-        for name, sae in self.saes.items():
-            if name in spikes:
-                sae.drop_step()
-            else:
-                sae.finish_step(sae.peak_lr * factor)
+                # Each ends its step before the next begins, so that they can use the same memory in turn.
+                if micro == self.settings.grad_acc_steps - 1:
+                    spikes.extend(self._finish(name, sae.peak_lr * factor))
         self.step += 1
-        return list(spikes.values())
+        return spikes
+
+    def _finish(self, name: str, lr: float) -> list[Spike]:
+        """Apply the SAE's step, or leave it out for a spike, which is then given or raised."""
+        sae = self.saes[name]
+        spike = sae.spike(name, self.step + 1)
+        if spike is None:
+            sae.finish_step(lr)
+            return []
+        if self.settings.on_spike == "stop":
+            self.drop_step()
+            raise spike
+        sae.drop_step()
+        return [spike]
 
     def _micro_step(self, name: str, raw_ND: Tensor, progress: Progress) -> None:
         try:
@@ -252,15 +259,6 @@ class Trainer:
                 f"{name}: out of memory in a step over {len(raw_ND)} tokens x "
                 f"{self.saes[name].coder.num_latents} latents: lower {advice}"
             ) from error
-
-    def _spikes(self) -> dict[str, Spike]:
-        found = {
-            name: spike for name, sae in self.saes.items() if (spike := sae.spike(name, self.step + 1)) is not None
-        }
-        if found and self.settings.on_spike == "stop":
-            self.drop_step()
-            raise next(iter(found.values()))
-        return found
 
     def drop_step(self) -> None:
         """Forget what the step under way has added up."""

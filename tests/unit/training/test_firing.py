@@ -19,6 +19,10 @@ def batch(tokens: int, seed: int) -> Codes:
     return Codes(values * (values > 0.8), indices, F)
 
 
+def observe(tracker: FiringTracker, codes: Codes) -> None:
+    tracker.observe(codes.fired(), len(codes.values))
+
+
 def test_since_fired_equals_brute_force_under_accumulation() -> None:
     tracker = FiringTracker(F, window=40, threshold=0.1, device=torch.device("cpu"))
     since = [0] * F
@@ -28,7 +32,7 @@ def test_since_fired_equals_brute_force_under_accumulation() -> None:
         for size in sizes:
             seed += 1
             codes = batch(size, seed)
-            tracker.observe(codes)
+            observe(tracker, codes)
             fired |= {i for row in codes.dense().tolist() for i, value in enumerate(row) if value > 0}
         tracker.finish_step()
         since = [0 if i in fired else count + sum(sizes) for i, count in enumerate(since)]
@@ -40,7 +44,7 @@ def test_since_fired_equals_brute_force_under_accumulation() -> None:
 def test_picks_with_value_zero_do_not_count_as_firing() -> None:
     codes = Codes(torch.zeros(4, K), torch.zeros(4, K, dtype=torch.long), F)
     tracker = FiringTracker(F, window=4, threshold=0.1, device=torch.device("cpu"))
-    tracker.observe(codes)
+    observe(tracker, codes)
     tracker.finish_step()
     assert tracker.metrics()["dead_not_fired"] == 1.0
 
@@ -51,11 +55,11 @@ def test_rates_do_not_depend_on_the_micro_batch(micro: int) -> None:
     parts = FiringTracker(F, window=40, threshold=0.5, device=torch.device("cpu"))
     for seed in range(6):
         codes = batch(20, seed)
-        whole.observe(codes)
+        observe(whole, codes)
         whole.finish_step()
         for start in range(0, 20, micro):
             assert codes.indices is not None
-            parts.observe(Codes(codes.values[start : start + micro], codes.indices[start : start + micro], F))
+            observe(parts, Codes(codes.values[start : start + micro], codes.indices[start : start + micro], F))
         parts.finish_step()
     assert whole.metrics() == parts.metrics()
     assert torch.equal(whole.rates()[0], parts.rates()[0])
@@ -68,7 +72,7 @@ def test_rates_cover_the_last_one_to_two_blocks() -> None:
     for seed in range(20):
         codes = batch(20, seed)
         history.append((codes.dense() > 0).sum(dim=0))
-        tracker.observe(codes)
+        observe(tracker, codes)
         tracker.finish_step()
         rates, tokens = tracker.rates()
         steps = tokens // 20
@@ -79,12 +83,12 @@ def test_rates_cover_the_last_one_to_two_blocks() -> None:
 def test_state_goes_on_exactly() -> None:
     one, other = (FiringTracker(F, 40, 0.1, torch.device("cpu")) for _ in range(2))
     for seed in range(8):
-        one.observe(batch(9, seed))
+        observe(one, batch(9, seed))
         one.finish_step()
         if seed == 3:
             other.restore({name: value.clone() for name, value in one.state().items()})
         if seed > 3:
-            other.observe(batch(9, seed))
+            observe(other, batch(9, seed))
             other.finish_step()
     assert all(torch.equal(value, other.state()[name]) for name, value in one.state().items())
 

@@ -6,6 +6,7 @@ import torch
 
 from saetrain.coders.topk import TopK
 from saetrain.optim import Optimizer, OptimSettings
+from saetrain.training.engine import AutogradEngine
 from saetrain.training.firing import FiringTracker
 from saetrain.training.trainer import SaeTrainer, Trainer, TrainSettings
 
@@ -20,8 +21,9 @@ def make(micro_steps: int = 1) -> Trainer:
         project=coder.remove_parallel_gradient,
         renormalize=coder.renormalize_decoder,
     )
+    engine = AutogradEngine(coder, optimizer)
     firing = FiringTracker(F, 30, 0.01, torch.device("cpu"))
-    sae = SaeTrainer("h", coder, lambda x: x, optimizer, firing, data_variance=float(D), raw_mse=1.0, lr=0.01, seed=3)
+    sae = SaeTrainer("h", coder, lambda x: x, engine, firing, data_variance=float(D), raw_mse=1.0, lr=0.01, seed=3)
     settings = TrainSettings(max_tokens=100 * N, grad_acc_steps=micro_steps)
     return Trainer({"h": sae}, settings, tokens=N, warmup=0)
 

@@ -1,0 +1,67 @@
+"""AuxK over the dead latents with its gradients written out: dense products, for the dead are few and k_aux is not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+CHUNK_BYTES = 16 << 20
+"""Memory of the pre-activations that are held at once."""
+
+
+@dataclass(frozen=True)
+class AuxGradients:
+    """The loss, a scalar, and its gradients for A dead latents: ``W_enc`` and ``W_dec`` (A, D), ``b_enc`` (A,)."""
+
+    loss: Tensor
+    W_enc: Tensor
+    W_dec: Tensor
+    b_enc: Tensor
+
+
+def auxk_gradients(
+    x_ND: Tensor, residual_ND: Tensor, W_enc_AD: Tensor, b_enc_A: Tensor, W_dec_AD: Tensor, *, k: int, weight: Tensor
+) -> AuxGradients:
+    """``weight`` · Σ‖residual - ê‖² with ê = ReLU(TopK_k(x W_encᵀ + b_enc)) W_dec, and its gradients, in fp32.
+
+    ``x_ND`` is what the encoder multiplies (centred, decoder bias subtracted). Products run in the dtype of
+    ``x_ND``; Gao et al., arXiv 2406.04093 §A.2.
+    """
+    W_enc, W_dec = W_enc_AD.to(x_ND.dtype), W_dec_AD.to(x_ND.dtype)
+    total = AuxGradients(
+        weight.new_zeros(()),
+        torch.zeros_like(W_enc_AD, dtype=torch.float32),
+        torch.zeros_like(W_dec_AD, dtype=torch.float32),
+        torch.zeros_like(b_enc_A),
+    )
+    rows = max(64, CHUNK_BYTES // (4 * len(b_enc_A)))
+    for x, residual in zip(x_ND.split(rows), residual_ND.split(rows), strict=True):
+        _add_chunk(total, x, residual, W_enc, b_enc_A, W_dec, k, weight)
+    return total
+
+
+def _add_chunk(
+    total: AuxGradients,
+    x: Tensor,
+    residual: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    W_dec: Tensor,
+    k: int,
+    weight: Tensor,
+) -> None:
+    dtype = x.dtype
+    pre = (x @ W_enc.T).float() + b_enc
+    code = pre.relu()
+    if k < len(b_enc):
+        # The k-th largest itself stays, and whatever ties with it.
+        code = code * (pre >= pre.topk(k, dim=1, sorted=False).values.amin(dim=1, keepdim=True))
+    error = (code.to(dtype) @ W_dec).float() - residual
+    slope = (2 * weight * error).to(dtype)
+    latent = (slope @ W_dec.T).float() * (code > 0)
+    total.loss.add_(weight * error.pow(2).sum())
+    total.W_enc.add_(latent.to(dtype).T @ x)
+    total.W_dec.add_(code.to(dtype).T @ slope)
+    total.b_enc.add_(latent.sum(dim=0))

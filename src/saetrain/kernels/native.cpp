@@ -1,0 +1,523 @@
+// The TopK step of a sparse autoencoder on a CPU, as three passes that never hold a gradient in memory:
+// the k largest of each token, decode and latent gradients of each token, both weight updates of each latent.
+//
+// N tokens, D width, F latents, K active. Encoder and decoder are stored as (F, D) rows in fp32, with optional
+// bf16 copies for the products. Every output is a function of the inputs alone: no atomics, and sums over tokens run
+// in token order within a latent.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+#include <omp.h>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+inline float widen(uint16_t b) {
+    uint32_t u = static_cast<uint32_t>(b) << 16;
+    float f;
+    std::memcpy(&f, &u, 4);
+    return f;
+}
+inline float widen(float f) { return f; }
+
+inline uint16_t narrow(float f) {  // round to nearest even, as torch does
+    uint32_t u;
+    std::memcpy(&u, &f, 4);
+    return static_cast<uint16_t>((u + 0x7FFF + ((u >> 16) & 1)) >> 16);
+}
+
+struct Candidate {
+    float value;
+    int32_t index;
+};
+// Larger values first, lower indices first among equals: ties are decided the same way everywhere.
+inline bool before(const Candidate& a, const Candidate& b) {
+    return a.value > b.value || (a.value == b.value && a.index < b.index);
+}
+
+// Values and indices of what reaches a bound, in the order of the indices.
+struct Found {
+    std::vector<float> value;
+    std::vector<int32_t> index;
+    std::vector<Candidate> both;
+    explicit Found(int64_t F) : value(F + 16), index(F + 16) {}
+
+    int64_t collect(const float* z, int64_t F, float bound) {
+        int64_t n = 0, f = 0;
+#if defined(__AVX512F__)
+        const __m512 least = _mm512_set1_ps(bound);
+        __m512i at = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        const __m512i sixteen = _mm512_set1_epi32(16);
+        for (; f + 16 <= F; f += 16, at = _mm512_add_epi32(at, sixteen)) {
+            const __m512 row = _mm512_loadu_ps(z + f);
+            const __mmask16 mask = _mm512_cmp_ps_mask(row, least, _CMP_GE_OQ);
+            if (mask == 0) continue;
+            _mm512_mask_compressstoreu_ps(value.data() + n, mask, row);
+            _mm512_mask_compressstoreu_epi32(index.data() + n, mask, at);
+            n += __builtin_popcount(mask);
+        }
+#endif
+        for (; f < F; f++) {
+            value[n] = z[f];
+            index[n] = static_cast<int32_t>(f);
+            n += z[f] >= bound;
+        }
+        return n;
+    }
+};
+
+// The k largest of z[0..F): the k-th largest of G group maxima is a lower bound of the k-th largest of all, so only
+// what reaches it is looked at twice. Group g holds z[g], z[g + G], ...: its maximum needs no sum across a register.
+void select(const float* z, int64_t F, int64_t k, int64_t G, std::vector<float>& maxima, Found& found, float* values,
+            int32_t* indices) {
+    float bound = -INFINITY;
+    if (G < F && G >= k) {
+        float* m = maxima.data();
+        std::copy(z, z + G, m);
+        int64_t at = G;
+        for (; at + G <= F; at += G) {
+            const float* row = z + at;
+#pragma omp simd
+            for (int64_t g = 0; g < G; g++) m[g] = row[g] > m[g] ? row[g] : m[g];
+        }
+        for (int64_t g = 0; at + g < F; g++) m[g] = z[at + g] > m[g] ? z[at + g] : m[g];
+        std::nth_element(maxima.begin(), maxima.begin() + (k - 1), maxima.begin() + G, std::greater<float>());
+        bound = maxima[k - 1];
+    }
+    int64_t n = found.collect(z, F, bound);
+    if (n > k) {
+        found.both.resize(n);
+        for (int64_t j = 0; j < n; j++) found.both[j] = {found.value[j], found.index[j]};
+        std::nth_element(found.both.begin(), found.both.begin() + (k - 1), found.both.end(), before);
+        n = k;
+        for (int64_t j = 0; j < k; j++) {
+            values[j] = std::max(found.both[j].value, 0.0f);
+            indices[j] = found.both[j].index;
+        }
+        return;
+    }
+    for (int64_t j = 0; j < k; j++) {  // not-a-number never reaches the bound, so a row may have fewer
+        values[j] = j < n ? std::max(found.value[j], 0.0f) : 0.0f;
+        indices[j] = j < n ? found.index[j] : 0;
+    }
+}
+
+template <typename T>
+void topk(const T* pre, const float* bias, int64_t n, int64_t F, int64_t k, float* values, int32_t* indices, int threads) {
+    int64_t G = 16;
+    while (G < 4 * k) G *= 2;
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<float> z(F), maxima(G);
+        Found found(F);
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < n; row++) {
+            const T* p = pre + row * F;
+            float* zz = z.data();
+#pragma omp simd
+            for (int64_t f = 0; f < F; f++) zz[f] = widen(p[f]) + bias[f];
+            select(zz, F, k, G, maxima, found, values + row * k, indices + row * k);
+        }
+    }
+}
+
+template <typename A, typename B>
+inline float dot(const A* a, const B* b, int64_t D) {
+    float s = 0;
+#pragma omp simd reduction(+ : s)
+    for (int64_t d = 0; d < D; d++) s += widen(a[d]) * widen(b[d]);
+    return s;
+}
+
+inline void narrow_row(uint16_t* out, const float* row, int64_t D) {
+#pragma omp simd
+    for (int64_t d = 0; d < D; d++) out[d] = narrow(row[d]);
+}
+inline void narrow_row(float* out, const float* row, int64_t D) { std::copy(row, row + D, out); }
+
+// Rows are met in no order that a processor could foresee, so they are asked for ahead.
+template <typename T>
+inline void ask_for(const T* row, int64_t D) {
+    constexpr int64_t LINE = 64 / sizeof(T);
+    for (int64_t d = 0; d < D; d += LINE) __builtin_prefetch(row + d);
+}
+
+// out[0..D) = sum over pairs p of c[p] * rows[token[p]], four rows at a time
+template <typename T>
+inline void gather(float* __restrict out, const T* rows, const int32_t* token, const float* c, int64_t pairs, int64_t D) {
+    const auto row = [&](int64_t p) { return rows + static_cast<int64_t>(token[p]) * D; };
+    std::fill(out, out + D, 0.0f);
+    int64_t p = 0;
+    for (; p + 4 <= pairs; p += 4) {
+        for (int64_t next = p + 4; next < std::min(p + 8, pairs); next++) ask_for(row(next), D);
+        const T *r0 = row(p), *r1 = row(p + 1), *r2 = row(p + 2), *r3 = row(p + 3);
+        const float c0 = c[p], c1 = c[p + 1], c2 = c[p + 2], c3 = c[p + 3];
+#pragma omp simd
+        for (int64_t d = 0; d < D; d++)
+            out[d] += (c0 * widen(r0[d]) + c1 * widen(r1[d])) + (c2 * widen(r2[d]) + c3 * widen(r3[d]));
+    }
+    for (; p < pairs; p++) {
+        const T* r = row(p);
+        const float w = c[p];
+#pragma omp simd
+        for (int64_t d = 0; d < D; d++) out[d] += w * widen(r[d]);
+    }
+}
+
+// Each token: reconstruct, take the residual, and from it the gradient of its latents.
+template <typename T>
+void tokens(const float* x, const T* W_dec, const float* b_dec, const float* values, const int32_t* indices, int64_t N,
+            int64_t D, int64_t K, float scale, float* residual, T* residual_copy, float* dz, float* norms, double* sums,
+            double* squares, int threads) {
+    std::vector<std::vector<double>> sum(threads, std::vector<double>(D, 0.0));
+    std::vector<double> square(threads, 0.0);
+#pragma omp parallel num_threads(threads)
+    {
+        const int me = omp_get_thread_num();
+        std::vector<float> total(D);
+#pragma omp for schedule(static)
+        for (int64_t n = 0; n < N; n++) {
+            const float* v = values + n * K;
+            const int32_t* at = indices + n * K;
+            gather(total.data(), W_dec, at, v, K, D);
+            const float* xn = x + n * D;
+            float* r = residual + n * D;
+            float s = 0;
+#pragma omp simd reduction(+ : s)
+            for (int64_t d = 0; d < D; d++) {
+                r[d] = xn[d] - total[d] - b_dec[d];
+                s += r[d] * r[d];
+            }
+            for (int64_t d = 0; d < D; d++) sum[me][d] += r[d];
+            if (residual_copy != nullptr) narrow_row(residual_copy + n * D, r, D);
+            norms[n] = std::sqrt(s);
+            square[me] += s;
+            if (n + 1 < N)
+                for (int64_t j = 0; j < std::min<int64_t>(K, 4); j++) ask_for(W_dec + static_cast<int64_t>(at[K + j]) * D, D);
+            for (int64_t j = 0; j < K; j++)
+                dz[n * K + j] = v[j] > 0 ? -scale * dot(r, W_dec + static_cast<int64_t>(at[j]) * D, D) : 0.0f;
+        }
+    }
+    std::fill(sums, sums + D, 0.0);
+    *squares = 0;
+    for (int t = 0; t < threads; t++) {
+        for (int64_t d = 0; d < D; d++) sums[d] += sum[t][d];
+        *squares += square[t];
+    }
+}
+
+// What the encoder multiplies, x - b_dec, in the products' format, and its norms.
+template <typename T>
+void center(const float* x, const float* b_dec, int64_t N, int64_t D, T* out, float* norms, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t n = 0; n < N; n++) {
+        const float* row = x + n * D;
+        T* to = out + n * D;
+        float s = 0;
+#pragma omp simd reduction(+ : s)
+        for (int64_t d = 0; d < D; d++) {
+            const float v = row[d] - b_dec[d];
+            s += v * v;
+            if constexpr (sizeof(T) == 2)
+                to[d] = narrow(v);
+            else
+                to[d] = v;
+        }
+        norms[n] = std::sqrt(s);
+    }
+}
+
+struct Adam {
+    float lr, beta1, beta2, eps, correction1, correction2;  // corrections: 1 - beta^step, the second under a root
+    inline float operator()(float& m, float& v, float g) const {
+        m += (1 - beta1) * (g - m);
+        v = beta2 * v + (1 - beta2) * g * g;
+        return lr / correction1 * m / (std::sqrt(v) / correction2 + eps);
+    }
+};
+
+}  // namespace
+
+extern "C" {
+
+// All that the passes read and write; pointers may be null where a comment says so.
+struct SaetrainStep {
+    int64_t N, D, F, K;
+    int32_t threads, half;  // half: products take the bf16 copies, else fp32
+    float scale;            // 2 / (data variance * tokens of the whole step)
+    // inputs of a micro-batch
+    const float* x;        // (N, D)
+    const void* x_enc;     // (N, D) x - b_dec, in the products' format
+    const float* x_norms;  // (N,) of x - b_dec
+    float* values;         // (N, K)
+    int32_t* indices;      // (N, K)
+    // results of the token pass
+    float* residual;        // (N, D)
+    void* residual_copy;    // (N, D) bf16, null where half is 0
+    float* dz;              // (N, K)
+    float* residual_norms;  // (N,)
+    double* residual_sum;   // (D,)
+    double* residual_square;
+    // pairs sorted by latent
+    int64_t* starts;  // (F + 1,)
+    int32_t* pair_token;
+    float* pair_value;
+    float* pair_dz;
+    // parameters and their copies
+    float *W_enc, *W_dec;            // (F, D)
+    float *b_enc, *b_dec;            // (F,), (D,)
+    uint16_t *W_enc_half, *W_dec_half;
+    // moments
+    float *m_enc, *v_enc, *m_dec, *v_dec;  // (F, D)
+    float *m_b, *v_b;                      // (F,)
+    // gradients: written where they exist, null where a step fuses them away
+    float *g_enc, *g_dec;  // (F, D)
+    float* g_b;            // (F,)
+    // further gradient rows of some latents (AuxK), null without
+    const int32_t* extra_row;  // (F,) row or -1
+    const float *extra_enc, *extra_dec, *extra_b;
+    float lr, beta1, beta2, eps, correction1, correction2, decay, clip;
+    double* g_b_dec;  // (D,) part of b_dec's gradient that comes through the encoder
+    double* square;   // sum of squared gradients of W_enc, W_dec and b_enc
+};
+
+void saetrain_tokens(const SaetrainStep* s) {
+    if (s->half)
+        tokens(s->x, s->W_dec_half, s->b_dec, s->values, s->indices, s->N, s->D, s->K, s->scale, s->residual,
+               static_cast<uint16_t*>(s->residual_copy), s->dz, s->residual_norms, s->residual_sum, s->residual_square,
+               s->threads);
+    else
+        tokens(s->x, s->W_dec, s->b_dec, s->values, s->indices, s->N, s->D, s->K, s->scale, s->residual,
+               static_cast<float*>(nullptr), s->dz, s->residual_norms, s->residual_sum, s->residual_square, s->threads);
+}
+
+// Counting sort of the active (token, latent) pairs by latent, tokens in order within each.
+void saetrain_sort(const SaetrainStep* s) {
+    const int64_t N = s->N, K = s->K, F = s->F;
+    const int T = s->threads;
+    std::vector<std::vector<int64_t>> at(T, std::vector<int64_t>(F, 0));
+#pragma omp parallel num_threads(T)
+    {
+        const int t = omp_get_thread_num();
+        for (int64_t p = N * t / T * K; p < N * (t + 1) / T * K; p++)
+            if (s->values[p] > 0) at[t][s->indices[p]]++;
+    }
+    int64_t running = 0;
+    for (int64_t f = 0; f < F; f++) {
+        s->starts[f] = running;
+        for (int t = 0; t < T; t++) {
+            const int64_t count = at[t][f];
+            at[t][f] = running;
+            running += count;
+        }
+    }
+    s->starts[F] = running;
+#pragma omp parallel num_threads(T)
+    {
+        const int t = omp_get_thread_num();
+        for (int64_t n = N * t / T; n < N * (t + 1) / T; n++)
+            for (int64_t p = n * K; p < (n + 1) * K; p++)
+                if (s->values[p] > 0) {
+                    const int64_t to = at[t][s->indices[p]]++;
+                    s->pair_token[to] = static_cast<int32_t>(n);
+                    s->pair_value[to] = s->values[p];
+                    s->pair_dz[to] = s->dz[p];
+                }
+    }
+}
+
+// An upper bound of the squared norm of the gradients of both weights and b_enc, from the norms of what is summed: most
+// steps need no more to know that nothing is clipped. enc_most, dec_most: upper bounds of the largest eigenvalue of the
+// Gram matrices of x and of the residual, or infinity; bias: (F,) takes the gradient of b_enc.
+double saetrain_norm_bound(const SaetrainStep* s, double enc_most, double dec_most, float* bias) {
+    double total = 0;
+#pragma omp parallel for num_threads(s->threads) schedule(static) reduction(+ : total)
+    for (int64_t f = 0; f < s->F; f++) {
+        double dec = 0, enc = 0, b = 0, dec_square = 0, enc_square = 0;
+        for (int64_t p = s->starts[f]; p < s->starts[f + 1]; p++) {
+            const int32_t n = s->pair_token[p];
+            const double value = s->pair_value[p], dz = s->pair_dz[p];
+            dec += value * s->residual_norms[n];
+            enc += std::fabs(dz) * s->x_norms[n];
+            dec_square += value * value;
+            enc_square += dz * dz;
+            b += dz;
+        }
+        const double scale = static_cast<double>(s->scale) * s->scale;
+        total += scale * std::min(dec * dec, dec_square * dec_most) + std::min(enc * enc, enc_square * enc_most) + b * b;
+        bias[f] = static_cast<float>(b);
+    }
+    return total;
+}
+}
+
+namespace {
+
+enum Mode { MEASURE = 0, STORE = 1, UPDATE = 2 };
+enum Origin { PAIRS = 0, MEMORY = 1, ROWS = 2 };
+
+// Where a latent's two gradient rows come from: its pairs, memory, or rows that a dense product has just made.
+struct Gradients {
+    int32_t origin;
+    int64_t first, stop;            // latents
+    const uint16_t *enc, *dec;      // (stop - first, D) with ROWS
+};
+
+// Each latent: both gradient rows, then what the mode asks for. MEASURE sums the squared norm; STORE adds the rows to
+// g_enc, g_dec, g_b; UPDATE projects, clips, steps and renormalises. Adds to s->square and s->g_b_dec.
+template <typename T>
+void latents(const SaetrainStep* s, const T* x, const T* residual, int mode, const Gradients& from, float* enc_norms) {
+    const int64_t D = s->D;
+    const bool stored = from.origin == MEMORY;
+    std::vector<std::vector<double>> through(s->threads, std::vector<double>(D, 0.0));
+    std::vector<double> square(s->threads, 0.0);
+    const Adam adam{s->lr, s->beta1, s->beta2, s->eps, s->correction1, s->correction2};
+#pragma omp parallel num_threads(s->threads)
+    {
+        const int me = omp_get_thread_num();
+        std::vector<float> ge(D), gd(D), scaled;
+        // The split is by thread and fixed, so that the same threads give the same sums.
+#pragma omp for schedule(static)
+        for (int64_t f = from.first; f < from.stop; f++) {
+            const int64_t row = f * D, start = s->starts[f], pairs = s->starts[f + 1] - start;
+            float gb = 0;
+            bool any = true;
+            if (stored) {
+                std::copy(s->g_enc + row, s->g_enc + row + D, ge.begin());
+                std::copy(s->g_dec + row, s->g_dec + row + D, gd.begin());
+                gb = s->g_b[f];
+            } else {
+                any = pairs > 0;
+                if (any) {
+                    for (int64_t p = 0; p < pairs; p++) gb += s->pair_dz[start + p];
+                    if (from.origin == ROWS) {
+                        const int64_t at = (f - from.first) * D;
+#pragma omp simd
+                        for (int64_t d = 0; d < D; d++) {
+                            ge[d] = widen(from.enc[at + d]);
+                            gd[d] = widen(from.dec[at + d]);
+                        }
+                    } else {
+                        scaled.resize(pairs);
+                        for (int64_t p = 0; p < pairs; p++) scaled[p] = -s->scale * s->pair_value[start + p];
+                        gather(gd.data(), residual, s->pair_token + start, scaled.data(), pairs, D);
+                        gather(ge.data(), x, s->pair_token + start, s->pair_dz + start, pairs, D);
+                    }
+                    const float* w = s->W_enc + row;
+                    double* to = through[me].data();
+#pragma omp simd
+                    for (int64_t d = 0; d < D; d++) to[d] -= gb * w[d];
+                } else {
+                    std::fill(ge.begin(), ge.end(), 0.0f);
+                    std::fill(gd.begin(), gd.end(), 0.0f);
+                }
+                const int32_t extra = s->extra_row != nullptr ? s->extra_row[f] : -1;
+                if (extra >= 0) {  // AuxK leaves b_dec alone, so what it adds comes after the sum through the encoder
+                    any = true;
+                    const float *xe = s->extra_enc + extra * D, *xd = s->extra_dec + extra * D;
+                    for (int64_t d = 0; d < D; d++) {
+                        ge[d] += xe[d];
+                        gd[d] += xd[d];
+                    }
+                    gb += s->extra_b[extra];
+                }
+            }
+            if (mode == STORE) {
+                if (!any) continue;
+                for (int64_t d = 0; d < D; d++) {
+                    s->g_enc[row + d] += ge[d];
+                    s->g_dec[row + d] += gd[d];
+                }
+                s->g_b[f] += gb;
+                continue;
+            }
+            float* wd = s->W_dec + row;
+            float* we = s->W_enc + row;
+            if (any) {
+                const float along = dot(gd.data(), wd, D);
+#pragma omp simd
+                for (int64_t d = 0; d < D; d++) gd[d] -= along * wd[d];
+                square[me] += dot(ge.data(), ge.data(), D) + dot(gd.data(), gd.data(), D) + gb * gb;
+            }
+            if (mode == MEASURE) continue;
+            float *me_ = s->m_enc + row, *ve = s->v_enc + row, *md = s->m_dec + row, *vd = s->v_dec + row;
+            const float clip = s->clip, keep = 1 - s->lr * s->decay;
+            float norm = 0, length = 0;
+            const float rate = s->lr / s->correction1, b1 = 1 - s->beta1, b2 = 1 - s->beta2;
+            const float root = 1 / s->correction2, eps = s->eps, beta2 = s->beta2;
+#pragma omp simd reduction(+ : norm, length)
+            for (int64_t d = 0; d < D; d++) {
+                const float g = clip * gd[d], h = clip * ge[d];
+                md[d] += b1 * (g - md[d]);
+                vd[d] = beta2 * vd[d] + b2 * g * g;
+                wd[d] -= rate * md[d] / (std::sqrt(vd[d]) * root + eps);
+                norm += wd[d] * wd[d];
+                me_[d] += b1 * (h - me_[d]);
+                ve[d] = beta2 * ve[d] + b2 * h * h;
+                we[d] = keep * we[d] - rate * me_[d] / (std::sqrt(ve[d]) * root + eps);
+                length += we[d] * we[d];
+            }
+            const float inverse = 1 / std::max(std::sqrt(norm), 1.17549435e-38f);
+#pragma omp simd
+            for (int64_t d = 0; d < D; d++) wd[d] *= inverse;
+            enc_norms[f] = std::sqrt(length);
+            s->b_enc[f] -= adam(s->m_b[f], s->v_b[f], clip * gb);
+            if (s->half) {
+                narrow_row(s->W_dec_half + row, wd, D);
+                narrow_row(s->W_enc_half + row, we, D);
+            }
+        }
+    }
+    for (int t = 0; t < s->threads; t++) {
+        *s->square += square[t];
+        if (!stored)
+            for (int64_t d = 0; d < D; d++) s->g_b_dec[d] += through[t][d];
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+void saetrain_latents(const SaetrainStep* s, int mode, const Gradients* from, float* enc_norms) {
+    if (s->half)
+        latents(s, static_cast<const uint16_t*>(s->x_enc), static_cast<const uint16_t*>(s->residual_copy), mode, *from,
+                enc_norms);
+    else
+        latents(s, static_cast<const float*>(s->x_enc), static_cast<const float*>(s->residual), mode, *from, enc_norms);
+}
+
+// The codes of some latents as dense (stop - first, N) rows, for products whose results are the gradient rows.
+void saetrain_codes(const SaetrainStep* s, int64_t first, int64_t stop, uint16_t* enc, uint16_t* dec) {
+#pragma omp parallel for num_threads(s->threads) schedule(static)
+    for (int64_t f = first; f < stop; f++) {
+        uint16_t *e = enc + (f - first) * s->N, *d = dec + (f - first) * s->N;
+        std::memset(e, 0, s->N * sizeof(uint16_t));
+        std::memset(d, 0, s->N * sizeof(uint16_t));
+        for (int64_t p = s->starts[f]; p < s->starts[f + 1]; p++) {
+            e[s->pair_token[p]] = narrow(s->pair_dz[p]);
+            d[s->pair_token[p]] = narrow(-s->scale * s->pair_value[p]);
+        }
+    }
+}
+
+void saetrain_center(const SaetrainStep* s, void* out, float* norms) {
+    if (s->half)
+        center(s->x, s->b_dec, s->N, s->D, static_cast<uint16_t*>(out), norms, s->threads);
+    else
+        center(s->x, s->b_dec, s->N, s->D, static_cast<float*>(out), norms, s->threads);
+}
+
+void saetrain_topk_bf16(const uint16_t* pre, const float* bias, int64_t n, int64_t F, int64_t k, float* values,
+                        int32_t* indices, int threads) {
+    topk(pre, bias, n, F, k, values, indices, threads);
+}
+void saetrain_topk_f32(const float* pre, const float* bias, int64_t n, int64_t F, int64_t k, float* values,
+                       int32_t* indices, int threads) {
+    topk(pre, bias, n, F, k, values, indices, threads);
+}
+}

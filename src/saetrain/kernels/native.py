@@ -1,0 +1,159 @@
+"""The TopK step in C++ on torch's memory: thin, typed calls of native.cpp."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+
+import torch
+from torch import Tensor
+
+from saetrain.kernels.build import build
+
+MEASURE, STORE, UPDATE = 0, 1, 2
+PAIRS, MEMORY, ROWS = 0, 1, 2
+CHUNK_BYTES = 24 << 20
+"""Pre-activations that are held at once: fewer tokens cost more than they save, for each product packs all weights."""
+DENSE_LATENTS = 1024
+"""Latents whose gradients are made by one dense product."""
+
+POINTER, LONG, INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+FLOAT, DOUBLE = ctypes.c_float, ctypes.c_double
+LONGS = ("N", "D", "F", "K")
+INTS = ("threads", "half")
+POINTERS = (
+    *("x", "x_enc", "x_norms", "values", "indices", "residual", "residual_copy", "dz", "residual_norms"),
+    *("residual_sum", "residual_square", "starts", "pair_token", "pair_value", "pair_dz", "W_enc", "W_dec"),
+    *("b_enc", "b_dec", "W_enc_half", "W_dec_half", "m_enc", "v_enc", "m_dec", "v_dec", "m_b", "v_b"),
+    *("g_enc", "g_dec", "g_b", "extra_row", "extra_enc", "extra_dec", "extra_b"),
+)
+FLOATS = ("lr", "beta1", "beta2", "eps", "correction1", "correction2", "decay", "clip")
+
+
+class Gradients(ctypes.Structure):
+    """Mirror of the C++ ``Gradients``: where the gradient rows of some latents come from."""
+
+    _fields_ = [("origin", INT), ("first", LONG), ("stop", LONG), ("enc", POINTER), ("dec", POINTER)]
+
+
+class Step(ctypes.Structure):
+    """Mirror of ``SaetrainStep``; pointers are set from tensors by :func:`point`."""
+
+    _fields_ = [
+        *((name, LONG) for name in LONGS),
+        *((name, INT) for name in INTS),
+        ("scale", FLOAT),
+        *((name, POINTER) for name in POINTERS),
+        *((name, FLOAT) for name in FLOATS),
+        ("g_b_dec", POINTER),
+        ("square", POINTER),
+    ]
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The compiled kernels; OSError where they can't be built or loaded."""
+    found = ctypes.CDLL(str(build()))
+    found.saetrain_topk_bf16.argtypes = [POINTER, POINTER, LONG, LONG, LONG, POINTER, POINTER, INT]
+    found.saetrain_topk_f32.argtypes = found.saetrain_topk_bf16.argtypes
+    found.saetrain_center.argtypes = [POINTER, POINTER, POINTER]
+    found.saetrain_tokens.argtypes = found.saetrain_sort.argtypes = [POINTER]
+    found.saetrain_codes.argtypes = [POINTER, LONG, LONG, POINTER, POINTER]
+    found.saetrain_latents.argtypes = [POINTER, INT, POINTER, POINTER]
+    found.saetrain_norm_bound.argtypes = [POINTER, DOUBLE, DOUBLE, POINTER]
+    found.saetrain_norm_bound.restype = ctypes.c_double
+    return found
+
+
+def point(step: Step, **tensors: Tensor | None) -> None:
+    """Set pointers of ``step``; the caller keeps the tensors alive."""
+    for name, tensor in tensors.items():
+        assert name in POINTERS or name in ("g_b_dec", "square"), name
+        assert tensor is None or tensor.is_contiguous(), name
+        setattr(step, name, None if tensor is None else tensor.data_ptr())
+
+
+def center(step: Step, out_ND: Tensor, norms_N: Tensor) -> None:
+    """``x - b_dec`` in the products' format, and the norms of its rows."""
+    library().saetrain_center(ctypes.byref(step), out_ND.data_ptr(), norms_N.data_ptr())
+
+
+def topk_relu(
+    x_ND: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, pre_CF: Tensor, values_NK: Tensor, indices_NK: Tensor
+) -> None:
+    """ReLU of the k largest of ``x W_encᵀ + b_enc`` in each row, written to ``values_NK`` and ``indices_NK`` (int32).
+
+    ``x_ND`` and ``W_enc_FD`` are both fp32 or both bf16; ``pre_CF`` is where C tokens' pre-activations go. Among
+    equals the lower index is taken.
+    """
+    search = library().saetrain_topk_bf16 if x_ND.dtype == torch.bfloat16 else library().saetrain_topk_f32
+    chunk, latents = pre_CF.shape
+    k, threads = values_NK.shape[1], torch.get_num_threads()
+    bias = b_enc_F.data_ptr()
+    for start in range(0, len(x_ND), chunk):
+        rows = x_ND[start : start + chunk]
+        out = pre_CF[: len(rows)]
+        torch.mm(rows, W_enc_FD.T, out=out)
+        values, indices = values_NK[start].data_ptr(), indices_NK[start].data_ptr()
+        search(out.data_ptr(), bias, len(rows), latents, k, values, indices, threads)
+
+
+def reconstruct(step: Step) -> None:
+    """Residuals and latent gradients of each token, then its pairs sorted by latent."""
+    library().saetrain_tokens(ctypes.byref(step))
+    library().saetrain_sort(ctypes.byref(step))
+
+
+def square_bound(step: Step, bias_F: Tensor, inputs: dict[str, Tensor] | None = None) -> float:
+    """At least the squared norm of the gradients of both weights and ``b_enc``, from the norms of what they sum.
+
+    With ``inputs``, {`enc`: what the encoder multiplies, `dec`: the residual} (N, D), a tighter one: a sum of tokens'
+    rows is no longer than the root of their weights' squares times the largest singular value of all rows. The
+    gradient of ``b_enc`` itself goes to ``bias_F``.
+    """
+    most = {name: largest_eigenvalue(rows) for name, rows in inputs.items()} if inputs else {}
+    infinite = float("inf")
+    eigenvalues = most.get("enc", infinite), most.get("dec", infinite)
+    return float(library().saetrain_norm_bound(ctypes.byref(step), *eigenvalues, bias_F.data_ptr()))
+
+
+def largest_eigenvalue(rows_ND: Tensor) -> float:
+    """At least the largest eigenvalue of ``rowsᵀ rows``: the fourth root of the sum of all fourth powers."""
+    gram = (rows_ND.T @ rows_ND).float()
+    size = float(gram.diagonal().sum().clamp_min(torch.finfo(torch.float32).tiny))
+    gram = (gram / size).to(rows_ND.dtype)
+    # Products in bfloat16 are off by less than a hundredth.
+    return 1.02 * size * float((gram @ gram).float().norm()) ** 0.5
+
+
+def latents(step: Step, mode: int, encoder_norms_F: Tensor, *, stored: bool) -> None:
+    """Gradient rows of each latent: summed up (MEASURE), added to memory (STORE), or applied (UPDATE).
+
+    ``stored``: the rows are taken from memory instead of from the pairs. Adds to the step's ``square`` and, unless
+    stored, to its ``g_b_dec``.
+    """
+    source = Gradients(origin=MEMORY if stored else PAIRS, first=0, stop=step.F)
+    library().saetrain_latents(ctypes.byref(step), mode, ctypes.byref(source), encoder_norms_F.data_ptr())
+
+
+def latents_dense(step: Step, mode: int, encoder_norms_F: Tensor, inputs: dict[str, Tensor], work: Dense) -> None:
+    """The same by dense bf16 products of some latents at a time, for codes that are not so sparse.
+
+    ``inputs``: {`enc`: what the encoder multiplies, `dec`: the residual}, both (N, D) bf16.
+    """
+    for first in range(0, step.F, DENSE_LATENTS):
+        stop = min(first + DENSE_LATENTS, step.F)
+        codes = {name: code[: stop - first] for name, code in work.codes.items()}
+        library().saetrain_codes(ctypes.byref(step), first, stop, codes["enc"].data_ptr(), codes["dec"].data_ptr())
+        rows = {name: torch.mm(code, inputs[name], out=work.rows[name][: stop - first]) for name, code in codes.items()}
+        source = Gradients(ROWS, first, stop, rows["enc"].data_ptr(), rows["dec"].data_ptr())
+        library().saetrain_latents(ctypes.byref(step), mode, ctypes.byref(source), encoder_norms_F.data_ptr())
+
+
+class Dense:
+    """Memory of :func:`latents_dense`: codes (B, N) and gradient rows (B, D) of a block of latents, in bf16."""
+
+    def __init__(self, latents: int, tokens: int, width: int) -> None:
+        block = min(DENSE_LATENTS, latents)
+        self.codes = {name: torch.empty(block, tokens, dtype=torch.bfloat16) for name in ("enc", "dec")}
+        self.rows = {name: torch.empty(block, width, dtype=torch.bfloat16) for name in ("enc", "dec")}

@@ -1,0 +1,83 @@
+"""Which kernels a run takes: what was asked for, or the fastest that run here."""
+
+from __future__ import annotations
+
+import functools
+import subprocess
+
+import torch
+
+from saetrain.coders.topk import TopK
+from saetrain.errors import SaetrainError
+from saetrain.kernels import native
+from saetrain.logs.console import say
+from saetrain.optim import Optimizer, OptimSettings
+from saetrain.training.engine import AutogradEngine, Engine, KernelSettings
+from saetrain.training.native_engine import NativeEngine
+from saetrain.training.torch_engine import TorchEngine
+
+HALF = ("amx_bf16", "avx512_bf16", "arm_bf16")
+"""Capabilities of a CPU by which products in bfloat16 are faster than in float32."""
+
+
+@functools.cache
+def choose_kernels(settings: KernelSettings, optim: OptimSettings, device: torch.device) -> KernelSettings:
+    """``settings`` with every `auto` worked out; SaetrainError for what can't run here."""
+    name, dtype = settings.kernels, settings.compute_dtype
+    problem = _against_native(optim, device)
+    if name == "native" and problem:
+        raise SaetrainError(f"--kernels native: {problem}; use --kernels torch")
+    if name in ("auto", "native") and not problem:
+        problem = _build_problem()
+        if problem and name == "native":
+            raise SaetrainError(f"--kernels native: the C++ kernels can't be built: {problem}; use --kernels torch")
+        if problem:
+            say(f"--kernels auto: the C++ kernels can't be built ({problem}), so PyTorch's are used")
+    if name == "auto":
+        name = "torch" if problem else "native"
+    if name == "reference" and dtype == "bfloat16":
+        raise SaetrainError("--compute_dtype bfloat16: --kernels reference computes in float32 alone")
+    if dtype == "auto":
+        dtype = "bfloat16" if name != "reference" and half_is_fast(device) else "float32"
+    return KernelSettings(kernels=name, compute_dtype=dtype)
+
+
+def _against_native(optim: OptimSettings, device: torch.device) -> str | None:
+    if device.type != "cpu":
+        return f"it runs on a CPU, not on {device}"
+    if optim.optimizer != "adam":
+        return f"it steps by adam alone, not by --optimizer {optim.optimizer}"
+    return None
+
+
+def _build_problem() -> str | None:
+    """Why the C++ kernels can't be had, or None."""
+    try:
+        native.library()
+    except (OSError, subprocess.CalledProcessError) as error:
+        return str(error)
+    return None
+
+
+def half_is_fast(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 in hardware."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return any(found.get(name) for name in HALF)
+
+
+def make_engine(coder: TopK, kernels: KernelSettings, optim: OptimSettings, *, one_micro_step: bool) -> Engine:
+    """The engine that ``kernels``, worked out by :func:`choose_kernels`, names."""
+    half = kernels.compute_dtype == "bfloat16"
+    if kernels.kernels == "native":
+        return NativeEngine(coder, optim, half=half, fused=one_micro_step)
+    optimizer = Optimizer(
+        dict(coder.named_parameters()),
+        optim,
+        project=coder.remove_parallel_gradient,
+        renormalize=coder.renormalize_decoder,
+    )
+    if kernels.kernels == "torch":
+        return TorchEngine(coder, optimizer, torch.bfloat16 if half else torch.float32)
+    return AutogradEngine(coder, optimizer)

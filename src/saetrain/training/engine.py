@@ -1,0 +1,114 @@
+"""How one coder is stepped: forward, gradients, update. The reference is autograd; a fast engine computes the same."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from saetrain.coders.base import SparseCoder
+from saetrain.optim import Optimizer
+from saetrain.types import Progress
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelSettings:
+    """Kernels: how the SAE's step is computed."""
+
+    kernels: Literal["auto", "reference", "torch", "native"] = "auto"
+    """`native`: C++ for CPUs, built at first use; `torch`: PyTorch, anywhere; `reference`: plain autograd; `auto`: the
+    fastest of them that runs here."""
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Number format of the SAE's products; weights and sums are float32. `auto`: bfloat16 where the hardware has it."""
+
+
+@dataclass(frozen=True)
+class MicroStep:
+    """What a micro-batch gives: its loss terms (parts of the step's) and sums over its tokens.
+
+    ``fired`` (F,) int64 tokens on which each latent is active; ``residual_sum`` (D,) of x - x̂; ``residual_square``
+    Σ‖x - x̂‖², a scalar.
+    """
+
+    fired: Tensor
+    tokens: int
+    losses: dict[str, Tensor]
+    residual_sum: Tensor
+    residual_square: Tensor
+
+
+class Engine(ABC):
+    """Steps one coder; micro-batches add up until :meth:`apply` or :meth:`drop`."""
+
+    @abstractmethod
+    def micro_step(self, x_ND: Tensor, progress: Progress) -> MicroStep:
+        """Forward and gradients of a micro-batch of what the coder sees."""
+
+    @abstractmethod
+    def norm_bound(self) -> float:
+        """At least the norm of the projected gradient, and not finite where that is not."""
+
+    @abstractmethod
+    def apply(self, lr: float) -> Tensor:
+        """Update at learning rate ``lr``; gives the projected gradient's norm before clipping."""
+
+    @abstractmethod
+    def drop(self) -> None:
+        """Forget the gradients."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Tensor]:
+        """The optimizer's tensors as ``{parameter.key: tensor}``."""
+
+    @abstractmethod
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Take back what :meth:`state` gave; the coder's parameters are restored before."""
+
+
+class AutogradEngine(Engine):
+    """The reference: any coder, any device, gradients by autograd, a torch optimizer."""
+
+    def __init__(self, coder: SparseCoder, optimizer: Optimizer) -> None:
+        self._coder, self._optimizer = coder, optimizer
+        self._norm = torch.zeros(())
+
+    def micro_step(self, x_ND: Tensor, progress: Progress) -> MicroStep:
+        """Through the coder's own forward."""
+        output = self._coder(x_ND, x_ND, progress)
+        output.total().backward()
+        with torch.no_grad():
+            residual = x_ND - output.reconstruction
+            losses = {name: loss.detach() for name, loss in output.losses.items()}
+            return MicroStep(
+                fired=output.codes.fired(),
+                tokens=len(x_ND),
+                losses=losses,
+                residual_sum=residual.sum(dim=0),
+                residual_square=residual.pow(2).sum(),
+            )
+
+    def norm_bound(self) -> float:
+        """The norm itself, of the gradients as they now lie."""
+        self._norm = self._optimizer.project()
+        return float(self._norm)
+
+    def apply(self, lr: float) -> Tensor:
+        """By the torch optimizer."""
+        self._optimizer.step(lr, self._norm)
+        return self._norm
+
+    def drop(self) -> None:
+        """Zero the gradients."""
+        self._optimizer.drop()
+
+    def state(self) -> dict[str, Tensor]:
+        """The torch optimizer's."""
+        return self._optimizer.state()
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Into the torch optimizer."""
+        self._optimizer.restore(state)

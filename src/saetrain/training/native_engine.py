@@ -1,0 +1,279 @@
+"""The TopK step on a CPU by the C++ kernels: gradients never touch memory unless micro-batches have to add up."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from saetrain.coders.topk import TopK
+from saetrain.kernels import native
+from saetrain.optim import BETAS, EPS, OptimSettings
+from saetrain.training.auxk import auxk_step
+from saetrain.training.engine import Engine, MicroStep
+from saetrain.types import Progress
+
+DENSE = 12
+DENSE_AMX = 96
+"""Latents per active one up to which dense bf16 products make the gradients faster: without and with matrix tiles."""
+
+
+class Workspace:
+    """Memory of one micro-batch of N tokens, which SAEs of one shape use in turn."""
+
+    def __init__(self, tokens: int, width: int, latents: int, k: int, half: bool, dense: bool) -> None:
+        dtype = torch.bfloat16 if half else torch.float32
+        pairs = tokens * k
+        self.owner: NativeEngine | None = None
+        rows = max(64, native.CHUNK_BYTES // (latents * dtype.itemsize))
+        self.pre = torch.empty(min(rows, tokens), latents, dtype=dtype)
+        self.dense = native.Dense(latents, tokens, width) if dense else None
+        self.tensors: dict[str, Tensor | None] = {
+            "x_enc": torch.empty(tokens, width, dtype=dtype),
+            "x_norms": torch.empty(tokens),
+            "values": torch.empty(tokens, k),
+            "indices": torch.empty(tokens, k, dtype=torch.int32),
+            "residual": torch.empty(tokens, width),
+            "residual_copy": torch.empty(tokens, width, dtype=dtype) if half else None,
+            "dz": torch.empty(tokens, k),
+            "residual_norms": torch.empty(tokens),
+            "residual_sum": torch.empty(width, dtype=torch.double),
+            "residual_square": torch.empty(1, dtype=torch.double),
+            "starts": torch.empty(latents + 1, dtype=torch.long),
+            "pair_token": torch.empty(pairs, dtype=torch.int32),
+            "pair_value": torch.empty(pairs),
+            "pair_dz": torch.empty(pairs),
+        }
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self.tensors[name]
+        assert tensor is not None, name
+        return tensor
+
+
+@functools.lru_cache(maxsize=4)
+def workspace(tokens: int, width: int, latents: int, k: int, half: bool, dense: bool) -> Workspace:
+    """The one of this shape."""
+    return Workspace(tokens, width, latents, k, half, dense)
+
+
+@functools.cache
+def dense_limit() -> int:
+    """Latents per active one up to which dense products pay on this machine."""
+    found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return DENSE_AMX if found.get("amx_bf16") else DENSE
+
+
+class NativeEngine(Engine):
+    """Adam over one TopK coder.
+
+    ``half``: products in bf16, with fp32 sums, weights and moments. ``fused``: a step has one micro-batch, so its
+    gradients can go straight into the update.
+    """
+
+    def __init__(self, coder: TopK, settings: OptimSettings, *, half: bool, fused: bool) -> None:
+        self._coder, self._settings, self._half, self._fused = coder, settings, half, fused
+        self._dense = half and coder.num_latents <= dense_limit() * coder.k
+        self._step_count = 0
+        # Both stored one latent after the other; the coder's W_enc is a transposed view of the first.
+        self._W = {"enc": coder.W_enc.detach().T, "dec": coder.W_dec.detach()}
+        self._b = {"enc": coder.b_enc.detach(), "dec": coder.b_dec.detach()}
+        self._moments = {
+            f"{name}_{what}": torch.zeros_like(value)
+            for what, value in (*self._W.items(), ("b", self._b["enc"]), ("b_dec", self._b["dec"]))
+            for name in ("m", "v")
+        }
+        self._halves = {name: value.bfloat16() for name, value in self._W.items()} if half else {}
+        self._encoder_norms = self._W["enc"].norm(dim=1)
+        stored = {} if fused else {**self._W, "b": self._b["enc"]}
+        self._grads = {f"g_{what}": torch.zeros_like(value) for what, value in stored.items()}
+        self._through = torch.zeros(coder.d_in, dtype=torch.double)
+        self._square = torch.zeros(1, dtype=torch.double)
+        self._g_b_dec = torch.zeros(coder.d_in, dtype=torch.double)
+        self._step: native.Step | None = None
+        self._work: Workspace | None = None
+        self._kept: dict[str, Tensor] = {}
+        self._extra_norm = 0.0
+        self._bound = 0.0
+
+    def micro_step(self, x_ND: Tensor, progress: Progress) -> MicroStep:
+        """Top-k, decode and latent gradients; the weights' gradients too where they have to add up."""
+        coder = self._coder
+        scale = 2 / (progress.n_tokens * float(progress.data_variance))
+        step, work = self._begin(x_ND.contiguous(), scale)
+        native.center(step, work["x_enc"], work["x_norms"])
+        native.topk_relu(work["x_enc"], self._weights["enc"], self._b["enc"], work.pre, work["values"], work["indices"])
+        native.reconstruct(step)
+        losses = {"recon": (work["residual_square"] * (scale / 2)).float()[0]}
+        self._extra_norm = 0.0
+        if coder.auxk_alpha and progress.dead is not None:
+            losses["auxk"] = self._auxk(progress)
+        if not self._fused:
+            self._latents(native.STORE)
+            self._g_b_dec += self._through - scale * work["residual_sum"]
+        return MicroStep(
+            fired=work["starts"].diff(),
+            tokens=len(x_ND),
+            losses=losses,
+            residual_sum=work["residual_sum"].float(),
+            residual_square=work["residual_square"].float()[0],
+        )
+
+    @property
+    def _weights(self) -> Mapping[str, Tensor]:
+        """Encoder and decoder as the products take them."""
+        return self._halves or self._W
+
+    def _begin(self, x_ND: Tensor, scale: float) -> tuple[native.Step, Workspace]:
+        """The kernels' view of one micro-batch."""
+        coder = self._coder
+        shape = (len(x_ND), coder.d_in, coder.num_latents, coder.k)
+        work = self._work = workspace(*shape, self._half, self._dense)
+        work.owner = self
+        names = dict(zip(native.LONGS, shape, strict=True))
+        step = self._step = native.Step(**names, threads=torch.get_num_threads(), half=self._half, scale=scale)
+        self._kept = {"x": x_ND}
+        native.point(
+            step,
+            x=x_ND,
+            **work.tensors,
+            **{f"W_{name}": value for name, value in self._W.items()},
+            **{f"b_{name}": value for name, value in self._b.items()},
+            **{f"W_{name}_half": value for name, value in self._halves.items()},
+            **{name: value for name, value in self._moments.items() if not name.endswith("b_dec")},
+            **self._grads,
+            g_b_dec=self._through,
+            square=self._square,
+        )
+        return step, work
+
+    def _here(self) -> tuple[native.Step, Workspace]:
+        assert self._step is not None
+        assert self._work is not None
+        assert self._work.owner is self or not self._fused, "another SAE has used the memory of this step"
+        return self._step, self._work
+
+    def _auxk(self, progress: Progress) -> Tensor:
+        """Hand AuxK's gradient rows of the dead latents to the kernels; gives the weighted loss."""
+        assert progress.dead is not None
+        step, work = self._here()
+        dead = progress.dead.nonzero().squeeze(1)
+        found = auxk_step(self._coder, self._weights, work["x_enc"], work["residual"], dead, progress)
+        rows = torch.full((self._coder.num_latents,), -1, dtype=torch.int32)
+        rows[dead] = torch.arange(len(dead), dtype=torch.int32)
+        extra = {"extra_row": rows, "extra_enc": found.W_enc, "extra_dec": found.W_dec, "extra_b": found.b_enc}
+        self._kept.update(extra)
+        native.point(step, **extra)
+        self._extra_norm = float(sum(value.pow(2).sum() for value in (found.W_enc, found.W_dec, found.b_enc))) ** 0.5
+        return found.loss
+
+    def _latents(self, mode: int) -> None:
+        """Run the latents' pass over the micro-batch, or over the gradients in memory."""
+        step, work = self._here()
+        self._square.zero_()
+        stored = not self._fused and mode != native.STORE
+        if not stored:
+            self._through.zero_()
+        if work.dense is None or stored:
+            native.latents(step, mode, self._encoder_norms, stored=stored)
+            return
+        native.latents_dense(step, mode, self._encoder_norms, self._inputs, work.dense)
+
+    def norm_bound(self) -> float:
+        """Cheap from norms alone where the step is fused; else the norm itself, of the gradients in memory."""
+        step, _ = self._here()
+        if self._fused:
+            self._bound = self._cheap_bound(step)
+        else:
+            self._latents(native.MEASURE)
+            self._bound = self._norm()
+        return self._bound
+
+    def _cheap_bound(self, step: native.Step) -> float:
+        """From norms alone, and a tighter one where that does not rule out clipping."""
+        bias = torch.empty(step.F)
+        square = native.square_bound(step, bias)
+        direct = step.scale * self._here()[1]["residual_sum"]
+        through = float(bias.abs() @ self._encoder_norms)
+        bound = (square + (float(direct.norm()) + through) ** 2) ** 0.5 + self._extra_norm
+        if not self._too_long(bound) or not math.isfinite(bound):
+            return bound
+        square = native.square_bound(step, bias, self._inputs)
+        exact = direct + (bias.to(self._weights["enc"].dtype) @ self._weights["enc"]).double()
+        return min(bound, 1.02 * (square + float(exact.pow(2).sum())) ** 0.5 + self._extra_norm)
+
+    def _too_long(self, bound: float) -> bool:
+        """Whether a gradient of at most this norm may have to be clipped, with a margin for the bound's rounding."""
+        limit = self._settings.max_grad_norm
+        return limit > 0 and 1.001 * bound > limit
+
+    @property
+    def _inputs(self) -> dict[str, Tensor]:
+        """What the gradients' rows are sums of, in the products' format."""
+        _, work = self._here()
+        return {"enc": work["x_enc"], "dec": work["residual_copy" if self._half else "residual"]}
+
+    def _norm(self) -> float:
+        return float(self._square[0] + self._b_dec_gradient().pow(2).sum()) ** 0.5
+
+    def _b_dec_gradient(self) -> Tensor:
+        """Through the decoder and through the encoder, (D,) fp64."""
+        step, work = self._here()
+        return self._through - step.scale * work["residual_sum"] if self._fused else self._g_b_dec
+
+    def apply(self, lr: float) -> Tensor:
+        """Fused: gradients, projection, clipping, Adam and renormalisation in one pass over the latents."""
+        step, _ = self._here()
+        self._step_count += 1
+        beta1, beta2 = BETAS
+        step.lr, step.beta1, step.beta2, step.eps, step.decay = lr, beta1, beta2, EPS, self._settings.weight_decay
+        step.correction1 = 1 - beta1**self._step_count
+        step.correction2 = (1 - beta2**self._step_count) ** 0.5
+        step.clip, norm, limit = 1.0, self._bound, self._settings.max_grad_norm
+        if self._too_long(self._bound):
+            if self._fused:
+                self._latents(native.MEASURE)
+                norm = self._norm()
+            step.clip = min(1.0, limit / (norm + 1e-6))
+        self._latents(native.UPDATE)
+        norm = self._norm()
+        self._update_b_dec(self._b_dec_gradient().float() * step.clip, step)
+        self.drop()
+        return torch.tensor(norm)
+
+    def _update_b_dec(self, gradient: Tensor, step: native.Step) -> None:
+        m, v = self._moments["m_b_dec"], self._moments["v_b_dec"]
+        m.lerp_(gradient, 1 - step.beta1)
+        v.mul_(step.beta2).addcmul_(gradient, gradient, value=1 - step.beta2)
+        length = v.sqrt() / step.correction2 + step.eps
+        self._b["dec"].addcdiv_(m, length, value=-step.lr / step.correction1)
+
+    def drop(self) -> None:
+        """Forget gradients and the micro-batch."""
+        for value in self._grads.values():
+            value.zero_()
+        self._g_b_dec.zero_()
+        self._step, self._work, self._kept = None, None, {}
+
+    def state(self) -> dict[str, Tensor]:
+        """As torch's Adam names it, the encoder's moments in the shape of ``W_enc`` (D, F)."""
+        out = {}
+        for parameter, what in (("W_enc", "enc"), ("W_dec", "dec"), ("b_enc", "b"), ("b_dec", "b_dec")):
+            for key, name in (("exp_avg", "m"), ("exp_avg_sq", "v")):
+                value = self._moments[f"{name}_{what}"]
+                out[f"{parameter}.{key}"] = value.T if what == "enc" else value
+            out[f"{parameter}.step"] = torch.tensor(float(self._step_count))
+        return out
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Take back moments and count, and copy the coder's weights anew."""
+        own = self.state()
+        for name, value in state.items():
+            own[name].copy_(value)
+        self._step_count = int(state["W_dec.step"])
+        for name, copy in self._halves.items():
+            copy.copy_(self._W[name])
+        self._encoder_norms = self._W["enc"].norm(dim=1)

@@ -1,0 +1,137 @@
+"""The TopK step in PyTorch with its gradients written out: any device, no compiler, any of the optimizers."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from saetrain.coders.topk import TopK
+from saetrain.kernels import sparse
+from saetrain.optim import Optimizer
+from saetrain.training.auxk import auxk_step
+from saetrain.training.engine import AutogradEngine, MicroStep
+from saetrain.types import Progress
+
+DENSE = 12
+"""Latents per active one up to which dense products are faster than sparse ones."""
+DENSE_HALF = 48
+"""The same for the latents' gradients alone, where bf16 products are fast."""
+
+
+# Both say that sparse tensors are young; what is used of them is held to the reference by tests.
+warnings.filterwarnings("ignore", message="Sparse (CSR tensor support|invariant checks)")
+
+
+class TorchEngine(AutogradEngine):
+    """One TopK coder; ``dtype`` is that of the products, sums and weights are fp32."""
+
+    def __init__(self, coder: TopK, optimizer: Optimizer, dtype: torch.dtype) -> None:
+        super().__init__(coder, optimizer)
+        self._topk, self._dtype = coder, dtype
+        for parameter in coder.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        self._copies: dict[str, Tensor] | None = None
+
+    @property
+    def _weights(self) -> dict[str, Tensor]:
+        """Encoder and decoder as (F, D) in the products' dtype."""
+        if self._copies is None:
+            coder = self._topk
+            whole = {"enc": coder.W_enc.detach().T, "dec": coder.W_dec.detach()}
+            self._copies = {name: value.to(self._dtype) for name, value in whole.items()}
+        return self._copies
+
+    @torch.no_grad()
+    def micro_step(self, x_ND: Tensor, progress: Progress) -> MicroStep:
+        """Sparse, or dense where k is a large part of F; gradients add up in ``.grad``."""
+        coder = self._topk
+        encoded = x_ND - coder.b_dec
+        product = encoded.to(self._dtype)
+        values, indices = sparse.encode_topk(product, self._weights["enc"], coder.b_enc, coder.k)
+        scale = 2 / (progress.n_tokens * progress.data_variance)
+        dense = coder.num_latents <= DENSE * coder.k
+        backward = self._dense if dense else self._sparse
+        residual = backward(x_ND, encoded, product, values, indices, scale)
+        square = residual.pow(2).sum()
+        losses = {"recon": square * (scale / 2)}
+        if coder.auxk_alpha and progress.dead is not None:
+            losses["auxk"] = self._auxk(product, residual, progress)
+        active = (values > 0).reshape(-1).long()
+        fired = torch.zeros(coder.num_latents, dtype=torch.long, device=x_ND.device)
+        fired.scatter_add_(0, indices.reshape(-1), active)
+        return MicroStep(fired, len(x_ND), losses, residual.sum(dim=0), square)
+
+    def _sparse(
+        self, x_ND: Tensor, encoded_ND: Tensor, product_ND: Tensor, values: Tensor, indices: Tensor, scale: Tensor
+    ) -> Tensor:
+        """Gradients through sparse products; gives the residual (N, D)."""
+        coder, grads = self._topk, self._gradients()
+        residual = x_ND - sparse.decode(values, indices, self._weights["dec"]) - coder.b_dec
+        if self._dtype != torch.float32 and coder.num_latents <= DENSE_HALF * coder.k:
+            slopes = sparse.latent_products_dense(residual.to(self._dtype), indices, self._weights["dec"])
+        else:
+            slopes = sparse.latent_products(residual, indices, coder.W_dec)
+        slopes.mul_(-scale).mul_(values > 0)
+        pairs = sparse.sort_pairs(indices, coder.num_latents)
+        coded = pairs.matrix(values * -scale, len(x_ND))
+        torch.addmm(grads["dec"], coded, residual, out=grads["dec"])
+        sloped = pairs.matrix(slopes, len(x_ND))
+        torch.addmm(grads["enc"], sloped, encoded_ND, out=grads["enc"])
+        self._biases(sloped @ slopes.new_ones(len(x_ND)), residual, scale)
+        return residual
+
+    def _dense(
+        self, x_ND: Tensor, encoded_ND: Tensor, product_ND: Tensor, values: Tensor, indices: Tensor, scale: Tensor
+    ) -> Tensor:
+        """Gradients through dense products; gives the residual (N, D)."""
+        coder, grads, W_dec = self._topk, self._gradients(), self._weights["dec"]
+        code = product_ND.new_zeros(len(x_ND), coder.num_latents)
+        code.scatter_(1, indices, values.to(self._dtype))
+        residual = x_ND - (code @ W_dec).float() - coder.b_dec
+        slope = (residual * -scale).to(self._dtype)
+        latent = (slope @ W_dec.T) * (code > 0)
+        grads["dec"] += code.T @ slope
+        grads["enc"] += latent.T @ product_ND
+        self._biases(latent.float().sum(dim=0), residual, scale)
+        return residual
+
+    def _gradients(self) -> dict[str, Tensor]:
+        """``.grad`` of encoder and decoder as (F, D)."""
+        coder = self._topk
+        assert coder.W_enc.grad is not None
+        assert coder.W_dec.grad is not None
+        return {"enc": coder.W_enc.grad.T, "dec": coder.W_dec.grad}
+
+    def _biases(self, slope_F: Tensor, residual_ND: Tensor, scale: Tensor) -> None:
+        """``b_dec`` is in the reconstruction and, negative, in what the encoder sees: one product with a vector."""
+        coder = self._topk
+        assert coder.b_enc.grad is not None
+        assert coder.b_dec.grad is not None
+        coder.b_enc.grad += slope_F
+        coder.b_dec.grad -= scale * residual_ND.sum(dim=0) + coder.W_enc @ slope_F
+
+    def _auxk(self, product_ND: Tensor, residual_ND: Tensor, progress: Progress) -> Tensor:
+        """Add AuxK's gradients to the rows of the dead latents; gives the weighted loss."""
+        assert progress.dead is not None
+        coder, grads = self._topk, self._gradients()
+        dead = progress.dead.nonzero().squeeze(1)
+        found = auxk_step(coder, self._weights, product_ND, residual_ND, dead, progress)
+        grads["enc"].index_add_(0, dead, found.W_enc)
+        grads["dec"].index_add_(0, dead, found.W_dec)
+        assert coder.b_enc.grad is not None
+        coder.b_enc.grad.index_add_(0, dead, found.b_enc)
+        return found.loss
+
+    def apply(self, lr: float) -> Tensor:
+        """By the torch optimizer; the weights' copies are made anew."""
+        norm = super().apply(lr)
+        self._copies = None
+        return norm
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Into the torch optimizer."""
+        super().restore(state)
+        self._copies = None
