@@ -7,29 +7,16 @@ cursor, tokens), so a checkpoint holds a few integers a shard, and resuming comp
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from saetrain.activations.ahead import ReadAhead, SequenceSource
 from saetrain.activations.read import ActivationReader, Activations
 from saetrain.errors import SaetrainError
-from saetrain.types import Cursor, Sequence
-
-
-class SequenceSource(Protocol):
-    """What the buffer needs of the text (``data/loader.py`` says what each member promises)."""
-
-    start: Cursor
-
-    def read(self, shard: int, cursor: Cursor, tokens: int) -> tuple[list[Sequence], Cursor]:
-        """The shard's next sequences with that many kept tokens, and the cursor behind them."""
-
-    def expect(self, cursors: Mapping[int, Cursor]) -> None:
-        """Which shards will be read from where."""
+from saetrain.types import Cursor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +67,7 @@ class MixingBuffer:
         seed: int,
     ) -> None:
         assert pool_tokens >= 1, pool_tokens
-        self._reader, self._source = reader, source
+        self._reader, self._source, self._ahead = reader, source, ReadAhead(source)
         self._owned, self._n_shards = owned, n_shards
         self._pool_tokens, self._seed = pool_tokens, seed
         self._pools: dict[int, _Pool] = {}
@@ -101,6 +88,7 @@ class MixingBuffer:
         rows = {shard: state[str(shard)] for shard in self._owned}
         self._states = {shard: ShardState(row[0], row[1], row[2], tuple(row[3:])) for shard, row in rows.items()}
         self._pools.clear()
+        self._ahead.forget()
         self._expect()
 
     def take(self, first: int, count: int, last: int) -> dict[str, Tensor]:
@@ -139,12 +127,12 @@ class MixingBuffer:
         """The shard's pool with something left in it, read anew where it is missing or used up."""
         state = self._states[shard]
         if state.tokens and shard not in self._pools:
-            self._pools[shard] = self._fill(shard, state)
+            self._pools[shard] = self._fill(shard, state, needed + state.taken)
         while not state.tokens or state.taken >= len(self._pools[shard].activations):
             cursor = self._pools.pop(shard).next_cursor if state.tokens else self._source.start
             state = ShardState(state.pool + bool(state.tokens), self._size(shard, state, needed), 0, cursor)
             self._states[shard] = state
-            self._pools[shard] = self._fill(shard, state)
+            self._pools[shard] = self._fill(shard, state, needed)
         return self._pools[shard]
 
     def _size(self, shard: int, state: ShardState, needed: int) -> int:
@@ -154,9 +142,13 @@ class MixingBuffer:
             full = max(1, full * (shard + 1) // self._n_shards)
         return min(full, needed)
 
-    def _fill(self, shard: int, state: ShardState) -> _Pool:
-        sequences, cursor = self._source.read(shard, state.cursor, state.tokens)
+    def _fill(self, shard: int, state: ShardState, needed: int) -> _Pool:
+        """Pool ``state.pool`` of the shard, of which ``needed`` activations from its start to the run's end are used."""
+        sequences, cursor = self._ahead.read(shard, state.cursor, state.tokens)
         activations = self._reader.read(sequences)
+        rest = needed - len(activations)
+        if rest > 0:
+            self._ahead.expect(shard, cursor, self._size(shard, state, rest))
         self.outliers_left_out += activations.n_outliers
         self.tokens_read += len(activations) + activations.n_outliers
         order = np.random.default_rng([self._seed, shard, state.pool]).permutation(len(activations))

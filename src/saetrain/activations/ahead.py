@@ -1,0 +1,55 @@
+"""Reading text ahead: one thread reads what a shard's next pool will hold while the step runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol
+
+from saetrain.types import Cursor, Sequence
+
+Read = tuple[list[Sequence], Cursor]
+
+
+class SequenceSource(Protocol):
+    """What the buffer needs of the text (``data/loader.py`` says what each member promises)."""
+
+    start: Cursor
+
+    def read(self, shard: int, cursor: Cursor, tokens: int) -> Read:
+        """The shard's next sequences with that many kept tokens, and the cursor behind them."""
+
+    def expect(self, cursors: Mapping[int, Cursor]) -> None:
+        """Which shards will be read from where."""
+
+
+class ReadAhead:
+    """All reads of ``source``, by one thread in turn; what is read ahead changes nothing but time.
+
+    For what a source gives is a function of (shard, cursor, tokens) alone, a read that turns out to be another than
+    was expected is simply done.
+    """
+
+    def __init__(self, source: SequenceSource) -> None:
+        self._source = source
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead")
+        self._expected: dict[int, tuple[tuple[Cursor, int], Future[Read]]] = {}
+
+    def read(self, shard: int, cursor: Cursor, tokens: int) -> Read:
+        """As the source's, with its errors."""
+        key, future = self._expected.pop(shard, (None, None))
+        if future is not None and key == (cursor, tokens):
+            return future.result()
+        if future is not None:
+            future.cancel()
+        return self._thread.submit(self._source.read, shard, cursor, tokens).result()
+
+    def expect(self, shard: int, cursor: Cursor, tokens: int) -> None:
+        """Begin to read what the shard will need next."""
+        self._expected[shard] = (cursor, tokens), self._thread.submit(self._source.read, shard, cursor, tokens)
+
+    def forget(self) -> None:
+        """Drop what was expected."""
+        for _, future in self._expected.values():
+            future.cancel()
+        self._expected.clear()
