@@ -170,8 +170,12 @@ def test_several_layers_and_seeds_in_one_pass_equal_single_runs(
     assert sorted(p.name for p in (together / "sae").iterdir()) == [f"{site}.0", f"{site}.2"]
 
 
-def test_accumulated_micro_batches_equal_one_batch(tmp_path: Path, tiny_bert: str, topics_jsonl: str) -> None:
-    base = f"{tiny_bert} {topics_jsonl} {TINY} --max_tokens 8192 --dead_window_tokens 512"
+@pytest.mark.parametrize("kernels", ["reference", "torch", "native"])
+def test_accumulated_micro_batches_equal_one_batch(
+    kernels: str, tmp_path: Path, tiny_bert: str, topics_jsonl: str
+) -> None:
+    base = f"{tiny_bert} {topics_jsonl} {TINY} --max_tokens 8192 --dead_window_tokens 512 --kernels {kernels}"
+    base += " --compute_dtype float32"
     one = train(tmp_path, "one", f"{base} --batch_size 8")
     four = train(tmp_path, "four", f"{base} --batch_size 2 --grad_acc_steps 4")
     for key, value in weights(one, "encoder.layer.0").items():

@@ -143,7 +143,7 @@ class MixingBuffer:
         return min(full, needed)
 
     def _fill(self, shard: int, state: ShardState, needed: int) -> _Pool:
-        """Pool ``state.pool`` of the shard, of which ``needed`` activations from its start to the run's end are used."""
+        """Pool ``state.pool`` of the shard; from its start to the run's end ``needed`` activations are used."""
         sequences, cursor = self._ahead.read(shard, state.cursor, state.tokens)
         activations = self._reader.read(sequences)
         rest = needed - len(activations)

@@ -9,6 +9,7 @@ from typing import Any
 from saetrain.activations.model import DTYPES
 from saetrain.logs.console import say
 from saetrain.optim import resolve_lr
+from saetrain.runs.kernels import choose_kernels
 from saetrain.runs.prepare import Prepared
 from saetrain.training.firing import alive_bound
 from saetrain.training.trainer import Trainer
@@ -17,6 +18,7 @@ from saetrain.training.trainer import Trainer
 def about_run(run: Prepared, trainer: Trainer) -> dict[str, Any]:
     """What every SAE's metadata say of model, text, token policy and training."""
     config = run.config
+    kernels = choose_kernels(config.compute, config.optim, run.model.device)
     return {
         "model": location(config.model),
         "model_revision": run.model.revision,
@@ -33,6 +35,8 @@ def about_run(run: Prepared, trainer: Trainer) -> dict[str, Any]:
         "exclude_special_tokens": config.tokens.exclude_special_tokens,
         "exclude_sinks": config.buffer.exclude_sinks,
         "finetuned_from": config.finetune,
+        "kernels": kernels.kernels,
+        "compute_dtype": kernels.compute_dtype,
         "tokens_seen": trainer.tokens,
         "steps": trainer.step,
     }
@@ -62,6 +66,8 @@ def announce(run: Prepared, trainer: Trainer) -> None:
         f"{plan.tokens_per_step:,} tokens ({plan.tokens:,} in all; {rest:,} of --max_tokens left over), "
         f"{plan.passes()}, at lr {' and '.join(rates)}"
     )
+    kernels = choose_kernels(config.compute, config.optim, run.model.device)
+    say(f"kernels: {kernels.kernels}, products in {kernels.compute_dtype} (--kernels, --compute_dtype)")
     if config.dead.dead_feature_threshold is not None:
         say("--dead_feature_threshold is deprecated: use --dead_window_tokens")
     widths = sorted({sae.coder.d_in for sae in trainer.saes.values() if config.sae.k >= sae.coder.d_in})

@@ -11,6 +11,7 @@ from saetrain.logs import check_extras
 from saetrain.runs.build import build_trainer
 from saetrain.runs.directory import CONFIG, claim, open_directory, run_directory, with_restart, writing
 from saetrain.runs.dry_run import report
+from saetrain.runs.kernels import choose_kernels
 from saetrain.runs.prepare import make_buffer, prepare, resolved
 from saetrain.runs.resume import reconcile
 from saetrain.runs.session import Session
@@ -20,7 +21,8 @@ def run(config: RunConfig) -> None:
     """Train, evaluate and save; SaetrainError for what the user can mend."""
     distributed.require_one_rank()
     check_extras(config.logs)
-    resolve_device(config.base.device)
+    # Before anything slow, for it may be refused.
+    choose_kernels(config.compute, config.optim, resolve_device(config.base.device))
     config = with_restart(config)
     if config.dry_run:
         prepared = prepare(config)

@@ -1,0 +1,93 @@
+"""Which kernels a run takes, what it says of them, and what happens without a compiler."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from saetrain.cli import main
+from saetrain.runs.kernels import half_is_fast
+
+BASE = "--k 4 --num_latents 64 --batch_size 2 --ctx_len 32 --eval_tokens 500 --max_tokens 640 --buffer_tokens 256"
+
+
+def about(out: Path) -> dict[str, Any]:
+    (path,) = out.glob("*/sae/*/cfg.json")
+    return dict(json.loads(path.read_text())["saetrain"])
+
+
+def without_compiler(tmp_path: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """The command line where no compiler works and none of its libraries are cached."""
+    env = {**os.environ, "CXX": "false", "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    command = [sys.executable, "-m", "saetrain", *words, *BASE.split(), "--save_dir", str(tmp_path / "out")]
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+
+
+def test_auto_takes_the_fastest_and_says_so(
+    tmp_path: Path, tiny_bert: str, topics_jsonl: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main([tiny_bert, topics_jsonl, *BASE.split(), "--save_dir", str(tmp_path)])
+    dtype = "bfloat16" if half_is_fast(torch.device("cpu")) else "float32"
+    assert f"kernels: native, products in {dtype}" in capsys.readouterr().err
+    assert (about(tmp_path)["kernels"], about(tmp_path)["compute_dtype"]) == ("native", dtype)
+
+
+def test_without_a_compiler_pytorch_s_are_taken_and_it_is_said(
+    tmp_path: Path, tiny_bert: str, topics_jsonl: str
+) -> None:
+    done = without_compiler(tmp_path, tiny_bert, topics_jsonl)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("--kernels auto: the C++ kernels can't be built") == 1
+    assert about(tmp_path / "out")["kernels"] == "torch"
+    done = without_compiler(tmp_path, tiny_bert, topics_jsonl, "--kernels", "native", "--run_name", "other")
+    assert done.returncode == 2
+    assert "saetrain: error: --kernels native: the C++ kernels can't be built" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_damaged_library_in_the_cache_is_no_traceback(tmp_path: Path, tiny_bert: str, topics_jsonl: str) -> None:
+    env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    command = [sys.executable, "-m", "saetrain", tiny_bert, topics_jsonl, *BASE.split(), "--save_dir"]
+    subprocess.run([*command, str(tmp_path / "one")], env=env, check=True, capture_output=True)
+    (library,) = (tmp_path / "cache").rglob("*.so")
+    library.write_bytes(b"no library")
+    done = subprocess.run([*command, str(tmp_path / "two")], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert about(tmp_path / "two")["kernels"] == "torch"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--kernels native --optimizer sgd --lr 1", "--kernels native: it steps by adam alone, not by --optimizer sgd"),
+        ("--kernels reference --compute_dtype bfloat16", "--kernels reference computes in float32 alone"),
+    ],
+)
+def test_what_does_not_go_together_is_named(
+    words: str, message: str, tmp_path: Path, tiny_bert: str, topics_jsonl: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([tiny_bert, topics_jsonl, *BASE.split(), *words.split(), "--save_dir", str(tmp_path)])
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_resumed_run_keeps_the_kernels_that_it_began_with(
+    tmp_path: Path, tiny_bert: str, topics_jsonl: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [tiny_bert, topics_jsonl, *BASE.split(), "--save_dir", str(tmp_path), "--run_name", "run"]
+    main([*words, "--kernels", "torch", "--compute_dtype", "float32"])
+    capsys.readouterr()
+    main([*words, "--resume"])
+    assert "kernels: torch, products in float32" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*words, "--resume", "--kernels", "native"])
+    assert "--kernels is native now and was torch" in capsys.readouterr().err
