@@ -1,0 +1,1 @@
+"""What is timed, how, and against what: ``python -m benchmarks`` (docs/performance.md explains it)."""

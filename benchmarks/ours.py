@@ -1,0 +1,170 @@
+"""Our own training: the step on prepared activations, and end to end, through saetrain's own classes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.cases import Work
+from benchmarks.inputs import SEED, STEPS, VOCABULARY, activations, hookpoint, transformer
+from saetrain.activations.capture import ActivationCapture
+from saetrain.activations.model import BaseModel
+from saetrain.activations.normalize import Normalizer, calibrate, norm_limits
+from saetrain.activations.read import ActivationReader, Activations
+from saetrain.activations.shuffle import MixingBuffer
+from saetrain.coders.topk import TopK, TopKSettings
+from saetrain.data.loader import LoaderSettings, ShardedSequences
+from saetrain.data.sequences import Sequences
+from saetrain.optim import Optimizer, OptimSettings, resolve_lr, warmup_steps
+from saetrain.training.firing import DeadSettings, FiringTracker
+from saetrain.training.trainer import SaeTrainer, Trainer, TrainSettings
+from saetrain.types import Sequence, TokenKind
+
+LOG_EVERY = 10
+"""Steps between two readings of the metrics, as in a run."""
+BUFFER_BATCHES = 8
+"""Steps' worth of activations in the mixing buffer, as in the peers' buffers here."""
+SHARDS = 4
+CALIBRATION_BATCHES = 2
+HOOKPOINT = "activations"
+
+
+def make_trainer(
+    hookpoint: str, normalizer: Normalizer, settings: TopKSettings, kernels: str, compute_dtype: str, tokens: int
+) -> SaeTrainer:
+    """The trainer of one SAE, as a run builds it."""
+    if (kernels, compute_dtype) != ("reference", "fp32"):
+        raise NotImplementedError(f"kernels {kernels} in {compute_dtype}: this version trains by reference in fp32")
+    width = len(normalizer.mean)
+    coder = TopK(width, settings.latents(width), settings.k, settings.auxk_alpha, SEED)
+    optim, dead = OptimSettings(), DeadSettings()
+    optimizer = Optimizer(
+        dict(coder.named_parameters()),
+        optim,
+        project=coder.remove_parallel_gradient,
+        renormalize=coder.renormalize_decoder,
+    )
+    firing = FiringTracker(
+        coder.num_latents, dead.window(STEPS * tokens), dead.dead_percentage_threshold, torch.device("cpu")
+    )
+    return SaeTrainer(
+        hookpoint,
+        coder,
+        normalizer,
+        optimizer,
+        firing,
+        data_variance=normalizer.scaled_variance,
+        raw_mse=normalizer.variance / coder.d_in,
+        lr=resolve_lr(optim, coder.num_latents)[0],
+        seed=SEED,
+    )
+
+
+class Training:
+    """Steps of a trainer over what ``take(number)`` gives, with the metrics read as in a run."""
+
+    def __init__(
+        self, trainer: Trainer, take: Callable[[int], dict[str, Tensor]], period: int, dead_share: float = 0.0
+    ) -> None:
+        self.period = period
+        self._trainer, self._take, self._dead_share = trainer, take, dead_share
+
+    def run(self, steps: int) -> list[float]:
+        """Seconds of each of the next ``steps`` training steps."""
+        seconds = []
+        for _ in range(steps):
+            self._keep_dead()
+            start = time.perf_counter()
+            self._trainer.train_step(self._take)
+            if self._trainer.step % LOG_EVERY == 0:
+                self._trainer.metrics()
+            seconds.append(time.perf_counter() - start)
+        return seconds
+
+    def _keep_dead(self) -> None:
+        """Latents that AuxK has revived are marked as dead again, so that every step pays the same."""
+        for sae in self._trainer.saes.values():
+            dead = round(self._dead_share * sae.coder.num_latents)
+            sae.firing.since_fired[:dead] = sae.firing.window
+
+
+def build(work: Work, kernels: str, compute_dtype: str) -> Training:
+    """The work, ready to run."""
+    settings = TopKSettings(k=work.k, num_latents=work.latents)
+    if work.kind == "step":
+        return _step(work, settings, kernels, compute_dtype)
+    return _end_to_end(work, settings, kernels, compute_dtype)
+
+
+def _trainer(saes: dict[str, SaeTrainer], tokens: int) -> Trainer:
+    settings = TrainSettings(max_tokens=STEPS * tokens)
+    return Trainer(saes, settings, tokens=tokens, warmup=warmup_steps(OptimSettings(), STEPS))
+
+
+def _step(work: Work, settings: TopKSettings, kernels: str, compute_dtype: str) -> Training:
+    batches = activations(work)
+    normalizers = calibrate(Activations({HOOKPOINT: batches[0]}, np.zeros(work.tokens, dtype=np.int64), 0), {})
+    sae = make_trainer(HOOKPOINT, normalizers[HOOKPOINT], settings, kernels, compute_dtype, work.tokens)
+    trainer = _trainer({HOOKPOINT: sae}, work.tokens)
+    return Training(trainer, lambda number: {HOOKPOINT: batches[number % len(batches)]}, 1, work.dead_share)
+
+
+class RandomSequences(Sequences):
+    """Full windows of random token ids."""
+
+    def __init__(self, work: Work, count: int) -> None:
+        self._work, self._count = work, count
+        self.text_tokens = count * work.ctx_len
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> Sequence:
+        length = self._work.ctx_len
+        ids = np.random.default_rng([SEED, index]).integers(1, VOCABULARY[self._work.model], length, dtype=np.int32)
+        kind = np.zeros(length, dtype=np.uint8)
+        if self._work.model == "gpt2":
+            kind[0] = TokenKind.FIRST
+        return Sequence(ids, kind, np.full(length, index, dtype=np.int64))
+
+
+def _end_to_end(work: Work, settings: TopKSettings, kernels: str, compute_dtype: str) -> Training:
+    names = [hookpoint(work, layer) for layer in work.layers]
+    causal = work.model == "gpt2"
+    source = ShardedSequences(RandomSequences(work, STEPS), LoaderSettings(data_shards=SHARDS), True, causal)
+    # As many tokens at once as the peers' models get.
+    reader = ActivationReader(ActivationCapture(base_model(work), names), source.keep, work.tokens)
+    sample = reader.read(source.read(0, source.start, CALIBRATION_BATCHES * work.tokens)[0])
+    reader.limits = norm_limits(sample)
+    normalizers = calibrate(sample, reader.limits)
+    saes = {
+        name: make_trainer(name, normalizer, settings, kernels, compute_dtype, work.tokens)
+        for name, normalizer in normalizers.items()
+    }
+    pool = BUFFER_BATCHES * work.tokens // SHARDS
+    buffer = MixingBuffer(reader, source, list(range(SHARDS)), SHARDS, pool, SEED)
+
+    def take(number: int) -> dict[str, Tensor]:
+        return buffer.take(number * work.tokens, work.tokens, STEPS * work.tokens)
+
+    return Training(_trainer(saes, work.tokens), take, BUFFER_BATCHES)
+
+
+def base_model(work: Work) -> BaseModel:
+    """The model of the work as saetrain holds one."""
+    module: Any = transformer(work)
+    return BaseModel(
+        module=module,
+        name=work.model,
+        config=module.config,
+        causal=work.model == "gpt2",
+        max_positions=work.ctx_len,
+        device=torch.device("cpu"),
+        dtype=module.dtype,
+        revision=None,
+    )

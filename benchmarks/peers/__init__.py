@@ -1,0 +1,1 @@
+"""Other trainers' own steps, each imported in an environment of its own."""

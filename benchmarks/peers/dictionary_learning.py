@@ -1,0 +1,85 @@
+"""dictionary_learning: its own ``TopKTrainer.update``, over prepared activations or over its nnsight buffer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from itertools import cycle
+
+import torch
+from dictionary_learning.buffer import ActivationBuffer
+from dictionary_learning.trainers.top_k import TopKTrainer
+from nnsight import LanguageModel
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from benchmarks.cases import Work
+from benchmarks.inputs import SEED, STEPS, VOCABULARY, activations, sequences_per_step, token_ids, transformer
+
+BUFFER_BATCHES = 8
+PERIOD = 5
+"""Steps between two refills of a buffer of 8 batches that is filled up once less than half of it is unread."""
+SEQUENCES = 256
+
+
+class Updating:
+    """What ``trainSAE`` does in a step: take a batch, update the trainer."""
+
+    def __init__(self, trainer: TopKTrainer, batches: Iterator[Tensor], period: int) -> None:
+        self._trainer, self._batches, self.period = trainer, batches, period
+        self._step = 0
+
+    def run(self, steps: int) -> list[float]:
+        """Seconds of each of the next ``steps`` training steps."""
+        seconds = []
+        for _ in range(steps):
+            start = time.perf_counter()
+            self._trainer.update(self._step, next(self._batches))
+            self._step += 1
+            seconds.append(time.perf_counter() - start)
+        return seconds
+
+
+def build(work: Work) -> Updating:
+    """The work, ready to run."""
+    trainer = TopKTrainer(
+        steps=STEPS,
+        activation_dim=work.width,
+        dict_size=work.latents,
+        k=work.k,
+        layer=work.layers[0],
+        lm_name=work.model,
+        seed=SEED,
+        device="cpu",
+    )
+    if work.kind == "step":
+        return Updating(trainer, cycle(activations(work)), 1)
+    return Updating(trainer, _buffer(work), PERIOD)
+
+
+def _buffer(work: Work) -> ActivationBuffer:
+    (layer,) = work.layers
+    rows = sequences_per_step(work)
+    # Its buffer takes text, so each id is a word that a tokenizer of whole words gives back.
+    words = {f"w{number}": number for number in range(VOCABULARY[work.model])}
+    backend = Tokenizer(WordLevel(words, unk_token="w0"))
+    backend.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="w0", unk_token="w0")
+    texts = [" ".join(f"w{number}" for number in row.tolist()) for row in token_ids(work, SEQUENCES)]
+    module = transformer(work, head=True)
+    model = LanguageModel(module, tokenizer=tokenizer)
+    block = model.encoder.layer[layer] if work.model == "bert" else model.transformer.h[layer]
+    return ActivationBuffer(
+        cycle(texts),
+        model,
+        block,
+        d_submodule=work.width,
+        n_ctxs=BUFFER_BATCHES * rows,
+        ctx_len=work.ctx_len,
+        refresh_batch_size=rows,
+        out_batch_size=work.tokens,
+        device=torch.device("cpu"),
+    )

@@ -1,0 +1,117 @@
+"""SAELens: its own ``SAETrainer.fit``, over prepared activations or over its own activations store."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from itertools import cycle, pairwise
+
+import torch
+from datasets import Dataset
+from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
+from sae_lens.config import SAETrainerConfig
+from sae_lens.training.activations_store import ActivationsStore
+from sae_lens.training.sae_trainer import SAETrainer
+from torch import Tensor
+from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+from benchmarks.cases import Work
+from benchmarks.inputs import SEED, VOCABULARY, activations, sequences_per_step, token_ids
+
+BUFFER_BATCHES = 8
+SEQUENCES = 256
+LR = 3e-4
+
+
+class Provider:
+    """Hands on batches and notes when each was asked for, which is where a step begins."""
+
+    def __init__(self, batches: Iterator[Tensor]) -> None:
+        self._batches = batches
+        self.stamps: list[float] = []
+
+    def __iter__(self) -> Provider:
+        return self
+
+    def __next__(self) -> Tensor:
+        self.stamps.append(time.perf_counter())
+        return next(self._batches)
+
+
+class Fitting:
+    """Calls of ``fit`` for some steps each."""
+
+    def __init__(self, trainer: SAETrainer, provider: Provider, period: int) -> None:
+        self._trainer, self._provider, self.period = trainer, provider, period
+
+    def run(self, steps: int) -> list[float]:
+        """Seconds of each of the next ``steps`` training steps."""
+        config = self._trainer.cfg
+        config.total_training_samples = self._trainer.n_training_samples + steps * config.train_batch_size_samples
+        self._provider.stamps = []
+        self._trainer.fit()
+        stamps = [*self._provider.stamps, time.perf_counter()]
+        return [after - before for before, after in pairwise(stamps)]
+
+
+def build(work: Work, autocast: bool) -> Fitting:
+    """The work, ready to run."""
+    torch.manual_seed(SEED)
+    sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=work.width, d_sae=work.latents, k=work.k, device="cpu"))
+    # The runner sets lr_end; without the runner it must be given.
+    config = SAETrainerConfig(
+        total_training_samples=0,
+        train_batch_size_samples=work.tokens,
+        lr=LR,
+        lr_end=LR / 10,
+        device="cpu",
+        autocast=autocast,
+    )
+    if work.kind == "step":
+        provider, period = Provider(cycle(activations(work))), 1
+    else:
+        # Half of the buffer is kept for mixing, so a refill comes after the other half.
+        provider, period = Provider(iter(_store(work, autocast))), BUFFER_BATCHES // 2
+    return Fitting(SAETrainer(config, sae, provider), provider, period)
+
+
+def _store(work: Work, autocast: bool) -> ActivationsStore:
+    (layer,) = work.layers
+    ids = token_ids(work, SEQUENCES)
+    rows = sequences_per_step(work)
+    return ActivationsStore(
+        model=_model(work),
+        dataset=Dataset.from_dict({"input_ids": ids.tolist()}),
+        streaming=False,
+        hook_name=f"blocks.{layer}.hook_resid_post",
+        hook_head_index=None,
+        context_size=work.ctx_len,
+        d_in=work.width,
+        n_batches_in_buffer=BUFFER_BATCHES * rows,
+        total_training_tokens=len(ids),
+        store_batch_size_prompts=rows,
+        train_batch_size_tokens=work.tokens,
+        prepend_bos=False,
+        normalize_activations="none",
+        device=torch.device("cpu"),
+        dtype="float32",
+        autocast_lm=autocast,
+    )
+
+
+def _model(work: Work) -> HookedTransformer:
+    assert work.model == "gpt2", "TransformerLens's encoder cannot stop after a layer"
+    config = HookedTransformerConfig(
+        n_layers=work.blocks,
+        d_model=work.width,
+        n_ctx=1024,
+        d_head=work.width // work.heads,
+        n_heads=work.heads,
+        d_mlp=4 * work.width,
+        d_vocab=VOCABULARY[work.model],
+        act_fn="gelu_new",
+        normalization_type="LN",
+        device="cpu",
+        seed=SEED,
+    )
+    return HookedTransformer(config).eval().requires_grad_(False)
