@@ -131,7 +131,7 @@ def end_to_end_cases(paths: list[str], peers: bool) -> list[Case]:
     gpt2: list[Tool] = []
     if peers:
         signum = in_dtype(STEP_PEERS[0], "fp32")
-        bert = [signum, in_dtype(STEP_PEERS[0], "bf16"), in_dtype(STEP_PEERS[4], "fp32")]
+        bert = [signum, in_dtype(STEP_PEERS[0], "bf16")]
         autocast = replace(STEP_PEERS[3], name="sae-lens autocast + autocast_lm", changes={"model_dtype": "bf16"})
         gpt2 = [signum, in_dtype(STEP_PEERS[2], "fp32"), autocast, in_dtype(STEP_PEERS[4], "fp32")]
     cases = [Case("end to end BERT", "end_to_end", Work("end_to_end"), (*own, *bert))]

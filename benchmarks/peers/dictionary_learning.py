@@ -61,6 +61,7 @@ def build(work: Work) -> Updating:
 
 
 def _buffer(work: Work) -> ActivationBuffer:
+    assert work.model == "gpt2", "the buffer asks a block for `.output`, which in a BERT block is a module of its own"
     (layer,) = work.layers
     rows = sequences_per_step(work)
     # Its buffer takes text, so each id is a word that a tokenizer of whole words gives back.
@@ -71,11 +72,10 @@ def _buffer(work: Work) -> ActivationBuffer:
     texts = [" ".join(f"w{number}" for number in row.tolist()) for row in token_ids(work, SEQUENCES)]
     module = transformer(work, head=True)
     model = LanguageModel(module, tokenizer=tokenizer)
-    block = model.encoder.layer[layer] if work.model == "bert" else model.transformer.h[layer]
     return ActivationBuffer(
         cycle(texts),
         model,
-        block,
+        model.transformer.h[layer],
         d_submodule=work.width,
         n_ctxs=BUFFER_BATCHES * rows,
         ctx_len=work.ctx_len,
