@@ -2,8 +2,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INTEROP := .venv-interop
+BENCH := .bench
+PEERS := sparsify sae-lens dictionary_learning
 
-.PHONY: demo test test-soak check format test-interop clean
+.PHONY: demo test test-soak check format test-interop bench bench-peers clean
 
 # The stamp makes an install happen once per change of what is installed.
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -41,5 +43,29 @@ $(INTEROP)/installed: pyproject.toml constraints.txt
 test-interop: $(INTEROP)/installed
 	$(INTEROP)/bin/python -m pytest tests/interop tests/integration/test_docs.py -m interop
 
+bench: $(VENV)/installed
+	$(BIN)/python -m benchmarks
+
+$(VENV)/installed-bench: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	touch $@
+
+$(BENCH)/sparsify/installed: PACKAGE := eai-sparsify
+$(BENCH)/sae-lens/installed: PACKAGE := sae-lens
+$(BENCH)/dictionary_learning/installed: PACKAGE := dictionary-learning
+
+# nnsight pulls in a torchvision that does not match the CPU build of torch, and transformers would import it.
+$(BENCH)/%/installed: constraints.txt
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PACKAGE)
+	$(@D)/bin/python -m pip uninstall --quiet --yes torchvision
+	touch $@
+
+# The results file is named by its time; the newest one is drawn.
+bench-peers: $(VENV)/installed-bench $(PEERS:%=$(BENCH)/%/installed)
+	$(BIN)/python -m benchmarks --peers
+	$(BIN)/python -m benchmarks.plot "$$(ls -t benchmarks/results/*.json | head -n 1)"
+
 clean:
-	rm -rf $(VENV) $(INTEROP) demo output .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(INTEROP) $(BENCH) demo output .pytest_cache .mypy_cache .ruff_cache

@@ -30,6 +30,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help="samples of each tool in a case (default 5 with peers, else 3)")
     parser.add_argument("--seconds", type=float, help="aimed length of a sample (default 2 with peers, else 1)")
     parser.add_argument("--threads", type=int, default=Plan.threads, help="threads of each tool")
+    parser.add_argument(
+        "--others_limit",
+        type=float,
+        default=Plan.others_limit,
+        help="share of the CPU used by others above which a sample is dropped",
+    )
     parser.add_argument("--quick", action="store_true", help="tiny sizes: whether it runs, not how fast")
     parser.add_argument("--out", type=Path, help="results file (default: benchmarks/results/DATE.json)")
     return parser.parse_args(arguments)
@@ -54,12 +60,13 @@ def shrunk(case: Case) -> Case:
 def main() -> None:
     """Run and write."""
     options = parse(sys.argv[1:])
-    usual = Plan(threads=options.threads) if options.peers else Plan(3, 1.0, threads=options.threads)
-    plan = dataclasses.replace(
-        usual, rounds=options.rounds or usual.rounds, seconds=options.seconds if options.seconds else usual.seconds
+    rounds, seconds = (5, 2.0) if options.peers else (3, 1.0)
+    plan = Plan(
+        rounds=options.rounds or rounds,
+        seconds=0.02 if options.quick else options.seconds or seconds,
+        others_limit=options.others_limit,
+        threads=options.threads,
     )
-    if options.quick:
-        plan = dataclasses.replace(plan, seconds=min(plan.seconds, 0.02))
     run = describe_run(sys.argv[1:])
     out = options.out or ROOT / "benchmarks" / "results" / f"{run['date'][:16].replace(':', '')}.json"
     out.parent.mkdir(parents=True, exist_ok=True)

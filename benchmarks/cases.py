@@ -59,6 +59,8 @@ class Case:
     tools: tuple[Tool, ...]
     repeats: tuple[int, ...] = ()
     """Fixed numbers of steps, one sample each, in place of rounds of about equal length."""
+    most_rounds: int = 100
+    """Rounds at the most, where a sample takes long or is not compared with a peer's."""
 
 
 def ours(kernels: str, compute_dtype: str, **changes: Any) -> Tool:
@@ -84,6 +86,8 @@ STEP_PEERS = (
     Tool("sae-lens autocast", SAE_LENS, "sae-lens", {"autocast": True}),
     Tool("dictionary_learning", DICTIONARY_LEARNING, "dictionary_learning"),
 )
+LONG_ROUNDS = 3
+AUTOCAST = "sae-lens autocast + autocast_lm"
 STEP_SHAPES = ((200, 32), (6144, 32), (6144, 192), (24576, 32), (24576, 192))
 
 
@@ -132,11 +136,12 @@ def end_to_end_cases(paths: list[str], peers: bool) -> list[Case]:
     if peers:
         signum = in_dtype(STEP_PEERS[0], "fp32")
         bert = [signum, in_dtype(STEP_PEERS[0], "bf16")]
-        autocast = replace(STEP_PEERS[3], name="sae-lens autocast + autocast_lm", changes={"model_dtype": "bf16"})
+        autocast = replace(STEP_PEERS[3], name=AUTOCAST, changes={"model_dtype": "bf16"})
         gpt2 = [signum, in_dtype(STEP_PEERS[2], "fp32"), autocast, in_dtype(STEP_PEERS[4], "fp32")]
-    cases = [Case("end to end BERT", "end_to_end", Work("end_to_end"), (*own, *bert))]
+    bert_work, gpt2_work = Work("end_to_end"), Work("end_to_end", model="gpt2")
+    cases = [Case("end to end BERT", "end_to_end", bert_work, (*own, *bert), most_rounds=LONG_ROUNDS)]
     if peers:
-        cases.append(Case("end to end GPT-2", "end_to_end", Work("end_to_end", model="gpt2"), (*own, *gpt2)))
+        cases.append(Case("end to end GPT-2", "end_to_end", gpt2_work, (*own, *gpt2), most_rounds=LONG_ROUNDS))
     return cases
 
 
@@ -145,7 +150,7 @@ def layers_cases(paths: list[str], peers: bool) -> list[Case]:
     own = [in_dtype(PATHS[path][0], dtype) for path in paths for dtype in ("bf16", "fp32")]
     others = [in_dtype(STEP_PEERS[0], dtype) for dtype in ("fp32", "bf16")] if peers else []
     work = Work("end_to_end", layers=tuple(range(12)))
-    return [Case("12 layers BERT", "layers", work, (*own, *others))]
+    return [Case("12 layers BERT", "layers", work, (*own, *others), most_rounds=LONG_ROUNDS)]
 
 
 def floor_cases(paths: list[str], peers: bool) -> list[Case]:
@@ -172,7 +177,7 @@ def scaling_cases(paths: list[str], peers: bool) -> list[Case]:
     works = [Work("step", latents=latents) for latents in (1536, 3072, 6144, 12288, 24576, 49152, 98304)]
     works += [Work("step", k=k) for k in (16, 64, 128, 256)]
     works += [Work("step", tokens=tokens) for tokens in (512, 1024, 4096, 8192, 16384)]
-    return [Case(f"scaling F={w.latents} k={w.k} N={w.tokens}", "scaling", w, tools) for w in works]
+    return [Case(f"scaling F={w.latents} k={w.k} N={w.tokens}", "scaling", w, tools, most_rounds=2) for w in works]
 
 
 def memory_cases(paths: list[str], peers: bool) -> list[Case]:

@@ -20,8 +20,6 @@ from typing import Any
 from benchmarks.cases import SHARED_WORKERS, Case, Tool
 from benchmarks.machine import ROOT
 
-OTHERS_LIMIT = 0.15
-"""Share of the CPU used by others above which a sample is dropped."""
 JUDGED_SECONDS = 0.25
 """Length of a sample from which the kernel's clock of 10 ms says anything about the others."""
 MAX_STEPS = 200
@@ -44,6 +42,8 @@ class Plan:
     """Aimed length of a sample."""
     warmup: int = 2
     """Steps before the first sample, at least one period."""
+    others_limit: float = 0.15
+    """Share of the CPU used by others above which a sample is dropped."""
     threads: int = os.cpu_count() or 1
 
 
@@ -161,11 +161,11 @@ class Seat:
         self.steps = min(MAX_STEPS, max(1, math.ceil(plan.seconds / last / period)) * period)
         self.record["steps_per_sample"] = self.steps
 
-    def sample(self, number: int, steps: int) -> bool:
+    def sample(self, number: int, steps: int, others_limit: float) -> bool:
         """Take a sample; whether the machine was quiet."""
         assert self.worker is not None
         answer = self.worker.ask(do="run", steps=steps)
-        dropped = answer["others_cpu"] > OTHERS_LIMIT and answer["wall"] > JUDGED_SECONDS
+        dropped = answer["others_cpu"] > others_limit and answer["wall"] > JUDGED_SECONDS
         self.record["samples"].append({"round": number, "dropped": dropped, **answer})
         return not dropped
 
@@ -185,14 +185,14 @@ def run_case(case: Case, seats: list[Seat], plan: Plan) -> dict[str, Any]:
     """All rounds of one case."""
     for seat in seats:
         attempt(seat, partial(seat.build, case, plan))
-    for number in range(len(case.repeats) or plan.rounds):
+    for number in range(len(case.repeats) or min(plan.rounds, case.most_rounds)):
         turn = number % len(seats)
         for seat in seats[turn:] + seats[:turn]:
             steps = case.repeats[number] if case.repeats else seat.steps
-            quiet = attempt(seat, partial(seat.sample, number, steps))
+            quiet = attempt(seat, partial(seat.sample, number, steps, plan.others_limit))
             if quiet is False:
                 # A disturbed sample is taken once more, in the same round, and both are kept in the record.
-                attempt(seat, partial(seat.sample, number, steps))
+                attempt(seat, partial(seat.sample, number, steps, plan.others_limit))
     return {
         "name": case.name,
         "group": case.group,

@@ -5,106 +5,29 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import statistics
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from benchmarks import goals
+from benchmarks.cases import AUTOCAST
+from benchmarks.rows import Record, Row, named, rival, rows
 
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
-Record = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Spread:
-    """Median and quartiles of some numbers."""
-
-    median: float
-    low: float
-    high: float
-
-    @staticmethod
-    def of(values: list[float]) -> Spread | None:
-        """The spread of the numbers, or None where there are none."""
-        if not values:
-            return None
-        if len(values) == 1:
-            return Spread(values[0], values[0], values[0])
-        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-        return Spread(median, low, high)
-
-    def show(self, digits: int, unit: float = 1.0) -> str:
-        """``median [low, high]``."""
-        median, low, high = (f"{value * unit:,.{digits}f}" for value in (self.median, self.low, self.high))
-        return f"{median} [{low}, {high}]"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One tool in one case; ``rounds`` {round: mean seconds per step} of the samples that were kept."""
-
-    tool: Record
-    tokens: int
-    rounds: dict[int, float]
-
-    @property
-    def spread(self) -> Spread | None:
-        """Of the seconds per step."""
-        return Spread.of(list(self.rounds.values()))
-
-    @property
-    def rate(self) -> float:
-        """Tokens per second at the median; 0 without a sample."""
-        return self.tokens / self.spread.median if self.spread else 0.0
-
-    @property
-    def counts(self) -> str:
-        """Samples that were kept, and those that were dropped."""
-        dropped = sum(sample["dropped"] for sample in self.tool["samples"])
-        return f"{len(self.tool['samples']) - dropped} ({dropped})"
-
-    @property
-    def peak(self) -> int | None:
-        """Peak memory over the imports, in bytes."""
-        return max((sample["peak_bytes"] for sample in self.tool["samples"]), default=None)
-
-    def over(self, other: Row) -> Spread | None:
-        """How many times as fast as the other, from pairs in the same round."""
-        shared = self.rounds.keys() & other.rounds.keys()
-        return Spread.of([other.rounds[number] / self.rounds[number] for number in sorted(shared)])
-
-
-def rows(case: Record) -> list[Row]:
-    """The rows of a case."""
-    found = []
-    for tool in case["tools"]:
-        kept = {s["round"]: statistics.fmean(s["seconds"]) for s in tool["samples"] if not s["dropped"]}
-        found.append(Row(tool, case["work"]["tokens"], kept))
-    return found
-
-
-def rival(found: list[Row], model_dtype: str | None = None) -> Row | None:
-    """The fastest peer, over a model of that dtype where one is given."""
-    peers = [
-        row
-        for row in found
-        if row.tool["peer"]
-        and row.rounds
-        and (model_dtype is None or row.tool["changes"].get("model_dtype") == model_dtype)
-    ]
-    return max(peers, key=lambda row: row.rate, default=None)
-
-
-def baselines(case: Record, found: list[Row]) -> dict[str, Row]:
+def baselines(found: list[Row]) -> dict[str, Row]:
     """{column: what the rows are compared with}."""
-    out = {}
-    fastest, fp32 = rival(found), rival(found, "fp32")
-    floors = [row for row in found if row.tool["name"].startswith("floor") and row.rounds]
+    out: dict[str, Row] = {}
+    fastest, fp32, autocast = rival(found), rival(found, model_dtype="fp32"), named(found, AUTOCAST)
     if fastest is not None:
         out[f"over fastest peer ({fastest.tool['name']})"] = fastest
     if fp32 is not None and fp32 is not fastest:
         out[f"over fastest peer with an fp32 model ({fp32.tool['name']})"] = fp32
-    for row in floors:
-        out[f"share of the {row.tool['name']}"] = row
+    if autocast is not None and autocast is not fastest:
+        out[f"over {AUTOCAST}"] = autocast
+    for dtype in ("bf16", "fp32"):
+        floor = named(found, f"floor, {dtype} model")
+        if floor is not None:
+            out[f"share of the speed of the {floor.tool['name']}"] = floor
     if not out and found[0].rounds:
         out[f"over {found[0].tool['name']}"] = found[0]
     return out
@@ -113,7 +36,7 @@ def baselines(case: Record, found: list[Row]) -> dict[str, Row]:
 def case_table(case: Record) -> str:
     """The table of one case."""
     found = rows(case)
-    against = baselines(case, found)
+    against = baselines(found)
     heads = ["tool", "tokens/s", "ms per step", "samples (dropped)", *against, "peak MB over imports"]
     lines = [f"### {case['name']}", "", "| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for row in found:
@@ -180,7 +103,7 @@ def heading(results: Record) -> str:
 
 def report(results: Record) -> str:
     """All tables."""
-    parts = [heading(results)]
+    parts = [heading(results), goals.table(results)]
     for group, members in itertools.groupby(results["cases"], key=lambda case: case["group"]):
         cases = list(members)
         if group in ("floors", "scaling"):
