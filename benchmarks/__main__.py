@@ -28,7 +28,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="cases whose name contains one of these")
     parser.add_argument("--paths", nargs="+", choices=list(PATHS), default=list(PATHS), help="our paths")
     parser.add_argument("--rounds", type=int, help="samples of each tool in a case (default 5 with peers, else 3)")
-    parser.add_argument("--seconds", type=float, help="aimed length of a sample (default 2 with peers, else 1)")
+    parser.add_argument("--seconds", type=float, help="aimed length of a sample (default 1 with peers, else 0.5)")
     parser.add_argument("--threads", type=int, default=Plan.threads, help="threads of each tool")
     parser.add_argument(
         "--others_limit",
@@ -60,7 +60,7 @@ def shrunk(case: Case) -> Case:
 def main() -> None:
     """Run and write."""
     options = parse(sys.argv[1:])
-    rounds, seconds = (5, 2.0) if options.peers else (3, 1.0)
+    rounds, seconds = (5, 1.0) if options.peers else (3, 0.5)
     plan = Plan(
         rounds=options.rounds or rounds,
         seconds=0.02 if options.quick else options.seconds or seconds,

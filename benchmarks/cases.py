@@ -87,6 +87,7 @@ STEP_PEERS = (
     Tool("dictionary_learning", DICTIONARY_LEARNING, "dictionary_learning"),
 )
 LONG_ROUNDS = 3
+"""Rounds of the cases whose samples take many seconds."""
 AUTOCAST = "sae-lens autocast + autocast_lm"
 STEP_SHAPES = ((200, 32), (6144, 32), (6144, 192), (24576, 32), (24576, 192))
 
@@ -99,21 +100,25 @@ def step_cases(paths: list[str], peers: bool) -> list[Case]:
     ]
 
 
+def fast(paths: list[str]) -> list[str]:
+    """The paths but for the reference, where there are others: it is there to be compared with, in the steps."""
+    return [path for path in paths if path != "reference"] or paths
+
+
 def precision_cases(paths: list[str], peers: bool) -> list[Case]:
     """Our step with the SAE's products in fp32 beside the fastest precision."""
-    tools = tuple(tool for path in paths for tool in PATHS[path])
+    tools = tuple(tool for path in fast(paths) for tool in PATHS[path])
     return [Case("precision F=6144 k=32", "precision", Work("step"), tools)]
 
 
 def dead_cases(paths: list[str], peers: bool) -> list[Case]:
     """Our step with every latent alive and with 5 % of them dead (ours alone)."""
-    tools = tuple(tool for path in paths for tool in PATHS[path][:1])
+    tools = tuple(tool for path in fast(paths) for tool in PATHS[path][:1])
     dead = tuple(replace(tool, name=f"{tool.name}, 5 % dead", changes={"dead_share": 0.05}) for tool in tools)
     alive = tuple(replace(tool, name=f"{tool.name}, 0 % dead") for tool in tools)
-    shapes = STEP_SHAPES if peers else STEP_SHAPES[1:2]
     return [
-        Case(f"dead latents F={latents} k={k}", "dead", Work("step", latents=latents, k=k), alive + dead)
-        for latents, k in shapes
+        Case(f"dead latents F={latents} k={k}", "dead", Work("step", latents=latents, k=k), alive + dead, most_rounds=3)
+        for latents, k in (STEP_SHAPES[1], *STEP_SHAPES[-1:] * peers)
     ]
 
 
@@ -129,8 +134,9 @@ def floor(dtype: str) -> Tool:
 
 def end_to_end_cases(paths: list[str], peers: bool) -> list[Case]:
     """From token ids to trained SAE: model, buffer and step."""
-    own = [in_dtype(PATHS[path][0], dtype) for path in paths for dtype in ("bf16", "fp32")]
-    own += [floor("bf16"), floor("fp32")]
+    dtypes = ("bf16", "fp32") if peers else ("bf16",)
+    own = [in_dtype(PATHS[path][0], dtype) for path in fast(paths) for dtype in dtypes]
+    own += [floor(dtype) for dtype in dtypes]
     bert: list[Tool] = []
     gpt2: list[Tool] = []
     if peers:
@@ -147,7 +153,7 @@ def end_to_end_cases(paths: list[str], peers: bool) -> list[Case]:
 
 def layers_cases(paths: list[str], peers: bool) -> list[Case]:
     """All 12 layers of the model in one pass."""
-    own = [in_dtype(PATHS[path][0], dtype) for path in paths for dtype in ("bf16", "fp32")]
+    own = [in_dtype(PATHS[path][0], dtype) for path in fast(paths) for dtype in ("bf16", "fp32")]
     others = [in_dtype(STEP_PEERS[0], dtype) for dtype in ("fp32", "bf16")] if peers else []
     work = Work("end_to_end", layers=tuple(range(12)))
     return [Case("12 layers BERT", "layers", work, (*own, *others), most_rounds=LONG_ROUNDS)]
@@ -156,7 +162,7 @@ def layers_cases(paths: list[str], peers: bool) -> list[Case]:
 def floor_cases(paths: list[str], peers: bool) -> list[Case]:
     """What any trainer must pay at the least."""
     tool = Tool("torch", "benchmarks.floors")
-    models: tuple[Literal["bert", "gpt2"], ...] = ("bert", "gpt2")
+    models: tuple[Literal["bert", "gpt2"], ...] = ("bert", "gpt2") if peers else ("bert",)
     dtypes: tuple[Literal["fp32", "bf16"], ...] = ("fp32", "bf16")
     works = {
         f"forward to block 6, {model}, {dtype}": Work("forward", model=model, model_dtype=dtype)
@@ -168,12 +174,12 @@ def floor_cases(paths: list[str], peers: bool) -> list[Case]:
         for dtype in dtypes:
             works[f"encoder GEMM F={latents}, {dtype}"] = Work("gemm", latents=latents, model_dtype=dtype)
         works[f"fused Adam F={latents}"] = Work("adam", latents=latents)
-    return [Case(f"floor: {name}", "floors", work, (tool,)) for name, work in works.items()]
+    return [Case(f"floor: {name}", "floors", work, (tool,), most_rounds=3) for name, work in works.items()]
 
 
 def scaling_cases(paths: list[str], peers: bool) -> list[Case]:
     """Cost against latents, active latents and tokens of a step (ours alone)."""
-    tools = tuple(PATHS[path][0] for path in paths if path != "reference") or PATHS["reference"]
+    tools = tuple(PATHS[path][0] for path in fast(paths))
     works = [Work("step", latents=latents) for latents in (1536, 3072, 6144, 12288, 24576, 49152, 98304)]
     works += [Work("step", k=k) for k in (16, 64, 128, 256)]
     works += [Work("step", tokens=tokens) for tokens in (512, 1024, 4096, 8192, 16384)]

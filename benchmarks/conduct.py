@@ -38,7 +38,7 @@ class Plan:
     """How much is measured."""
 
     rounds: int = 5
-    seconds: float = 2.0
+    seconds: float = 1.0
     """Aimed length of a sample."""
     warmup: int = 2
     """Steps before the first sample, at least one period."""

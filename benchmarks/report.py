@@ -52,16 +52,27 @@ def case_table(case: Record) -> str:
     return "\n".join([*lines, ""])
 
 
-def flat_table(group: str, cases: list[Record]) -> str:
-    """One table for a group of many small cases: a line per case and tool."""
-    heads = ["what", "tool", "ms", "tokens/s", "samples (dropped)", "peak MB over imports"]
-    lines = [f"### {group}", "", "| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+def floors_table(cases: list[Record]) -> str:
+    """One line per floor."""
+    lines = ["### floors", "", "| what | ms | samples (dropped) |", "|---|---|---|"]
     for case in cases:
-        name = case["name"].removeprefix("floor: ").removeprefix("scaling ")
+        for row in rows(case):
+            time = row.spread.show(1, 1e3) if row.spread else row.tool.get("error", "no quiet sample")
+            lines.append(f"| {case['name'].removeprefix('floor: ')} | {time} | {row.counts} |")
+    return "\n".join([*lines, ""])
+
+
+def scaling_table(cases: list[Record]) -> str:
+    """One line per size and tool."""
+    heads = ["F", "k", "N", "tool", "ms per step", "tokens/s", "samples (dropped)", "peak MB over imports"]
+    lines = ["### scaling", "", "| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for case in cases:
+        work = case["work"]
         for row in rows(case):
             time = row.spread.show(1, 1e3) if row.spread else row.tool.get("error", "no quiet sample")
             peak = "-" if row.peak is None else f"{row.peak / 1e6:,.0f}"
-            lines.append(f"| {name} | {row.tool['name']} | {time} | {row.rate:,.0f} | {row.counts} | {peak} |")
+            cells = [row.tool["name"], time, f"{row.rate:,.0f}", row.counts, peak]
+            lines.append(f"| {work['latents']} | {work['k']} | {work['tokens']} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, ""])
 
 
@@ -106,8 +117,10 @@ def report(results: Record) -> str:
     parts = [heading(results), goals.table(results)]
     for group, members in itertools.groupby(results["cases"], key=lambda case: case["group"]):
         cases = list(members)
-        if group in ("floors", "scaling"):
-            parts.append(flat_table(group, cases))
+        if group == "floors":
+            parts.append(floors_table(cases))
+        elif group == "scaling":
+            parts.append(scaling_table(cases))
         else:
             parts += [memory_table(case) if group == "memory" else case_table(case) for case in cases]
     return "\n".join(parts)
