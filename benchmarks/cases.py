@@ -204,5 +204,5 @@ GROUPS = {
 }
 """Name in ``--cases`` -> the cases of that group."""
 
-SHARED_WORKERS = ("floors", "scaling")
-"""Groups of many small cases, whose workers are built anew for each instead of started anew."""
+SHARED_WORKERS = ("floors",)
+"""Groups whose workers are built anew for each case instead of started anew: their memory is not looked at."""

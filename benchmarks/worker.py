@@ -5,6 +5,7 @@ Spoken to by JSON lines: ``{"do": "build", "work": …, "options": …}`` and ``
 
 from __future__ import annotations
 
+import gc
 import importlib
 import importlib.metadata
 import json
@@ -88,6 +89,7 @@ class Server:
         """What the request asked for."""
         if request["do"] == "build":
             self.runner = None
+            gc.collect()
             # A high-water mark counts from here on only when it is set back.
             Path("/proc/self/clear_refs").write_text("5")
             work = request["work"]
