@@ -8,6 +8,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from benchmarks.cases import GROUPS, PATHS, Case
 from benchmarks.conduct import Plan, conduct
@@ -16,7 +17,7 @@ from benchmarks.report import report
 
 OWN_GROUPS = ("step", "precision", "dead", "end_to_end", "floors")
 """What ``make bench`` runs: what one looks at before and after a change."""
-QUICK = {"tokens": 128, "width": 32, "k": 4, "blocks": 2, "heads": 2, "ctx_len": 32}
+QUICK: dict[str, Any] = {"tokens": 128, "width": 32, "k": 4, "blocks": 2, "heads": 2, "ctx_len": 32}
 """Sizes of --quick, which shows that everything runs and times nothing of interest."""
 
 
@@ -71,7 +72,7 @@ def main() -> None:
     out = options.out or ROOT / "benchmarks" / "results" / f"{run['date'][:16].replace(':', '')}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
-    results = {"run": run, "plan": dataclasses.asdict(plan), "machine": describe_machine(), "cases": []}
+    results: dict[str, Any] = {"run": run, "plan": dataclasses.asdict(plan), "machine": describe_machine(), "cases": []}
     for record in conduct(chosen(options), plan, lambda text: print(text, file=sys.stderr, flush=True)):
         results["cases"].append(record)
         run["minutes"] = round((time.monotonic() - start) / 60, 1)
