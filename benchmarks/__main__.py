@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cases import GROUPS, PATHS, Case
+from benchmarks.cases import GROUPS, PATHS, Case, Tool
 from benchmarks.conduct import Plan, conduct
 from benchmarks.machine import ROOT, describe_machine, describe_run
 from benchmarks.report import report
@@ -27,6 +27,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--peers", action="store_true", help="time the peers too (make bench-peers installs them)")
     parser.add_argument("--cases", nargs="+", choices=list(GROUPS), help="groups of cases")
     parser.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="cases whose name contains one of these")
+    parser.add_argument("--tools", nargs="+", default=[], metavar="TEXT", help="tools whose name contains one of these")
     parser.add_argument("--paths", nargs="+", choices=list(PATHS), default=list(PATHS), help="our paths")
     parser.add_argument("--rounds", type=int, help="samples of each tool in a case (default 5 with peers, else 3)")
     parser.add_argument("--seconds", type=float, help="aimed length of a sample (default 1 with peers, else 0.5)")
@@ -48,7 +49,15 @@ def chosen(options: argparse.Namespace) -> list[Case]:
     cases = [case for group in groups for case in GROUPS[group](options.paths, options.peers)]
     if options.only:
         cases = [case for case in cases if any(text in case.name for text in options.only)]
+    if options.tools:
+        cases = [dataclasses.replace(case, tools=tuple(wanted(case, options.tools))) for case in cases]
+        cases = [case for case in cases if case.tools]
     return [shrunk(case) for case in cases] if options.quick else cases
+
+
+def wanted(case: Case, texts: list[str]) -> list[Tool]:
+    """The case's tools whose name contains one of the texts."""
+    return [tool for tool in case.tools if any(text in tool.name for text in texts)]
 
 
 def shrunk(case: Case) -> Case:
