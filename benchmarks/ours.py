@@ -20,7 +20,9 @@ from saetrain.activations.shuffle import MixingBuffer
 from saetrain.coders.topk import TopK, TopKSettings
 from saetrain.data.loader import LoaderSettings, ShardedSequences
 from saetrain.data.sequences import Sequences
-from saetrain.optim import Optimizer, OptimSettings, resolve_lr, warmup_steps
+from saetrain.optim import OptimSettings, resolve_lr, warmup_steps
+from saetrain.runs.kernels import choose_kernels, make_engine
+from saetrain.training.engine import KernelSettings
 from saetrain.training.firing import DeadSettings, FiringTracker
 from saetrain.training.trainer import SaeTrainer, Trainer, TrainSettings
 from saetrain.types import Sequence, TokenKind
@@ -38,17 +40,11 @@ def make_trainer(
     hookpoint: str, normalizer: Normalizer, settings: TopKSettings, kernels: str, compute_dtype: str, tokens: int
 ) -> SaeTrainer:
     """The trainer of one SAE, as a run builds it."""
-    if (kernels, compute_dtype) != ("reference", "fp32"):
-        raise NotImplementedError(f"kernels {kernels} in {compute_dtype}: this version trains by reference in fp32")
     width = len(normalizer.mean)
     coder = TopK(width, settings.latents(width), settings.k, settings.auxk_alpha, SEED)
     optim, dead = OptimSettings(), DeadSettings()
-    optimizer = Optimizer(
-        dict(coder.named_parameters()),
-        optim,
-        project=coder.remove_parallel_gradient,
-        renormalize=coder.renormalize_decoder,
-    )
+    names: Any = {"kernels": kernels, "compute_dtype": {"fp32": "float32", "bf16": "bfloat16"}[compute_dtype]}
+    chosen = choose_kernels(KernelSettings(**names), optim, torch.device("cpu"))
     firing = FiringTracker(
         coder.num_latents, dead.window(STEPS * tokens), dead.dead_percentage_threshold, torch.device("cpu")
     )
@@ -56,7 +52,7 @@ def make_trainer(
         hookpoint,
         coder,
         normalizer,
-        optimizer,
+        make_engine(coder, chosen, optim, one_micro_step=True),
         firing,
         data_variance=normalizer.scaled_variance,
         raw_mse=normalizer.variance / coder.d_in,
