@@ -30,21 +30,44 @@ inline uint16_t narrow(float f) {  // round to nearest even, as torch does
     return static_cast<uint16_t>((u + 0x7FFF + ((u >> 16) & 1)) >> 16);
 }
 
-struct Candidate {
-    float value;
-    int32_t index;
-};
-// Larger values first, lower indices first among equals: ties are decided the same way everywhere.
-inline bool before(const Candidate& a, const Candidate& b) {
-    return a.value > b.value || (a.value == b.value && a.index < b.index);
+// Integers in the order of the floats, and back.
+inline int32_t key_of(float f) {
+    int32_t i;
+    std::memcpy(&i, &f, 4);
+    return i ^ ((i >> 31) & 0x7FFFFFFF);
+}
+inline float float_of(int32_t key) {
+    const int32_t i = key ^ ((key >> 31) & 0x7FFFFFFF);
+    float f;
+    std::memcpy(&f, &i, 4);
+    return f;
+}
+
+// A float that exactly k of v[0..n) reach or, where equals forbid that, the k-th largest. Counting in bits from the top
+// has no branch that depends on the data, unlike a partial sort.
+float kth_largest(const float* v, int64_t n, int64_t k, int32_t* keys) {
+#pragma omp simd
+    for (int64_t j = 0; j < n; j++) keys[j] = key_of(v[j]);
+    int64_t least = INT32_MIN;
+    for (int bit = 31; bit >= 0; bit--) {
+        const int64_t higher = least + (static_cast<int64_t>(1) << bit);
+        const int32_t wanted = static_cast<int32_t>(higher);
+        int32_t count = 0;
+#pragma omp simd reduction(+ : count)
+        for (int64_t j = 0; j < n; j++) count += keys[j] >= wanted;
+        if (count < k) continue;
+        least = higher;
+        if (count == k) break;
+    }
+    return float_of(static_cast<int32_t>(least));
 }
 
 // Values and indices of what reaches a bound, in the order of the indices.
 struct Found {
     std::vector<float> value;
     std::vector<int32_t> index;
-    std::vector<Candidate> both;
-    explicit Found(int64_t F) : value(F + 16), index(F + 16) {}
+    std::vector<int32_t> keys;
+    explicit Found(int64_t F) : value(F + 16), index(F + 16), keys(F + 16) {}
 
     int64_t collect(const float* z, int64_t F, float bound) {
         int64_t n = 0, f = 0;
@@ -85,18 +108,25 @@ void select(const float* z, int64_t F, int64_t k, int64_t G, std::vector<float>&
             for (int64_t g = 0; g < G; g++) m[g] = row[g] > m[g] ? row[g] : m[g];
         }
         for (int64_t g = 0; at + g < F; g++) m[g] = z[at + g] > m[g] ? z[at + g] : m[g];
-        std::nth_element(maxima.begin(), maxima.begin() + (k - 1), maxima.begin() + G, std::greater<float>());
-        bound = maxima[k - 1];
+        bound = kth_largest(m, G, k, found.keys.data());
     }
     int64_t n = found.collect(z, F, bound);
-    if (n > k) {
-        found.both.resize(n);
-        for (int64_t j = 0; j < n; j++) found.both[j] = {found.value[j], found.index[j]};
-        std::nth_element(found.both.begin(), found.both.begin() + (k - 1), found.both.end(), before);
-        n = k;
+    if (n > k) {  // what exceeds the k-th largest, and of its equals the first: ties are decided the same way everywhere
+        const float least = kth_largest(found.value.data(), n, k, found.keys.data());
+        int64_t equals = k, at = 0;
+        for (int64_t j = 0; j < n; j++) equals -= found.value[j] > least;
+        // Written in place, and only then handed out: what is passed over is overwritten by the next.
+        for (int64_t j = 0; j < n; j++) {
+            const float v = found.value[j];
+            const bool equal = v == least;
+            found.value[at] = v;
+            found.index[at] = found.index[j];
+            at += (v > least) | (equal & (equals > 0));
+            equals -= equal;
+        }
         for (int64_t j = 0; j < k; j++) {
-            values[j] = std::max(found.both[j].value, 0.0f);
-            indices[j] = found.both[j].index;
+            values[j] = std::max(found.value[j], 0.0f);
+            indices[j] = found.index[j];
         }
         return;
     }
@@ -230,6 +260,47 @@ void center(const float* x, const float* b_dec, int64_t N, int64_t D, T* out, fl
         norms[n] = std::sqrt(s);
     }
 }
+// The codes of tokens first..stop as dense (stop - first, F) rows.
+void code_rows(const float* values, const int32_t* indices, int64_t first, int64_t stop, int64_t F, int64_t K,
+               uint16_t* out, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t n = first; n < stop; n++) {
+        uint16_t* row = out + (n - first) * F;
+        std::memset(row, 0, F * sizeof(uint16_t));
+        for (int64_t p = n * K; p < (n + 1) * K; p++)
+            if (values[p] > 0) row[indices[p]] = narrow(values[p]);
+    }
+}
+
+// Residuals of tokens first..stop from their reconstructions without b_dec, (stop - first, D); adds to the sums.
+void residuals(const float* x, const uint16_t* decoded, const float* b_dec, int64_t first, int64_t stop, int64_t D,
+               float* residual, uint16_t* copy, float* norms, double* sums, double* squares, int threads) {
+    std::vector<std::vector<double>> sum(threads, std::vector<double>(D, 0.0));
+    std::vector<double> square(threads, 0.0);
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t n = first; n < stop; n++) {
+        const int me = omp_get_thread_num();
+        const float* xn = x + n * D;
+        const uint16_t* dn = decoded + (n - first) * D;
+        float* r = residual + n * D;
+        float s = 0;
+        double* to = sum[me].data();
+#pragma omp simd reduction(+ : s)
+        for (int64_t d = 0; d < D; d++) {
+            const float v = xn[d] - widen(dn[d]) - b_dec[d];
+            r[d] = v;
+            to[d] += v;
+            s += v * v;
+        }
+        narrow_row(copy + n * D, r, D);
+        norms[n] = std::sqrt(s);
+        square[me] += s;
+    }
+    for (int t = 0; t < threads; t++) {
+        for (int64_t d = 0; d < D; d++) sums[d] += sum[t][d];
+        *squares += square[t];
+    }
+}
 
 struct Adam {
     float lr, beta1, beta2, eps, correction1, correction2;  // corrections: 1 - beta^step, the second under a root
@@ -293,6 +364,29 @@ void saetrain_tokens(const SaetrainStep* s) {
     else
         tokens(s->x, s->W_dec, s->b_dec, s->values, s->indices, s->N, s->D, s->K, s->scale, s->residual,
                static_cast<float*>(nullptr), s->dz, s->residual_norms, s->residual_sum, s->residual_square, s->threads);
+}
+
+void saetrain_code_rows(const SaetrainStep* s, int64_t first, int64_t stop, uint16_t* out) {
+    code_rows(s->values, s->indices, first, stop, s->F, s->K, out, s->threads);
+}
+
+void saetrain_residuals(const SaetrainStep* s, int64_t first, int64_t stop, const uint16_t* decoded) {
+    if (first == 0) {
+        std::fill(s->residual_sum, s->residual_sum + s->D, 0.0);
+        *s->residual_square = 0;
+    }
+    residuals(s->x, decoded, s->b_dec, first, stop, s->D, s->residual, static_cast<uint16_t*>(s->residual_copy),
+              s->residual_norms, s->residual_sum, s->residual_square, s->threads);
+}
+
+// The latents' gradients of tokens first..stop, picked from the products (stop - first, F) of residual and W_dec.
+void saetrain_pick(const SaetrainStep* s, int64_t first, int64_t stop, const uint16_t* products) {
+#pragma omp parallel for num_threads(s->threads) schedule(static)
+    for (int64_t n = first; n < stop; n++) {
+        const uint16_t* row = products + (n - first) * s->F;
+        for (int64_t p = n * s->K; p < (n + 1) * s->K; p++)
+            s->dz[p] = s->values[p] > 0 ? -s->scale * widen(row[s->indices[p]]) : 0.0f;
+    }
 }
 
 // Counting sort of the active (token, latent) pairs by latent, tokens in order within each.

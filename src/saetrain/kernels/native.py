@@ -58,6 +58,8 @@ def library() -> ctypes.CDLL:
     found.saetrain_topk_f32.argtypes = found.saetrain_topk_bf16.argtypes
     found.saetrain_center.argtypes = [POINTER, POINTER, POINTER]
     found.saetrain_tokens.argtypes = found.saetrain_sort.argtypes = [POINTER]
+    found.saetrain_code_rows.argtypes = found.saetrain_residuals.argtypes = [POINTER, LONG, LONG, POINTER]
+    found.saetrain_pick.argtypes = [POINTER, LONG, LONG, POINTER]
     found.saetrain_codes.argtypes = [POINTER, LONG, LONG, POINTER, POINTER]
     found.saetrain_latents.argtypes = [POINTER, INT, POINTER, POINTER]
     found.saetrain_norm_bound.argtypes = [POINTER, DOUBLE, DOUBLE, POINTER]
@@ -102,6 +104,20 @@ def reconstruct(step: Step) -> None:
     """Residuals and latent gradients of each token, then its pairs sorted by latent."""
     library().saetrain_tokens(ctypes.byref(step))
     library().saetrain_sort(ctypes.byref(step))
+
+
+def reconstruct_dense(step: Step, W_dec_FD: Tensor, residual_ND: Tensor, work: Dense, pre_CF: Tensor) -> None:
+    """The same by dense bf16 products of C tokens at a time."""
+    pointer, rows = ctypes.byref(step), len(pre_CF)
+    for first in range(0, step.N, rows):
+        stop = min(first + rows, step.N)
+        wide, decoded = pre_CF[: stop - first], work.decoded[: stop - first]
+        library().saetrain_code_rows(pointer, first, stop, wide.data_ptr())
+        torch.mm(wide, W_dec_FD, out=decoded)
+        library().saetrain_residuals(pointer, first, stop, decoded.data_ptr())
+        torch.mm(residual_ND[first:stop], W_dec_FD.T, out=wide)
+        library().saetrain_pick(pointer, first, stop, wide.data_ptr())
+    library().saetrain_sort(pointer)
 
 
 def square_bound(step: Step, bias_F: Tensor, inputs: dict[str, Tensor] | None = None) -> float:
@@ -151,9 +167,11 @@ def latents_dense(step: Step, mode: int, encoder_norms_F: Tensor, inputs: dict[s
 
 
 class Dense:
-    """Memory of :func:`latents_dense`: codes (B, N) and gradient rows (B, D) of a block of latents, in bf16."""
+    """Memory of dense products in bf16: codes (B, N) and gradient rows (B, D) of a block of latents, and
+    reconstructions (C, D) of a chunk of tokens."""
 
-    def __init__(self, latents: int, tokens: int, width: int) -> None:
+    def __init__(self, latents: int, tokens: int, width: int, chunk: int) -> None:
+        self.decoded = torch.empty(chunk, width, dtype=torch.bfloat16)
         block = min(DENSE_LATENTS, latents)
         self.codes = {name: torch.empty(block, tokens, dtype=torch.bfloat16) for name in ("enc", "dec")}
         self.rows = {name: torch.empty(block, width, dtype=torch.bfloat16) for name in ("enc", "dec")}

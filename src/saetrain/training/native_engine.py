@@ -30,7 +30,7 @@ class Workspace:
         self.owner: NativeEngine | None = None
         rows = max(64, native.CHUNK_BYTES // (latents * dtype.itemsize))
         self.pre = torch.empty(min(rows, tokens), latents, dtype=dtype)
-        self.dense = native.Dense(latents, tokens, width) if dense else None
+        self.dense = native.Dense(latents, tokens, width, len(self.pre)) if dense else None
         self.tensors: dict[str, Tensor | None] = {
             "x_enc": torch.empty(tokens, width, dtype=dtype),
             "x_norms": torch.empty(tokens),
@@ -106,7 +106,10 @@ class NativeEngine(Engine):
         step, work = self._begin(x_ND.contiguous(), scale)
         native.center(step, work["x_enc"], work["x_norms"])
         native.topk_relu(work["x_enc"], self._weights["enc"], self._b["enc"], work.pre, work["values"], work["indices"])
-        native.reconstruct(step)
+        if work.dense is None:
+            native.reconstruct(step)
+        else:
+            native.reconstruct_dense(step, self._weights["dec"], work["residual_copy"], work.dense, work.pre)
         losses = {"recon": (work["residual_square"] * (scale / 2)).float()[0]}
         self._extra_norm = 0.0
         if coder.auxk_alpha and progress.dead is not None:

@@ -34,6 +34,7 @@ class TorchEngine(AutogradEngine):
         for parameter in coder.parameters():
             parameter.grad = torch.zeros_like(parameter)
         self._copies: dict[str, Tensor] | None = None
+        self._residual_sum = torch.zeros(coder.d_in)
 
     @property
     def _weights(self) -> dict[str, Tensor]:
@@ -54,48 +55,45 @@ class TorchEngine(AutogradEngine):
         scale = 2 / (progress.n_tokens * progress.data_variance)
         dense = coder.num_latents <= DENSE * coder.k
         backward = self._dense if dense else self._sparse
-        residual = backward(x_ND, encoded, product, values, indices, scale)
-        square = residual.pow(2).sum()
+        residual = backward(encoded, product, values, indices, scale)
+        square = torch.linalg.vector_norm(residual).square()
         losses = {"recon": square * (scale / 2)}
         if coder.auxk_alpha and progress.dead is not None:
             losses["auxk"] = self._auxk(product, residual, progress)
         active = (values > 0).reshape(-1).long()
         fired = torch.zeros(coder.num_latents, dtype=torch.long, device=x_ND.device)
         fired.scatter_add_(0, indices.reshape(-1), active)
-        return MicroStep(fired, len(x_ND), losses, residual.sum(dim=0), square)
+        return MicroStep(fired, len(x_ND), losses, self._residual_sum, square)
 
-    def _sparse(
-        self, x_ND: Tensor, encoded_ND: Tensor, product_ND: Tensor, values: Tensor, indices: Tensor, scale: Tensor
-    ) -> Tensor:
+    def _sparse(self, encoded_ND: Tensor, product_ND: Tensor, values: Tensor, indices: Tensor, scale: Tensor) -> Tensor:
         """Gradients through sparse products; gives the residual (N, D)."""
         coder, grads = self._topk, self._gradients()
-        residual = x_ND - sparse.decode(values, indices, self._weights["dec"]) - coder.b_dec
+        residual = encoded_ND - sparse.decode(values, indices, self._weights["dec"])
         if self._dtype != torch.float32 and coder.num_latents <= DENSE_HALF * coder.k:
             slopes = sparse.latent_products_dense(residual.to(self._dtype), indices, self._weights["dec"])
         else:
             slopes = sparse.latent_products(residual, indices, coder.W_dec)
         slopes.mul_(-scale).mul_(values > 0)
         pairs = sparse.sort_pairs(indices, coder.num_latents)
-        coded = pairs.matrix(values * -scale, len(x_ND))
+        coded = pairs.matrix(values * -scale, len(values))
         torch.addmm(grads["dec"], coded, residual, out=grads["dec"])
-        sloped = pairs.matrix(slopes, len(x_ND))
+        sloped = pairs.matrix(slopes, len(slopes))
         torch.addmm(grads["enc"], sloped, encoded_ND, out=grads["enc"])
-        self._biases(sloped @ slopes.new_ones(len(x_ND)), residual, scale)
+        self._biases(sloped @ slopes.new_ones(len(slopes)), residual, scale)
         return residual
 
-    def _dense(
-        self, x_ND: Tensor, encoded_ND: Tensor, product_ND: Tensor, values: Tensor, indices: Tensor, scale: Tensor
-    ) -> Tensor:
+    def _dense(self, encoded_ND: Tensor, product_ND: Tensor, values: Tensor, indices: Tensor, scale: Tensor) -> Tensor:
         """Gradients through dense products; gives the residual (N, D)."""
         coder, grads, W_dec = self._topk, self._gradients(), self._weights["dec"]
-        code = product_ND.new_zeros(len(x_ND), coder.num_latents)
+        code = product_ND.new_zeros(len(values), coder.num_latents)
         code.scatter_(1, indices, values.to(self._dtype))
-        residual = x_ND - (code @ W_dec).float() - coder.b_dec
-        slope = (residual * -scale).to(self._dtype)
-        latent = (slope @ W_dec.T) * (code > 0)
-        grads["dec"] += code.T @ slope
-        grads["enc"] += latent.T @ product_ND
-        self._biases(latent.float().sum(dim=0), residual, scale)
+        residual = encoded_ND - code @ W_dec
+        half = residual.to(self._dtype)
+        latent = (half @ W_dec.T).mul_(code > 0)
+        # The scale comes last, to what is smallest.
+        grads["dec"] -= scale * (code.T @ half)
+        grads["enc"] -= scale * (latent.T @ product_ND)
+        self._biases(latent.sum(dim=0, dtype=torch.float32) * -scale, residual, scale)
         return residual
 
     def _gradients(self) -> dict[str, Tensor]:
@@ -110,8 +108,9 @@ class TorchEngine(AutogradEngine):
         coder = self._topk
         assert coder.b_enc.grad is not None
         assert coder.b_dec.grad is not None
+        self._residual_sum = residual_ND.sum(dim=0)
         coder.b_enc.grad += slope_F
-        coder.b_dec.grad -= scale * residual_ND.sum(dim=0) + coder.W_enc @ slope_F
+        coder.b_dec.grad -= scale * self._residual_sum + coder.W_enc @ slope_F
 
     def _auxk(self, product_ND: Tensor, residual_ND: Tensor, progress: Progress) -> Tensor:
         """Add AuxK's gradients to the rows of the dead latents; gives the weighted loss."""
