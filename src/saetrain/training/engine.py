@@ -40,6 +40,16 @@ class MicroStep:
     residual_sum: Tensor
     residual_square: Tensor
 
+    def plus(self, other: MicroStep) -> MicroStep:
+        """Both as one."""
+        return MicroStep(
+            self.fired + other.fired,
+            self.tokens + other.tokens,
+            {name: loss + other.losses[name] for name, loss in self.losses.items()},
+            self.residual_sum + other.residual_sum,
+            self.residual_square + other.residual_square,
+        )
+
 
 class Engine(ABC):
     """Steps one coder; micro-batches add up until :meth:`apply` or :meth:`drop`."""
