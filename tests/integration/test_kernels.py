@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def test_without_a_compiler_pytorch_s_are_taken_and_it_is_said(
     assert "Traceback" not in done.stderr
 
 
-def test_a_damaged_library_in_the_cache_is_no_traceback(tmp_path: Path, tiny_bert: str, topics_jsonl: str) -> None:
+def test_a_damaged_library_in_the_cache_is_built_anew(tmp_path: Path, tiny_bert: str, topics_jsonl: str) -> None:
     env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
     command = [sys.executable, "-m", "saetrain", tiny_bert, topics_jsonl, *BASE.split(), "--save_dir"]
     subprocess.run([*command, str(tmp_path / "one")], env=env, check=True, capture_output=True)
@@ -60,7 +61,31 @@ def test_a_damaged_library_in_the_cache_is_no_traceback(tmp_path: Path, tiny_ber
     library.write_bytes(b"no library")
     done = subprocess.run([*command, str(tmp_path / "two")], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert about(tmp_path / "two")["kernels"] == "torch"
+    assert about(tmp_path / "two")["kernels"] == "native"
+
+
+def test_an_error_does_not_wait_for_what_is_read_ahead(tmp_path: Path, tiny_bert: str, topics_jsonl: str) -> None:
+    """A spike at the second step ends the process although the next pools' text takes a minute each to be read."""
+    code = """
+import sys, time
+import saetrain.data.loader as loader
+from saetrain.training.trainer import SaeTrainer
+read, count = loader.ShardedSequences.read, SaeTrainer.micro_step
+def slow(self, shard, cursor, tokens):
+    if cursor != self.start:
+        time.sleep(3)
+    return read(self, shard, cursor, tokens)
+loader.ShardedSequences.read = slow
+SaeTrainer.micro_step = lambda self, raw, progress: count(self, raw * float("nan"), progress)
+from saetrain.cli import main
+main(sys.argv[1:])
+"""
+    command = [sys.executable, "-c", code, tiny_bert, topics_jsonl, *BASE.split(), "--save_dir", str(tmp_path)]
+    started = time.monotonic()
+    command += ["--data_shards", "64", "--max_tokens", "6400"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert time.monotonic() - started < 60, "64 shards of 3 s each were waited for"
 
 
 @pytest.mark.parametrize(
@@ -88,6 +113,17 @@ def test_a_resumed_run_keeps_the_kernels_that_it_began_with(
     capsys.readouterr()
     main([*words, "--resume"])
     assert "kernels: torch, products in float32" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        main([*words, "--resume", "--kernels", "native"])
-    assert "--kernels is native now and was torch" in capsys.readouterr().err
+    main([*words, "--resume", "--kernels", "reference", "--compute_dtype", "float32"])
+    said = capsys.readouterr().err
+    assert "--kernels reference instead of torch: sums are rounded otherwise, so the bits will differ" in said
+    assert "kernels: reference, products in float32" in said
+
+
+def test_a_run_of_native_kernels_goes_on_without_a_compiler(tmp_path: Path, tiny_bert: str, topics_jsonl: str) -> None:
+    words = [tiny_bert, topics_jsonl, "--run_name", "run"]
+    main([*words, *BASE.split(), "--save_dir", str(tmp_path / "out"), "--kernels", "native"])
+    done = without_compiler(tmp_path, *words, "--resume")
+    assert done.returncode == 2
+    assert "use --kernels torch" in done.stderr
+    done = without_compiler(tmp_path, *words, "--resume", "--kernels", "torch")
+    assert done.returncode == 0, done.stderr

@@ -48,6 +48,10 @@ class ReadAhead:
         """Begin to read what the shard will need next."""
         self._expected[shard] = (cursor, tokens), self._thread.submit(self._source.read, shard, cursor, tokens)
 
+    def close(self) -> None:
+        """End the thread as soon as the read under way is done; none that was expected begins any more."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
     def forget(self) -> None:
         """Drop what was expected."""
         for _, future in self._expected.values():

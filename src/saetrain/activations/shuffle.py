@@ -71,6 +71,7 @@ class MixingBuffer:
         self._owned, self._n_shards = owned, n_shards
         self._pool_tokens, self._seed = pool_tokens, seed
         self._pools: dict[int, _Pool] = {}
+        self._next: dict[int, tuple[Cursor, int]] = {}
         self._states = {shard: ShardState(0, 0, 0, source.start) for shard in owned}
         self.outliers_left_out = 0
         self.tokens_read = 0
@@ -89,7 +90,12 @@ class MixingBuffer:
         self._states = {shard: ShardState(row[0], row[1], row[2], tuple(row[3:])) for shard, row in rows.items()}
         self._pools.clear()
         self._ahead.forget()
+        self._next.clear()
         self._expect()
+
+    def close(self) -> None:
+        """Read no further ahead."""
+        self._ahead.close()
 
     def take(self, first: int, count: int, last: int) -> dict[str, Tensor]:
         """{hookpoint: (n, D)}: this rank's share of samples ``first`` to ``first + count`` of the whole run.
@@ -101,6 +107,10 @@ class MixingBuffer:
             for shard in self._owned
             for piece in self._take(shard, *self._share(shard, first, first + count), self._share(shard, 0, last)[1])
         ]
+        # Only now, for a pool that is needed at once must not wait for one that is needed later.
+        for shard, (cursor, tokens) in self._next.items():
+            self._ahead.expect(shard, cursor, tokens)
+        self._next.clear()
         return {name: torch.cat([piece[name] for piece in pieces]) for name in self._reader.capture.hookpoints}
 
     def _share(self, shard: int, first: int, stop: int) -> tuple[int, int]:
@@ -148,7 +158,7 @@ class MixingBuffer:
         activations = self._reader.read(sequences)
         rest = needed - len(activations)
         if rest > 0:
-            self._ahead.expect(shard, cursor, self._size(shard, state, rest))
+            self._next[shard] = cursor, self._size(shard, state, rest)
         self.outliers_left_out += activations.n_outliers
         self.tokens_read += len(activations) + activations.n_outliers
         order = np.random.default_rng([self._seed, shard, state.pool]).permutation(len(activations))

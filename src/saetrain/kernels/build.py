@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -16,37 +17,59 @@ SOURCE = Path(__file__).with_name("native.cpp")
 FLAGS = ("-O3", "-march=native", "-ffast-math", "-fno-finite-math-only", "-fopenmp", "-fPIC", "-std=c++17")
 
 
-def build() -> Path:
-    """Compile native.cpp unless a library of the same source, flags, compiler and processor is cached."""
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
-    if compiler is None:
+def build(anew: bool = False) -> Path:
+    """Compile native.cpp unless a library of the same source, flags, compiler and processor is cached.
+
+    ``anew``: also then, for that one could not be loaded. OSError or CalledProcessError where it can't be built.
+    """
+    compiler = shlex.split(os.environ.get("CXX", "")) or [shutil.which("g++") or shutil.which("c++") or ""]
+    if not compiler[0]:
         raise OSError("no C++ compiler (g++, or the one that CXX names) was found")
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    target = subprocess.run(
-        [compiler, "-march=native", "-Q", "--help=target"], capture_output=True, text=True, check=False
-    ).stdout
-    key = hashlib.sha256("\0".join([SOURCE.read_text(), *FLAGS, version, target, torch.__version__]).encode())
-    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "saetrain" / "kernels"
-    library = folder / f"native-{platform.machine()}-{key.hexdigest()[:16]}.so"
-    if library.exists():
+    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    about = [SOURCE.read_text(), *FLAGS, version, _processor(), torch.__version__, *_openmp()]
+    key = hashlib.sha256("\0".join(about).encode()).hexdigest()[:16]
+    folder = _folder()
+    library = folder / f"native-{platform.machine()}-{key}.so"
+    if library.exists() and not anew:
         return library
-    folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as work:
         unit, shared = Path(work, "native.o"), Path(work, "native.so")
-        _run([compiler, *FLAGS, "-c", str(SOURCE), "-o", str(unit)])
-        _run([compiler, "-shared", str(unit), "-o", str(shared), *_openmp()])
+        _run([*compiler, *FLAGS, "-c", str(SOURCE), "-o", str(unit)])
+        _run([*compiler, "-shared", str(unit), "-o", str(shared), *_openmp()])
         os.replace(shared, library)
     return library
+
+
+def _folder() -> Path:
+    """The user's cache, or a folder of this user's among the temporary ones where there is none to write to."""
+    try:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        folder = home / "saetrain" / "kernels"
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except (OSError, RuntimeError):  # read-only, or a user without a home
+        return Path(tempfile.mkdtemp(prefix="saetrain-kernels-"))
+
+
+def _processor() -> str:
+    """What -march=native stands for here: a home may be shared by different machines."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = ("model name", "flags", "Features", "CPU part")
+    found = {line for line in lines if line.split(":")[0].strip() in names}
+    return "\n".join(sorted(found)) or platform.processor()
 
 
 def _openmp() -> list[str]:
     """torch's own OpenMP library: a second one would bring a second set of threads."""
     folder = Path(torch.__file__).parent / "lib"
     found = sorted(folder.glob("libgomp*.so*"))
-    return [f"-L{folder}", f"-l:{found[0].name}"] if found else ["-lgomp"]
+    return [f"-L{folder}", f"-l:{found[0].name}"] if found else ["-fopenmp"]
 
 
 def _run(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise OSError(f"{' '.join(command[:1])} failed: {done.stderr.strip().splitlines()[:1]}")
+        said = (done.stderr.strip().splitlines() or ["it says nothing"])[0]
+        raise OSError(f"{command[0]} failed: {said}")

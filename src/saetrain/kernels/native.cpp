@@ -10,11 +10,20 @@
 #include <cstring>
 #include <vector>
 #include <omp.h>
-#if defined(__AVX512F__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
 namespace {
+
+// While it lives, numbers too small to be normal count as zero: moments that fade away would else cost a trap each.
+struct FlushToZero {
+#if defined(__SSE2__)
+    unsigned before = _mm_getcsr();
+    FlushToZero() { _mm_setcsr(before | 0x8040); }
+    ~FlushToZero() { _mm_setcsr(before); }
+#endif
+};
 
 inline float widen(uint16_t b) {
     uint32_t u = static_cast<uint32_t>(b) << 16;
@@ -27,7 +36,8 @@ inline float widen(float f) { return f; }
 inline uint16_t narrow(float f) {  // round to nearest even, as torch does
     uint32_t u;
     std::memcpy(&u, &f, 4);
-    return static_cast<uint16_t>((u + 0x7FFF + ((u >> 16) & 1)) >> 16);
+    const uint32_t rounded = (u + 0x7FFF + ((u >> 16) & 1)) >> 16;
+    return static_cast<uint16_t>((u & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : rounded);
 }
 
 // Integers in the order of the floats, and back.
@@ -148,9 +158,15 @@ void topk(const T* pre, const float* bias, int64_t n, int64_t F, int64_t k, floa
         for (int64_t row = 0; row < n; row++) {
             const T* p = pre + row * F;
             float* zz = z.data();
-#pragma omp simd
-            for (int64_t f = 0; f < F; f++) zz[f] = widen(p[f]) + bias[f];
+            int32_t broken = 0;
+#pragma omp simd reduction(| : broken)
+            for (int64_t f = 0; f < F; f++) {
+                zz[f] = widen(p[f]) + bias[f];
+                broken |= zz[f] != zz[f];
+            }
             select(zz, F, k, G, maxima, found, values + row * k, indices + row * k);
+            // Comparing leaves it out, so it is put where the loss will show it.
+            if (broken) values[row * k] = NAN;
         }
     }
 }
@@ -268,7 +284,7 @@ void code_rows(const float* values, const int32_t* indices, int64_t first, int64
         uint16_t* row = out + (n - first) * F;
         std::memset(row, 0, F * sizeof(uint16_t));
         for (int64_t p = n * K; p < (n + 1) * K; p++)
-            if (values[p] > 0) row[indices[p]] = narrow(values[p]);
+            if (!(values[p] <= 0)) row[indices[p]] = narrow(values[p]);
     }
 }
 
@@ -394,12 +410,11 @@ void saetrain_sort(const SaetrainStep* s) {
     const int64_t N = s->N, K = s->K, F = s->F;
     const int T = s->threads;
     std::vector<std::vector<int64_t>> at(T, std::vector<int64_t>(F, 0));
-#pragma omp parallel num_threads(T)
-    {
-        const int t = omp_get_thread_num();
+    // Slices and not threads, of which there may be fewer than were asked for.
+#pragma omp parallel for num_threads(T) schedule(static, 1)
+    for (int t = 0; t < T; t++)
         for (int64_t p = N * t / T * K; p < N * (t + 1) / T * K; p++)
             if (s->values[p] > 0) at[t][s->indices[p]]++;
-    }
     int64_t running = 0;
     for (int64_t f = 0; f < F; f++) {
         s->starts[f] = running;
@@ -410,9 +425,8 @@ void saetrain_sort(const SaetrainStep* s) {
         }
     }
     s->starts[F] = running;
-#pragma omp parallel num_threads(T)
-    {
-        const int t = omp_get_thread_num();
+#pragma omp parallel for num_threads(T) schedule(static, 1)
+    for (int t = 0; t < T; t++)
         for (int64_t n = N * t / T; n < N * (t + 1) / T; n++)
             for (int64_t p = n * K; p < (n + 1) * K; p++)
                 if (s->values[p] > 0) {
@@ -421,15 +435,14 @@ void saetrain_sort(const SaetrainStep* s) {
                     s->pair_value[to] = s->values[p];
                     s->pair_dz[to] = s->dz[p];
                 }
-    }
 }
 
 // An upper bound of the squared norm of the gradients of both weights and b_enc, from the norms of what is summed: most
 // steps need no more to know that nothing is clipped. enc_most, dec_most: upper bounds of the largest eigenvalue of the
 // Gram matrices of x and of the residual, or infinity; bias: (F,) takes the gradient of b_enc.
 double saetrain_norm_bound(const SaetrainStep* s, double enc_most, double dec_most, float* bias) {
-    double total = 0;
-#pragma omp parallel for num_threads(s->threads) schedule(static) reduction(+ : total)
+    std::vector<double> parts(s->threads, 0.0);
+#pragma omp parallel for num_threads(s->threads) schedule(static)
     for (int64_t f = 0; f < s->F; f++) {
         double dec = 0, enc = 0, b = 0, dec_square = 0, enc_square = 0;
         for (int64_t p = s->starts[f]; p < s->starts[f + 1]; p++) {
@@ -442,9 +455,11 @@ double saetrain_norm_bound(const SaetrainStep* s, double enc_most, double dec_mo
             b += dz;
         }
         const double scale = static_cast<double>(s->scale) * s->scale;
-        total += scale * std::min(dec * dec, dec_square * dec_most) + std::min(enc * enc, enc_square * enc_most) + b * b;
+        parts[omp_get_thread_num()] += scale * std::min(dec * dec, dec_square * dec_most) + std::min(enc * enc, enc_square * enc_most) + b * b;
         bias[f] = static_cast<float>(b);
     }
+    double total = 0;
+    for (const double part : parts) total += part;
     return total;
 }
 }
@@ -472,6 +487,7 @@ void latents(const SaetrainStep* s, const T* x, const T* residual, int mode, con
     const Adam adam{s->lr, s->beta1, s->beta2, s->eps, s->correction1, s->correction2};
 #pragma omp parallel num_threads(s->threads)
     {
+        const FlushToZero flush;
         const int me = omp_get_thread_num();
         std::vector<float> ge(D), gd(D), scaled;
         // The split is by thread and fixed, so that the same threads give the same sums.

@@ -29,6 +29,15 @@ POINTERS = (
 )
 FLOATS = ("lr", "beta1", "beta2", "eps", "correction1", "correction2", "decay", "clip")
 
+DTYPES = {
+    **dict.fromkeys(("indices", "pair_token", "extra_row"), (torch.int32,)),
+    **dict.fromkeys(("residual_sum", "residual_square", "g_b_dec", "square"), (torch.float64,)),
+    **dict.fromkeys(("residual_copy", "W_enc_half", "W_dec_half"), (torch.bfloat16,)),
+    "x_enc": (torch.float32, torch.bfloat16),
+    "starts": (torch.int64,),
+}
+"""Of the tensors that are not fp32."""
+
 
 class Gradients(ctypes.Structure):
     """Mirror of the C++ ``Gradients``: where the gradient rows of some latents come from."""
@@ -53,7 +62,10 @@ class Step(ctypes.Structure):
 @functools.cache
 def library() -> ctypes.CDLL:
     """The compiled kernels; OSError where they can't be built or loaded."""
-    found = ctypes.CDLL(str(build()))
+    try:
+        found = ctypes.CDLL(str(build()))
+    except OSError:
+        found = ctypes.CDLL(str(build(anew=True)))
     found.saetrain_topk_bf16.argtypes = [POINTER, POINTER, LONG, LONG, LONG, POINTER, POINTER, INT]
     found.saetrain_topk_f32.argtypes = found.saetrain_topk_bf16.argtypes
     found.saetrain_center.argtypes = [POINTER, POINTER, POINTER]
@@ -72,6 +84,7 @@ def point(step: Step, **tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
         assert name in POINTERS or name in ("g_b_dec", "square"), name
         assert tensor is None or tensor.is_contiguous(), name
+        assert tensor is None or tensor.dtype in DTYPES.get(name, (torch.float32,)), (name, tensor.dtype)
         setattr(step, name, None if tensor is None else tensor.data_ptr())
 
 

@@ -124,5 +124,6 @@ def sort_pairs(indices_NK: Tensor, latents: int) -> Pairs:
     flat = indices_NK.reshape(-1)
     order = torch.argsort(flat, stable=True)
     starts = flat.new_zeros(latents + 1)
-    starts[1:] = torch.bincount(flat, minlength=latents).cumsum(0)
+    # bincount would ask a GPU for the largest index and wait for the answer.
+    starts.scatter_add_(0, flat + 1, torch.ones_like(flat)).cumsum_(0)
     return Pairs(starts, order, order.div(indices_NK.shape[1], rounding_mode="floor"))

@@ -36,6 +36,8 @@ FREE = frozenset(
         "force",
         "dry_run",
         "debug",
+        "kernels",
+        "compute_dtype",
         "trust_remote_code",
         "finetune",
         "dead_percentage_threshold",
@@ -74,8 +76,7 @@ def reconcile(run: Prepared, checkpoint: Checkpoint) -> Prepared:
         _check_longer(flat["max_tokens"], before["max_tokens"])
     # Also where the tokens are the same: an earlier resume may have asked for more of them.
     flat.update({name: before[name] for name in DERIVED if given[name] is None})
-    # The first start's choice holds, for the kernels round differently.
-    flat.update({name: before[name] for name in ("kernels", "compute_dtype") if given[name] == "auto"})
+    flat.update(_kernels(given, before))
     settled = _settled(run, flat, before)
     changed = [
         f"--{name} is {value} now and was {before.get(name)}"
@@ -92,6 +93,21 @@ def reconcile(run: Prepared, checkpoint: Checkpoint) -> Prepared:
     config: RunConfig = dataclasses.replace(from_flat(flat, "checkpoint"), where=run.config.where)
     plan = make_plan(config, run.framing.ctx_len, run.plan.text_tokens)
     return dataclasses.replace(run, config=config, plan=plan)
+
+
+def _kernels(given: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+    """The first start's choice holds, for kernels round differently; an explicit one is taken, and that is said.
+
+    A machine that the run moves to may have no compiler.
+    """
+    out = {}
+    for name, value in given.items():
+        if name not in ("kernels", "compute_dtype"):
+            continue
+        out[name] = before[name] if value == "auto" else value
+        if out[name] != before[name]:
+            say(f"--{name} {value} instead of {before[name]}: sums are rounded otherwise, so the bits will differ")
+    return out
 
 
 def _settled(run: Prepared, flat: Mapping[str, Any], before: Mapping[str, Any]) -> frozenset[str]:

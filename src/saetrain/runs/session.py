@@ -46,6 +46,7 @@ class Session:
         checkpoint: Checkpoint | None,
     ) -> None:
         self.prepared, self.directory = prepared, directory
+        self.ended = False
         self.trainer, self.normalizers = trainer, normalizers
         self.config = prepared.config
         self.buffer: MixingBuffer = make_buffer(prepared)
@@ -67,7 +68,7 @@ class Session:
             self.log = Log(self.config.logs, info)
         self.left_out = 0
         self.stop = StopWish()
-        prepared.train.interrupt_by(self.stop.check)
+        prepared.train.interrupt_by(self._check)
         self.line = ProgressLine(self.trainer.steps, self.trainer.step)
 
     def train(self) -> None:
@@ -82,11 +83,20 @@ class Session:
                     self.save_saes(final)
             failed = False
         finally:
+            # What is read ahead for a run that has failed would keep the process alive.
+            self.ended = True
+            self.buffer.close()
             with self.writing():
                 self.log.close(failed)
         if not finished:
             raise SystemExit(self.stop.exit_code)
         summary(self.directory, final)
+
+    def _check(self) -> None:
+        """Raise :class:`Stopped` once nothing more is to be read."""
+        self.stop.check()
+        if self.ended:
+            raise Stopped
 
     def writing(self) -> AbstractContextManager[None]:
         """Within it, a full or vanished disk ends the run with a message."""

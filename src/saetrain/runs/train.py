@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+import torch
+
 from saetrain import distributed
 from saetrain.activations.model import resolve_device
 from saetrain.config import RunConfig, write_yaml
@@ -20,6 +22,9 @@ from saetrain.runs.session import Session
 def run(config: RunConfig) -> None:
     """Train, evaluate and save; SaetrainError for what the user can mend."""
     distributed.require_one_rank()
+    # Moments of idle latents fade until they are denormal, which makes a step many times slower; before the first
+    # parallel region, for its threads keep what they were made with.
+    torch.set_flush_denormal(True)
     check_extras(config.logs)
     # Before anything slow, for it may be refused.
     choose_kernels(config.compute, config.optim, resolve_device(config.base.device))
