@@ -29,7 +29,11 @@ class Normalizer:
 
     def __call__(self, x_ND: Tensor) -> Tensor:
         """Raw activations of any float dtype -> centred and scaled fp32."""
-        return (x_ND - self.mean).div_(self.scale)
+        wide = x_ND.float()
+        # One pass over memory where they are wide already, and no second piece of memory where they were not.
+        if wide is x_ND:
+            return torch.add(-self.mean / self.scale, wide, alpha=1 / self.scale)
+        return wide.sub_(self.mean).div_(self.scale)
 
     def constants(self) -> dict[str, float | None]:
         """All but the mean, as JSON takes it."""

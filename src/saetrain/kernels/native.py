@@ -14,7 +14,7 @@ MEASURE, STORE, UPDATE = 0, 1, 2
 PAIRS, MEMORY, ROWS = 0, 1, 2
 CHUNK_BYTES = 24 << 20
 """Pre-activations that are held at once: fewer tokens cost more than they save, for each product packs all weights."""
-DENSE_LATENTS = 1024
+DENSE_LATENTS = 512
 """Latents whose gradients are made by one dense product."""
 
 POINTER, LONG, INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32

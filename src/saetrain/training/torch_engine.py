@@ -20,7 +20,7 @@ DENSE = 12
 DENSE_HALF = 48
 """The same for the latents' gradients alone, where bf16 products are fast."""
 
-DENSE_ROWS = 512
+DENSE_ROWS = 2048
 """Tokens of a dense step on a CPU, of which everything stays in a core's cache from one product to the next."""
 
 # Both say that sparse tensors are young; what is used of them is held to the reference by tests.
