@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from tests.integration.test_resume import SETTINGS, STEPS, finish, records, start, steps_done, wait_for_step
 
 BLOCK = 32 * 1024
@@ -137,3 +139,15 @@ def test_no_key_and_no_server_are_said_with_the_way_out(tmp_path: Path, tiny_ber
         assert "--log_to_wandb true: Weights & Biases could not start a run" in output
         assert "WANDB_MODE=offline" in output
         assert "Traceback" not in output
+
+
+def test_training_goes_on_when_its_process_dies(tmp_path: Path, tiny_bert: str, topics_jsonl: str) -> None:
+    words = [tiny_bert, topics_jsonl, *SETTINGS.split(), "--log_to_wandb", "true", "--wandb_log_frequency", "5"]
+    process = start(tmp_path, "run", words, **OFFLINE)
+    wait_for_step(process, tmp_path / "run", 100)
+    for child in psutil.Process(process.pid).children(recursive=True):
+        if "wandb-core" in child.name():
+            child.kill()
+    output = finish(process)
+    assert output.count("Weights & Biases has stopped answering") == 1
+    assert [r["step"] for r in records(tmp_path / "run") if r["kind"] == "train"] == list(range(1, STEPS + 1))

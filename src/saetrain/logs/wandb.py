@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from saetrain.errors import SaetrainError
 from saetrain.files import write_json
 from saetrain.logs.base import Record, RunInfo, Sink
+from saetrain.logs.console import say
 
 REFUSED = "--log_to_wandb true: Weights & Biases could not start a run"
 WAY_OUT = "(log in by `wandb login` or WANDB_API_KEY, or set WANDB_MODE=offline)"
@@ -37,8 +39,9 @@ class WandB(Sink):
                 config=dict(info.settings),
                 settings=wandb.Settings(init_timeout=float(os.environ.get("WANDB_INIT_TIMEOUT", TIMEOUT_S))),
             )
-        except wandb.errors.Error as error:
-            raise SaetrainError(f"{REFUSED}: {str(error).splitlines()[0]} {WAY_OUT}") from error
+        except Exception as error:  # of its service process it raises types of many kinds
+            raise SaetrainError(f"{REFUSED}: {_first_line(error)} {WAY_OUT}") from error
+        self._gone = False
         self._run.define_metric("*", step_metric="step")
         # An offline run can't be rewound, and a resumed one computes the same figures again.
         self._path = info.directory / MARKS
@@ -63,13 +66,25 @@ class WandB(Sink):
 
     def write(self, record: Record) -> None:
         """Log the record, unless an earlier start did; final figures go to the run's summary as well."""
+        if self._gone:
+            return
         if record.step > self._logged.get(record.kind, 0):
             # Marked first: a kill in between leaves a point out, where it would else be there twice.
             self._logged[record.kind] = record.step
             write_json(self._path, {"id": str(self._run.id), "logged": self._logged})
-            self._run.log({"step": record.step, **record.flat()})
+            self._hand_over(lambda: self._run.log({"step": record.step, **record.flat()}))
         if record.kind == "final":
-            self._run.summary.update(record.flat())
+            self._hand_over(lambda: self._run.summary.update(record.flat()))
+
+    def _hand_over(self, call: Callable[[], object]) -> None:
+        """Training goes on where W&B's own process has gone; it is said once."""
+        if self._gone:
+            return
+        try:
+            call()
+        except Exception as error:  # of its service process it raises types of many kinds
+            self._gone = True
+            say(f"Weights & Biases has stopped answering ({_first_line(error)}); the figures go on to metrics.jsonl")
 
     def state(self) -> dict[str, str]:
         """The run's id."""
@@ -77,7 +92,11 @@ class WandB(Sink):
 
     def close(self, failed: bool) -> None:
         """Finish the run."""
-        self._run.finish(exit_code=1 if failed else 0)
+        self._hand_over(lambda: self._run.finish(exit_code=1 if failed else 0))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _marks(path: Path, run_id: str) -> dict[str, int]:
