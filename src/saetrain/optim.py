@@ -119,7 +119,9 @@ class Optimizer:
     ) -> None:
         self._parameters, self._settings = dict(parameters), settings
         self._project, self._renormalize = project, renormalize
-        self.torch = OPTIMIZERS[settings.optimizer](parameters)
+        self._turned = {name for name, p in parameters.items() if in_memory_order(p) is not p}
+        self._stored = {name: nn.Parameter(in_memory_order(p.detach())) for name, p in parameters.items()}
+        self.torch = OPTIMIZERS[settings.optimizer](self._stored)
 
     def project(self) -> Tensor:
         """Project the gradients; gives their norm, before clipping."""
@@ -131,28 +133,32 @@ class Optimizer:
         return torch.nn.utils.get_total_norm([p.grad for p in self._parameters.values() if p.grad is not None])
 
     def step(self, lr: float, norm: Tensor) -> None:
-        """Apply the projected gradients, whose norm is ``norm``, at learning rate ``lr``, and drop them."""
-        if self._settings.max_grad_norm:
+        """Apply the projected gradients, whose norm is ``norm``, at learning rate ``lr``; they stay as they are."""
+        # Scaling by one would read and write all gradients for nothing.
+        if 0 < self._settings.max_grad_norm < float(norm):
             torch.nn.utils.clip_grads_with_norm_(self._parameters.values(), self._settings.max_grad_norm, norm)
         if self._settings.weight_decay:
             with torch.no_grad():
                 self._parameters["W_enc"].mul_(1 - lr * self._settings.weight_decay)
+        for name, parameter in self._parameters.items():
+            self._stored[name].grad = None if parameter.grad is None else in_memory_order(parameter.grad)
         for group in self.torch.param_groups:
             group["lr"] = lr
         self.torch.step()
-        self.drop()
         self._renormalize()
 
     def drop(self) -> None:
         """Forget the gradients."""
-        self.torch.zero_grad(set_to_none=False)
+        for parameter in self._parameters.values():
+            if parameter.grad is not None:
+                parameter.grad.zero_()
 
     def state(self) -> dict[str, Tensor]:
         """The optimizer's tensors as ``{parameter.key: tensor}``."""
         return {
-            f"{name}.{key}": value
-            for name, parameter in self._parameters.items()
-            for key, value in self.torch.state[parameter].items()
+            f"{name}.{key}": value.T if value.dim() == 2 and name in self._turned else value
+            for name, own in self._stored.items()
+            for key, value in self.torch.state[own].items()
             if isinstance(value, Tensor)
         }
 
@@ -160,7 +166,15 @@ class Optimizer:
         """Take back what :meth:`state` gave."""
         for name, value in state.items():
             parameter, key = name.rsplit(".", 1)
-            own = self._parameters[parameter]
+            own, shown = self._stored[parameter], self._parameters[parameter]
             # A moment must lie in memory as its parameter does, and the count of steps beside it.
-            fitted = torch.empty_like(own).copy_(value) if value.shape == own.shape else value.to(own.device)
+            moment = value.shape == shown.shape and value.dim() > 0
+            fitted = torch.empty_like(own) if moment else value.to(own.device)
+            if moment:
+                fitted.copy_(value.T if parameter in self._turned else value)
             self.torch.state[own][key] = fitted
+
+
+def in_memory_order(tensor: Tensor) -> Tensor:
+    """The same memory, transposed where rows lie across it: optimizers copy what they can't walk straight through."""
+    return tensor.T if tensor.dim() == 2 and not tensor.is_contiguous() else tensor

@@ -12,8 +12,8 @@ from saetrain.optim import Optimizer, OptimSettings, lr_factor, lr_rule, resolve
 D, F = 5, 9
 
 
-def make(**settings: object) -> tuple[TopK, Optimizer]:
-    coder = TopK(D, F, 2, seed=1)
+def make(latents: int = F, **settings: object) -> tuple[TopK, Optimizer]:
+    coder = TopK(D, latents, 2, seed=1)
     optimizer = Optimizer(
         dict(coder.named_parameters()),
         OptimSettings(**settings),  # type: ignore[arg-type]
@@ -88,9 +88,10 @@ def test_weight_decay_shrinks_the_encoder_alone() -> None:
         torch.testing.assert_close(dict(coder.named_parameters())[name].detach(), before[name], msg=name)
 
 
+@pytest.mark.parametrize("latents", [F, D])
 @pytest.mark.parametrize("name", ["adam", "sgd"])
-def test_state_goes_on_exactly(name: str) -> None:
-    (one, first), (two, second) = make(optimizer=name), make(optimizer=name)
+def test_state_goes_on_exactly(name: str, latents: int) -> None:
+    (one, first), (two, second) = make(latents, optimizer=name), make(latents, optimizer=name)
     for step in range(6):
         give_gradients(one, step)
         first.step(0.05, first.project())

@@ -14,8 +14,6 @@ MEASURE, STORE, UPDATE = 0, 1, 2
 PAIRS, MEMORY, ROWS = 0, 1, 2
 CHUNK_BYTES = 24 << 20
 """Pre-activations that are held at once: fewer tokens cost more than they save, for each product packs all weights."""
-DENSE_LATENTS = 512
-"""Latents whose gradients are made by one dense product."""
 
 POINTER, LONG, INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 FLOAT, DOUBLE = ctypes.c_float, ctypes.c_double
@@ -170,8 +168,8 @@ def latents_dense(step: Step, mode: int, encoder_norms_F: Tensor, inputs: dict[s
 
     ``inputs``: {`enc`: what the encoder multiplies, `dec`: the residual}, both (N, D) bf16.
     """
-    for first in range(0, step.F, DENSE_LATENTS):
-        stop = min(first + DENSE_LATENTS, step.F)
+    for first in range(0, step.F, work.block):
+        stop = min(first + work.block, step.F)
         codes = {name: code[: stop - first] for name, code in work.codes.items()}
         library().saetrain_codes(ctypes.byref(step), first, stop, codes["enc"].data_ptr(), codes["dec"].data_ptr())
         rows = {name: torch.mm(code, inputs[name], out=work.rows[name][: stop - first]) for name, code in codes.items()}
@@ -180,11 +178,19 @@ def latents_dense(step: Step, mode: int, encoder_norms_F: Tensor, inputs: dict[s
 
 
 class Dense:
-    """Memory of dense products in bf16: codes (B, N) and gradient rows (B, D) of a block of latents, and
-    reconstructions (C, D) of a chunk of tokens."""
+    """Memory of dense products in bf16.
 
-    def __init__(self, latents: int, tokens: int, width: int, chunk: int) -> None:
-        self.decoded = torch.empty(chunk, width, dtype=torch.bfloat16)
-        block = min(DENSE_LATENTS, latents)
-        self.codes = {name: torch.empty(block, tokens, dtype=torch.bfloat16) for name in ("enc", "dec")}
-        self.rows = {name: torch.empty(block, width, dtype=torch.bfloat16) for name in ("enc", "dec")}
+    ``decoded`` (C, D): reconstructions of a chunk of tokens; ``codes`` {`enc`, `dec`: (B, N)} and ``rows`` {…: (B, D)}:
+    codes and gradient rows of a block of latents. The codes lie in ``pre_CF``, which is no longer needed by then.
+    """
+
+    def __init__(self, latents: int, tokens: int, width: int, pre_CF: Tensor) -> None:
+        self.decoded = torch.empty(len(pre_CF), width, dtype=torch.bfloat16)
+        flat = pre_CF.view(-1)
+        self.block = max(1, min(latents, flat.numel() // (2 * tokens)))
+        size = self.block * tokens
+        if flat.numel() < 2 * size:
+            flat = torch.empty(2 * size, dtype=torch.bfloat16)
+        parts = {"enc": flat[:size], "dec": flat[size : 2 * size]}
+        self.codes = {name: part.view(self.block, tokens) for name, part in parts.items()}
+        self.rows = {name: torch.empty(self.block, width, dtype=torch.bfloat16) for name in parts}

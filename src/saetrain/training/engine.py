@@ -109,6 +109,7 @@ class AutogradEngine(Engine):
     def apply(self, lr: float) -> Tensor:
         """By the torch optimizer."""
         self._optimizer.step(lr, self._norm)
+        self.drop()
         return self._norm
 
     def drop(self) -> None:

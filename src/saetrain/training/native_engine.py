@@ -33,7 +33,7 @@ class Workspace:
         self.owner: NativeEngine | None = None
         rows = max(64, native.CHUNK_BYTES // (latents * dtype.itemsize))
         self.pre = torch.empty(min(rows, tokens), latents, dtype=dtype)
-        self.dense = native.Dense(latents, tokens, width, len(self.pre)) if dense else None
+        self.dense = native.Dense(latents, tokens, width, self.pre) if dense else None
         self.tensors: dict[str, Tensor | None] = {
             "x_enc": torch.empty(tokens, width, dtype=dtype),
             "x_norms": torch.empty(tokens),

@@ -36,6 +36,7 @@ class TorchEngine(AutogradEngine):
         for parameter in coder.parameters():
             parameter.grad = torch.zeros_like(parameter)
         self._copies: dict[str, Tensor] | None = None
+        self._fresh = True
         self._residual_sum = torch.zeros(coder.d_in)
 
     @property
@@ -86,9 +87,9 @@ class TorchEngine(AutogradEngine):
         slopes.mul_(-scale).mul_(values > 0)
         pairs = sparse.sort_pairs(indices, coder.num_latents)
         coded = pairs.matrix(values * -scale, len(values))
-        torch.addmm(grads["dec"], coded, residual, out=grads["dec"])
+        torch.addmm(grads["dec"], coded, residual, beta=self._keep, out=grads["dec"])
         sloped = pairs.matrix(slopes, len(slopes))
-        torch.addmm(grads["enc"], sloped, encoded_ND, out=grads["enc"])
+        torch.addmm(grads["enc"], sloped, encoded_ND, beta=self._keep, out=grads["enc"])
         self._biases(sloped @ slopes.new_ones(len(slopes)), residual, scale)
         return residual
 
@@ -101,10 +102,21 @@ class TorchEngine(AutogradEngine):
         half = residual.to(self._dtype)
         latent = (half @ W_dec.T).mul_(code > 0)
         # The scale comes last, to what is smallest.
-        grads["dec"] -= scale * (code.T @ half)
-        grads["enc"] -= scale * (latent.T @ product_ND)
+        for name, product in (("dec", code.T @ half), ("enc", latent.T @ product_ND)):
+            self._add(grads[name], product.float().mul_(-scale))
         self._biases(latent.sum(dim=0, dtype=torch.float32) * -scale, residual, scale)
         return residual
+
+    @property
+    def _keep(self) -> float:
+        """What to multiply the gradients with before more is added: what a step before has left is overwritten."""
+        return 0.0 if self._fresh else 1.0
+
+    def _add(self, gradient: Tensor, value: Tensor) -> None:
+        if self._fresh:
+            gradient.copy_(value)
+        else:
+            gradient.add_(value)
 
     def _gradients(self) -> dict[str, Tensor]:
         """``.grad`` of encoder and decoder as (F, D)."""
@@ -119,8 +131,9 @@ class TorchEngine(AutogradEngine):
         assert coder.b_enc.grad is not None
         assert coder.b_dec.grad is not None
         self._residual_sum = residual_ND.sum(dim=0)
-        coder.b_enc.grad += slope_F
-        coder.b_dec.grad -= scale * self._residual_sum + coder.W_enc @ slope_F
+        self._add(coder.b_enc.grad, slope_F)
+        self._add(coder.b_dec.grad, -(scale * self._residual_sum + coder.W_enc @ slope_F))
+        self._fresh = False
 
     def _auxk(self, product_ND: Tensor, residual_ND: Tensor, progress: Progress) -> Tensor:
         """Add AuxK's gradients to the rows of the dead latents; gives the weighted loss."""
@@ -139,6 +152,10 @@ class TorchEngine(AutogradEngine):
         norm = super().apply(lr)
         self._copies = None
         return norm
+
+    def drop(self) -> None:
+        """The next micro-batch overwrites the gradients, which costs less than zeroing them."""
+        self._fresh = True
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Into the torch optimizer."""
