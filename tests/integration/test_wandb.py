@@ -98,9 +98,13 @@ def test_a_run_that_is_killed_twice_logs_no_step_twice(tmp_path: Path, tiny_bert
     for step, more in ((160, []), (105, ["--resume"])):
         process = start(tmp_path, "run", [*words, *more], **environment)
         # Until then the metrics of the first start may still be there in full.
+        said = []
         for line in process.stdout or ():
+            said.append(line)
             if line.startswith("filling"):
                 break
+        else:
+            raise AssertionError("".join(said))
         wait_for_step(process, run, step)
         process.kill()
         process.wait()
@@ -142,7 +146,10 @@ def test_no_key_and_no_server_are_said_with_the_way_out(tmp_path: Path, tiny_ber
 
 
 def test_training_goes_on_when_its_process_dies(tmp_path: Path, tiny_bert: str, topics_jsonl: str) -> None:
+    # Long enough that it is not done before its child is found and killed.
+    steps = 20 * STEPS
     words = [tiny_bert, topics_jsonl, *SETTINGS.split(), "--log_to_wandb", "true", "--wandb_log_frequency", "5"]
+    words += ["--max_tokens", str(steps * 128), "--save_every", str(steps), "--eval_every", "0"]
     process = start(tmp_path, "run", words, **OFFLINE)
     wait_for_step(process, tmp_path / "run", 100)
     for child in psutil.Process(process.pid).children(recursive=True):
@@ -150,4 +157,4 @@ def test_training_goes_on_when_its_process_dies(tmp_path: Path, tiny_bert: str, 
             child.kill()
     output = finish(process)
     assert output.count("Weights & Biases has stopped answering") == 1
-    assert [r["step"] for r in records(tmp_path / "run") if r["kind"] == "train"] == list(range(1, STEPS + 1))
+    assert [r["step"] for r in records(tmp_path / "run") if r["kind"] == "train"] == list(range(1, steps + 1))

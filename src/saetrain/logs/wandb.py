@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ REFUSED = "--log_to_wandb true: Weights & Biases could not start a run"
 WAY_OUT = "(log in by `wandb login` or WANDB_API_KEY, or set WANDB_MODE=offline)"
 TIMEOUT_S = 30
 """Seconds to wait for the server at the start."""
+TRIES = 3
+"""Starts of W&B's own process."""
 MARKS = "wandb/logged.json"
 """Which W&B run this is, and the last step of each kind of record that was handed to it."""
 
@@ -29,18 +33,15 @@ class WandB(Sink):
         super().__init__(every, info.steps)
         import wandb
 
-        try:
-            self._run = wandb.init(
-                project=project,
-                name=info.name,
-                id=info.state.get("wandb_id"),
-                resume="allow",
-                dir=str(info.directory),
-                config=dict(info.settings),
-                settings=wandb.Settings(init_timeout=float(os.environ.get("WANDB_INIT_TIMEOUT", TIMEOUT_S))),
-            )
-        except Exception as error:  # of its service process it raises types of many kinds
-            raise SaetrainError(f"{REFUSED}: {_first_line(error)} {WAY_OUT}") from error
+        self._run = _started(
+            project=project,
+            name=info.name,
+            id=info.state.get("wandb_id"),
+            resume="allow",
+            dir=str(info.directory),
+            config=dict(info.settings),
+            settings=wandb.Settings(init_timeout=float(os.environ.get("WANDB_INIT_TIMEOUT", TIMEOUT_S))),
+        )
         self._gone = False
         self._run.define_metric("*", step_metric="step")
         # An offline run can't be rewound, and a resumed one computes the same figures again.
@@ -93,6 +94,22 @@ class WandB(Sink):
     def close(self, failed: bool) -> None:
         """Finish the run."""
         self._hand_over(lambda: self._run.finish(exit_code=1 if failed else 0))
+
+
+def _started(**options: Any) -> Any:
+    """The W&B run; its service process, which a busy machine may starve, is started anew a few times."""
+    import wandb
+
+    for last in (*(False,) * (TRIES - 1), True):
+        try:
+            return wandb.init(**options)
+        except Exception as error:  # of its service process it raises types of many kinds
+            if last or isinstance(error, wandb.errors.Error):
+                raise SaetrainError(f"{REFUSED}: {_first_line(error)} {WAY_OUT}") from error
+            with contextlib.suppress(Exception):
+                wandb.teardown()
+            time.sleep(1)
+    raise AssertionError
 
 
 def _first_line(error: Exception) -> str:

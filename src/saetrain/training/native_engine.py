@@ -17,7 +17,7 @@ from saetrain.training.engine import Engine, MicroStep
 from saetrain.types import Progress
 
 DENSE = 12
-DENSE_AMX = 96
+DENSE_AMX = 48
 """Latents per active one up to which dense bf16 products make the gradients faster: without and with matrix tiles."""
 
 MARGIN, MARGIN_HALF = 1.001, 1.01
