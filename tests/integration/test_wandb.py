@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import struct
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import wandb
 
 from tests.integration.test_resume import SETTINGS, STEPS, finish, records, start, steps_done, wait_for_step
 
@@ -93,6 +95,9 @@ def test_a_run_that_is_killed_twice_logs_no_step_twice(tmp_path: Path, tiny_bert
     words = [tiny_bert, topics_jsonl, *SETTINGS.split(), "--log_to_wandb", "true", "--wandb_log_frequency", "3"]
     words += ["--log_every", "7", "--save_every", "100"]
     run, reached = tmp_path / "run", []
+    wandb.teardown()
+    wandb.setup().ensure_service()
+    assert "WANDB_SERVICE" in os.environ, "a service that outlives the kills, as a notebook's does"
     # wandb writes what it was given to its file every 15 seconds, which a test of a few seconds would not see.
     environment = {**OFFLINE, "WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL": "0.1"}
     for step, more in ((160, []), (105, ["--resume"])):

@@ -31,9 +31,9 @@ class WandB(Sink):
 
     def __init__(self, info: RunInfo, every: int, project: str) -> None:
         super().__init__(every, info.steps)
-        import wandb
-
+        wandb = _wandb()
         self._run = _started(
+            TRIES,
             project=project,
             name=info.name,
             id=info.state.get("wandb_id"),
@@ -56,14 +56,13 @@ class WandB(Sink):
             raise SaetrainError(
                 "--log_to_wandb true: the package wandb is not installed; pip install 'saetrain[wandb]'"
             )
-        import wandb
-
+        wandb = _wandb()
         if wandb.setup().settings.mode in ("offline", "disabled", "dryrun"):
             return
         try:
             wandb.login()
         except wandb.errors.Error as error:
-            raise SaetrainError(f"{REFUSED}: {str(error).splitlines()[0]} {WAY_OUT}") from error
+            raise SaetrainError(f"{REFUSED}: {_first_line(error)} {WAY_OUT}") from error
 
     def write(self, record: Record) -> None:
         """Log the record, unless an earlier start did; final figures go to the run's summary as well."""
@@ -96,20 +95,27 @@ class WandB(Sink):
         self._hand_over(lambda: self._run.finish(exit_code=1 if failed else 0))
 
 
-def _started(**options: Any) -> Any:
-    """The W&B run; its service process, which a busy machine may starve, is started anew a few times."""
+def _wandb() -> Any:
+    """The package, which will start a service process of its own."""
     import wandb
 
-    for last in (*(False,) * (TRIES - 1), True):
-        try:
-            return wandb.init(**options)
-        except Exception as error:  # of its service process it raises types of many kinds
-            if last or isinstance(error, wandb.errors.Error):
-                raise SaetrainError(f"{REFUSED}: {_first_line(error)} {WAY_OUT}") from error
-            with contextlib.suppress(Exception):
-                wandb.teardown()
-            time.sleep(1)
-    raise AssertionError
+    # In the service of a parent process (a notebook's) a run that was killed stays open and can't be resumed.
+    os.environ.pop("WANDB_SERVICE", None)
+    return wandb
+
+
+def _started(tries: int, **options: Any) -> Any:
+    """The W&B run; its service process, which a busy machine may starve, is started anew a few times."""
+    wandb = _wandb()
+    try:
+        return wandb.init(**options)
+    except Exception as error:  # of its service process it raises types of many kinds
+        if tries == 1 or isinstance(error, wandb.errors.Error):
+            raise SaetrainError(f"{REFUSED}: {_first_line(error)} {WAY_OUT}") from error
+    with contextlib.suppress(Exception):
+        wandb.teardown()
+    time.sleep(1)
+    return _started(tries - 1, **options)
 
 
 def _first_line(error: Exception) -> str:
