@@ -95,8 +95,6 @@ class Progress:
     """
 
     step: int
-    fraction: float
-    """Share of the run that is done, 0 to 1."""
     n_tokens: int
     """Tokens of the whole optimizer step, over micro-steps and ranks: what sums are divided by."""
     dead: Tensor | None

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from saetrain.cli import main
-from saetrain.runs.kernels import half_is_fast
+from saetrain.kernels.processor import half_is_fast
 
 BASE = "--k 4 --num_latents 64 --batch_size 2 --ctx_len 32 --eval_tokens 500 --max_tokens 640 --buffer_tokens 256"
 

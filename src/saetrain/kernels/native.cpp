@@ -214,6 +214,20 @@ inline void gather(float* __restrict out, const T* rows, const int32_t* token, c
     }
 }
 
+// r = x - decoded - b_dec, added to the sums; gives its squared norm.
+template <typename T>
+inline float take_residual(float* r, const float* x, const T* decoded, const float* b_dec, double* sums, int64_t D) {
+    float s = 0;
+#pragma omp simd reduction(+ : s)
+    for (int64_t d = 0; d < D; d++) {
+        const float v = x[d] - widen(decoded[d]) - b_dec[d];
+        r[d] = v;
+        sums[d] += v;
+        s += v * v;
+    }
+    return s;
+}
+
 // Each token: reconstruct, take the residual, and from it the gradient of its latents.
 template <typename T>
 void tokens(const float* x, const T* W_dec, const float* b_dec, const float* values, const int32_t* indices, int64_t N,
@@ -230,15 +244,8 @@ void tokens(const float* x, const T* W_dec, const float* b_dec, const float* val
             const float* v = values + n * K;
             const int32_t* at = indices + n * K;
             gather(total.data(), W_dec, at, v, K, D);
-            const float* xn = x + n * D;
             float* r = residual + n * D;
-            float s = 0;
-#pragma omp simd reduction(+ : s)
-            for (int64_t d = 0; d < D; d++) {
-                r[d] = xn[d] - total[d] - b_dec[d];
-                s += r[d] * r[d];
-            }
-            for (int64_t d = 0; d < D; d++) sum[me][d] += r[d];
+            const float s = take_residual(r, x + n * D, total.data(), b_dec, sum[me].data(), D);
             if (residual_copy != nullptr) narrow_row(residual_copy + n * D, r, D);
             norms[n] = std::sqrt(s);
             square[me] += s;
@@ -276,6 +283,7 @@ void center(const float* x, const float* b_dec, int64_t N, int64_t D, T* out, fl
         norms[n] = std::sqrt(s);
     }
 }
+
 // The codes of tokens first..stop as dense (stop - first, F) rows.
 void code_rows(const float* values, const int32_t* indices, int64_t first, int64_t stop, int64_t F, int64_t K,
                uint16_t* out, int threads) {
@@ -296,18 +304,8 @@ void residuals(const float* x, const uint16_t* decoded, const float* b_dec, int6
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t n = first; n < stop; n++) {
         const int me = omp_get_thread_num();
-        const float* xn = x + n * D;
-        const uint16_t* dn = decoded + (n - first) * D;
         float* r = residual + n * D;
-        float s = 0;
-        double* to = sum[me].data();
-#pragma omp simd reduction(+ : s)
-        for (int64_t d = 0; d < D; d++) {
-            const float v = xn[d] - widen(dn[d]) - b_dec[d];
-            r[d] = v;
-            to[d] += v;
-            s += v * v;
-        }
+        const float s = take_residual(r, x + n * D, decoded + (n - first) * D, b_dec, sum[me].data(), D);
         narrow_row(copy + n * D, r, D);
         norms[n] = std::sqrt(s);
         square[me] += s;

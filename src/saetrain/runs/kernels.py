@@ -10,14 +10,12 @@ import torch
 from saetrain.coders.topk import TopK
 from saetrain.errors import SaetrainError
 from saetrain.kernels import native
+from saetrain.kernels.processor import half_is_fast
 from saetrain.logs.console import say
 from saetrain.optim import Optimizer, OptimSettings
 from saetrain.training.engine import AutogradEngine, Engine, KernelSettings
 from saetrain.training.native_engine import NativeEngine
 from saetrain.training.torch_engine import TorchEngine
-
-HALF = ("amx_bf16", "avx512_bf16", "arm_bf16")
-"""Capabilities of a CPU by which products in bfloat16 are faster than in float32."""
 
 
 @functools.cache
@@ -57,14 +55,6 @@ def _build_problem() -> str | None:
     except (OSError, subprocess.CalledProcessError) as error:
         return str(error)
     return None
-
-
-def half_is_fast(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 in hardware."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return any(found.get(name) for name in HALF)
 
 
 def make_engine(coder: TopK, kernels: KernelSettings, optim: OptimSettings, *, one_micro_step: bool) -> Engine:

@@ -100,12 +100,9 @@ def _kernels(given: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, A
 
     A machine that the run moves to may have no compiler.
     """
-    out = {}
-    for name, value in given.items():
-        if name not in ("kernels", "compute_dtype"):
-            continue
-        out[name] = before[name] if value == "auto" else value
-        if out[name] != before[name]:
+    out = {name: before[name] if given[name] == "auto" else given[name] for name in ("kernels", "compute_dtype")}
+    for name, value in out.items():
+        if value != before[name]:
             say(f"--{name} {value} instead of {before[name]}: sums are rounded otherwise, so the bits will differ")
     return out
 

@@ -11,14 +11,11 @@ from torch import Tensor
 
 from saetrain.coders.topk import TopK
 from saetrain.kernels import native
+from saetrain.kernels.processor import dense_limit
 from saetrain.optim import BETAS, EPS, OptimSettings
 from saetrain.training.auxk import auxk_step
 from saetrain.training.engine import Engine, MicroStep
 from saetrain.types import Progress
-
-DENSE = 12
-DENSE_AMX = 48
-"""Latents per active one up to which dense bf16 products make the gradients faster: without and with matrix tiles."""
 
 MARGIN, MARGIN_HALF = 1.001, 1.01
 """What rounding may add to a gradient over the bound from exact norms: rows, codes and sums are of 8 bits in bf16."""
@@ -63,13 +60,6 @@ def workspace(tokens: int, width: int, latents: int, k: int, half: bool, dense: 
     return Workspace(tokens, width, latents, k, half, dense)
 
 
-@functools.cache
-def dense_limit() -> int:
-    """Latents per active one up to which dense products pay on this machine."""
-    found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return DENSE_AMX if found.get("amx_bf16") else DENSE
-
-
 class NativeEngine(Engine):
     """Adam over one TopK coder.
 
@@ -79,7 +69,7 @@ class NativeEngine(Engine):
 
     def __init__(self, coder: TopK, settings: OptimSettings, *, half: bool, fused: bool) -> None:
         self._coder, self._settings, self._half, self._fused = coder, settings, half, fused
-        self._dense = half and coder.num_latents <= dense_limit() * coder.k
+        self._dense = half and coder.num_latents <= dense_limit(half) * coder.k
         self._step_count = 0
         # Both stored one latent after the other; the coder's W_enc is a transposed view of the first.
         self._W = {"enc": coder.W_enc.detach().T, "dec": coder.W_dec.detach()}

@@ -10,18 +10,11 @@ from torch import Tensor
 
 from saetrain.coders.topk import TopK
 from saetrain.kernels import sparse
+from saetrain.kernels.processor import DENSE, dense_limit
 from saetrain.optim import Optimizer
 from saetrain.training.auxk import auxk_step
 from saetrain.training.engine import AutogradEngine, MicroStep
 from saetrain.types import Progress
-
-DENSE = 12
-"""Latents per active one up to which dense products are faster than sparse ones."""
-DENSE_HALF = 48
-"""The same for the latents' gradients alone, where bf16 products are fast."""
-
-DENSE_ROWS = 2048
-"""Tokens of a dense step on a CPU, of which everything stays in a core's cache from one product to the next."""
 
 # Both say that sparse tensors are young; what is used of them is held to the reference by tests.
 warnings.filterwarnings("ignore", message="Sparse (CSR tensor support|invariant checks)")
@@ -37,7 +30,6 @@ class TorchEngine(AutogradEngine):
             parameter.grad = torch.zeros_like(parameter)
         self._copies: dict[str, Tensor] | None = None
         self._fresh = True
-        self._residual_sum = torch.zeros(coder.d_in)
 
     @property
     def _weights(self) -> dict[str, Tensor]:
@@ -51,22 +43,15 @@ class TorchEngine(AutogradEngine):
     @torch.no_grad()
     def micro_step(self, x_ND: Tensor, progress: Progress) -> MicroStep:
         """Sparse, or dense where k is a large part of F; gradients add up in ``.grad``."""
-        dense = self._topk.num_latents <= DENSE * self._topk.k
-        small = dense and x_ND.device.type == "cpu"
-        parts = [self._part(x, progress, dense) for x in (x_ND.split(DENSE_ROWS) if small else [x_ND])]
-        done = parts[0]
-        for part in parts[1:]:
-            done = done.plus(part)
-        return done
-
-    def _part(self, x_ND: Tensor, progress: Progress, dense: bool) -> MicroStep:
         coder = self._topk
         encoded = x_ND - coder.b_dec
         product = encoded.to(self._dtype)
         values, indices = sparse.encode_topk(product, self._weights["enc"], coder.b_enc, coder.k)
         scale = 2 / (progress.n_tokens * progress.data_variance)
-        backward = self._dense if dense else self._sparse
-        residual = backward(encoded, product, values, indices, scale)
+        backward = self._dense if coder.num_latents <= DENSE * coder.k else self._sparse
+        residual, slope = backward(encoded, product, values, indices, scale)
+        residual_sum = residual.sum(dim=0)
+        self._biases(slope, residual_sum, scale)
         square = torch.linalg.vector_norm(residual).square()
         losses = {"recon": square * (scale / 2)}
         if coder.auxk_alpha and progress.dead is not None:
@@ -74,13 +59,15 @@ class TorchEngine(AutogradEngine):
         active = (values > 0).reshape(-1).long()
         fired = torch.zeros(coder.num_latents, dtype=torch.long, device=x_ND.device)
         fired.scatter_add_(0, indices.reshape(-1), active)
-        return MicroStep(fired, len(x_ND), losses, self._residual_sum, square)
+        return MicroStep(fired, len(x_ND), losses, residual_sum, square)
 
-    def _sparse(self, encoded_ND: Tensor, product_ND: Tensor, values: Tensor, indices: Tensor, scale: Tensor) -> Tensor:
-        """Gradients through sparse products; gives the residual (N, D)."""
-        coder, grads = self._topk, self._gradients()
+    def _sparse(
+        self, encoded_ND: Tensor, product_ND: Tensor, values: Tensor, indices: Tensor, scale: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Both weights' gradients through sparse products; gives the residual (N, D) and the gradient of ``b_enc``."""
+        coder, grads, half = self._topk, self._gradients(), self._dtype != torch.float32
         residual = encoded_ND - sparse.decode(values, indices, self._weights["dec"])
-        if self._dtype != torch.float32 and coder.num_latents <= DENSE_HALF * coder.k:
+        if half and coder.num_latents <= dense_limit(half) * coder.k:
             slopes = sparse.latent_products_dense(residual.to(self._dtype), indices, self._weights["dec"])
         else:
             slopes = sparse.latent_products(residual, indices, coder.W_dec)
@@ -90,13 +77,14 @@ class TorchEngine(AutogradEngine):
         torch.addmm(grads["dec"], coded, residual, beta=self._keep, out=grads["dec"])
         sloped = pairs.matrix(slopes, len(slopes))
         torch.addmm(grads["enc"], sloped, encoded_ND, beta=self._keep, out=grads["enc"])
-        self._biases(sloped @ slopes.new_ones(len(slopes)), residual, scale)
-        return residual
+        return residual, sloped @ slopes.new_ones(len(slopes))
 
-    def _dense(self, encoded_ND: Tensor, product_ND: Tensor, values: Tensor, indices: Tensor, scale: Tensor) -> Tensor:
-        """Gradients through dense products; gives the residual (N, D)."""
-        coder, grads, W_dec = self._topk, self._gradients(), self._weights["dec"]
-        code = product_ND.new_zeros(len(values), coder.num_latents)
+    def _dense(
+        self, encoded_ND: Tensor, product_ND: Tensor, values: Tensor, indices: Tensor, scale: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The same through dense products."""
+        grads, W_dec = self._gradients(), self._weights["dec"]
+        code = product_ND.new_zeros(len(values), self._topk.num_latents)
         code.scatter_(1, indices, values.to(self._dtype))
         residual = (code @ W_dec).float().neg_().add_(encoded_ND)
         half = residual.to(self._dtype)
@@ -104,8 +92,7 @@ class TorchEngine(AutogradEngine):
         # The scale comes last, to what is smallest.
         for name, product in (("dec", code.T @ half), ("enc", latent.T @ product_ND)):
             self._add(grads[name], product.float().mul_(-scale))
-        self._biases(latent.sum(dim=0, dtype=torch.float32) * -scale, residual, scale)
-        return residual
+        return residual, latent.sum(dim=0, dtype=torch.float32) * -scale
 
     @property
     def _keep(self) -> float:
@@ -125,14 +112,13 @@ class TorchEngine(AutogradEngine):
         assert coder.W_dec.grad is not None
         return {"enc": coder.W_enc.grad.T, "dec": coder.W_dec.grad}
 
-    def _biases(self, slope_F: Tensor, residual_ND: Tensor, scale: Tensor) -> None:
+    def _biases(self, slope_F: Tensor, residual_sum_D: Tensor, scale: Tensor) -> None:
         """``b_dec`` is in the reconstruction and, negative, in what the encoder sees: one product with a vector."""
         coder = self._topk
         assert coder.b_enc.grad is not None
         assert coder.b_dec.grad is not None
-        self._residual_sum = residual_ND.sum(dim=0)
         self._add(coder.b_enc.grad, slope_F)
-        self._add(coder.b_dec.grad, -(scale * self._residual_sum + coder.W_enc @ slope_F))
+        self._add(coder.b_dec.grad, -(scale * residual_sum_D + coder.W_enc @ slope_F))
         self._fresh = False
 
     def _auxk(self, product_ND: Tensor, residual_ND: Tensor, progress: Progress) -> Tensor:

@@ -66,17 +66,6 @@ class Spike(Exception):
         super().__init__(f"{sae}: the loss of step {step} is {loss:.4g}{usual}{gradient}")
 
 
-@dataclass
-class StepSums:
-    """What an optimizer step adds up over its micro-batches, on the device."""
-
-    losses: dict[str, Tensor]
-    residual: Tensor
-    residual_square: Tensor
-    active: Tensor
-    tokens: int = 0
-
-
 class SaeTrainer:
     """One SAE with its inputs' constants, the engine that steps it, and firing counters.
 
@@ -102,26 +91,15 @@ class SaeTrainer:
         self.engine, self.firing, self.peak_lr, self.raw_mse = engine, firing, lr, raw_mse
         self.data_variance = torch.tensor(data_variance, device=device)
         self.residual_variance = self.data_variance.clone()
-        self.sums: StepSums | None = None
+        self.sums: MicroStep | None = None
         self._recent: deque[float] = deque(maxlen=SPIKE_WINDOW)
         self.grad_norm = torch.zeros((), device=device)
 
     def micro_step(self, raw_ND: Tensor, progress: Progress) -> None:
         """Forward, backward and counting of one micro-batch; gradients add up."""
-        self._count(self.engine.micro_step(self.inputs(raw_ND), progress))
-
-    def _count(self, done: MicroStep) -> None:
+        done = self.engine.micro_step(self.inputs(raw_ND), progress)
         self.firing.observe(done.fired, done.tokens)
-        sums = self.sums
-        if sums is None:
-            zero = torch.zeros((), device=done.residual_sum.device)
-            sums = self.sums = StepSums({}, torch.zeros_like(done.residual_sum), zero.clone(), zero.clone())
-        for name, loss in done.losses.items():
-            sums.losses[name] = sums.losses.get(name, 0) + loss
-        sums.residual += done.residual_sum
-        sums.residual_square += done.residual_square
-        sums.active += done.fired.sum()
-        sums.tokens += done.tokens
+        self.sums = done if self.sums is None else self.sums.plus(done)
 
     def spike(self, name: str, step: int) -> Spike | None:
         """What is wrong with the loss or gradient of the step, before it is applied."""
@@ -150,7 +128,7 @@ class SaeTrainer:
         assert self.sums is not None
         self.grad_norm = self.engine.apply(lr)
         self.firing.finish_step()
-        mean = self.sums.residual / self.sums.tokens
+        mean = self.sums.residual_sum / self.sums.tokens
         variance = self.sums.residual_square / self.sums.tokens - mean.pow(2).sum()
         # A perfect reconstruction must not make AuxK's loss explode.
         self.residual_variance = variance.clamp_min(1e-6 * float(self.data_variance))
@@ -166,7 +144,7 @@ class SaeTrainer:
             **terms,
             "fvu": recon,
             "explained_variance": 1 - recon,
-            "l0": float(self.sums.active) / self.sums.tokens,
+            "l0": float(self.sums.fired.sum()) / self.sums.tokens,
             **self.firing.metrics(),
             "grad_norm": float(self.grad_norm),
         }
@@ -268,7 +246,6 @@ class Trainer:
     def _progress(self, sae: SaeTrainer) -> Progress:
         return Progress(
             step=self.step,
-            fraction=self.step / self.steps,
             n_tokens=self.tokens_per_step,
             dead=sae.firing.dead(),
             data_variance=sae.data_variance,

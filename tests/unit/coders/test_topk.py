@@ -29,7 +29,7 @@ def data(seed: int = 5) -> Tensor:
 
 
 def progress(dead: Tensor | None = None, n: int = N) -> Progress:
-    return Progress(0, 0.0, n, dead, torch.tensor(float(D)), torch.tensor(2.5))
+    return Progress(0, n, dead, torch.tensor(float(D)), torch.tensor(2.5))
 
 
 def dense_code(coder: TopK, x: Tensor, b_dec: Tensor) -> Tensor:

@@ -84,7 +84,7 @@ def progress(shape: tuple[int, int, int, int, int], tokens: int | None = None, s
     if dead:
         mask = torch.zeros(latents, dtype=torch.bool)
         mask[torch.randperm(latents, generator=torch.Generator().manual_seed(step))[:dead]] = True
-    return Progress(step, 0.0, tokens or count, mask, torch.tensor(float(width)), torch.tensor(width * 0.7))
+    return Progress(step, tokens or count, mask, torch.tensor(float(width)), torch.tensor(width * 0.7))
 
 
 def gradients(coder: TopK, engine: Engine) -> dict[str, Tensor]:
@@ -130,7 +130,7 @@ def test_products_in_bfloat16_are_near(
     name: str, shape: tuple[int, int, int, int, int], dense: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where the same latents are picked; near ties fall otherwise in bfloat16, so the inputs are made to have none."""
-    monkeypatch.setattr(native_engine, "dense_limit", lambda: 10**9 if dense else 0)
+    monkeypatch.setattr(native_engine, "dense_limit", lambda half: 10**9 if dense else 0)
     x = data(shape[0], shape[1]).bfloat16().float()
     (plain, one), (coder, two) = make(reference, shape), make(HALF[name], shape)
     expected, found = one.micro_step(x, progress(shape)), two.micro_step(x, progress(shape))
@@ -170,7 +170,7 @@ def test_whole_steps_are_the_reference_s(name: str, limit: float, shape: tuple[i
 
 @pytest.mark.parametrize("dense", [False, True])
 def test_the_bound_is_one_in_bfloat16_too(dense: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native_engine, "dense_limit", lambda: 10**9 if dense else 0)
+    monkeypatch.setattr(native_engine, "dense_limit", lambda half: 10**9 if dense else 0)
     for seed in range(40):
         shape = (1 + seed % 3, 33, 77, 1 + seed % 2, 0)
         _, engine = make(by_native(True), shape, fused=True, max_grad_norm=1e9)
