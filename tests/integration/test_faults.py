@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import resource
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.integration.conftest import files_up_to
 from tests.integration.test_resume import SETTINGS, fingerprint, finish, start
 
 HERE = Path(__file__).parent
@@ -72,12 +71,6 @@ def test_every_system_call_of_a_run_may_fail_or_be_the_last(
     assert done.stdout.count(f"over {before}\n") == len(faults)
 
 
-def small_files() -> None:
-    """Every file that grows over 60 kB fails, as on a full disk."""
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
-
-
 def test_a_full_disk_ends_the_run_with_a_message_and_resume_goes_on(
     tmp_path: Path, tiny_bert: str, topics_jsonl: str
 ) -> None:
@@ -87,7 +80,12 @@ def test_a_full_disk_ends_the_run_with_a_message_and_resume_goes_on(
     command = [sys.executable, "-m", "saetrain", *words, "--save_dir", str(tmp_path), "--run_name", "run"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, "--num_latents", "512"], env=env, capture_output=True, text=True, check=False, preexec_fn=small_files
+        [*command, "--num_latents", "512"],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=files_up_to(60_000),
     )
     assert done.returncode == 2, done.stderr
     assert "saetrain: error: writing to" in done.stderr

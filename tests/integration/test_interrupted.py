@@ -269,6 +269,11 @@ def test_a_config_of_the_run_resumes_it(whole: Path, tmp_path: Path) -> None:
     assert fingerprint(run) == fingerprint(whole)
 
 
+def short_run(out: Path, model: str, text: str) -> list[str]:
+    """The command line of 20 steps into ``out/run``."""
+    return [model, text, *SMALL.split(), "--max_tokens", "1280", "--save_dir", str(out), "--run_name", "run"]
+
+
 def poisoned(monkeypatch: pytest.MonkeyPatch, step: int, factor: float) -> None:
     """Make the activations of one step large (or not finite) behind the buffer, as a broken model run would."""
     take, calls = SaeTrainer.micro_step, iter(range(1, 10_000))
@@ -289,9 +294,9 @@ def test_a_spike_stops_the_run_and_keeps_the_last_checkpoint(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     poisoned(monkeypatch, 17, factor)
-    words = [tiny_bert, topics_jsonl, *SMALL.split(), "--max_tokens", "1280", "--save_dir", str(tmp_path)]
+    words = short_run(tmp_path, tiny_bert, topics_jsonl)
     with pytest.raises(SystemExit) as caught:
-        main([*words, "--run_name", "run", "--save_every", "10"])
+        main([*words, "--save_every", "10"])
     assert caught.value.code == 2
     assert "the loss of step 17 is" in capsys.readouterr().err
     facts = json.loads((tmp_path / "run" / "spike.json").read_text())
@@ -301,19 +306,16 @@ def test_a_spike_stops_the_run_and_keeps_the_last_checkpoint(
     assert [r["step"] for r in records(tmp_path / "run")] == list(range(1, 17))
 
 
-def test_a_checkpoint_right_before_the_spike_is_set_aside(
+def test_weights_that_are_ruined_end_the_run_and_are_not_saved(
     tmp_path: Path, tiny_bert: str, topics_jsonl: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A learning rate far too high ruins the weights in one update, which the next loss shows."""
-    words = [tiny_bert, topics_jsonl, *SMALL.split(), "--max_tokens", "1280", "--save_dir", str(tmp_path)]
-    words += ["--run_name", "run", "--save_every", "1", "--lr", "1e30", "--lr_warmup_steps", "0"]
+    words = short_run(tmp_path, tiny_bert, topics_jsonl)
+    words += ["--save_every", "1", "--lr", "1e30", "--lr_warmup_steps", "0"]
     with pytest.raises(SystemExit) as caught:
         main(words)
     assert caught.value.code == 2
-    said = capsys.readouterr().err
-    saved = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
-    if "is set aside" in said:
-        assert any(name.startswith("suspect_step_") for name in saved)
+    capsys.readouterr()
     with pytest.raises(SystemExit) as caught:
         main([*words, "--resume", "--on_spike", "skip"])
     assert caught.value.code == 2
@@ -334,9 +336,9 @@ def test_of_two_checkpoints_the_one_before_a_spike_goes(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     poisoned(monkeypatch, 17, float("nan"))
-    words = [tiny_bert, topics_jsonl, *SMALL.split(), "--max_tokens", "1280", "--save_dir", str(tmp_path)]
+    words = short_run(tmp_path, tiny_bert, topics_jsonl)
     with pytest.raises(SystemExit):
-        main([*words, "--run_name", "run", "--save_every", "8"])
+        main([*words, "--save_every", "8"])
     assert "The checkpoint of step 16, which may be what ruined it, is set aside" in capsys.readouterr().err
     assert last_checkpoint(tmp_path / "run") == 8
     assert (tmp_path / "run" / "checkpoints" / "suspect_step_000000016").exists()
@@ -350,8 +352,8 @@ def test_a_spike_can_be_skipped(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     poisoned(monkeypatch, 17, 50.0)
-    words = [tiny_bert, topics_jsonl, *SMALL.split(), "--max_tokens", "1280", "--save_dir", str(tmp_path)]
-    main([*words, "--run_name", "run", "--on_spike", "skip"])
+    words = short_run(tmp_path, tiny_bert, topics_jsonl)
+    main([*words, "--on_spike", "skip"])
     assert "the step is left out" in capfd.readouterr().err
     fvu = {r["step"]: r["saes"]["encoder.layer.0"]["fvu"] for r in records(tmp_path / "run") if r["kind"] == "train"}
     assert fvu[17] > 100

@@ -101,6 +101,12 @@ def kill_and_resume(out: Path, name: str, words: Sequence[str], kills: int, seed
     finish(process)
 
 
+def words_of(model: str, layers: str, source: list[str], text: str) -> list[str]:
+    """The command line of a variant."""
+    texts = [text] * (2 if "--mix" in source else 1)
+    return [model, *texts, *SETTINGS.split(), "--layers", *layers.split(), *source]
+
+
 VARIANTS = pytest.mark.parametrize(
     ("model", "layers", "source"),
     [
@@ -122,8 +128,7 @@ VARIANTS = pytest.mark.parametrize(
 def test_killed_at_random_moments_it_ends_with_the_same_bits(
     model: str, layers: str, source: list[str], request: pytest.FixtureRequest, tmp_path: Path, topics_jsonl: str
 ) -> None:
-    texts = [topics_jsonl] * (2 if "--mix" in source else 1)
-    words = [request.getfixturevalue(model), *texts, *SETTINGS.split(), "--layers", *layers.split(), *source]
+    words = words_of(request.getfixturevalue(model), layers, source, topics_jsonl)
     whole = start(tmp_path, "whole", words)
     kill_and_resume(tmp_path, "killed", words, kills=5, seed=len(layers), steps=STEPS)
     finish(whole)

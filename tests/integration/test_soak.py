@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from tests.integration.test_resume import (
-    SETTINGS,
     VARIANTS,
     fingerprint,
     finish,
@@ -19,6 +18,7 @@ from tests.integration.test_resume import (
     records,
     start,
     steps_done,
+    words_of,
 )
 
 pytestmark = pytest.mark.soak
@@ -31,8 +31,7 @@ KILLS_AT_STEPS, KILLS_AT_TIMES = 13, 12
 def test_twenty_five_kills_change_no_bit(
     model: str, layers: str, source: list[str], request: pytest.FixtureRequest, tmp_path: Path, topics_jsonl: str
 ) -> None:
-    texts = [topics_jsonl] * (2 if "--mix" in source else 1)
-    words = [request.getfixturevalue(model), *texts, *SETTINGS.split(), "--layers", *layers.split(), *source]
+    words = words_of(request.getfixturevalue(model), layers, source, topics_jsonl)
     words += ["--max_tokens", str(STEPS * 128), "--save_every", "20"]
     run, generator = tmp_path / "killed", random.Random(layers)
     finish(start(tmp_path, "whole", words))

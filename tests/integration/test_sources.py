@@ -201,6 +201,9 @@ def test_tokenize_says_what_is_wrong(
     assert "--layers: no such flag" in refused(capsys, "tokenize", tiny_bert, topics_jsonl, out, "--layers", "3")
     assert "--ctx_len 129: " in refused(capsys, "tokenize", tiny_bert, topics_jsonl, out, "--ctx_len", "129")
     assert "is neither a local path" in refused(capsys, "tokenize", tiny_bert, "nobody/nothing", out)
+    latin = tmp_path / "latin.jsonl"
+    latin.write_bytes('{"text": "plain"}\n{"text": "caf\u00e9"}\n'.encode("latin-1"))
+    assert "latin.jsonl, line 2: is no JSON: 'utf-8'" in refused(capsys, "tokenize", tiny_bert, str(latin), out)
     assert not Path(out).exists()
     main(["tokenize", tiny_bert, topics_jsonl, out])
     assert "exists already and is not empty" in refused(capsys, "tokenize", tiny_bert, topics_jsonl, out)

@@ -54,7 +54,6 @@ class Text:
 def load_text(config: RunConfig, tokenizer: Any, framing: Framing) -> Text:
     """The text of all data sets; prints what was chosen. SaetrainError for what can't be read or is too small."""
     say(f"tokens: {framing.describe(tokenizer)}")
-    _require_cache()
     divided = [_divide(name, config, tokenizer, framing) for name in config.dataset]
     parts = []
     for number, part in enumerate(divided):
@@ -101,31 +100,17 @@ def _divide(name: str, config: RunConfig, tokenizer: Any, framing: Framing) -> _
     if is_token_folder(name):
         return _stored(name, config, tokenizer, framing)
     source = open_text(name, config.source, tokenizer)
-    try:
-        column = source.column or _find_column(name, source, config.source.streaming)
-    except UnicodeDecodeError as error:
-        raise _unreadable(name, source, error) from error
-    say(f"{source.description}: {column.describe()}")
     if config.source.streaming:
+        column = source.column or _find_streamed_column(name, source)
+        say(f"{source.description}: {column.describe()}")
         return _streamed(name, source, column, config, tokenizer, framing)
-    try:
-        rows = {"train": tokenized(name, source.train, column, tokenizer, framing, config.tokens)}
-        if source.held_out is not None:
-            rows["held_out"] = tokenized(name, sample_rows(source.held_out), column, tokenizer, framing, config.tokens)
-    except UnicodeDecodeError as error:
-        raise _unreadable(name, source, error) from error
+    column, rows = tokenized(name, source, tokenizer, framing, config.tokens)
     return _split(name, rows, column.columns, source.held_out_split, source.distinct, config, framing)
 
 
-def _unreadable(name: str, source: Source, error: Exception) -> SaetrainError:
-    """The library takes bytes that are no UTF-8 for strings, and fails when it hands them out."""
-    return SaetrainError(
-        f"data set {name}: could not be read: {source.diagnose() or error}; --skip_bad_rows leaves such rows out"
-    )
-
-
 def open_text(name: str, settings: SourceSettings, tokenizer: Any) -> Source:
-    """The data set, from wherever it is; SaetrainError when it has no rows."""
+    """The data set, from wherever it is; SaetrainError when it has no rows, or nowhere to be read to."""
+    _require_cache()
     if name.endswith(".bin") and Path(name).is_file():
         source = open_ids(Path(name), tokenizer, settings.streaming)
     else:
@@ -135,9 +120,7 @@ def open_text(name: str, settings: SourceSettings, tokenizer: Any) -> Source:
     return source
 
 
-def _find_column(name: str, source: Source, streaming: bool) -> TextColumn:
-    if not streaming:
-        return find_text_column(source.train, source.text_column)
+def _find_streamed_column(name: str, source: Source) -> TextColumn:
     sample = columns_of(list(islice(_rows(source.train, name, source)(0), SAMPLE_ROWS)))
     if not sample:
         raise SaetrainError(f"data set {name}: it has no rows")
@@ -145,15 +128,34 @@ def _find_column(name: str, source: Source, streaming: bool) -> TextColumn:
 
 
 def tokenized(
-    name: str, rows: Any, column: TextColumn, tokenizer: Any, framing: Framing, settings: TokenSettings
-) -> Any:
-    """The rows' tokens; prints how many rows were left out as bad."""
-    if BAD_ROW in rows.column_names:
-        bad = [problem for problem in rows[BAD_ROW] if problem]
-        if bad:
-            say(f"data set {name}: {len(bad):,} of {len(rows):,} rows left out as bad, the first: {bad[0]}")
-        rows = rows.remove_columns(BAD_ROW)
-    return tokenize_rows(rows, column, tokenizer, framing, settings.data_preprocessing_num_proc)
+    name: str, source: Source, tokenizer: Any, framing: Framing, settings: TokenSettings
+) -> tuple[TextColumn, dict[str, Any]]:
+    """(the column that was chosen, the tokens of {`train`, perhaps `held_out`: rows}); prints what was done."""
+    splits = {"train": source.train}
+    if source.held_out is not None:
+        splits["held_out"] = sample_rows(source.held_out)
+    try:
+        column = source.column or find_text_column(source.train, source.text_column)
+        say(f"{source.description}: {column.describe()}")
+        processes = settings.data_preprocessing_num_proc
+        return column, {
+            split: tokenize_rows(_without_bad(name, rows), column, tokenizer, framing, processes)
+            for split, rows in splits.items()
+        }
+    except UnicodeDecodeError as error:  # the library takes any bytes for strings, and fails when it hands them out
+        raise SaetrainError(
+            f"data set {name}: could not be read: {source.diagnose() or error}; --skip_bad_rows leaves such rows out"
+        ) from error
+
+
+def _without_bad(name: str, rows: Any) -> Any:
+    """The rows without the column that marks bad ones, which have no text; prints how many they are."""
+    if BAD_ROW not in rows.column_names:
+        return rows
+    bad = [problem for problem in rows[BAD_ROW] if problem]
+    if bad:
+        say(f"data set {name}: {len(bad):,} of {len(rows):,} rows left out as bad, the first: {bad[0]}")
+    return rows.remove_columns(BAD_ROW)
 
 
 def sample_rows(rows: Any) -> Any:

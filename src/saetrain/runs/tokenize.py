@@ -7,14 +7,13 @@ from pathlib import Path
 from saetrain.activations.model import ModelSettings, check_architecture, load_config
 from saetrain.config import TokenizeConfig
 from saetrain.data.sources import SourceSettings
-from saetrain.data.text import find_text_column
 from saetrain.data.tokenfile import check_target, is_token_folder, save_tokens
 from saetrain.data.tokenize import DEFAULT_CTX_LEN, Framing, TokenSettings, load_tokenizer
 from saetrain.errors import SaetrainError
 from saetrain.logs.console import say
 from saetrain.runs.metadata import location
 from saetrain.runs.prepare import quiet_libraries
-from saetrain.runs.text import open_text, sample_rows, tokenized
+from saetrain.runs.text import open_text, tokenized
 
 
 def tokenize(config: TokenizeConfig) -> None:
@@ -34,12 +33,7 @@ def tokenize(config: TokenizeConfig) -> None:
     tokenizer = load_tokenizer(config.model, config.revision, config.trust_remote_code)
     framing = _framing(config, tokenizer)
     source = open_text(config.dataset, source_settings, tokenizer)
-    column = source.column or find_text_column(source.train, source.text_column)
-    say(f"{source.description}: {column.describe()}")
-    splits = {"train": tokenized(config.dataset, source.train, column, tokenizer, framing, settings)}
-    if source.held_out is not None:
-        rows = sample_rows(source.held_out)
-        splits["held_out"] = tokenized(config.dataset, rows, column, tokenizer, framing, settings)
+    column, splits = tokenized(config.dataset, source, tokenizer, framing, settings)
     about = {
         "model": config.model,
         "dataset": location(config.dataset),

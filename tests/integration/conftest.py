@@ -1,0 +1,44 @@
+"""A place that a test may spoil, and a disk that fills."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+BASE = "--k 4 --num_latents 64 --batch_size 2 --ctx_len 32 --eval_tokens 500 --max_tokens 640"
+
+
+class Place:
+    """A working folder with a model and a text, to be spoilt."""
+
+    def __init__(self, folder: Path, bert: str, text: str) -> None:
+        self.folder = folder
+        self.allowed: set[Path] = set()
+        self.model, self.text = str(folder / "model"), str(folder / "text.jsonl")
+        shutil.copytree(bert, self.model)
+        shutil.copy(text, self.text)
+
+    def config(self, **changes: object) -> None:
+        path = Path(self.model) / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.fixture
+def place(tmp_path: Path, tiny_bert: str, topics_jsonl: str) -> Place:
+    return Place(tmp_path, tiny_bert, topics_jsonl)
+
+
+def files_up_to(size: int) -> Callable[[], None]:
+    """Every file that grows over ``size`` bytes fails, as on a full disk."""
+
+    def limit() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+    return limit
