@@ -62,8 +62,8 @@ class Codes:
     indices: Tensor | None
     n_latents: int
 
-    def rows(self, rows: slice) -> Codes:
-        """The code of some of the tokens."""
+    def rows(self, rows: slice | Tensor) -> Codes:
+        """The code of some of the tokens, by a slice or by their numbers."""
         return Codes(self.values[rows], None if self.indices is None else self.indices[rows], self.n_latents)
 
     def dense(self) -> Tensor:

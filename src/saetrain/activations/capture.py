@@ -60,16 +60,13 @@ class ActivationCapture:
         found: dict[str, Tensor] = {}
         handles = [module.register_forward_hook(self._hook(name, found)) for name, module in self._modules.items()]
         try:
-            self.model.module(input_ids=ids_BS, attention_mask=mask_BS, **self._options())
+            self.model.module(input_ids=ids_BS, attention_mask=mask_BS, **self.model.options())
         except _Stop:
             pass
         finally:
             for handle in handles:
                 handle.remove()
         return found
-
-    def _options(self) -> dict[str, Any]:
-        return {"use_cache": False} if self.model.causal else {}
 
     def _hook(self, name: str, found: dict[str, Tensor]) -> Callable[..., None]:
         def hook(module: torch.nn.Module, inputs: Any, output: Any) -> None:

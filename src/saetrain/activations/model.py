@@ -62,6 +62,10 @@ class BaseModel:
     revision: str | None
     """The hub's commit, where the model came from the hub."""
 
+    def options(self) -> dict[str, bool]:
+        """What every forward pass is called with beside tokens and mask."""
+        return {"use_cache": False} if self.causal else {}
+
 
 def resolve_device(wanted: str | None) -> torch.device:
     """The device to run on; SaetrainError when it is not there."""
@@ -114,36 +118,51 @@ def check_architecture(name: str, config: Any) -> bool:
 
 
 def load_model(name: str, settings: ModelSettings) -> BaseModel:
-    """Load ``name`` (local folder or hub id), frozen and in eval mode.
+    """Load ``name`` (local folder or hub id) without its head, frozen and in eval mode.
 
     Raises SaetrainError for an unknown or unsupported model, for one whose weights are incomplete, and for a
     device that is not there.
     """
-    import transformers
     from transformers import AutoModel
 
-    transformers.utils.logging.disable_progress_bar()
-    device = resolve_device(settings.device)
-    dtype = DTYPES[settings.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
     config = load_config(name, settings)
     causal = check_architecture(name, config)
-    commit = _commit(name, settings.revision)
+    return describe(name, load_module(AutoModel, name, settings), config, causal, settings)
+
+
+def load_module(auto_class: Any, name: str, settings: ModelSettings) -> nn.Module:
+    """The module that ``auto_class`` (of transformers) makes of ``name``, frozen and in eval mode on its device."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    device, dtype = _place(settings)
     module, info = _from_pretrained(
-        AutoModel,
+        auto_class,
         name,
-        revision=commit or settings.revision,
+        revision=_commit(name, settings.revision) or settings.revision,
         trust_remote_code=settings.trust_remote_code,
         dtype=dtype,
         output_loading_info=True,
     )
     # The pooler comes after every hookpoint, and many checkpoints leave it out.
-    missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
+    missing = sorted(key for key in info["missing_keys"] if "pooler." not in key)
     if missing:
         raise SaetrainError(
             f"model {name}: its files lack {len(missing)} of the weights ({', '.join(missing[:3])}, …), "
             "which would be random; is the download complete?"
         )
-    module.to(device).eval().requires_grad_(False)
+    loaded: nn.Module = module.to(device).eval().requires_grad_(False)
+    return loaded
+
+
+def _place(settings: ModelSettings) -> tuple[torch.device, torch.dtype]:
+    device = resolve_device(settings.device)
+    return device, DTYPES[settings.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
+
+
+def describe(name: str, module: nn.Module, config: Any, causal: bool, settings: ModelSettings) -> BaseModel:
+    """A loaded module, which has no head, with what is known of it."""
+    device, dtype = _place(settings)
     return BaseModel(
         module=module,
         name=name,
@@ -152,7 +171,7 @@ def load_model(name: str, settings: ModelSettings) -> BaseModel:
         max_positions=_max_positions(config, module),
         device=device,
         dtype=dtype,
-        revision=commit,
+        revision=_commit(name, settings.revision),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from enum import IntEnum
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from saetrain.activations.capture import ActivationCapture, length_batches, pad_batch
 from saetrain.errors import SaetrainError, is_out_of_memory
-from saetrain.types import PART_BITS, Sequence
+from saetrain.types import PART_BITS, Sequence, TokenKind
 
 Keep = Callable[[Sequence], np.ndarray]
 
@@ -32,6 +33,31 @@ class Activations:
         return len(self.doc)
 
 
+class Place(IntEnum):
+    """What a token is to a score."""
+
+    KEPT = 0
+    """One that the token policy trains on."""
+    SPECIAL = 1
+    """Left out by the policy: CLS, SEP, BOS, EOS."""
+    FIRST = 2
+    """Left out by the policy: position 0 of a causal model."""
+    OUTLIER = 3
+    """Left out for its norm."""
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Activations of all n tokens of a batch but padding: ``values`` and ``doc`` as in :class:`Activations`.
+
+    ``place`` (n,) uint8 of :class:`Place`.
+    """
+
+    values: dict[str, Tensor]
+    doc: np.ndarray
+    place: np.ndarray
+
+
 class ActivationReader:
     """Runs sequences through the model and keeps the positions that the token policy and the norm limits allow.
 
@@ -50,20 +76,43 @@ class ActivationReader:
 
     def batches(self, sequences: list[Sequence]) -> Iterator[Activations]:
         """One :class:`Activations` per model batch; SaetrainError when an activation is not finite."""
-        device = self.capture.model.device
+        for chosen, captured in self._forward(sequences):
+            keep = np.concatenate([self.keep(sequence) for sequence in chosen])
+            docs = np.concatenate([sequence.doc for sequence in chosen])[keep]
+            values = self._pick(captured, chosen, keep)
+            fine = self._within_limits(values, docs)
+            if fine.all():
+                yield Activations(values, docs, 0)
+                continue
+            rows = torch.from_numpy(np.flatnonzero(fine)).to(self.capture.model.device)
+            kept = {name: value[rows] for name, value in values.items()}
+            yield Activations(kept, docs[fine], int((~fine).sum()))
+
+    def labelled(self, sequences: list[Sequence]) -> Iterator[Labelled]:
+        """All tokens of each model batch but padding, with what each is."""
+        for chosen, captured in self._forward(sequences):
+            keep = np.concatenate([self.keep(sequence) for sequence in chosen])
+            kinds = np.concatenate([sequence.kind for sequence in chosen])
+            docs = np.concatenate([sequence.doc for sequence in chosen])
+            values = self._pick(captured, chosen, np.ones(len(docs), dtype=bool))
+            place = np.where(keep, Place.KEPT, np.where(kinds & TokenKind.SPECIAL, Place.SPECIAL, Place.FIRST))
+            outside = keep & ~self._within_limits(values, docs)
+            yield Labelled(values, docs, np.where(outside, Place.OUTLIER, place).astype(np.uint8))
+
+    def _forward(self, sequences: list[Sequence]) -> Iterator[tuple[list[Sequence], dict[str, Tensor]]]:
+        """(sequences, {hookpoint: (B, S, D)}) of each model batch."""
         for numbers in length_batches(sequences, self.batch_tokens):
             if self.between_batches is not None:
                 self.between_batches()
             chosen = [sequences[number] for number in numbers]
-            ids, mask = pad_batch(chosen, device)
-            keep = np.zeros(ids.shape, dtype=bool)
-            for row, sequence in enumerate(chosen):
-                keep[row, : len(sequence)] = self.keep(sequence)
-            docs = np.concatenate([sequence.doc[keep[row, : len(sequence)]] for row, sequence in enumerate(chosen)])
-            picked = torch.from_numpy(np.flatnonzero(keep)).to(device)
-            captured = self._capture(ids, mask)
-            values = {name: value.flatten(0, 1).index_select(0, picked) for name, value in captured.items()}
-            yield self._without_outliers(values, docs)
+            yield chosen, self._capture(*pad_batch(chosen, self.capture.model.device))
+
+    def _pick(self, captured: dict[str, Tensor], chosen: list[Sequence], keep: np.ndarray) -> dict[str, Tensor]:
+        """The kept tokens' activations, of ``keep`` over all tokens of ``chosen`` without padding."""
+        longest = max(map(len, chosen))
+        real = np.concatenate([row * longest + np.arange(len(sequence)) for row, sequence in enumerate(chosen)])
+        picked = torch.from_numpy(real[keep]).to(self.capture.model.device)
+        return {name: value.flatten(0, 1).index_select(0, picked) for name, value in captured.items()}
 
     def _capture(self, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
         try:
@@ -85,9 +134,9 @@ class ActivationReader:
         values = {name: torch.cat([part.values[name] for part in parts]) for name in parts[0].values}
         return Activations(values, np.concatenate([part.doc for part in parts]), sum(part.n_outliers for part in parts))
 
-    def _without_outliers(self, values: dict[str, Tensor], docs: np.ndarray) -> Activations:
-        device = self.capture.model.device
-        fine = torch.ones(len(docs), dtype=torch.bool, device=device)
+    def _within_limits(self, values: dict[str, Tensor], docs: np.ndarray) -> np.ndarray:
+        """(n,) bool; SaetrainError when an activation is not finite."""
+        fine = torch.ones(len(docs), dtype=torch.bool, device=self.capture.model.device)
         for name, value in values.items():
             norms = value.float().norm(dim=1)
             if not bool(torch.isfinite(norms).all()):
@@ -98,10 +147,7 @@ class ActivationReader:
                 )
             if name in self.limits:
                 fine &= norms <= self.limits[name]
-        if bool(fine.all()):
-            return Activations(values, docs, 0)
-        kept = {name: value[fine] for name, value in values.items()}
-        return Activations(kept, docs[fine.cpu().numpy()], int((~fine).sum()))
+        return np.asarray(fine.cpu().numpy())
 
     def _name_rows(self, docs: np.ndarray) -> str:
         """The first few rows, with their data set where several are mixed."""

@@ -1,16 +1,37 @@
-"""How alike the latents' decoder directions are, beside what random directions give."""
+"""How alike the latents' directions are, beside what random directions give."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from saetrain.metrics import decoder_redundancy, random_redundancy
+from saetrain.metrics import decoder_cosines, random_max_cosine, random_redundancy
+
+SEED = 0
+BLOCK = 4096
 
 
-def geometry_metrics(W_dec_FD: Tensor) -> dict[str, float]:
-    """``decoder_redundancy_top100`` (mean of the 100 largest cosines between two latents) and its random baseline."""
+@torch.no_grad()
+def geometry_metrics(W_enc_DF: Tensor, W_dec_FD: Tensor) -> dict[str, float]:
+    """Cosines between decoder rows and between each latent's encoder and decoder, each with its random baseline."""
     num_latents, d_in = W_dec_FD.shape
+    top, largest = decoder_cosines(W_dec_FD)
     return {
-        "decoder_redundancy_top100": decoder_redundancy(W_dec_FD),
+        "decoder_redundancy_top100": float(top.mean()) if len(top) else float("nan"),
         "decoder_redundancy_top100_random": random_redundancy(d_in, num_latents),
+        "decoder_max_cosine": float(largest.mean()) if num_latents > 1 else float("nan"),
+        "decoder_max_cosine_random": random_max_cosine(d_in, num_latents),
+        "encoder_decoder_cosine": float(torch.cosine_similarity(W_enc_DF.T, W_dec_FD, dim=1).mean()),
+        "encoder_decoder_cosine_random": _random_alignment(W_enc_DF),
     }
+
+
+def _random_alignment(W_enc_DF: Tensor) -> float:
+    """Mean cosine of the encoder's columns with random directions, drawn in blocks."""
+    generator = torch.Generator().manual_seed(SEED)
+    total, (d_in, latents) = 0.0, W_enc_DF.shape
+    for start in range(0, latents, BLOCK):
+        block = W_enc_DF[:, start : start + BLOCK].T
+        drawn = torch.randn(len(block), d_in, generator=generator).to(block.device)
+        total += float(torch.cosine_similarity(block, drawn, dim=1).sum())
+    return total / latents

@@ -74,7 +74,7 @@ def evaluate(
             "tokens": seen,
             **reconstruction.metrics(),
             **sparsity.metrics(),
-            **geometry_metrics(subjects[name].coder.W_dec),
+            **geometry_metrics(subjects[name].coder.W_enc, subjects[name].coder.W_dec),
         }
         for name, (reconstruction, sparsity) in sums.items()
     }

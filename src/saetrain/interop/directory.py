@@ -52,7 +52,7 @@ def load_sae(folder: Path) -> tuple[TopK, dict[str, Any]]:
 
     Raises SaetrainError when ``folder`` holds no SAE of ours or its files are broken.
     """
-    config = _read_config(folder)
+    config = read_config(folder)
     about = config.get("saetrain")
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         raise SaetrainError(
@@ -77,7 +77,8 @@ def load_sae(folder: Path) -> tuple[TopK, dict[str, Any]]:
     return coder.requires_grad_(False), about
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """``cfg.json`` of ``folder``; SaetrainError when there is none or it is broken."""
     path = folder / CONFIG
     try:
         config = json.loads(path.read_text())

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from saetrain.coders.topk import TopK
 from saetrain.errors import SaetrainError
-from saetrain.interop import saelens, sparsify
+from saetrain.interop.reading import read_weights
 
 NORM_TOLERANCE = 1e-3
 """Relative spread of decoder norms up to which one common factor stands for all (more where the file's own number
@@ -34,7 +31,7 @@ def load_for_finetune(path: str, hookpoint: str, coder: TopK, model_sha256: str 
         if there and hookpoint not in there:
             raise SaetrainError(f"--finetune {folder}: holds no SAE of {hookpoint}; there are {', '.join(there)}")
         folder = folder / hookpoint if there else folder
-    config, weights = _read(folder)
+    config, weights = read_weights(folder, f"--finetune {folder}")
     _check_hookpoint(folder, config, hookpoint)
     k = config.get("k")
     if k != coder.k:
@@ -61,26 +58,6 @@ def _check_hookpoint(folder: Path, config: dict[str, Any], hookpoint: str) -> No
             f"--finetune {folder}: it is an SAE of {own}, the run trains {hookpoint}; give the folder that holds a "
             "folder for each hookpoint, or the same --layers or --hookpoints"
         )
-
-
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(cfg.json, the four tensors in our layout and the file's number format, for an encoder that subtracts b_dec)."""
-    try:
-        config = json.loads((folder / "cfg.json").read_text())
-    except (OSError, ValueError) as error:
-        raise SaetrainError(f"--finetune {folder}: holds no SAE (no readable cfg.json)") from error
-    try:
-        if (folder / saelens.WEIGHTS).exists():
-            return config, saelens.read(config, load_file(folder / saelens.WEIGHTS))
-        if (folder / sparsify.WEIGHTS).exists():
-            return config, sparsify.read(config, load_file(folder / sparsify.WEIGHTS))
-    except SafetensorError as error:
-        raise SaetrainError(f"--finetune {folder}: its weights are broken or cut short: {error}") from error
-    except KeyError as error:
-        raise SaetrainError(f"--finetune {folder}: its weights lack the tensor {error}") from error
-    except ValueError as error:
-        raise SaetrainError(f"--finetune {folder}: {error}") from error
-    raise SaetrainError(f"--finetune {folder}: holds neither {saelens.WEIGHTS} nor {sparsify.WEIGHTS}")
 
 
 def _check_shapes(folder: Path, weights: dict[str, Tensor], coder: TopK) -> None:

@@ -1,0 +1,97 @@
+"""What an SAE's figures are held against: the mean, PCA of rank k, and a random decoder of the same shape."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from saetrain.types import Codes
+
+GATHERED = 1 << 24
+"""Numbers of decoder rows that least squares holds at once."""
+RIDGE = 1e-5
+"""Added to the diagonal where the k directions are not independent (k >= D)."""
+
+
+class Moments:
+    """Running mean and covariance of tokens (N, D), in fp64."""
+
+    def __init__(self, d_in: int, device: torch.device) -> None:
+        self._sum = torch.zeros(d_in, dtype=torch.float64, device=device)
+        self._products = torch.zeros(d_in, d_in, dtype=torch.float64, device=device)
+        self.tokens = 0
+
+    def add(self, x_ND: Tensor) -> None:
+        """Count a batch."""
+        x = x_ND.double()
+        self._sum += x.sum(dim=0)
+        self._products.addmm_(x.T, x)
+        self.tokens += len(x)
+
+    def mean(self) -> Tensor:
+        """(D,) fp32."""
+        return (self._sum / self.tokens).float()
+
+    def principal(self, rank: int) -> Tensor:
+        """(D, rank) orthonormal directions of largest variance, fp32."""
+        mean = self._sum / self.tokens
+        covariance = self._products / self.tokens - torch.outer(mean, mean)
+        _, vectors = torch.linalg.eigh(covariance)
+        return vectors[:, -min(rank, len(mean)) :].float()
+
+
+@dataclass(frozen=True)
+class PCA:
+    """x̂ = m + V Vᵀ (x - m), with ``basis`` V (D, rank)."""
+
+    mean: Tensor
+    basis: Tensor
+
+    def __call__(self, x_ND: Tensor) -> Tensor:
+        """The reconstruction."""
+        return self.mean + (x_ND - self.mean) @ self.basis @ self.basis.T
+
+
+@dataclass(frozen=True)
+class RandomDecoder:
+    """An SAE that has learned nothing: the k largest of D (x - m), then least squares on those k directions.
+
+    ``directions`` D (F, D) of unit norm.
+    """
+
+    mean: Tensor
+    directions: Tensor
+    k: int
+
+    @staticmethod
+    def of(mean: Tensor, num_latents: int, k: int, seed: int) -> RandomDecoder:
+        """Directions drawn from ``seed``."""
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.randn(num_latents, len(mean), generator=generator)
+        return RandomDecoder(mean, torch.nn.functional.normalize(drawn, dim=1).to(mean.device), k)
+
+    def encode(self, x_ND: Tensor) -> Codes:
+        """Which k directions are taken, with their inner products."""
+        values, indices = ((x_ND - self.mean) @ self.directions.T).topk(self.k, dim=1)
+        return Codes(values.relu(), indices, len(self.directions))
+
+    def decode(self, codes: Codes, x_ND: Tensor) -> Tensor:
+        """The best reconstruction of ``x_ND`` from the directions that ``codes`` name."""
+        assert codes.indices is not None, "a random decoder's code is sparse"
+        step = max(1, GATHERED // (self.k * len(self.mean)))
+        pieces = zip(codes.indices.split(step), (x_ND - self.mean).split(step), strict=True)
+        return torch.cat([self.mean + self._project(indices, x) for indices, x in pieces])
+
+    def _project(self, indices: Tensor, x: Tensor) -> Tensor:
+        rows = self.directions[indices]
+        gram = rows @ rows.transpose(1, 2)
+        gram.diagonal(dim1=1, dim2=2).add_(RIDGE)
+        wanted = rows @ x.unsqueeze(2)
+        weights = torch.cholesky_solve(wanted, torch.linalg.cholesky(gram))
+        return (rows.transpose(1, 2) @ weights).squeeze(2)
+
+    def __call__(self, x_ND: Tensor) -> Tensor:
+        """The reconstruction."""
+        return self.decode(self.encode(x_ND), x_ND)

@@ -1,0 +1,214 @@
+"""Is the SAE healthy? Four figures against thresholds that can be set, with reasons and advice."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from saetrain.errors import SaetrainError
+from saetrain.evaluation.bootstrap import Estimate
+
+HARDLY_SPARSE = 0.05
+"""Share of latents active on a token above which a code is hardly sparse."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HealthSettings:
+    """Health: the thresholds of the verdict."""
+
+    min_explained_variance: float = 0.60
+    """Least explained variance of held-out activations that passes."""
+    good_explained_variance: float = 0.70
+    """Explained variance that is good."""
+    l0_range: tuple[float, float] = (20.0, 200.0)
+    """Active latents per token that pass, from and to."""
+    max_dead: float = 0.20
+    """Largest share of dead latents (by --dead_percentage_threshold) that passes."""
+    good_dead: float = 0.10
+    """Share of dead latents that is good."""
+    max_redundancy: float = 0.25
+    """Largest mean of the 100 largest cosines between decoder rows that passes."""
+
+    def __post_init__(self) -> None:
+        low, high = self.l0_range
+        if not 0 <= low <= high:
+            raise SaetrainError(f"--l0_range {low:g} {high:g}: give the smaller number first, none below 0")
+        if self.min_explained_variance > self.good_explained_variance:
+            raise SaetrainError(
+                f"--min_explained_variance {self.min_explained_variance:g}: must not be above "
+                f"--good_explained_variance {self.good_explained_variance:g}"
+            )
+        if self.good_dead > self.max_dead:
+            raise SaetrainError(
+                f"--good_dead {self.good_dead:g}: must not be above --max_dead {self.max_dead:g}"
+            )
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the verdict must know of the SAE beside its figures."""
+
+    d_in: int
+    num_latents: int
+    k: int | None
+    """None where the code is not TopK's."""
+    dead_bound: float
+    """Least share that the rate rule calls dead whatever the training does."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One figure's part of the verdict; ``status`` is `good`, `pass` or `fail`."""
+
+    value: float
+    low: float
+    high: float
+    null: float | None
+    null_is: str
+    threshold: str
+    status: str
+    by_construction: bool
+    """The threshold can't be met by any training of this shape."""
+    reason: str
+    advice: str
+
+    @property
+    def passed(self) -> bool:
+        """Whether it counts for the verdict."""
+        return self.status != "fail"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """``4/4`` and what it is made of."""
+
+    metrics: dict[str, Judged]
+
+    @property
+    def passed(self) -> int:
+        """Figures that pass."""
+        return sum(judged.passed for judged in self.metrics.values())
+
+    def __str__(self) -> str:
+        return f"{self.passed}/{len(self.metrics)}"
+
+    def as_json(self) -> dict[str, Any]:
+        """As ``final_assessment.json`` holds it."""
+        return {
+            "verdict": str(self),
+            "passed": self.passed,
+            "of": len(self.metrics),
+            "metrics": {name: asdict(judged) for name, judged in self.metrics.items()},
+        }
+
+
+def judge(
+    figures: Mapping[str, Estimate], nulls: Mapping[str, float | None], shape: Shape, settings: HealthSettings
+) -> Verdict:
+    """The verdict on ``figures`` (explained_variance, l0, dead_below_threshold, decoder_redundancy_top100).
+
+    ``nulls``: what the same figures are for a random decoder of the same shape, None where that says nothing.
+    """
+    return Verdict(
+        {
+            "explained_variance": _explained_variance(figures, nulls, settings),
+            "l0": _l0(figures, shape, settings),
+            "dead": _dead(figures, nulls, shape, settings),
+            "redundancy": _redundancy(figures, nulls, shape, settings),
+        }
+    )
+
+
+def _judged(
+    figure: Estimate, null: float | None, null_is: str, threshold: str, status: str, **rest: Any
+) -> Judged:
+    return Judged(figure.value, figure.low, figure.high, null, null_is, threshold, status, **rest)
+
+
+def _explained_variance(
+    figures: Mapping[str, Estimate], nulls: Mapping[str, float | None], settings: HealthSettings
+) -> Judged:
+    figure, null = figures["explained_variance"], nulls.get("explained_variance")
+    value, least, good = figure.value, settings.min_explained_variance, settings.good_explained_variance
+    status = "good" if value >= good else "pass" if value >= least else "fail"
+    reason = f"the SAE explains {value:.1%} of the variance about the mean"
+    advice = "nothing to do"
+    if null is not None:
+        reason += f", a random decoder with as many active latents {null:.1%}"
+        if status != "fail" and value <= null:
+            advice = "it is no better than random directions: the threshold says little here, lower k"
+    if not math.isfinite(value):
+        reason, advice = "the activations scored do not vary, or the SAE's output is not finite", "check its weights"
+    elif value < 0:
+        advice = "worse than predicting the mean: check that model, layer and scale are those it was trained on"
+    elif status == "fail":
+        advice = "train on more tokens, raise num_latents or k, or try another lr"
+    elif status == "pass" and advice == "nothing to do":
+        advice = f"more tokens or latents may bring it to {good:.0%}"
+    return _judged(
+        figure, null, "random decoder", f">= {least:g} (good: {good:g})", status,
+        by_construction=False, reason=reason, advice=advice,
+    )  # fmt: skip
+
+
+def _l0(figures: Mapping[str, Estimate], shape: Shape, settings: HealthSettings) -> Judged:
+    figure, (low, high) = figures["l0"], settings.l0_range
+    share = figure.value / shape.num_latents
+    fits = low <= figure.value <= high
+    # With TopK the most that L0 can be is k.
+    impossible = shape.k is not None and not fits and (shape.k < low or figure.value > high)
+    reason = f"{figure.value:.1f} of {shape.num_latents:,} latents are active on a token ({share:.1%})"
+    advice = "nothing to do"
+    if impossible:
+        reason += f"; k = {shape.k} fixes it, so no training can bring it into the range"
+    if figure.value < low:
+        advice = "raise k"
+    elif figure.value > high:
+        advice = "lower k"
+    elif share > HARDLY_SPARSE:
+        advice = f"L0/F = {share:.0%}: the code is hardly sparse; raise num_latents"
+    return _judged(
+        figure, None, "", f"{low:g} to {high:g}", "pass" if fits else "fail",
+        by_construction=impossible, reason=reason, advice=advice,
+    )  # fmt: skip
+
+
+def _dead(
+    figures: Mapping[str, Estimate], nulls: Mapping[str, float | None], shape: Shape, settings: HealthSettings
+) -> Judged:
+    figure, null = figures["dead_below_threshold"], nulls.get("dead_below_threshold")
+    value = figure.value
+    status = "good" if value <= settings.good_dead else "pass" if value <= settings.max_dead else "fail"
+    impossible = shape.dead_bound > settings.max_dead
+    reason = f"{value:.1%} of the latents fire on fewer tokens than --dead_percentage_threshold asks for"
+    advice = "nothing to do" if status == "good" else "more tokens, a lower lr or a larger --auxk_alpha revive latents"
+    if impossible:
+        reason += f"; at least {shape.dead_bound:.1%} must at this k and num_latents, so the threshold can't be met"
+        advice = "lower --dead_percentage_threshold, or lower num_latents or raise k"
+    return _judged(
+        figure, null, "random decoder", f"<= {settings.max_dead:g} (good: {settings.good_dead:g})", status,
+        by_construction=impossible, reason=reason, advice=advice,
+    )  # fmt: skip
+
+
+def _redundancy(
+    figures: Mapping[str, Estimate], nulls: Mapping[str, float | None], shape: Shape, settings: HealthSettings
+) -> Judged:
+    figure, null = figures["decoder_redundancy_top100"], nulls.get("decoder_redundancy_top100")
+    fits = figure.value <= settings.max_redundancy
+    impossible = null is not None and null > settings.max_redundancy
+    reason = f"the 100 most alike pairs of decoder rows have a mean cosine of {figure.value:.3f}"
+    reason += f", random directions {null:.3f}" if null is not None else ""
+    advice = "nothing to do" if fits else "a few near copies are usual in a wide SAE; fewer latents make fewer of them"
+    if impossible:
+        reason += (
+            f"; {shape.num_latents:,} directions in {shape.d_in} dimensions can hardly be less alike, so the threshold "
+            "says nothing here"
+        )
+        advice = "read it beside the random figure, or set --max_redundancy"
+    return _judged(
+        figure, null, "random directions", f"<= {settings.max_redundancy:g}", "pass" if fits else "fail",
+        by_construction=impossible and not fits, reason=reason, advice=advice,
+    )  # fmt: skip

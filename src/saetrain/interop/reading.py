@@ -1,0 +1,90 @@
+"""A saved SAE of any of the three layouts: its configuration, its tensors, and what it says of its origin."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from saetrain.coders.topk import TopK
+from saetrain.errors import SaetrainError
+from saetrain.interop import saelens, sparsify
+from saetrain.interop.directory import CONFIG, load_sae, read_config
+
+NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
+
+
+def read_weights(folder: Path, shown: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(cfg.json, the four tensors in our layout and the file's number format, for an encoder that subtracts b_dec).
+
+    Raises SaetrainError that begins with ``shown`` for what is missing, broken, or can't be a TopK SAE.
+    """
+    try:
+        config = json.loads((folder / CONFIG).read_text())
+    except (OSError, ValueError) as error:
+        raise SaetrainError(f"{shown}: holds no SAE (no readable {CONFIG})") from error
+    try:
+        if (folder / saelens.WEIGHTS).exists():
+            return config, saelens.read(config, load_file(folder / saelens.WEIGHTS))
+        if (folder / sparsify.WEIGHTS).exists():
+            return config, sparsify.read(config, load_file(folder / sparsify.WEIGHTS))
+    except SafetensorError as error:
+        raise SaetrainError(f"{shown}: its weights are broken or cut short: {error}") from error
+    except KeyError as error:
+        raise SaetrainError(f"{shown}: its weights lack the tensor {error}") from error
+    except ValueError as error:
+        raise SaetrainError(f"{shown}: {error}") from error
+    raise SaetrainError(f"{shown}: holds neither {saelens.WEIGHTS} nor {sparsify.WEIGHTS}")
+
+
+def load_any(folder: Path) -> tuple[TopK, dict[str, Any]]:
+    """(a coder of raw activations, what is known of where it belongs, under the keys of our own metadata).
+
+    Raises SaetrainError when ``folder`` holds no SAE, or a broken one, or one of a kind that is not TopK.
+    """
+    config = read_config(folder)
+    if isinstance(config.get("saetrain"), dict):
+        return load_sae(folder)
+    config, weights = read_weights(folder, str(folder))
+    k = config.get("k")
+    if not isinstance(k, int) or k < 1:
+        raise SaetrainError(f"{folder / CONFIG}: k should be a whole number from 1, found {k!r}")
+    shapes = {name: tuple(value.shape) for name, value in weights.items()}
+    latents, width = weights["W_dec"].shape
+    wanted = {"W_enc": (width, latents), "b_enc": (latents,), "W_dec": (latents, width), "b_dec": (width,)}
+    for name in NAMES:
+        if shapes[name] != wanted[name]:
+            raise SaetrainError(f"{folder}: {name} should be of shape {wanted[name]}, found {shapes[name]}")
+    if k > latents:
+        raise SaetrainError(f"{folder / CONFIG}: k is {k}, more than the {latents} latents")
+    coder = TopK(width, latents, k)
+    ranked_by_norm = bool(config.get("rescale_acts_by_decoder_norm"))
+    with torch.no_grad():
+        for name, parameter in coder.named_parameters():
+            parameter.copy_(weights[name].float())
+        if ranked_by_norm:
+            norms = coder.W_dec.norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
+            coder.W_enc.mul_(norms)
+            coder.b_enc.mul_(norms)
+            coder.W_dec.div_(norms.unsqueeze(1))
+    return coder.requires_grad_(False), _about(folder, config)
+
+
+def _about(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a foreign SAE says of itself; sparsify's folder is called like the hookpoint."""
+    metadata = config.get("metadata") or {}
+    known = {
+        "model": metadata.get("model_name"),
+        "hookpoint": metadata.get("hf_hook_name"),
+        "hook_name": metadata.get("hook_name") or (folder.name if "metadata" not in config else None),
+        "dataset": metadata.get("dataset_path"),
+        "ctx_len": metadata.get("context_size"),
+        "exclude_special_tokens": metadata.get("exclude_special_tokens"),
+    }
+    return {name: value for name, value in known.items() if value not in (None, "")}
