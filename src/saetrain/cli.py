@@ -11,7 +11,7 @@ from typing import Any
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec
 
-from saetrain.config import RunConfig, TokenizeConfig, flags, from_flat, read_yaml
+from saetrain.config import EvaluateConfig, RunConfig, TokenizeConfig, flags, from_flat, read_yaml
 from saetrain.errors import SaetrainError, did_you_mean
 
 TRUE, FALSE = ("true", "yes", "1"), ("false", "no", "0")
@@ -41,6 +41,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             from saetrain.runs.tokenize import tokenize
 
             tokenize(parse_tokenize(words[1:]))
+            return
+        if words[:1] == ["evaluate"]:
+            from saetrain.runs.evaluate import evaluate
+
+            evaluate(parse_evaluate(words[1:]))
             return
         config = parse(words)
         debug = config.debug
@@ -79,6 +84,12 @@ def parse_tokenize(words: Sequence[str]) -> TokenizeConfig:
     return tyro.cli(TokenizeConfig, prog="saetrain tokenize", args=words, **OPTIONS)
 
 
+def parse_evaluate(words: Sequence[str]) -> EvaluateConfig:
+    """Settings of ``saetrain evaluate`` from the words behind it."""
+    words = _spell_out(list(words), flags(EvaluateConfig))
+    return tyro.cli(EvaluateConfig, prog="saetrain evaluate", args=words, **OPTIONS)
+
+
 OPTIONS: dict[str, Any] = {
     "config": (tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff),
     "registry": registry,
@@ -104,6 +115,7 @@ DESCRIPTION = """Train TopK sparse autoencoders on the activations of a transfor
 Example: saetrain bert-base-uncased wikitext --layers 6 --k 192 --expansion_factor 32
 
 saetrain tokenize MODEL DATASET OUT writes the tokens of a large data set to a folder once (--help behind it).
+saetrain evaluate PATH scores finished SAEs on held-out text and gives a verdict.
 
 --config FILE.yaml reads settings from a file (such as a run's config.yaml); flags win over it."""
 

@@ -22,6 +22,8 @@ from saetrain.data.sources import SourceSettings
 from saetrain.data.tokenize import TokenSettings
 from saetrain.errors import SaetrainError, did_you_mean
 from saetrain.evaluation.heldout import EvalSettings
+from saetrain.evaluation.score import ScoreSettings
+from saetrain.evaluation.verdict import HealthSettings
 from saetrain.files import write_atomic
 from saetrain.logs import LogSettings
 from saetrain.optim import OptimSettings
@@ -53,10 +55,14 @@ class RunConfig:
     loader: LoaderSettings = field(default_factory=LoaderSettings)
     buffer: BufferSettings = field(default_factory=BufferSettings)
     evaluation: EvalSettings = field(default_factory=EvalSettings)
+    scoring: ScoreSettings = field(default_factory=ScoreSettings)
+    health: HealthSettings = field(default_factory=HealthSettings)
     logs: LogSettings = field(default_factory=LogSettings)
     output: CheckpointSettings = field(default_factory=CheckpointSettings)
     finetune: typing.Annotated[str | None, shown_default("none, initial weights are random", "PATH")] = None
     """Start from a saved SAE: its folder, or one with a folder for each hookpoint (ours, SAELens' or sparsify's)."""
+    assess: bool = True
+    """End with the assessment: figures beside their nulls, with intervals, and a verdict (`saetrain evaluate`)."""
     force: bool = False
     """Go on although more memory is needed than there is."""
     dry_run: bool = False
@@ -95,6 +101,51 @@ class TokenizeConfig:
     """Show the traceback of an error."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Score the SAEs in PATH on held-out text, and say how healthy they are."""
+
+    path: tyro.conf.Positional[typing.Annotated[str, tyro.conf.arg(metavar="PATH")]]
+    """A run's folder, or that of one SAE (ours, SAELens' or sparsify's)."""
+    dataset: typing.Annotated[tuple[str, ...], shown_default("only the one it was trained on", "D [D ...]")] = ()
+    """Further data sets to score on: hub ids, local folders or files."""
+    in_sample: bool = True
+    """Score on held-out text of the data set that the SAE was trained on as well."""
+    model: typing.Annotated[str | None, shown_default("the one it was trained on", "MODEL")] = None
+    """Hub id or local folder of the model, where the SAE does not name it or it has moved."""
+    hookpoint: typing.Annotated[str | None, shown_default("the one it was trained on", "NAME")] = None
+    """Module whose output the SAE takes, where it does not say so itself."""
+    eval_tokens: typing.Annotated[int | None, shown_default("50000 on a CPU, 1000000 on a GPU", "INT")] = None
+    """Held-out tokens of each data set; without a number, as many as there are up to the default."""
+    scoring: ScoreSettings = field(default_factory=ScoreSettings)
+    health: HealthSettings = field(default_factory=HealthSettings)
+    dead_percentage_threshold: typing.Annotated[float | None, shown_default("the run's, else 0.0005", "FLOAT")] = None
+    """A latent is dead when it fires on less than this share of tokens."""
+    base: ModelSettings = field(default_factory=ModelSettings)
+    split: typing.Annotated[str | None, shown_default("the split for tests, else train", "NAME")] = None
+    """Split of --dataset; `train[:10%]` takes a part."""
+    dataset_config: typing.Annotated[str | None, shown_default("the only one", "NAME")] = None
+    """Configuration of --dataset where it has several."""
+    text_column: typing.Annotated[str | None, shown_default("found by itself", "NAME")] = None
+    """Column of --dataset that holds the text."""
+    ctx_len: typing.Annotated[int | None, shown_default("the SAE's", "INT")] = None
+    """Tokens of a sequence."""
+    exclude_special_tokens: typing.Literal["auto", "true", "false"] = "auto"
+    """Leave special tokens out of the headline figures; `auto`: as the SAE was trained."""
+    exclude_sinks: typing.Literal["auto", "true", "false"] = "auto"
+    """Leave out position 0 of a causal model; `auto`: as the SAE was trained."""
+    out: typing.Annotated[str | None, shown_default("PATH", "DIR")] = None
+    """Folder for evaluation/<data set>.json and final_assessment.json."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+    def __post_init__(self) -> None:
+        if self.eval_tokens is not None and self.eval_tokens < 2:
+            raise SaetrainError(f"--eval_tokens {self.eval_tokens}: must be at least 2")
+        if not self.dataset and not self.in_sample:
+            raise SaetrainError("--in_sample false: nothing is left to score on; name a data set by --dataset")
+
+
 def sections(config: type = RunConfig) -> dict[str, type]:
     """{field of ``config``: its settings class}."""
     hints = typing.get_type_hints(config)
@@ -103,13 +154,20 @@ def sections(config: type = RunConfig) -> dict[str, type]:
     }
 
 
+POSITIONALS: dict[type, tuple[str, ...]] = {
+    RunConfig: ("model", "dataset"),
+    TokenizeConfig: ("model", "dataset", "out"),
+    EvaluateConfig: ("path",),
+}
+
+
 def flags(config: type = RunConfig) -> dict[str, Any]:
     """{flag without dashes: its type}, of every setting of ``config`` but the positionals."""
     out: dict[str, Any] = {}
     for cls in (*sections(config).values(), config):
         hints = typing.get_type_hints(cls)
         out.update({item.name: hints[item.name] for item in dataclasses.fields(cls) if item.name not in sections()})
-    return {name: hint for name, hint in out.items() if name not in ("model", "dataset", "out")}
+    return {name: hint for name, hint in out.items() if name not in POSITIONALS[config]}
 
 
 def to_flat(config: RunConfig) -> dict[str, Any]:

@@ -59,7 +59,9 @@ def head_kind(architecture: str, causal: bool) -> Kind:
     """What the class ``architecture`` of transformers predicts."""
     from transformers.models.auto import modeling_auto
 
-    if architecture in _classes(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) or architecture.endswith("ForCausalLM"):
+    if architecture in _classes(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) or architecture.endswith(
+        "ForCausalLM"
+    ):
         return "causal"
     masked = _classes(modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES)
     # BERT's own checkpoints hold the head of its pre-training, of which the masked-LM head is a part.

@@ -36,6 +36,12 @@ class LoaderSettings:
             raise SaetrainError(f"--shuffle_seed {self.shuffle_seed}: must not be negative")
 
 
+def token_policy(exclude_special: bool, exclude_first: bool) -> Callable[[Sequence], np.ndarray]:
+    """Which positions of a sequence count: a function to (S,) bool."""
+    excluded = np.uint8(exclude_special * TokenKind.SPECIAL | exclude_first * TokenKind.FIRST)
+    return lambda sequence: np.asarray((sequence.kind & excluded) == 0)
+
+
 class ShardedSource(ABC):
     """Endless streams of sequences, one per virtual shard, each recomputable from any cursor.
 
@@ -47,11 +53,8 @@ class ShardedSource(ABC):
 
     def __init__(self, n_shards: int, exclude_special: bool, exclude_first: bool) -> None:
         self.n_shards = n_shards
-        self._excluded = np.uint8(exclude_special * TokenKind.SPECIAL | exclude_first * TokenKind.FIRST)
-
-    def keep(self, sequence: Sequence) -> np.ndarray:
-        """(S,) bool, the positions that the token policy trains on."""
-        return np.asarray((sequence.kind & self._excluded) == 0)
+        self.keep = token_policy(exclude_special, exclude_first)
+        """The positions that the token policy trains on, (S,) bool of a sequence."""
 
     @abstractmethod
     def read(self, shard: int, cursor: Cursor, tokens: int) -> tuple[list[Sequence], Cursor]:

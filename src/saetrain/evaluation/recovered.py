@@ -134,7 +134,12 @@ def answer(head: HeadModel, question: Question) -> Tensor:
 
 
 def questions(
-    head: HeadModel, sequences: Iterable[Sequence], policy: SplicePolicy, mask_id: int | None, batch_tokens: int, seed: int
+    head: HeadModel,
+    sequences: Iterable[Sequence],
+    policy: SplicePolicy,
+    mask_id: int | None,
+    batch_tokens: int,
+    seed: int,
 ) -> Iterator[Question]:
     """The batches over ``sequences``: next tokens of a causal model, masked tokens (``mask_id``) of a masked one."""
     sequences = list(sequences)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -25,8 +25,6 @@ from saetrain.evaluation.recovered import LossScorer, SplicePolicy, answer, ques
 from saetrain.evaluation.sparsity import SparsitySums
 from saetrain.types import Sequence, shown_default
 
-SEQUENCES = 64
-"""Sequences that are batched together, by length."""
 RANDOM, PRINCIPAL, MEAN = "random_decoder", "pca", "mean"
 
 
@@ -200,14 +198,17 @@ def score_losses(
     subjects: Mapping[str, Subject],
     nulls: Mapping[str, Nulls],
     head: HeadModel,
-    sequences: list[Sequence],
+    groups: Iterable[list[Sequence]],
     policies: Mapping[str, SplicePolicy],
     mask_id: int | None,
     batch_tokens: int,
     settings: ScoreSettings,
     done: Callable[[int], None] = lambda tokens: None,
 ) -> dict[str, dict[str, Figure]]:
-    """{SAE: figures} of the model's own loss over ``sequences``; ``policies`` {hookpoint: which positions}."""
+    """{SAE: figures} of the model's own loss over ``groups`` of sequences.
+
+    ``policies`` {hookpoint: which positions are replaced}.
+    """
     scorers = {
         name: LossScorer(
             head,
@@ -220,7 +221,7 @@ def score_losses(
         for name, subject in subjects.items()
     }
     first = next(iter(policies.values()))
-    for group in _groups(sequences):
+    for group in groups:
         for question in questions(head, group, first, mask_id, batch_tokens, settings.eval_seed):
             with torch.no_grad():
                 clean = answer(head, question)
@@ -228,11 +229,6 @@ def score_losses(
                 scorer.add(question, clean)
             done(int(question.mask.sum()))
     return {name: _loss_figures(head, scorer) for name, scorer in scorers.items()}
-
-
-def _groups(sequences: list[Sequence]) -> Iterator[list[Sequence]]:
-    for start in range(0, len(sequences), SEQUENCES):
-        yield sequences[start : start + SEQUENCES]
 
 
 def _variants(coder: SparseCoder, nulls: Nulls) -> dict[str, recovered.Replace]:
@@ -252,9 +248,7 @@ def _loss_figures(head: HeadModel, scorer: LossScorer) -> dict[str, Figure]:
         hidden = _beside_nulls(scorer.sums, recovered.hidden_formulas, scorer.tokens)
         sequences = int(scorer.pooled.total["sequences"])
         return {**hidden, **_beside_nulls(scorer.pooled, recovered.pooled_formulas, sequences)}
-    alone = {
-        name: Figure(scorer.sums.estimate(formula), scorer.tokens) for name, formula in recovered.ALONE.items()
-    }
+    alone = {name: Figure(scorer.sums.estimate(formula), scorer.tokens) for name, formula in recovered.ALONE.items()}
     return {**alone, **_beside_nulls(scorer.sums, recovered.loss_formulas, scorer.tokens)}
 
 
@@ -270,4 +264,3 @@ def _beside_nulls(sums: DocumentSums, formulas: Callable[[str], dict[str, Formul
         )
         for name, formula in formulas(recovered.SAE).items()
     }
-

@@ -41,9 +41,7 @@ class HealthSettings:
                 f"--good_explained_variance {self.good_explained_variance:g}"
             )
         if self.good_dead > self.max_dead:
-            raise SaetrainError(
-                f"--good_dead {self.good_dead:g}: must not be above --max_dead {self.max_dead:g}"
-            )
+            raise SaetrainError(f"--good_dead {self.good_dead:g}: must not be above --max_dead {self.max_dead:g}")
 
 
 @dataclass(frozen=True)
@@ -121,9 +119,7 @@ def judge(
     )
 
 
-def _judged(
-    figure: Estimate, null: float | None, null_is: str, threshold: str, status: str, **rest: Any
-) -> Judged:
+def _judged(figure: Estimate, null: float | None, null_is: str, threshold: str, status: str, **rest: Any) -> Judged:
     return Judged(figure.value, figure.low, figure.high, null, null_is, threshold, status, **rest)
 
 

@@ -42,13 +42,14 @@ class Text:
     """What a run reads.
 
     ``tokens``: of each data set, the training tokens that the token policy keeps, or None where it is streamed;
-    ``about``: what the SAE's metadata say of it.
+    ``about``: what the SAE's metadata say of it; ``trained_on`` gives the texts that are trained on, but streamed ones.
     """
 
     train: ShardedSource
     held_out: Sequences
     tokens: tuple[int | None, ...]
     about: dict[str, Any]
+    trained_on: Callable[[], HeldOutTexts]
 
 
 def load_text(config: RunConfig, tokenizer: Any, framing: Framing) -> Text:
@@ -69,6 +70,7 @@ def load_text(config: RunConfig, tokenizer: Any, framing: Framing) -> Text:
         MixedHeldOut([part.held_out for part in parts], shares),
         tuple(tokens for part in parts for tokens in part.tokens),
         {name: [part.about[name] for part in parts] for name in parts[0].about},
+        lambda: HeldOutTexts.union([part.trained_on() for part in parts]),
     )
 
 
@@ -106,6 +108,37 @@ def _divide(name: str, config: RunConfig, tokenizer: Any, framing: Framing) -> _
         return _streamed(name, source, column, config, tokenizer, framing)
     column, rows = tokenized(name, source, tokenizer, framing, config.tokens)
     return _split(name, rows, column.columns, source.held_out_split, source.distinct, config, framing)
+
+
+def other_text(
+    name: str, settings: SourceSettings | None, tokens: TokenSettings, tokenizer: Any, framing: Framing
+) -> tuple[TokenTable, str]:
+    """(the tokens of a data set that no SAE was trained on, what it is).
+
+    Of the split that ``settings`` name; where they are None, of its split for tests if it has one.
+    """
+    which = "held_out" if settings is None else "train"
+    if is_token_folder(name):
+        rows, about = open_tokens(Path(name), tokenizer, framing)
+        names = {"train": about["split"], "held_out": about["held_out_split"]}
+    else:
+        source = open_text(name, settings or SourceSettings(), tokenizer)
+        _, rows = tokenized(name, source, tokenizer, framing, tokens)
+        names = {"train": (settings or SourceSettings()).split, "held_out": source.held_out_split}
+    which = which if which in rows else "train"
+    return TokenTable(rows[which]), f"split '{names[which]}'"
+
+
+def unseen(
+    name: str, table: TokenTable, what: str, framing: Framing, exclude_special: bool, seen: HeldOutTexts
+) -> tuple[Sequences, str]:
+    """(the sequences of ``table`` without the texts in ``seen``, what they are); SaetrainError when none are left."""
+    fresh, said = _without(table, np.arange(len(table)), seen, "of texts that the SAE was trained on are left out")
+    sequences = sequences_of(table, fresh, framing, exclude_special)
+    if not sequences.text_tokens:
+        raise SaetrainError(f"data set {name}: {what} holds no text that the SAE was not trained on")
+    say(f"data set {name}: {what}, {sequences.text_tokens:,} tokens{said}")
+    return sequences, what + said
 
 
 def open_text(name: str, settings: SourceSettings, tokenizer: Any) -> Source:
@@ -204,7 +237,7 @@ def _split(
     held_out = sequences_of(held, held_rows, framing, special)
 
     def finish(others: HeldOutTexts) -> Text:
-        kept, said = _without(table, rows, others)
+        kept, said = _without(table, rows, others, "that another data set holds out are not trained on")
         train = sequences_of(table, kept, framing, special)
         if not len(train) or not len(held_out):
             raise SaetrainError(
@@ -219,20 +252,22 @@ def _split(
             "fingerprint": table.digest(kept),
         }
         source = ShardedSequences(train, config.loader, special, config.buffer.exclude_sinks)
-        return Text(source, held_out, (train.text_tokens,), about)
+        return Text(
+            source, held_out, (train.text_tokens,), about, lambda: HeldOutTexts.of(table, kept, whole_documents=True)
+        )
 
     return _Divided(HeldOutTexts.of(held, held_rows, whole), finish)
 
 
-def _without(table: TokenTable, rows: np.ndarray, others: HeldOutTexts) -> tuple[np.ndarray, str]:
-    """(``rows`` without those that other data sets hold out, what is said of them)."""
+def _without(table: TokenTable, rows: np.ndarray, others: HeldOutTexts, what: str) -> tuple[np.ndarray, str]:
+    """(``rows`` without those of ``others``, what is said of them)."""
     if not others:
         return rows, ""
     fresh = ~others(table)[rows]
     if fresh.all():
         return rows, ""
     tokens = table.lengths[rows[~fresh]].sum()
-    return rows[fresh], f"; {tokens:,} tokens that another data set holds out are not trained on"
+    return rows[fresh], f"; {tokens:,} tokens {what}"
 
 
 def _streamed(
@@ -278,7 +313,7 @@ def _streamed(
             exclude_special=special,
             exclude_first=config.buffer.exclude_sinks,
         )
-        return Text(sequences, held_out, (None,), about)
+        return Text(sequences, held_out, (None,), about, HeldOutTexts)
 
     return _Divided(HeldOutTexts.of(table, np.arange(len(table)), whole_documents=True), finish)
 

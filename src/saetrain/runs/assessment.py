@@ -1,0 +1,252 @@
+"""What an evaluation gives: JSON files with every figure, a verdict on each SAE, and tables on the terminal."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from saetrain.activations.head import HeadModel
+from saetrain.activations.model import DTYPES
+from saetrain.config import EvaluateConfig
+from saetrain.errors import SaetrainError
+from saetrain.evaluation.bootstrap import Estimate
+from saetrain.evaluation.score import MEAN, PRINCIPAL, RANDOM, Figure, Scores
+from saetrain.evaluation.verdict import HealthSettings, Judged, Shape, Verdict, judge
+from saetrain.files import write_json
+from saetrain.runs.locate import Found, Located
+from saetrain.training.firing import alive_bound
+
+FORMAT = 1
+FOLDER = "evaluation"
+ASSESSMENT = "final_assessment.json"
+WIDTH = 120
+"""Columns of a table where there is no terminal."""
+NULL_NAMES = {RANDOM: "random decoder", PRINCIPAL: "PCA of rank k", MEAN: "mean"}
+COLUMNS = {
+    "explained_variance": "explained variance",
+    "ce_recovered_zero": "CE recovered (zero)",
+    "ce_recovered_mean": "CE recovered (mean)",
+    "delta_ce": "CE increase",
+    "pooled_cosine": "pooled cosine",
+    "final_hidden_error": "final hidden error",
+    "l0": "L0",
+    "dead_below_threshold": "dead by rate",
+}
+STYLES = {"good": "green", "pass": "green", "fail": "red"}
+HEADLINES = ("explained_variance", "fvu", "cosine", "l0", "dead_below_threshold", "dead_never_fired")
+"""Figures that the assessment repeats; of the model's loss it repeats all."""
+
+
+@dataclass(frozen=True)
+class TextScores:
+    """The scores of every SAE on one text; ``loss_sequences`` of its sequences were scored by the model's loss."""
+
+    name: str
+    in_sample: bool
+    what: str
+    scores: dict[str, Scores]
+    loss_sequences: int
+
+
+@dataclass(frozen=True)
+class Assessment:
+    """Everything that was found, and where it is written."""
+
+    config: EvaluateConfig
+    located: Located
+    model: dict[str, Any]
+    texts: list[TextScores]
+    verdicts: dict[str, Verdict]
+    folder: Path
+
+    @staticmethod
+    def of(
+        config: EvaluateConfig, located: Located, head: HeadModel, texts: list[TextScores], threshold: float
+    ) -> Assessment:
+        """Judge each SAE by its scores on the first text."""
+        verdicts = {
+            name: verdict_on(located.saes[name], scores, threshold, config.health)
+            for name, scores in texts[0].scores.items()
+        }
+        model = {
+            "name": head.base.name,
+            "architecture": head.architecture,
+            "predicts": {"causal": "next tokens", "masked": "masked tokens", "none": "nothing"}[head.kind],
+            "dtype": next(name for name, dtype in DTYPES.items() if dtype is head.base.dtype),
+        }
+        whole_run = located.run is not None and located.path.resolve() in (located.run, located.run / "sae")
+        there = located.run if whole_run and located.run is not None else located.path
+        return Assessment(config, located, model, texts, verdicts, Path(config.out) if config.out else there)
+
+    def write(self) -> list[Path]:
+        """Write one file a text and the final assessment; gives their paths."""
+        names = file_names([text.name for text in self.texts])
+        folder = self.folder / FOLDER
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, text in zip(names, self.texts, strict=True):
+                write_json(folder / name, self._text_json(text))
+            write_json(self.folder / ASSESSMENT, self.as_json(names))
+        except OSError as error:
+            raise SaetrainError(
+                f"the evaluation can't be written to {folder}: {error.strerror}; name another folder by --out"
+            ) from error
+        return [*(folder / name for name in names), self.folder / ASSESSMENT]
+
+    def as_json(self, names: list[str]) -> dict[str, Any]:
+        """``final_assessment.json``."""
+        first = self.texts[0]
+        return {
+            "format": FORMAT,
+            "saetrain": version("saetrain"),
+            "model": self.model,
+            "judged_on": {"data_set": first.name, "in_sample": first.in_sample, "held_out": first.what},
+            "thresholds": dataclasses.asdict(self.config.health),
+            "saes": {
+                name: {**verdict.as_json(), "figures": headlines(first.scores[name])}
+                for name, verdict in self.verdicts.items()
+            },
+            "evaluations": [f"{FOLDER}/{name}" for name in names],
+        }
+
+    def _text_json(self, text: TextScores) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "saetrain": version("saetrain"),
+            "data_set": text.name,
+            "in_sample": text.in_sample,
+            "held_out": text.what,
+            "model": self.model,
+            "loss_sequences": text.loss_sequences,
+            "settings": _flat(self.config),
+            "saes": {name: _sae_json(self.located.saes[name], scores) for name, scores in text.scores.items()},
+        }
+
+
+def verdict_on(sae: Found, scores: Scores, threshold: float, settings: HealthSettings) -> Verdict:
+    """The verdict on one SAE by its scores on one text."""
+    estimates = {name: figure.estimate for name, figure in scores.figures.items()}
+    nulls = {
+        name: next((estimate.value for null, estimate in figure.nulls.items() if null.startswith("random")), None)
+        for name, figure in scores.figures.items()
+    }
+    coder = sae.coder
+    bound = alive_bound(estimates["l0"].value, coder.num_latents, threshold)
+    return judge(estimates, nulls, Shape(coder.d_in, coder.num_latents, coder.k, bound), settings)
+
+
+def headlines(scores: Scores) -> dict[str, Any]:
+    """{figure: value with interval and nulls} of those that matter most."""
+    losses = [name for name in scores.figures if name.startswith(("ce_", "delta_", "kl", "pooled", "final_hidden"))]
+    return {name: scores.figures[name].as_json(name) for name in (*HEADLINES, *losses)}
+
+
+def _sae_json(sae: Found, scores: Scores) -> dict[str, Any]:
+    coder = sae.coder
+    return {
+        "folder": str(sae.folder.resolve()),
+        "hookpoint": sae.about.get("hookpoint") or sae.about.get("hook_name"),
+        "d_in": coder.d_in,
+        "num_latents": coder.num_latents,
+        "k": coder.k,
+        "documents": scores.documents,
+        "figures": {name: figure.as_json(name) for name, figure in scores.figures.items()},
+        "classes": scores.classes,
+        "l0_percentiles": dict(zip(("p5", "p50", "p95"), scores.l0_percentiles, strict=True)),
+        "density": scores.density,
+    }
+
+
+def _flat(config: EvaluateConfig) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for name, value in dataclasses.asdict(config).items():
+        out.update(value if isinstance(value, dict) else {name: value})
+    return out
+
+
+def file_names(data_sets: list[str]) -> list[str]:
+    """``<data set>.json`` of each, told apart where two are called alike."""
+    out: list[str] = []
+    for name in data_sets:
+        last = Path(name).stem if Path(name).exists() else name
+        stem = "".join(char if char.isalnum() or char in "-_." else "_" for char in last).strip("._") or "text"
+        number = 1
+        while f"{stem}{'' if number == 1 else f'_{number}'}.json" in out:
+            number += 1
+        out.append(f"{stem}{'' if number == 1 else f'_{number}'}.json")
+    return out
+
+
+def report(assessment: Assessment) -> None:
+    """Write the files and print the tables."""
+    paths = assessment.write()
+    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else WIDTH, highlight=False)
+    for name, verdict in assessment.verdicts.items():
+        coder = assessment.located.saes[name].coder
+        title = f"{name}: k = {coder.k}, {coder.num_latents:,} latents, width {coder.d_in}"
+        console.print(figures_table(title, name, assessment.texts))
+        console.print(verdict_table(verdict))
+        for metric, judged in verdict.metrics.items():
+            console.print(Text(f"  {metric}: {judged.reason}; {judged.advice}"))
+        console.print(Text(f"verdict {verdict}", style="bold"))
+    console.print(Text(f"written: {', '.join(map(str, paths))}"))
+
+
+def figures_table(title: str, sae: str, texts: list[TextScores]) -> Table:
+    """One SAE's figures on each text, the nulls beneath."""
+    table = Table(title=Text(title), title_justify="left")
+    shown = [name for name in COLUMNS if name in texts[0].scores[sae].figures]
+    table.add_column("held-out text of")
+    for name in shown:
+        table.add_column(COLUMNS[name], justify="right")
+    for text in texts:
+        figures = text.scores[sae].figures
+        kind = "in-sample" if text.in_sample else "out of sample"
+        tokens = figures["explained_variance"].count
+        label = Text(f"{Path(text.name).name}\n{kind}, {tokens:,} tokens")
+        table.add_row(label, *(_cell(figures[name]) for name in shown))
+        for null, called in NULL_NAMES.items():
+            values = [figures[name].nulls.get(null) for name in shown]
+            cells = [Text(f"{value.value:.4g}" if value else "", style="dim") for value in values]
+            table.add_row(Text(f"  {called}", style="dim"), *cells)
+        table.add_section()
+    return table
+
+
+def _cell(figure: Figure) -> Text:
+    estimate = figure.estimate
+    cell = Text(f"{estimate.value:.4g}")
+    if estimate.low == estimate.low:
+        cell.append(f"\n[{estimate.low:.4g}, {estimate.high:.4g}]", style="dim")
+    if figure.flag:
+        cell.append(f"\n{figure.flag}", style="yellow")
+    return cell
+
+
+def verdict_table(verdict: Verdict) -> Table:
+    """The four figures with null, threshold and status."""
+    table = Table()
+    for heading in ("health", "value", "null", "threshold", "status"):
+        table.add_column(heading)
+    for name, judged in verdict.metrics.items():
+        table.add_row(Text(name), *_verdict_cells(judged))
+    return table
+
+
+def _verdict_cells(judged: Judged) -> tuple[Text, Text, Text, Text]:
+    null = f"{judged.null:.4g} ({judged.null_is})" if judged.null is not None else ""
+    status = judged.status + (" (by construction)" if judged.by_construction else "")
+    return (
+        Text(f"{Estimate(judged.value, judged.low, judged.high):.4g}"),
+        Text(null),
+        Text(judged.threshold),
+        Text(status, style=STYLES[judged.status]),
+    )

@@ -1,0 +1,71 @@
+"""Which SAEs a path holds, of which run they are, and what they were trained on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from saetrain.coders.topk import TopK
+from saetrain.errors import SaetrainError
+from saetrain.interop.directory import CONFIG as SAE_CONFIG
+from saetrain.interop.reading import load_any
+from saetrain.runs.directory import CONFIG, SAES, is_run
+
+
+@dataclass(frozen=True)
+class Found:
+    """A saved SAE: its coder of raw activations and what it says of itself."""
+
+    folder: Path
+    coder: TopK
+    about: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Located:
+    """The SAEs that a path names, {name: SAE}; ``run``: the folder of the run that they are of, where there is one."""
+
+    path: Path
+    saes: dict[str, Found]
+    run: Path | None
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What the first says of itself; the SAEs of one run agree in all but their hookpoint."""
+        return next(iter(self.saes.values())).about
+
+    def says(self, key: str) -> Any:
+        """An entry of the metadata, or None where there is none."""
+        return self.about.get(key)
+
+
+def locate(path: str) -> Located:
+    """Load every SAE in ``path``; SaetrainError when it holds none, or one that is broken."""
+    folder = Path(path)
+    if not folder.is_dir():
+        raise SaetrainError(f"{path}: there is no such folder; give a run's, or that of one SAE")
+    if (folder / SAE_CONFIG).exists():
+        coder, about = load_any(folder)
+        name = str(about.get("hookpoint") or about.get("hook_name") or folder.name)
+        return Located(folder, {name: Found(folder, coder, about)}, _run_of(folder))
+    inside = folder / SAES if (folder / SAES).is_dir() else folder
+    folders = sorted(found.parent for found in inside.rglob(SAE_CONFIG))
+    if not folders:
+        unfinished = "; its run is not finished: --resume goes on with it" if is_run(folder) else ""
+        raise SaetrainError(f"{path}: holds no SAE (no {SAE_CONFIG}){unfinished}")
+    saes = {str(found.relative_to(inside)): Found(found, *load_any(found)) for found in folders}
+    first = next(iter(saes.values()))
+    for name, sae in saes.items():
+        for key in ("model", "model_weights_sha256"):
+            if sae.about.get(key) != first.about.get(key):
+                raise SaetrainError(
+                    f"{path}: {name} was trained on {sae.about.get('model')} and {next(iter(saes))} on "
+                    f"{first.about.get('model')}; score each by its own folder"
+                )
+    return Located(folder, saes, _run_of(folder))
+
+
+def _run_of(folder: Path) -> Path | None:
+    places = [folder.resolve(), *folder.resolve().parents[:3]]
+    return next((place for place in places if is_run(place) and (place / CONFIG).exists()), None)
