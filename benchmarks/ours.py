@@ -44,7 +44,7 @@ def make_trainer(
     coder = TopK(width, settings.latents(width), settings.k, settings.auxk_alpha, SEED)
     optim, dead = OptimSettings(), DeadSettings()
     names: Any = {"kernels": kernels, "compute_dtype": {"fp32": "float32", "bf16": "bfloat16"}[compute_dtype]}
-    chosen = choose_kernels(KernelSettings(**names), optim, torch.device("cpu"))
+    chosen = choose_kernels(KernelSettings(**names), optim, "mse", torch.device("cpu"))
     firing = FiringTracker(
         coder.num_latents, dead.window(STEPS * tokens), dead.dead_percentage_threshold, torch.device("cpu")
     )

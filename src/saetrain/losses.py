@@ -1,4 +1,4 @@
-"""Loss terms as pure functions: sums over tokens, divided by constants that are handed in."""
+"""Loss terms as pure functions: sums over tokens, those of the SAE divided by constants that are handed in."""
 
 from __future__ import annotations
 
@@ -27,3 +27,16 @@ def auxiliary_loss(
     """
     tiny = torch.finfo(residual_ND.dtype).tiny
     return dead_share * squared_error(residual_ND, estimate_ND) / (n_tokens * residual_variance.clamp_min(tiny))
+
+
+def cross_entropy(log_probs_NV: Tensor, targets_N: Tensor) -> Tensor:
+    """Σ over positions of -log q(target) in nats, a scalar; ``targets_N`` int64 token ids."""
+    return -log_probs_NV.gather(1, targets_N.unsqueeze(1)).sum()
+
+
+def kl_divergence(clean_NV: Tensor, log_probs_NV: Tensor) -> Tensor:
+    """Σ over positions of KL(p‖q) in nats, a scalar: p the log-probabilities ``clean_NV``, q ``log_probs_NV``.
+
+    With its entropy term, so that it is zero where both agree.
+    """
+    return (clean_NV.exp() * (clean_NV - log_probs_NV)).sum()

@@ -51,7 +51,7 @@ def load_with_head(name: str, settings: ModelSettings) -> HeadModel:
     kind = head_kind(architecture, causal)
     auto_class: Any = {"causal": AutoModelForCausalLM, "masked": AutoModelForMaskedLM, "none": AutoModel}[kind]
     module = load_module(auto_class, name, settings)
-    base = module if kind == "none" else getattr(module, module.base_model_prefix)  # type: ignore[arg-type]
+    base = module if kind == "none" else getattr(module, str(module.base_model_prefix))
     return HeadModel(module, describe(name, base, config, causal, settings), kind, architecture)
 
 

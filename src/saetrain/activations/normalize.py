@@ -35,6 +35,10 @@ class Normalizer:
             return torch.add(-self.mean / self.scale, wide, alpha=1 / self.scale)
         return wide.sub_(self.mean).div_(self.scale)
 
+    def undo(self, x_ND: Tensor) -> Tensor:
+        """Centred and scaled fp32 -> raw units, fp32; differentiable."""
+        return torch.add(self.mean, x_ND, alpha=self.scale)
+
     def constants(self) -> dict[str, float | None]:
         """All but the mean, as JSON takes it."""
         limit = self.norm_limit if self.norm_limit != float("inf") else None

@@ -80,7 +80,7 @@ class ActivationReader:
             keep = np.concatenate([self.keep(sequence) for sequence in chosen])
             docs = np.concatenate([sequence.doc for sequence in chosen])[keep]
             values = self._pick(captured, chosen, keep)
-            fine = self._within_limits(values, docs)
+            fine = self.within_limits(values, docs)
             if fine.all():
                 yield Activations(values, docs, 0)
                 continue
@@ -96,7 +96,7 @@ class ActivationReader:
             docs = np.concatenate([sequence.doc for sequence in chosen])
             values = self._pick(captured, chosen, np.ones(len(docs), dtype=bool))
             place = np.where(keep, Place.KEPT, np.where(kinds & TokenKind.SPECIAL, Place.SPECIAL, Place.FIRST))
-            outside = keep & ~self._within_limits(values, docs)
+            outside = keep & ~self.within_limits(values, docs)
             yield Labelled(values, docs, np.where(outside, Place.OUTLIER, place).astype(np.uint8))
 
     def _forward(self, sequences: list[Sequence]) -> Iterator[tuple[list[Sequence], dict[str, Tensor]]]:
@@ -134,8 +134,8 @@ class ActivationReader:
         values = {name: torch.cat([part.values[name] for part in parts]) for name in parts[0].values}
         return Activations(values, np.concatenate([part.doc for part in parts]), sum(part.n_outliers for part in parts))
 
-    def _within_limits(self, values: dict[str, Tensor], docs: np.ndarray) -> np.ndarray:
-        """(n,) bool; SaetrainError when an activation is not finite."""
+    def within_limits(self, values: dict[str, Tensor], docs: np.ndarray) -> np.ndarray:
+        """(n,) bool of kept tokens from data set rows ``docs``; SaetrainError when an activation is not finite."""
         fine = torch.ones(len(docs), dtype=torch.bool, device=self.capture.model.device)
         for name, value in values.items():
             norms = value.float().norm(dim=1)

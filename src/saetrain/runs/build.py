@@ -85,7 +85,7 @@ def make_sae(run: Prepared, hookpoint: str, coder: TopK, normalizer: Normalizer,
     config: RunConfig = run.config
     device: torch.device = run.model.device
     lr, _ = resolve_lr(config.optim, coder.num_latents)
-    kernels = choose_kernels(config.compute, config.optim, device)
+    kernels = choose_kernels(config.compute, config.optim, config.train.loss_fn, device)
     window = config.dead.window(config.train.max_tokens)
     return SaeTrainer(
         hookpoint,

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import torch
 
-from saetrain.activations.shuffle import MixingBuffer
+from saetrain.activations.normalize import Normalizer
+from saetrain.runs.feed import make_feed
 from saetrain.runs.prepare import Prepared
 from saetrain.runs.resources import FLOAT, gib, memory_needed, memory_there, sae_parameters
 from saetrain.training.checkpoint import KEPT
-from saetrain.training.trainer import Trainer
+from saetrain.training.trainer import Batch, Trainer
 
 MEASURED_STEPS = 3
 
 
-def report(run: Prepared, trainer: Trainer, buffer: MixingBuffer) -> None:
+def report(run: Prepared, trainer: Trainer, normalizers: dict[str, Normalizer]) -> None:
     """Print layers, widths, parameters, memory, disk, steps and an estimate of the time; trains a few steps for it."""
     plan = run.plan
     print(f"model       {run.model.name} on {run.model.device}, {run.model.dtype}")
@@ -33,14 +35,14 @@ def report(run: Prepared, trainer: Trainer, buffer: MixingBuffer) -> None:
     print(f"steps       {plan.steps:,} of {plan.tokens_per_step:,} tokens = {plan.tokens:,} tokens")
     length = "streamed, of unknown length" if plan.train_tokens is None else f"{plan.train_tokens:,} tokens"
     print(f"text        {length}; {plan.passes()}")
-    per_step = measure(run, trainer, buffer)
+    per_step = measure(run, trainer) if run.head is None else measure_end_to_end(run, trainer, normalizers)
     hours, rest = divmod(round(per_step * plan.steps), 3600)
     print(
         f"time        about {hours}:{rest // 60:02d}:{rest % 60:02d} at {plan.tokens_per_step / per_step:,.0f} tokens/s"
     )
 
 
-def measure(run: Prepared, trainer: Trainer, buffer: MixingBuffer) -> float:
+def measure(run: Prepared, trainer: Trainer) -> float:
     """Seconds per optimizer step: the model's share by its tokens per second, the SAEs' by steps on one batch."""
     start = time.perf_counter()
     activations = run.reader.read(run.train.read(0, run.train.start, run.config.base.model_batch_tokens)[0])
@@ -48,13 +50,26 @@ def measure(run: Prepared, trainer: Trainer, buffer: MixingBuffer) -> float:
     micro = run.plan.tokens_per_step // run.config.train.grad_acc_steps
     rows = torch.arange(micro, device=run.model.device) % len(activations)
     batch = {name: value[rows] for name, value in activations.values.items()}
+    return model + _median(run, trainer, lambda micro: batch)
+
+
+def measure_end_to_end(run: Prepared, trainer: Trainer, normalizers: dict[str, Normalizer]) -> float:
+    """Seconds per optimizer step, with the model inside it."""
+    feed = make_feed(run, normalizers)
+    try:
+        return _median(run, trainer, feed.micro_batch)
+    finally:
+        feed.close()
+
+
+def _median(run: Prepared, trainer: Trainer, micro_batches: Callable[[int], Batch]) -> float:
     times = []
     for _ in range(MEASURED_STEPS):
         start = time.perf_counter()
-        trainer.train_step(lambda micro: batch)
+        trainer.train_step(micro_batches)
         _finish(run.model.device)
         times.append(time.perf_counter() - start)
-    return model + sorted(times)[len(times) // 2]
+    return sorted(times)[len(times) // 2]
 
 
 def _finish(device: torch.device) -> None:

@@ -16,12 +16,22 @@ from saetrain.optim import Optimizer, OptimSettings
 from saetrain.training.engine import AutogradEngine, Engine, KernelSettings
 from saetrain.training.native_engine import NativeEngine
 from saetrain.training.torch_engine import TorchEngine
+from saetrain.training.trainer import END_TO_END
 
 
 @functools.cache
-def choose_kernels(settings: KernelSettings, optim: OptimSettings, device: torch.device) -> KernelSettings:
+def choose_kernels(
+    settings: KernelSettings, optim: OptimSettings, loss_fn: str, device: torch.device
+) -> KernelSettings:
     """``settings`` with every `auto` worked out; SaetrainError for what can't run here."""
     name, dtype = settings.kernels, settings.compute_dtype
+    if loss_fn in END_TO_END:
+        if name not in ("auto", "reference"):
+            raise SaetrainError(
+                f"--kernels {name}: its gradients are written out for the SAE's own loss, and --loss_fn {loss_fn} "
+                "needs those through the model; leave the flag out, and --kernels reference is taken"
+            )
+        name = "reference"
     problem = _against_native(optim, device)
     if name == "native" and problem:
         raise SaetrainError(f"--kernels native: {problem}; use --kernels torch")

@@ -18,7 +18,7 @@ from saetrain.training.trainer import Trainer
 def about_run(run: Prepared, trainer: Trainer) -> dict[str, Any]:
     """What every SAE's metadata say of model, text, token policy and training."""
     config = run.config
-    kernels = choose_kernels(config.compute, config.optim, run.model.device)
+    kernels = choose_kernels(config.compute, config.optim, config.train.loss_fn, run.model.device)
     return {
         "model": location(config.model),
         "model_revision": run.model.revision,
@@ -37,6 +37,7 @@ def about_run(run: Prepared, trainer: Trainer) -> dict[str, Any]:
         "prepend_bos": run.framing.bos is not None,
         "exclude_special_tokens": config.tokens.exclude_special_tokens,
         "exclude_sinks": config.buffer.exclude_sinks,
+        "loss_fn": config.train.loss_fn,
         "finetuned_from": config.finetune,
         "kernels": kernels.kernels,
         "compute_dtype": kernels.compute_dtype,
@@ -69,7 +70,12 @@ def announce(run: Prepared, trainer: Trainer) -> None:
         f"{plan.tokens_per_step:,} tokens ({plan.tokens:,} in all; {rest:,} of --max_tokens left over), "
         f"{plan.passes()}, at lr {' and '.join(rates)}"
     )
-    kernels = choose_kernels(config.compute, config.optim, run.model.device)
+    if config.train.end_to_end:
+        say(
+            f"a micro-step takes {config.train.batch_size} whole sequences, which count as {run.framing.ctx_len} "
+            "tokens each towards --max_tokens, shorter ones too"
+        )
+    kernels = choose_kernels(config.compute, config.optim, config.train.loss_fn, run.model.device)
     say(f"kernels: {kernels.kernels}, products in {kernels.compute_dtype} (--kernels, --compute_dtype)")
     if config.dead.dead_feature_threshold is not None:
         say("--dead_feature_threshold is deprecated: use --dead_window_tokens")

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from saetrain import distributed
 from saetrain.activations.capture import ActivationCapture
+from saetrain.activations.head import HeadModel
 from saetrain.activations.hookpoints import resolve_hookpoints
 from saetrain.activations.model import DTYPES, BaseModel, load_model, weights_hash
 from saetrain.activations.normalize import norm_limits
 from saetrain.activations.read import ActivationReader
-from saetrain.activations.shuffle import MixingBuffer
 from saetrain.config import RunConfig
 from saetrain.data.loader import ShardedSource
 from saetrain.data.sequences import Sequences
@@ -27,6 +27,7 @@ from saetrain.data.tokenize import DEFAULT_CTX_LEN, Framing, load_tokenizer
 from saetrain.errors import SaetrainError
 from saetrain.logs.console import say
 from saetrain.optim import resolve_lr, warmup_steps
+from saetrain.runs.end_to_end import load_head, require_mask, require_one_hookpoint
 from saetrain.runs.kernels import choose_kernels
 from saetrain.runs.resources import check_memory
 from saetrain.runs.text import load_text
@@ -90,16 +91,22 @@ class Prepared:
     plan: Plan
     weights_sha256: str | None
     """Hash of the model's weight files."""
+    head: HeadModel | None
+    """The model with its head, where the loss is its own."""
 
 
 def prepare(config: RunConfig) -> Prepared:
     """Load and resolve everything that comes before the first activation; prints what was chosen."""
     quiet_libraries()
     _announce_local(config)
-    model = load_model(config.model, config.base)
+    head = load_head(config) if config.train.end_to_end else None
+    model = head.base if head is not None else load_model(config.model, config.base)
     tokenizer = load_tokenizer(config.model, config.base.revision, config.base.trust_remote_code)
     check_vocabulary(model, len(tokenizer))
     hookpoints = resolve_hookpoints(model, config.where)
+    if head is not None:
+        require_mask(config, head, tokenizer)
+        require_one_hookpoint(config, hookpoints)
     capture = ActivationCapture(model, hookpoints)
     for width in capture.widths.values():
         config.sae.latents(width)
@@ -122,6 +129,7 @@ def prepare(config: RunConfig) -> Prepared:
         text.about,
         plan,
         weights_hash(model),
+        head,
     )
 
 
@@ -172,14 +180,6 @@ def make_plan(config: RunConfig, ctx_len: int, text_tokens: tuple[int | None, ..
             f"{config.train.grad_acc_steps} x {distributed.world_size()} ranks)"
         )
     return Plan(per_step, steps, config.dataset, config.mixing.shares(len(config.dataset)), text_tokens)
-
-
-def make_buffer(run: Prepared) -> MixingBuffer:
-    """The mixing buffer over the training text, at its start."""
-    shards = run.train.n_shards
-    owned = [shard for shard in range(shards) if shard % distributed.world_size() == distributed.rank()]
-    seed = run.config.loader.shuffle_seed
-    return MixingBuffer(run.reader, run.train, owned, shards, max(1, run.config.buffer.buffer_tokens // shards), seed)
 
 
 def read_sample(run: Prepared) -> Any:
@@ -236,7 +236,7 @@ def resolved(run: Prepared) -> RunConfig:
         tokens=dataclasses.replace(config.tokens, ctx_len=run.framing.ctx_len),
         sae=sae,
         optim=optim,
-        compute=choose_kernels(config.compute, config.optim, run.model.device),
+        compute=choose_kernels(config.compute, config.optim, config.train.loss_fn, run.model.device),
         source=dataclasses.replace(config.source, text_column=column),
         base=dataclasses.replace(
             config.base, dtype=dtype, device=str(run.model.device), revision=run.model.revision or config.base.revision

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Literal
 
 from saetrain.activations.normalize import Normalizer
-from saetrain.activations.shuffle import MixingBuffer
 from saetrain.coders.folding import folded
 from saetrain.coders.topk import TopK
 from saetrain.config import to_flat
@@ -21,15 +20,14 @@ from saetrain.logs.base import Record, RunInfo
 from saetrain.logs.console import ProgressLine, say
 from saetrain.logs.jsonl import finite
 from saetrain.runs.directory import CHECKPOINTS, SAES, SPIKE, writing
+from saetrain.runs.feed import make_feed
 from saetrain.runs.metadata import about_run, announce, hook_name, summary
-from saetrain.runs.prepare import Prepared, held_out_batches, make_buffer, resolved
+from saetrain.runs.prepare import Prepared, held_out_batches, resolved
 from saetrain.runs.resume import identity
 from saetrain.training.checkpoint import MAX_MINUTES, Checkpoint, save_checkpoint, set_aside_suspect
 from saetrain.training.stop import Stopped, StopWish
 from saetrain.training.trainer import Spike, Throughput, Trainer
 
-PLACE = ("pool", "pool_tokens", "taken", "cursor")
-"""Names of what the mixing buffer's state says of a shard."""
 MOST_LEFT_OUT = 10
 """Steps in a row that --on_spike skip leaves out before the run is given up."""
 
@@ -49,11 +47,11 @@ class Session:
         self.ended = False
         self.trainer, self.normalizers = trainer, normalizers
         self.config = prepared.config
-        self.buffer: MixingBuffer = make_buffer(prepared)
+        self.feed = make_feed(prepared, normalizers)
         if checkpoint is not None:
-            self.buffer.restore(checkpoint.values["buffer"])
+            self.feed.restore(checkpoint.values["buffer"])
             say(f"resumed from {checkpoint.path} at step {self.trainer.step} of {self.trainer.steps}")
-        self.place = self.buffer.state()
+        self.place = self.feed.state()
         self.settings = to_flat(resolved(prepared))
         info = RunInfo(
             directory=directory,
@@ -85,7 +83,7 @@ class Session:
         finally:
             # What is read ahead for a run that has failed would keep the process alive.
             self.ended = True
-            self.buffer.close()
+            self.feed.close()
             with self.writing():
                 self.log.close(failed)
         if not finished:
@@ -106,8 +104,9 @@ class Session:
         """Whether all steps were done; False when a signal stopped it, with everything saved."""
         trainer = self.trainer
         line = self.line
-        fill = min(self.config.buffer.buffer_tokens, self.prepared.plan.tokens)
-        say(f"filling the mixing buffer (up to {fill:,} activations)")
+        opening = self.feed.opening()
+        if opening is not None:
+            say(opening)
         speed = Throughput(trainer.tokens)
         try:
             while trainer.step < trainer.steps and self.stop.signal is None:
@@ -133,11 +132,10 @@ class Session:
 
     def _step(self) -> bool:
         """One optimizer step; False when it was dropped because of a signal."""
-        trainer, plan = self.trainer, self.prepared.plan
-        share = plan.tokens_per_step // self.config.train.grad_acc_steps
+        trainer = self.trainer
         self.prepared.reader.between_batches = self.stop.check
         try:
-            spikes = trainer.train_step(lambda micro: self.buffer.take(micro * share, share, plan.tokens))
+            spikes = trainer.train_step(self.feed.micro_batch)
         except Stopped:
             trainer.drop_step()
             return False
@@ -145,7 +143,7 @@ class Session:
             raise self._stopped_by(spike) from spike
         finally:
             self.prepared.reader.between_batches = None
-        self.place = self.buffer.state()
+        self.place = self.feed.state()
         self._leave_out(spikes)
         return True
 
@@ -165,8 +163,7 @@ class Session:
         """The batch's place is written down, and the message says what to do."""
         path = self.directory / SPIKE
         with self.writing():
-            shards = {shard: dict(zip(PLACE, (*row[:3], row[3:]), strict=True)) for shard, row in self.place.items()}
-            write_json(path, {**spike.facts, "shards": shards})
+            write_json(path, {**spike.facts, "shards": self.feed.shown(self.place)})
         return SaetrainError(
             f"{spike}; the batch's place is in {path}. {self._last_good(self.trainer.step)}: start again with --resume "
             "--on_spike skip, or with a lower --lr under another --run_name"

@@ -14,7 +14,7 @@ from saetrain.runs.build import build_trainer
 from saetrain.runs.directory import CONFIG, claim, open_directory, run_directory, with_restart, writing
 from saetrain.runs.dry_run import report
 from saetrain.runs.kernels import choose_kernels
-from saetrain.runs.prepare import make_buffer, prepare, resolved
+from saetrain.runs.prepare import prepare, resolved
 from saetrain.runs.resume import reconcile
 from saetrain.runs.session import Session
 
@@ -27,11 +27,11 @@ def run(config: RunConfig) -> None:
     torch.set_flush_denormal(True)
     check_extras(config.logs)
     # Before anything slow, for it may be refused.
-    choose_kernels(config.compute, config.optim, resolve_device(config.base.device))
+    choose_kernels(config.compute, config.optim, config.train.loss_fn, resolve_device(config.base.device))
     config = with_restart(config)
     if config.dry_run:
         prepared = prepare(config)
-        report(prepared, build_trainer(prepared, None)[0], make_buffer(prepared))
+        report(prepared, *build_trainer(prepared, None))
         return
     directory = run_directory(config)
     checkpoint = open_directory(config, directory)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from saetrain.coders.base import SparseCoder
 from saetrain.optim import Optimizer
-from saetrain.types import Progress
+from saetrain.types import CoderOutput, Progress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +24,23 @@ class KernelSettings:
     fastest of them that runs here."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Number format of the SAE's products; weights and sums are float32. `auto`: bfloat16 where the hardware has it."""
+
+
+Objective = Callable[[CoderOutput], dict[str, Tensor]]
+"""Named loss terms of a micro-batch, weights applied, in the place of the coder's own, which it is given."""
+
+
+@dataclass(frozen=True)
+class SplicedBatch:
+    """A micro-batch whose loss is the model's own, with the reconstruction in the activation's place.
+
+    ``raw_ND`` raw activations that are replaced; ``step_tokens`` what sums over tokens are divided by: tokens of the
+    whole optimizer step; ``objective`` the loss terms.
+    """
+
+    raw_ND: Tensor
+    step_tokens: int
+    objective: Objective
 
 
 @dataclass(frozen=True)
@@ -55,8 +72,8 @@ class Engine(ABC):
     """Steps one coder; micro-batches add up until :meth:`apply` or :meth:`drop`."""
 
     @abstractmethod
-    def micro_step(self, x_ND: Tensor, progress: Progress) -> MicroStep:
-        """Forward and gradients of a micro-batch of what the coder sees."""
+    def micro_step(self, x_ND: Tensor, progress: Progress, objective: Objective | None = None) -> MicroStep:
+        """Forward and gradients of a micro-batch of what the coder sees; the reference alone takes an objective."""
 
     @abstractmethod
     def norm_bound(self) -> float:
@@ -86,9 +103,11 @@ class AutogradEngine(Engine):
         self._coder, self._optimizer = coder, optimizer
         self._norm = torch.zeros(())
 
-    def micro_step(self, x_ND: Tensor, progress: Progress) -> MicroStep:
+    def micro_step(self, x_ND: Tensor, progress: Progress, objective: Objective | None = None) -> MicroStep:
         """Through the coder's own forward."""
         output = self._coder(x_ND, x_ND, progress)
+        if objective is not None:
+            output.losses = objective(output)
         output.total().backward()
         with torch.no_grad():
             residual = x_ND - output.reconstruction

@@ -14,7 +14,7 @@ from saetrain.kernels import native
 from saetrain.kernels.processor import dense_limit
 from saetrain.optim import BETAS, EPS, OptimSettings
 from saetrain.training.auxk import auxk_step
-from saetrain.training.engine import Engine, MicroStep
+from saetrain.training.engine import Engine, MicroStep, Objective
 from saetrain.types import Progress
 
 MARGIN, MARGIN_HALF = 1.001, 1.01
@@ -92,8 +92,9 @@ class NativeEngine(Engine):
         self._extra_norm = 0.0
         self._bound = 0.0
 
-    def micro_step(self, x_ND: Tensor, progress: Progress) -> MicroStep:
+    def micro_step(self, x_ND: Tensor, progress: Progress, objective: Objective | None = None) -> MicroStep:
         """Top-k, decode and latent gradients; the weights' gradients too where they have to add up."""
+        assert objective is None, "gradients are written out for the coder's own loss alone"
         coder = self._coder
         scale = 2 / (progress.n_tokens * float(progress.data_variance))
         step, work = self._begin(x_ND.contiguous(), scale)

@@ -13,7 +13,7 @@ from saetrain.kernels import sparse
 from saetrain.kernels.processor import DENSE, dense_limit
 from saetrain.optim import Optimizer
 from saetrain.training.auxk import auxk_step
-from saetrain.training.engine import AutogradEngine, MicroStep
+from saetrain.training.engine import AutogradEngine, MicroStep, Objective
 from saetrain.types import Progress
 
 # Both say that sparse tensors are young; what is used of them is held to the reference by tests.
@@ -41,8 +41,9 @@ class TorchEngine(AutogradEngine):
         return self._copies
 
     @torch.no_grad()
-    def micro_step(self, x_ND: Tensor, progress: Progress) -> MicroStep:
+    def micro_step(self, x_ND: Tensor, progress: Progress, objective: Objective | None = None) -> MicroStep:
         """Sparse, or dense where k is a large part of F; gradients add up in ``.grad``."""
+        assert objective is None, "gradients are written out for the coder's own loss alone"
         coder = self._topk
         encoded = x_ND - coder.b_dec
         product = encoded.to(self._dtype)

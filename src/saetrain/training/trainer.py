@@ -7,7 +7,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -16,12 +16,15 @@ from torch import Tensor
 from saetrain.coders.base import SparseCoder
 from saetrain.errors import SaetrainError, is_out_of_memory
 from saetrain.optim import lr_factor
-from saetrain.training.engine import Engine, MicroStep
+from saetrain.training.engine import Engine, MicroStep, SplicedBatch
 from saetrain.training.firing import FiringTracker
 from saetrain.types import Progress
 
-Batch = Mapping[str, Tensor]
+Batch = Mapping[str, Tensor] | Mapping[str, SplicedBatch]
+"""{hookpoint: raw activations (n, D)}, or with the loss that they are trained towards."""
 
+END_TO_END = ("ce", "kl")
+"""Losses of the model's own outputs, with the SAE spliced in."""
 SPIKE_FACTOR = 100.0
 SPIKE_WINDOW = 101
 """Steps that the running median is taken of."""
@@ -40,7 +43,10 @@ class TrainSettings:
     grad_acc_steps: int = 1
     """Micro-steps per optimizer step."""
     loss_fn: Literal["mse", "fvu", "ce", "kl"] = "mse"
-    """`mse` and `fvu` train alike and are logged in raw units and as a fraction; `ce` and `kl` come later."""
+    """`mse` and `fvu` train alike and are logged in raw units and as a fraction; `ce` and `kl` splice the SAE into the
+    model: cross-entropy of its predictions, or their KL divergence from the clean model's (docs/end_to_end.md)."""
+    e2e_recon_weight: float = 0.0
+    """With `ce` and `kl`: weight of the FVU beside them, in nats."""
     on_spike: Literal["stop", "skip"] = "stop"
     """What to do when a loss is not finite or 100 times its running median: stop the run, or leave the step out."""
     init_seeds: tuple[int, ...] = (42,)
@@ -52,8 +58,30 @@ class TrainSettings:
                 raise SaetrainError(f"--{name} {getattr(self, name)}: must be at least 1")
         if not self.init_seeds or min(self.init_seeds) < 0 or len(set(self.init_seeds)) != len(self.init_seeds):
             raise SaetrainError(f"--init_seeds {list(self.init_seeds)}: give one or more different numbers from 0")
-        if self.loss_fn in ("ce", "kl"):
-            raise SaetrainError(f"--loss_fn {self.loss_fn}: end-to-end losses are not built yet; use mse or fvu")
+        if not 0 <= self.e2e_recon_weight < float("inf"):
+            raise SaetrainError(f"--e2e_recon_weight {self.e2e_recon_weight}: must not be negative")
+        if self.e2e_recon_weight and not self.end_to_end:
+            raise SaetrainError(
+                f"--e2e_recon_weight {self.e2e_recon_weight}: goes with --loss_fn ce or kl; {self.loss_fn} is nothing "
+                "but reconstruction"
+            )
+        if self.end_to_end and len(self.init_seeds) > 1:
+            raise SaetrainError(
+                f"--loss_fn {self.loss_fn} with {len(self.init_seeds)} --init_seeds: each SAE needs a forward and "
+                "backward pass of the model for itself, so nothing would be shared; start one run for each seed"
+            )
+
+    def smaller_batch(self) -> str:
+        """What to lower where memory does not suffice."""
+        if self.batch_size == 1:
+            return "--ctx_len, --num_latents or --expansion_factor"
+        half, twice = self.batch_size // 2, 2 * self.grad_acc_steps
+        return f"--batch_size from {self.batch_size} to {half} and raise --grad_acc_steps to {twice}"
+
+    @property
+    def end_to_end(self) -> bool:
+        """Whether the loss is the model's own, with the SAE spliced in."""
+        return self.loss_fn in END_TO_END
 
 
 class Spike(Exception):
@@ -95,9 +123,13 @@ class SaeTrainer:
         self._recent: deque[float] = deque(maxlen=SPIKE_WINDOW)
         self.grad_norm = torch.zeros((), device=device)
 
-    def micro_step(self, raw_ND: Tensor, progress: Progress) -> None:
-        """Forward, backward and counting of one micro-batch; gradients add up."""
-        done = self.engine.micro_step(self.inputs(raw_ND), progress)
+    def micro_step(self, batch: Tensor | SplicedBatch, progress: Progress) -> None:
+        """Forward, backward and counting of one micro-batch of raw activations; gradients add up."""
+        if isinstance(batch, SplicedBatch):
+            progress = replace(progress, n_tokens=batch.step_tokens)
+            done = self.engine.micro_step(self.inputs(batch.raw_ND), progress, batch.objective)
+        else:
+            done = self.engine.micro_step(self.inputs(batch), progress)
         self.firing.observe(done.fired, done.tokens)
         self.sums = done if self.sums is None else self.sums.plus(done)
 
@@ -128,8 +160,9 @@ class SaeTrainer:
         assert self.sums is not None
         self.grad_norm = self.engine.apply(lr)
         self.firing.finish_step()
-        mean = self.sums.residual_sum / self.sums.tokens
-        variance = self.sums.residual_square / self.sums.tokens - mean.pow(2).sum()
+        tokens = max(self.sums.tokens, 1)
+        mean = self.sums.residual_sum / tokens
+        variance = self.sums.residual_square / tokens - mean.pow(2).sum()
         # A perfect reconstruction must not make AuxK's loss explode.
         self.residual_variance = variance.clamp_min(1e-6 * float(self.data_variance))
 
@@ -138,13 +171,16 @@ class SaeTrainer:
         assert self.sums is not None
         unit = self.raw_mse if loss_fn == "mse" else 1.0
         terms = {f"loss_{name}": float(value) * unit for name, value in self.sums.losses.items()}
-        recon = float(self.sums.losses["recon"])
+        tokens = max(self.sums.tokens, 1)
+        # End to end, the term may be weighted or left out.
+        whole = self.sums.residual_square / (tokens * self.data_variance)
+        fvu = float(whole if loss_fn in END_TO_END else self.sums.losses["recon"])
         return {
             "loss": sum(terms.values()),
             **terms,
-            "fvu": recon,
-            "explained_variance": 1 - recon,
-            "l0": float(self.sums.fired.sum()) / self.sums.tokens,
+            "fvu": fvu,
+            "explained_variance": 1 - fvu,
+            "l0": float(self.sums.fired.sum()) / tokens,
             **self.firing.metrics(),
             "grad_norm": float(self.grad_norm),
         }
@@ -191,7 +227,7 @@ class Trainer:
         return self.step * self.tokens_per_step
 
     def train_step(self, micro_batches: Callable[[int], Batch]) -> list[Spike]:
-        """One optimizer step of every SAE. ``micro_batches(i)`` gives raw activations {hookpoint: (n, D)}.
+        """One optimizer step of every SAE. ``micro_batches(i)`` gives micro-batch i of the run.
 
         Gives the spikes that left an SAE's step out; raises the first one where ``on_spike`` is ``stop``.
         """
@@ -223,19 +259,16 @@ class Trainer:
         sae.drop_step()
         return [spike]
 
-    def _micro_step(self, name: str, raw_ND: Tensor, progress: Progress) -> None:
+    def _micro_step(self, name: str, batch: Tensor | SplicedBatch, progress: Progress) -> None:
         try:
-            self.saes[name].micro_step(raw_ND, progress)
+            self.saes[name].micro_step(batch, progress)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            rows, accumulated = self.settings.batch_size, self.settings.grad_acc_steps
-            advice = f"--batch_size from {rows} to {rows // 2} and raise --grad_acc_steps to {2 * accumulated}"
-            if rows == 1:
-                advice = "--ctx_len, --num_latents or --expansion_factor"
+            tokens = len(batch.raw_ND if isinstance(batch, SplicedBatch) else batch)
             raise SaetrainError(
-                f"{name}: out of memory in a step over {len(raw_ND)} tokens x "
-                f"{self.saes[name].coder.num_latents} latents: lower {advice}"
+                f"{name}: out of memory in a step over {tokens} tokens x "
+                f"{self.saes[name].coder.num_latents} latents: lower {self.settings.smaller_batch()}"
             ) from error
 
     def drop_step(self) -> None:

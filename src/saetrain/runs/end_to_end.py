@@ -1,0 +1,199 @@
+"""The end-to-end losses: what the model's predictions lose when the SAE's reconstruction takes the activation's place.
+
+Causal models: the next token. Masked ones: masked tokens. Braun et al., Identifying functionally important features
+with end-to-end sparse dictionary learning, arXiv 2405.12241.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from saetrain.activations.capture import pad_batch
+from saetrain.activations.deal import Dealt
+from saetrain.activations.head import HeadModel, load_with_head, token_log_probs
+from saetrain.activations.normalize import Normalizer
+from saetrain.activations.read import ActivationReader
+from saetrain.activations.splice import put, spliced
+from saetrain.config import RunConfig
+from saetrain.data.masking import masked_positions
+from saetrain.errors import SaetrainError, is_out_of_memory
+from saetrain.losses import cross_entropy, kl_divergence
+from saetrain.training.engine import SplicedBatch
+from saetrain.training.trainer import TrainSettings
+from saetrain.types import CoderOutput, Sequence
+
+NUMBER_BITS = 40
+"""Bits of a mask's seed that are left to the sequence's number."""
+
+
+def load_head(config: RunConfig) -> HeadModel:
+    """The model with its head; SaetrainError where it has none that predicts tokens."""
+    head = load_with_head(config.model, config.base)
+    if head.kind == "none":
+        what = f"is a {head.architecture}" if head.architecture else "names no architecture"
+        raise SaetrainError(
+            f"--loss_fn {config.train.loss_fn}: model {config.model} {what} and has no head that predicts tokens, so "
+            "it has no loss of its own; use mse or fvu"
+        )
+    return head
+
+
+def require_one_hookpoint(config: RunConfig, hookpoints: list[str]) -> None:
+    """SaetrainError for several: each SAE needs passes of its own."""
+    if len(hookpoints) > 1:
+        raise SaetrainError(
+            f"--loss_fn {config.train.loss_fn} trains one SAE at a time, and {len(hookpoints)} hookpoints are named "
+            f"({', '.join(hookpoints[:3])}{', …' if len(hookpoints) > 3 else ''}): spliced in together they would act "
+            "on each other, and apart nothing would be shared; start one run for each"
+        )
+
+
+def require_mask(config: RunConfig, head: HeadModel, tokenizer: Any) -> None:
+    """SaetrainError when a masked model's tokens can't be masked."""
+    if head.kind == "masked" and tokenizer.mask_token_id is None:
+        raise SaetrainError(
+            f"--loss_fn {config.train.loss_fn}: model {config.model} predicts masked tokens, and its tokenizer has no "
+            "mask token; use mse or fvu"
+        )
+
+
+@dataclass(frozen=True)
+class Question:
+    """A micro-batch for the model: its input, and which outputs are scored against what.
+
+    ``ids``, ``mask`` (B, S) int64; ``keep`` (B, S) bool, positions that the token policy trains on, and ``docs`` (n,)
+    the rows that they are of; ``scored`` (B, S) bool, positions whose output counts; ``targets`` (m,) int64, the right
+    tokens there.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    keep: Tensor
+    docs: np.ndarray
+    scored: Tensor
+    targets: Tensor
+
+
+class Asker:
+    """Sequences -> questions. ``mask_id`` is the tokenizer's mask token; the masks are drawn from ``seed``."""
+
+    def __init__(self, head: HeadModel, keep: Callable[[Sequence], np.ndarray], mask_id: int | None, seed: int) -> None:
+        self._head, self._keep, self._mask_id, self._seed = head, keep, mask_id, seed
+
+    def __call__(self, dealt: list[Dealt]) -> Question:
+        """One batch of them, padded to the longest."""
+        chosen = [each.sequence for each in dealt]
+        ids, mask = pad_batch(chosen, self._head.base.device)
+        asked = [self._asked(each) for each in dealt]
+        kept = [self._keep(sequence) for sequence in chosen]
+        scored = torch.from_numpy(_padded(asked, ids.shape[1])).to(ids.device)
+        # A causal model is asked for the token behind the position, a masked one for the token at it.
+        ahead = int(self._head.kind == "causal")
+        targets = [s.ids[np.flatnonzero(where) + ahead] for s, where in zip(chosen, asked, strict=True)]
+        if self._head.kind == "masked":
+            assert self._mask_id is not None
+            ids = ids.masked_fill(scored, self._mask_id)
+        return Question(
+            ids=ids,
+            mask=mask,
+            keep=torch.from_numpy(_padded(kept, ids.shape[1])).to(ids.device),
+            docs=np.concatenate([s.doc[where] for s, where in zip(chosen, kept, strict=True)]),
+            scored=scored,
+            targets=torch.from_numpy(np.concatenate(targets).astype(np.int64)).to(ids.device),
+        )
+
+    def _asked(self, dealt: Dealt) -> np.ndarray:
+        """(S,) bool. The number in the run draws the mask, so that each pass over the text has other ones."""
+        if self._head.kind == "causal":
+            return np.arange(len(dealt.sequence)) < len(dealt.sequence) - 1
+        seed = (self._seed << NUMBER_BITS) + dealt.number
+        return masked_positions(dealt.sequence, seed % (1 << 64))
+
+
+def _padded(rows: list[np.ndarray], length: int) -> np.ndarray:
+    """(B, S) bool, false behind the end of each row."""
+    out = np.zeros((len(rows), length), dtype=bool)
+    for number, row in enumerate(rows):
+        out[number, : len(row)] = row
+    return out
+
+
+@dataclass(frozen=True)
+class _Splice:
+    """A question with the clean model's answer; ``where`` (B, S) bool marks what is replaced."""
+
+    question: Question
+    where: Tensor
+    clean: Tensor | None
+    scored: int
+
+
+class EndToEnd:
+    """Makes micro-batches whose loss is the model's own; ``normalizer`` is that of the SAE's inputs."""
+
+    def __init__(
+        self, head: HeadModel, reader: ActivationReader, normalizer: Normalizer, settings: TrainSettings
+    ) -> None:
+        self._head, self._reader, self._normalizer, self._settings = head, reader, normalizer, settings
+        (self._hookpoint,) = reader.capture.hookpoints
+        self._module = head.base.module.get_submodule(self._hookpoint)
+
+    def batch(self, question: Question, step_tokens: int, step_scored: int) -> SplicedBatch:
+        """The micro-batch of ``question``, in an optimizer step of so many kept tokens and scored positions."""
+        x_BSD, clean = self._clean(question)
+        raw = x_BSD[question.keep]
+        fine = self._reader.within_limits({self._hookpoint: raw}, question.docs)
+        fine_N = torch.from_numpy(fine).to(x_BSD.device)
+        where = question.keep.clone()
+        where[question.keep] = fine_N
+        splice = _Splice(question, where, clean, max(step_scored, 1))
+        return SplicedBatch(raw[fine_N], max(step_tokens, 1), partial(self._terms, splice))
+
+    @torch.no_grad()
+    def _clean(self, question: Question) -> tuple[Tensor, Tensor | None]:
+        """The activation (B, S, D), and for `kl` the log-probabilities of the model as it is."""
+        try:
+            if self._settings.loss_fn == "ce":
+                return self._reader.capture(question.ids, question.mask)[self._hookpoint], None
+            seen: list[Tensor] = []
+
+            def look(x_BSD: Tensor) -> Tensor:
+                seen.append(x_BSD)
+                return x_BSD
+
+            with spliced(self._module, look):
+                log_probs = self._log_probs(question)
+            return seen[0], log_probs
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            rows, length = question.ids.shape
+            raise SaetrainError(
+                f"out of memory while the model read {rows} x {length} tokens: lower {self._settings.smaller_batch()}"
+            ) from error
+
+    def _log_probs(self, question: Question) -> Tensor:
+        """(m, V) fp32 at the scored positions."""
+        return token_log_probs(self._head.logits(question.ids, question.mask)[question.scored])
+
+    def _terms(self, splice: _Splice, output: CoderOutput) -> dict[str, Tensor]:
+        """The model's loss, a mean over the step's scored positions, beside what is kept of the coder's own terms."""
+        rows_ND = self._normalizer.undo(output.reconstruction)
+        with spliced(self._module, lambda x_BSD: put(x_BSD, splice.where, rows_ND)):
+            log_probs = self._log_probs(splice.question)
+        if splice.clean is None:
+            loss = cross_entropy(log_probs, splice.question.targets)
+        else:
+            loss = kl_divergence(splice.clean, log_probs)
+        terms = {self._settings.loss_fn: loss / splice.scored, **output.losses}
+        recon = terms.pop("recon")
+        if self._settings.e2e_recon_weight:
+            terms["recon"] = self._settings.e2e_recon_weight * recon
+        return terms

@@ -1,0 +1,139 @@
+"""What the trainer is fed: mixed activations, or whole sequences where the loss is the model's own."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+from saetrain import distributed
+from saetrain.activations.deal import SequenceDealer
+from saetrain.activations.normalize import Normalizer
+from saetrain.activations.shuffle import MixingBuffer
+from saetrain.runs.end_to_end import Asker, EndToEnd, Question
+from saetrain.runs.prepare import Prepared
+from saetrain.training.trainer import Batch
+
+State = dict[str, list[int]]
+
+
+class Feed(ABC):
+    """Micro-batches by their number in the run; asked for in order."""
+
+    @abstractmethod
+    def micro_batch(self, number: int) -> Batch:
+        """Micro-batch ``number``; may raise what the reader's `between_batches` raises."""
+
+    @abstractmethod
+    def state(self) -> State:
+        """Where it stands: a few integers a shard."""
+
+    @abstractmethod
+    def restore(self, state: State) -> None:
+        """Stand where :meth:`state` was taken."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Read no further ahead."""
+
+    @abstractmethod
+    def opening(self) -> str | None:
+        """What it has to do before the first batch, where that takes long."""
+
+    @abstractmethod
+    def shown(self, state: State) -> dict[str, Any]:
+        """A state with names, for a reader."""
+
+
+def make_feed(run: Prepared, normalizers: dict[str, Normalizer]) -> Feed:
+    """The feed that the loss needs, at its start; ``normalizers`` {hookpoint: constants of its inputs}."""
+    shards = run.train.n_shards
+    owned = [shard for shard in range(shards) if shard % distributed.world_size() == distributed.rank()]
+    if run.head is not None:
+        return SequenceFeed(run, owned, normalizers)
+    return MixedFeed(run, owned)
+
+
+class MixedFeed(Feed):
+    """Activations out of the mixing buffer."""
+
+    def __init__(self, run: Prepared, owned: list[int]) -> None:
+        self._run, shards = run, run.train.n_shards
+        pool, seed = max(1, run.config.buffer.buffer_tokens // shards), run.config.loader.shuffle_seed
+        self._buffer = MixingBuffer(run.reader, run.train, owned, shards, pool, seed)
+        self._share = run.plan.tokens_per_step // run.config.train.grad_acc_steps
+
+    def micro_batch(self, number: int) -> Batch:
+        """batch_size x ctx_len activations for each rank."""
+        return self._buffer.take(number * self._share, self._share, self._run.plan.tokens)
+
+    def state(self) -> State:
+        """The buffer's."""
+        return self._buffer.state()
+
+    def restore(self, state: State) -> None:
+        """Into the buffer."""
+        self._buffer.restore(state)
+
+    def close(self) -> None:
+        """Close the buffer."""
+        self._buffer.close()
+
+    def opening(self) -> str | None:
+        """It fills its pools first."""
+        fill = min(self._run.config.buffer.buffer_tokens, self._run.plan.tokens)
+        return f"filling the mixing buffer (up to {fill:,} activations)"
+
+    def shown(self, state: State) -> dict[str, Any]:
+        """Each shard's pool and place in it."""
+        names = ("pool", "pool_tokens", "taken", "cursor")
+        return {shard: dict(zip(names, (*row[:3], row[3:]), strict=True)) for shard, row in state.items()}
+
+
+class SequenceFeed(Feed):
+    """Whole sequences, batch_size a micro-step, with the loss of the model that reads them."""
+
+    def __init__(self, run: Prepared, owned: list[int], normalizers: dict[str, Normalizer]) -> None:
+        assert run.head is not None
+        self._run, self._settings = run, run.config.train
+        self._dealer = SequenceDealer(run.train, owned, run.train.n_shards)
+        seed = run.config.loader.shuffle_seed
+        self._ask = Asker(run.head, run.reader.keep, run.tokenizer.mask_token_id, seed)
+        (normalizer,) = normalizers.values()
+        self._model = EndToEnd(run.head, run.reader, normalizer, self._settings)
+        self._step: list[Question] = []
+
+    def micro_batch(self, number: int) -> Batch:
+        """All sequences of an optimizer step are read with its first micro-batch, for they say what to divide by."""
+        micro = number % self._settings.grad_acc_steps
+        if micro == 0:
+            self._step = [self._question(number + more) for more in range(self._settings.grad_acc_steps)]
+        if self._run.reader.between_batches is not None:
+            self._run.reader.between_batches()
+        tokens = sum(int(question.keep.sum()) for question in self._step)
+        scored = sum(len(question.targets) for question in self._step)
+        return {self._run.hookpoints[0]: self._model.batch(self._step[micro], tokens, scored)}
+
+    def _question(self, number: int) -> Question:
+        share = self._settings.batch_size * distributed.world_size()
+        last = self._run.plan.steps * self._settings.grad_acc_steps * share
+        return self._ask(self._dealer.take(number * share, share, last))
+
+    def state(self) -> State:
+        """The dealer's."""
+        return self._dealer.state()
+
+    def restore(self, state: State) -> None:
+        """Into the dealer."""
+        self._dealer.restore(state)
+
+    def close(self) -> None:
+        """Close the dealer."""
+        self._dealer.close()
+
+    def opening(self) -> str | None:
+        """Nothing: the first batch is like all others."""
+        return None
+
+    def shown(self, state: State) -> dict[str, Any]:
+        """Each shard's place in the text."""
+        return {shard: {"cursor": row} for shard, row in state.items()}
