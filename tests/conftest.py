@@ -69,6 +69,21 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory, minilm: str) -> str:
 
 
 @pytest.fixture(scope="session")
+def tiny_mlm(tmp_path_factory: pytest.TempPathFactory, minilm: str) -> str:
+    """Folder of a BERT of 4 layers and width 32 with a masked-LM head, random weights and MiniLM's tokenizer."""
+    from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-mlm"
+    torch.manual_seed(0)
+    config = BertConfig(
+        hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=64, max_position_embeddings=128
+    )
+    BertForMaskedLM(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(minilm).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
 def tiny_gpt2(tmp_path_factory: pytest.TempPathFactory, topics: list[str]) -> str:
     """Folder of a GPT-2 of 4 layers and width 32 with random weights and a byte-level BPE trained on the topics."""
     from tokenizers import ByteLevelBPETokenizer
