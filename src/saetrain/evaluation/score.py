@@ -160,7 +160,7 @@ def score_activations(
     batches: Iterable[Labelled],
     threshold: float,
     settings: ScoreSettings,
-    done: Callable[[int], None] = lambda tokens: None,
+    done: Callable[[int], object] = lambda tokens: None,
 ) -> dict[str, Scores]:
     """{SAE: scores} over all of ``batches``; ``threshold`` is the rate below which a latent is dead.
 
@@ -203,7 +203,7 @@ def score_losses(
     mask_id: int | None,
     batch_tokens: int,
     settings: ScoreSettings,
-    done: Callable[[int], None] = lambda tokens: None,
+    done: Callable[[int], object] = lambda tokens: None,
 ) -> dict[str, dict[str, Figure]]:
     """{SAE: figures} of the model's own loss over ``groups`` of sequences.
 

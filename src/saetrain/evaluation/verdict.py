@@ -77,6 +77,13 @@ class Judged:
         """Whether it counts for the verdict."""
         return self.status != "fail"
 
+    def as_json(self) -> dict[str, Any]:
+        """All of it; a bound that is not known as null."""
+        values = asdict(self)
+        return {
+            name: None if isinstance(value, float) and math.isnan(value) else value for name, value in values.items()
+        }
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -98,7 +105,7 @@ class Verdict:
             "verdict": str(self),
             "passed": self.passed,
             "of": len(self.metrics),
-            "metrics": {name: asdict(judged) for name, judged in self.metrics.items()},
+            "metrics": {name: judged.as_json() for name, judged in self.metrics.items()},
         }
 
 
@@ -130,7 +137,7 @@ def _explained_variance(
     value, least, good = figure.value, settings.min_explained_variance, settings.good_explained_variance
     status = "good" if value >= good else "pass" if value >= least else "fail"
     reason = f"the SAE explains {value:.1%} of the variance about the mean"
-    advice = "nothing to do"
+    advice = ""
     if null is not None:
         reason += f", a random decoder with as many active latents {null:.1%}"
         if status != "fail" and value <= null:
@@ -141,7 +148,7 @@ def _explained_variance(
         advice = "worse than predicting the mean: check that model, layer and scale are those it was trained on"
     elif status == "fail":
         advice = "train on more tokens, raise num_latents or k, or try another lr"
-    elif status == "pass" and advice == "nothing to do":
+    elif status == "pass" and advice == "":
         advice = f"more tokens or latents may bring it to {good:.0%}"
     return _judged(
         figure, null, "random decoder", f">= {least:g} (good: {good:g})", status,
@@ -156,7 +163,7 @@ def _l0(figures: Mapping[str, Estimate], shape: Shape, settings: HealthSettings)
     # With TopK the most that L0 can be is k.
     impossible = shape.k is not None and not fits and (shape.k < low or figure.value > high)
     reason = f"{figure.value:.1f} of {shape.num_latents:,} latents are active on a token ({share:.1%})"
-    advice = "nothing to do"
+    advice = ""
     if impossible:
         reason += f"; k = {shape.k} fixes it, so no training can bring it into the range"
     if figure.value < low:
@@ -179,7 +186,7 @@ def _dead(
     status = "good" if value <= settings.good_dead else "pass" if value <= settings.max_dead else "fail"
     impossible = shape.dead_bound > settings.max_dead
     reason = f"{value:.1%} of the latents fire on fewer tokens than --dead_percentage_threshold asks for"
-    advice = "nothing to do" if status == "good" else "more tokens, a lower lr or a larger --auxk_alpha revive latents"
+    advice = "" if status == "good" else "more tokens, a lower lr or a larger --auxk_alpha revive latents"
     if impossible:
         reason += f"; at least {shape.dead_bound:.1%} must at this k and num_latents, so the threshold can't be met"
         advice = "lower --dead_percentage_threshold, or lower num_latents or raise k"
@@ -197,7 +204,7 @@ def _redundancy(
     impossible = null is not None and null > settings.max_redundancy
     reason = f"the 100 most alike pairs of decoder rows have a mean cosine of {figure.value:.3f}"
     reason += f", random directions {null:.3f}" if null is not None else ""
-    advice = "nothing to do" if fits else "a few near copies are usual in a wide SAE; fewer latents make fewer of them"
+    advice = "" if fits else "a few near copies are usual in a wide SAE; fewer latents make fewer of them"
     if impossible:
         reason += (
             f"; {shape.num_latents:,} directions in {shape.d_in} dimensions can hardly be less alike, so the threshold "

@@ -9,11 +9,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 
+LAST = ("final", "assessment")
+"""Kinds of record that a run ends with."""
+
+
 @dataclass(frozen=True)
 class Record:
     """Figures of one optimizer step: ``run`` of the whole pass, ``saes`` {SAE: {name: value}}."""
 
-    kind: Literal["train", "eval", "final"]
+    kind: Literal["train", "eval", "final", "assessment"]
     step: int
     tokens: int
     run: Mapping[str, float] = field(default_factory=dict)

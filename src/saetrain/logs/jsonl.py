@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from saetrain.files import fsync_dir, write_atomic
-from saetrain.logs.base import Record, RunInfo, Sink
+from saetrain.logs.base import LAST, Record, RunInfo, Sink
 from saetrain.logs.console import say
 
 NAME = "metrics.jsonl"
@@ -79,6 +79,6 @@ def _lines_until(text: str, step: int) -> list[str]:
             record = json.loads(line)
         except json.JSONDecodeError:
             continue
-        if record["step"] <= step and line.endswith("\n") and record["kind"] != "final":
+        if record["step"] <= step and line.endswith("\n") and record["kind"] not in LAST:
             kept.append(line)
     return kept

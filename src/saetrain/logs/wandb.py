@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import math
 import os
 import time
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from typing import Any
 
 from saetrain.errors import SaetrainError
 from saetrain.files import write_json
-from saetrain.logs.base import Record, RunInfo, Sink
+from saetrain.logs.base import LAST, Record, RunInfo, Sink
 from saetrain.logs.console import say
 
 REFUSED = "--log_to_wandb true: Weights & Biases could not start a run"
@@ -73,8 +74,18 @@ class WandB(Sink):
             self._logged[record.kind] = record.step
             write_json(self._path, {"id": str(self._run.id), "logged": self._logged})
             self._hand_over(lambda: self._run.log({"step": record.step, **record.flat()}))
-        if record.kind == "final":
-            self._hand_over(lambda: self._run.summary.update(record.flat()))
+        if record.kind in LAST:
+            self._hand_over(lambda: self._summarise(record))
+
+    def _summarise(self, record: Record) -> None:
+        """Put the figures into the run's summary, and read them back: no file of an offline run shows them."""
+        figures = {name: value for name, value in record.flat().items() if math.isfinite(value)}
+        self._run.summary.update(figures)
+        lacking = [name for name, value in figures.items() if self._run.summary.get(name) != value]
+        if lacking:
+            say(f"the summary of the Weights & Biases run lacks {len(lacking)} of its figures, such as {lacking[0]}")
+        elif record.kind == LAST[-1]:
+            say(f"the summary of the Weights & Biases run holds {len(figures)} figures of the assessment")
 
     def _hand_over(self, call: Callable[[], object]) -> None:
         """Training goes on where W&B's own process has gone; it is said once."""

@@ -21,6 +21,7 @@ from saetrain.evaluation.bootstrap import Estimate
 from saetrain.evaluation.score import MEAN, PRINCIPAL, RANDOM, Figure, Scores
 from saetrain.evaluation.verdict import HealthSettings, Judged, Shape, Verdict, judge
 from saetrain.files import write_json
+from saetrain.logs.jsonl import finite
 from saetrain.runs.locate import Found, Located
 from saetrain.training.firing import alive_bound
 
@@ -85,6 +86,18 @@ class Assessment:
         whole_run = located.run is not None and located.path.resolve() in (located.run, located.run / "sae")
         there = located.run if whole_run and located.run is not None else located.path
         return Assessment(config, located, model, texts, verdicts, Path(config.out) if config.out else there)
+
+    def logged(self) -> dict[str, dict[str, float]]:
+        """{SAE: verdict and figures} as the logs take them, of the text that was judged on."""
+        first = self.texts[0].scores
+        return {
+            name: {
+                "health_passed": verdict.passed,
+                "health_metrics": len(verdict.metrics),
+                **{figure: scored.estimate.value for figure, scored in first[name].figures.items()},
+            }
+            for name, verdict in self.verdicts.items()
+        }
 
     def write(self) -> list[Path]:
         """Write one file a text and the final assessment; gives their paths."""
@@ -159,7 +172,7 @@ def _sae_json(sae: Found, scores: Scores) -> dict[str, Any]:
         "k": coder.k,
         "documents": scores.documents,
         "figures": {name: figure.as_json(name) for name, figure in scores.figures.items()},
-        "classes": scores.classes,
+        "classes": {name: finite(figures) for name, figures in scores.classes.items()},
         "l0_percentiles": dict(zip(("p5", "p50", "p95"), scores.l0_percentiles, strict=True)),
         "density": scores.density,
     }
@@ -195,7 +208,8 @@ def report(assessment: Assessment) -> None:
         console.print(figures_table(title, name, assessment.texts))
         console.print(verdict_table(verdict))
         for metric, judged in verdict.metrics.items():
-            console.print(Text(f"  {metric}: {judged.reason}; {judged.advice}"))
+            advice = f"; {judged.advice}" if judged.advice else ""
+            console.print(Text(f"  {metric}: {judged.reason}{advice}"))
         console.print(Text(f"verdict {verdict}", style="bold"))
     console.print(Text(f"written: {', '.join(map(str, paths))}"))
 

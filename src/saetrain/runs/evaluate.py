@@ -73,18 +73,22 @@ class Setting:
     reader: ActivationReader
     exclude_special: bool
     exclude_first: bool
+    most: int | None = None
 
     def budget(self, asked: int | None, defaults: dict[str, int]) -> int:
         """Tokens to take where ``asked`` may be left to the device."""
         return asked if asked is not None else defaults[self.head.base.device.type]
 
 
-def evaluate(config: EvaluateConfig) -> Assessment:
-    """Score, print and write; SaetrainError for what the user can mend."""
+def evaluate(config: EvaluateConfig, most: int | None = None) -> Assessment:
+    """Score, print and write; SaetrainError for what the user can mend.
+
+    ``most``: tokens of each data set at the most, where --eval_tokens leaves them open.
+    """
     torch.set_flush_denormal(True)
     quiet_libraries()
     located = locate(config.path)
-    setting = prepare(config, located)
+    setting = dataclasses.replace(prepare(config, located), most=most)
     texts, fit = open_texts(setting)
     nulls = fit_nulls(setting, fit)
     scores = [score(setting, text, nulls) for text in texts]
@@ -276,7 +280,7 @@ def _other(setting: Setting, name: str, seen: HeldOutTexts) -> Scored:
 def _choose(setting: Setting, name: str, in_sample: bool, what: str, sequences: Sequences, seed: int) -> Scored:
     """The first sequences of a mixed order that hold --eval_tokens tokens; SaetrainError when there are fewer."""
     asked = setting.config.eval_tokens
-    wanted = setting.budget(asked, EVAL_TOKENS)
+    wanted = setting.most or setting.budget(asked, EVAL_TOKENS)
     order = sequences.mixed_order(seed)
     count, held = _enough(setting, sequences, order, wanted)
     if asked is not None and held < asked:

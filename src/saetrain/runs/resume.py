@@ -10,6 +10,8 @@ from saetrain.activations.model import code_hash
 from saetrain.config import RunConfig, from_flat, to_flat
 from saetrain.data.tokenize import digest, tokenizer_identity
 from saetrain.errors import SaetrainError
+from saetrain.evaluation.score import ScoreSettings
+from saetrain.evaluation.verdict import HealthSettings
 from saetrain.logs.console import say
 from saetrain.optim import DECAY_SHARE
 from saetrain.runs.prepare import Prepared, make_plan, resolved
@@ -41,6 +43,8 @@ FREE = frozenset(
         "trust_remote_code",
         "finetune",
         "dead_percentage_threshold",
+        "assess",
+        *(item.name for item in (*dataclasses.fields(ScoreSettings), *dataclasses.fields(HealthSettings))),
     }
 )
 """Settings that may change: they do not touch the weights (model and data set are compared by their content)."""

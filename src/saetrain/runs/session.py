@@ -10,7 +10,7 @@ from typing import Literal
 from saetrain.activations.normalize import Normalizer
 from saetrain.coders.folding import folded
 from saetrain.coders.topk import TopK
-from saetrain.config import to_flat
+from saetrain.config import EvaluateConfig, to_flat
 from saetrain.errors import SaetrainError
 from saetrain.evaluation.heldout import Subject, evaluate
 from saetrain.files import write_json
@@ -20,6 +20,7 @@ from saetrain.logs.base import Record, RunInfo
 from saetrain.logs.console import ProgressLine, say
 from saetrain.logs.jsonl import finite
 from saetrain.runs.directory import CHECKPOINTS, SAES, SPIKE, writing
+from saetrain.runs.evaluate import evaluate as evaluate_saved
 from saetrain.runs.feed import make_feed
 from saetrain.runs.metadata import about_run, announce, hook_name, summary
 from saetrain.runs.prepare import Prepared, held_out_batches, resolved
@@ -79,6 +80,9 @@ class Session:
                 if finished:
                     final = self.evaluate("final")
                     self.save_saes(final)
+                    summary(self.directory, final)
+            if finished and self.config.assess:
+                self.assess()
             failed = False
         finally:
             # What is read ahead for a run that has failed would keep the process alive.
@@ -88,7 +92,6 @@ class Session:
                 self.log.close(failed)
         if not finished:
             raise SystemExit(self.stop.exit_code)
-        summary(self.directory, final)
 
     def _check(self) -> None:
         """Raise :class:`Stopped` once nothing more is to be read."""
@@ -225,6 +228,17 @@ class Session:
         with self.writing():
             self.log.write(Record(kind, self.trainer.step, self.trainer.tokens, {}, figures))
         return figures
+
+    def assess(self) -> None:
+        """Score the SAEs as they were saved, as `saetrain evaluate` would; the verdict and its figures are logged."""
+        config = self.config
+        say("assessing the SAEs on held-out text (--assess false leaves it out; `saetrain evaluate` does it later)")
+        asked = EvaluateConfig(
+            path=str(self.directory), scoring=config.scoring, health=config.health, base=config.base, model=config.model
+        )
+        assessment = evaluate_saved(asked, most=config.evaluation.eval_tokens)
+        with self.writing():
+            self.log.write(Record("assessment", self.trainer.step, self.trainer.tokens, {}, assessment.logged()))
 
     def save(self) -> None:
         """Write a checkpoint of everything that the rest of the run depends on."""
