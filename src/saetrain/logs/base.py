@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-
 LAST = ("final", "assessment")
 """Kinds of record that a run ends with."""
 
