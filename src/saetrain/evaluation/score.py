@@ -25,7 +25,7 @@ from saetrain.evaluation.recovered import LossScorer, SplicePolicy, answer, ques
 from saetrain.evaluation.sparsity import SparsitySums
 from saetrain.types import Sequence, shown_default
 
-RANDOM, PRINCIPAL, MEAN = "random_decoder", "pca", "mean"
+RANDOM, PRINCIPAL, MEAN, DIRECTIONS = "random_decoder", "pca", "mean", "random_directions"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,7 +188,7 @@ def score_activations(
 def _geometry(coder: SparseCoder) -> dict[str, Figure]:
     found = geometry_metrics(coder.W_enc, coder.W_dec)
     return {
-        name: Figure(Estimate(value), coder.num_latents, {"random_directions": Estimate(found[f"{name}_random"])})
+        name: Figure(Estimate(value), coder.num_latents, {DIRECTIONS: Estimate(found[f"{name}_random"])})
         for name, value in found.items()
         if not name.endswith("_random")
     }

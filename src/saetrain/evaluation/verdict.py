@@ -63,8 +63,8 @@ class Judged:
     value: float
     low: float
     high: float
-    null: float | None
-    null_is: str
+    nulls: dict[str, float]
+    """The same of what has learned nothing, by its name."""
     threshold: str
     status: str
     by_construction: bool
@@ -110,11 +110,11 @@ class Verdict:
 
 
 def judge(
-    figures: Mapping[str, Estimate], nulls: Mapping[str, float | None], shape: Shape, settings: HealthSettings
+    figures: Mapping[str, Estimate], nulls: Mapping[str, dict[str, float]], shape: Shape, settings: HealthSettings
 ) -> Verdict:
     """The verdict on ``figures`` (explained_variance, l0, dead_below_threshold, decoder_redundancy_top100).
 
-    ``nulls``: what the same figures are for a random decoder of the same shape, None where that says nothing.
+    ``nulls`` {figure: {what has learned nothing: its value}}.
     """
     return Verdict(
         {
@@ -126,34 +126,38 @@ def judge(
     )
 
 
-def _judged(figure: Estimate, null: float | None, null_is: str, threshold: str, status: str, **rest: Any) -> Judged:
-    return Judged(figure.value, figure.low, figure.high, null, null_is, threshold, status, **rest)
+def _shown(nulls: Mapping[str, float], spec: str) -> str:
+    """``; random decoder 39.5%, …``, or nothing."""
+    listed = ", ".join(f"{name} {value:{spec}}" for name, value in nulls.items())
+    return f" ({listed})" if listed else ""
+
+
+def _judged(figure: Estimate, nulls: Mapping[str, float], threshold: str, status: str, **rest: Any) -> Judged:
+    return Judged(figure.value, figure.low, figure.high, dict(nulls), threshold, status, **rest)
 
 
 def _explained_variance(
-    figures: Mapping[str, Estimate], nulls: Mapping[str, float | None], settings: HealthSettings
+    figures: Mapping[str, Estimate], nulls: Mapping[str, dict[str, float]], settings: HealthSettings
 ) -> Judged:
-    figure, null = figures["explained_variance"], nulls.get("explained_variance")
+    figure, others = figures["explained_variance"], nulls.get("explained_variance", {})
     value, least, good = figure.value, settings.min_explained_variance, settings.good_explained_variance
     status = "good" if value >= good else "pass" if value >= least else "fail"
-    reason = f"the SAE explains {value:.1%} of the variance about the mean"
+    reason = f"the SAE explains {value:.1%} of the variance about the mean{_shown(others, '.1%')}"
+    best = max(others, key=lambda name: others[name]) if others else None
     advice = ""
-    if null is not None:
-        reason += f", a random decoder with as many active latents {null:.1%}"
-        if status != "fail" and value <= null:
-            advice = "it is no better than random directions: the threshold says little here, lower k"
     if not math.isfinite(value):
         reason, advice = "the activations scored do not vary, or the SAE's output is not finite", "check its weights"
     elif value < 0:
         advice = "worse than predicting the mean: check that model, layer and scale are those it was trained on"
     elif status == "fail":
         advice = "train on more tokens, raise num_latents or k, or try another lr"
-    elif status == "pass" and advice == "":
+    elif best is not None and value <= others[best]:
+        advice = f"{best} does no worse with as many numbers a token: the threshold says little here; lower k"
+    elif status == "pass":
         advice = f"more tokens or latents may bring it to {good:.0%}"
     return _judged(
-        figure, null, "random decoder", f">= {least:g} (good: {good:g})", status,
-        by_construction=False, reason=reason, advice=advice,
-    )  # fmt: skip
+        figure, others, f">= {least:g} (good: {good:g})", status, by_construction=False, reason=reason, advice=advice
+    )
 
 
 def _l0(figures: Mapping[str, Estimate], shape: Shape, settings: HealthSettings) -> Judged:
@@ -163,25 +167,23 @@ def _l0(figures: Mapping[str, Estimate], shape: Shape, settings: HealthSettings)
     # With TopK the most that L0 can be is k.
     impossible = shape.k is not None and not fits and (shape.k < low or figure.value > high)
     reason = f"{figure.value:.1f} of {shape.num_latents:,} latents are active on a token ({share:.1%})"
-    advice = ""
     if impossible:
         reason += f"; k = {shape.k} fixes it, so no training can bring it into the range"
+    advice = ""
     if figure.value < low:
         advice = "raise k"
     elif figure.value > high:
         advice = "lower k"
     elif share > HARDLY_SPARSE:
         advice = f"L0/F = {share:.0%}: the code is hardly sparse; raise num_latents"
-    return _judged(
-        figure, None, "", f"{low:g} to {high:g}", "pass" if fits else "fail",
-        by_construction=impossible, reason=reason, advice=advice,
-    )  # fmt: skip
+    threshold, status = f"{low:g} to {high:g}", "pass" if fits else "fail"
+    return _judged(figure, {}, threshold, status, by_construction=impossible, reason=reason, advice=advice)
 
 
 def _dead(
-    figures: Mapping[str, Estimate], nulls: Mapping[str, float | None], shape: Shape, settings: HealthSettings
+    figures: Mapping[str, Estimate], nulls: Mapping[str, dict[str, float]], shape: Shape, settings: HealthSettings
 ) -> Judged:
-    figure, null = figures["dead_below_threshold"], nulls.get("dead_below_threshold")
+    figure, others = figures["dead_below_threshold"], nulls.get("dead_below_threshold", {})
     value = figure.value
     status = "good" if value <= settings.good_dead else "pass" if value <= settings.max_dead else "fail"
     impossible = shape.dead_bound > settings.max_dead
@@ -190,20 +192,17 @@ def _dead(
     if impossible:
         reason += f"; at least {shape.dead_bound:.1%} must at this k and num_latents, so the threshold can't be met"
         advice = "lower --dead_percentage_threshold, or lower num_latents or raise k"
-    return _judged(
-        figure, null, "random decoder", f"<= {settings.max_dead:g} (good: {settings.good_dead:g})", status,
-        by_construction=impossible, reason=reason, advice=advice,
-    )  # fmt: skip
+    threshold = f"<= {settings.max_dead:g} (good: {settings.good_dead:g})"
+    return _judged(figure, others, threshold, status, by_construction=impossible, reason=reason, advice=advice)
 
 
 def _redundancy(
-    figures: Mapping[str, Estimate], nulls: Mapping[str, float | None], shape: Shape, settings: HealthSettings
+    figures: Mapping[str, Estimate], nulls: Mapping[str, dict[str, float]], shape: Shape, settings: HealthSettings
 ) -> Judged:
-    figure, null = figures["decoder_redundancy_top100"], nulls.get("decoder_redundancy_top100")
+    figure, others = figures["decoder_redundancy_top100"], nulls.get("decoder_redundancy_top100", {})
     fits = figure.value <= settings.max_redundancy
-    impossible = null is not None and null > settings.max_redundancy
-    reason = f"the 100 most alike pairs of decoder rows have a mean cosine of {figure.value:.3f}"
-    reason += f", random directions {null:.3f}" if null is not None else ""
+    impossible = not fits and any(value > settings.max_redundancy for value in others.values())
+    reason = f"the 100 most alike pairs of decoder rows have a mean cosine of {figure.value:.3f}{_shown(others, '.3f')}"
     advice = "" if fits else "a few near copies are usual in a wide SAE; fewer latents make fewer of them"
     if impossible:
         reason += (
@@ -211,7 +210,5 @@ def _redundancy(
             "says nothing here"
         )
         advice = "read it beside the random figure, or set --max_redundancy"
-    return _judged(
-        figure, null, "random directions", f"<= {settings.max_redundancy:g}", "pass" if fits else "fail",
-        by_construction=impossible and not fits, reason=reason, advice=advice,
-    )  # fmt: skip
+    threshold, status = f"<= {settings.max_redundancy:g}", "pass" if fits else "fail"
+    return _judged(figure, others, threshold, status, by_construction=impossible, reason=reason, advice=advice)

@@ -17,8 +17,7 @@ from saetrain.activations.head import HeadModel
 from saetrain.activations.model import DTYPES
 from saetrain.config import EvaluateConfig
 from saetrain.errors import SaetrainError
-from saetrain.evaluation.bootstrap import Estimate
-from saetrain.evaluation.score import MEAN, PRINCIPAL, RANDOM, Figure, Scores
+from saetrain.evaluation.score import DIRECTIONS, MEAN, PRINCIPAL, RANDOM, Figure, Scores
 from saetrain.evaluation.verdict import HealthSettings, Judged, Shape, Verdict, judge
 from saetrain.files import write_json
 from saetrain.logs.jsonl import finite
@@ -30,7 +29,12 @@ FOLDER = "evaluation"
 ASSESSMENT = "final_assessment.json"
 WIDTH = 120
 """Columns of a table where there is no terminal."""
-NULL_NAMES = {RANDOM: "random decoder", PRINCIPAL: "PCA of rank k", MEAN: "mean"}
+NULL_NAMES = {
+    RANDOM: "random decoder",
+    PRINCIPAL: "PCA of rank k",
+    MEAN: "mean",
+    DIRECTIONS: "random directions",
+}
 COLUMNS = {
     "explained_variance": "explained variance",
     "ce_recovered_zero": "CE recovered (zero)",
@@ -148,7 +152,7 @@ def verdict_on(sae: Found, scores: Scores, threshold: float, settings: HealthSet
     """The verdict on one SAE by its scores on one text."""
     estimates = {name: figure.estimate for name, figure in scores.figures.items()}
     nulls = {
-        name: next((estimate.value for null, estimate in figure.nulls.items() if null.startswith("random")), None)
+        name: {NULL_NAMES[null]: estimate.value for null, estimate in figure.nulls.items()}
         for name, figure in scores.figures.items()
     }
     coder = sae.coder
@@ -218,31 +222,35 @@ def figures_table(title: str, sae: str, texts: list[TextScores]) -> Table:
     """One SAE's figures on each text, the nulls beneath."""
     table = Table(title=Text(title), title_justify="left")
     shown = [name for name in COLUMNS if name in texts[0].scores[sae].figures]
-    table.add_column("held-out text of")
+    table.add_column("held-out text of", no_wrap=True)
     for name in shown:
         table.add_column(COLUMNS[name], justify="right")
     for text in texts:
         figures = text.scores[sae].figures
         kind = "in-sample" if text.in_sample else "out of sample"
-        tokens = figures["explained_variance"].count
-        label = Text(f"{Path(text.name).name}\n{kind}, {tokens:,} tokens")
+        label = Text(f"{Path(text.name).name}\n{kind}\n{figures['explained_variance'].count:,} tokens")
         table.add_row(label, *(_cell(figures[name]) for name in shown))
-        for null, called in NULL_NAMES.items():
+        there = {null for name in shown for null in figures[name].nulls}
+        for null in (name for name in NULL_NAMES if name in there):
             values = [figures[name].nulls.get(null) for name in shown]
-            cells = [Text(f"{value.value:.4g}" if value else "", style="dim") for value in values]
-            table.add_row(Text(f"  {called}", style="dim"), *cells)
+            cells = [Text(_short(value.value) if value else "", style="dim") for value in values]
+            table.add_row(Text(f"  {NULL_NAMES[null]}", style="dim"), *cells)
         table.add_section()
     return table
 
 
 def _cell(figure: Figure) -> Text:
     estimate = figure.estimate
-    cell = Text(f"{estimate.value:.4g}")
-    if estimate.low == estimate.low:
-        cell.append(f"\n[{estimate.low:.4g}, {estimate.high:.4g}]", style="dim")
+    cell = Text(_short(estimate.value))
+    if estimate.low < estimate.high:
+        cell.append(f"\n[{_short(estimate.low)}, {_short(estimate.high)}]", style="dim")
     if figure.flag:
         cell.append(f"\n{figure.flag}", style="yellow")
     return cell
+
+
+def _short(value: float) -> str:
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
 
 
 def verdict_table(verdict: Verdict) -> Table:
@@ -256,11 +264,9 @@ def verdict_table(verdict: Verdict) -> Table:
 
 
 def _verdict_cells(judged: Judged) -> tuple[Text, Text, Text, Text]:
-    null = f"{judged.null:.4g} ({judged.null_is})" if judged.null is not None else ""
+    value = _short(judged.value)
+    if judged.low < judged.high:
+        value += f" [{_short(judged.low)}, {_short(judged.high)}]"
+    null = ", ".join(f"{_short(value)} {name}" for name, value in judged.nulls.items())
     status = judged.status + (" (by construction)" if judged.by_construction else "")
-    return (
-        Text(f"{Estimate(judged.value, judged.low, judged.high):.4g}"),
-        Text(null),
-        Text(judged.threshold),
-        Text(status, style=STYLES[judged.status]),
-    )
+    return Text(value), Text(null), Text(judged.threshold), Text(status, style=STYLES[judged.status])
