@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-BASE = "--k 4 --num_latents 64 --batch_size 2 --ctx_len 32 --eval_tokens 500 --max_tokens 640"
+BASE = "--k 4 --num_latents 64 --batch_size 2 --ctx_len 32 --eval_tokens 500 --assess false --max_tokens 640"
 
 
 class Place:

@@ -25,6 +25,7 @@ from tests.integration.test_resume import fingerprint, records
 LIBRARY, WORK, MODEL, TEXT, BEFORE, *FAULTS = sys.argv[1:]
 WORDS = (
     f"{MODEL} {TEXT} --k 4 --num_latents 64 --batch_size 2 --ctx_len 32 --eval_tokens 200 --eval_every 4 --log_every 1 "
+    "--assess false "
     "--max_tokens 512 --save_every 3 --buffer_tokens 256 --run_name run"
 )
 MODES = {"once": 0, "killed": 1, "full": 2}

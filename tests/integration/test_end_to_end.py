@@ -26,7 +26,7 @@ from tests.integration.test_resume import (
 )
 from tests.integration.test_training import lines, train, weights
 
-TINY = "--k 4 --num_latents 64 --batch_size 4 --ctx_len 32 --eval_tokens 500 --layers 1"
+TINY = "--k 4 --num_latents 64 --batch_size 4 --ctx_len 32 --eval_tokens 500 --assess false --layers 1"
 STEPS = 400
 SITES = {"tiny_gpt2": "h.1", "tiny_mlm": "encoder.layer.1"}
 MODELS = pytest.mark.parametrize("model", SITES)

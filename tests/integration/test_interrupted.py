@@ -28,6 +28,7 @@ from tests.integration.test_resume import (
 )
 
 SMALL = "--k 4 --num_latents 64 --batch_size 2 --ctx_len 32 --eval_tokens 500 --log_every 1 --buffer_tokens 1024"
+SMALL += " --assess false"
 
 
 @pytest.fixture(scope="module")

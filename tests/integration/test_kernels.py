@@ -17,6 +17,7 @@ from saetrain.cli import main
 from saetrain.kernels.processor import half_is_fast
 
 BASE = "--k 4 --num_latents 64 --batch_size 2 --ctx_len 32 --eval_tokens 500 --max_tokens 640 --buffer_tokens 256"
+BASE += " --assess false"
 
 
 def about(out: Path) -> dict[str, Any]:

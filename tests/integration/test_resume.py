@@ -21,6 +21,7 @@ SAVE_EVERY = 40
 STEPS = 400
 SETTINGS = (
     f"--k 4 --num_latents 64 --batch_size 4 --ctx_len 32 --eval_tokens 600 --eval_every 90 --log_every 1 "
+    "--assess false "
     f"--max_tokens {STEPS * 128} --save_every {SAVE_EVERY} --buffer_tokens 4096 --dead_window_tokens 2000"
 )
 

@@ -9,7 +9,7 @@ import pytest
 
 from saetrain.cli import main
 
-TINY = "--k 4 --num_latents 64 --batch_size 2 --ctx_len 32 --eval_tokens 500 --max_tokens 512"
+TINY = "--k 4 --num_latents 64 --batch_size 2 --ctx_len 32 --eval_tokens 500 --assess false --max_tokens 512"
 
 
 def run(out: Path, model: str, data: str, *words: str) -> None:

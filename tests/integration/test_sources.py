@@ -20,7 +20,9 @@ from saetrain.runs.text import load_text
 from saetrain.types import PART_BITS
 from tests.integration.test_resume import fingerprint
 
-BASE = "--k 4 --num_latents 64 --batch_size 2 --ctx_len 32 --eval_tokens 500 --max_tokens 1280 --device cpu"
+BASE = (
+    "--k 4 --num_latents 64 --batch_size 2 --ctx_len 32 --eval_tokens 500 --max_tokens 1280 --device cpu --assess false"
+)
 
 
 def run(folder: Path, name: str, *words: str) -> Path:

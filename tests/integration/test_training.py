@@ -16,7 +16,7 @@ import saetrain
 from saetrain.cli import main, parse
 from saetrain.runs.prepare import held_out_batches, prepare, read_sample
 
-SIZES = "--k 4 --num_latents 64 --batch_size 4 --ctx_len 32 --eval_tokens 1500"
+SIZES = "--k 4 --num_latents 64 --batch_size 4 --ctx_len 32 --eval_tokens 1500 --assess false"
 TINY = f"{SIZES} --buffer_tokens 2048"
 
 
@@ -40,7 +40,7 @@ def encoder_run(tmp_path_factory: pytest.TempPathFactory, minilm: str, topics_js
     """A short run on the trained encoder over Python's documentation."""
     words = (
         f"{minilm} {topics_jsonl} --layers 3 --k 16 --num_latents 768 --max_tokens 61440 --batch_size 8 --ctx_len 128 "
-        "--lr 4e-3 --eval_tokens 6000 --eval_every 30 --log_every 1"
+        "--lr 4e-3 --eval_tokens 6000 --assess false --eval_every 30 --log_every 1"
     )
     return train(tmp_path_factory.mktemp("encoder"), "run", words)
 
@@ -238,7 +238,7 @@ def test_the_commands_of_the_readme_run_as_they_stand(
     for chosen in (layers, every):
         main(
             f"bert-base-uncased wikitext --layers {chosen} --max_tokens 1024 --k 192 --expansion_factor 32 "
-            "--batch_size 4 --ctx_len 64 --eval_tokens 1000".split()
+            "--batch_size 4 --ctx_len 64 --eval_tokens 1000 --assess false".split()
         )
     assert len(list((tmp_path / "output").iterdir())) == 2
 

@@ -21,7 +21,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, minilm: str, topics_jsonl:
     out = tmp_path_factory.mktemp("run")
     main(
         f"{minilm} {topics_jsonl} --layers 1 3 --k 8 --num_latents 96 --max_tokens 8192 --batch_size 4 --ctx_len 64 "
-        f"--init_seeds 42 43 --eval_tokens 2000 --save_dir {out} --run_name run".split()
+        f"--init_seeds 42 43 --eval_tokens 2000 --assess false --save_dir {out} --run_name run".split()
     )
     return out / "run" / "sae"
 
