@@ -71,6 +71,9 @@ def run_page(page: Path, libraries: bool) -> list[str]:
         if words[0] == "tokenize":
             main(words)
             continue
+        if words[0] == "evaluate":
+            main([*words, "--loss_tokens", "256", "--bootstrap", "10", "--device", "cpu"])
+            continue
         size = [] if {"--expansion_factor", "--config", "--help"} & set(words) else LATENTS
         main([*words, *size, *SMALL])
     printed = []
