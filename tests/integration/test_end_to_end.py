@@ -14,7 +14,6 @@ import torch
 
 from saetrain.cli import main
 from tests.integration.test_resume import (
-    SAVE_EVERY,
     fingerprint,
     finish,
     kill_and_resume,
@@ -26,8 +25,9 @@ from tests.integration.test_resume import (
 )
 from tests.integration.test_training import lines, train, weights
 
-TINY = "--k 4 --num_latents 64 --batch_size 4 --ctx_len 32 --eval_tokens 500 --assess false --layers 1"
-STEPS = 400
+TINY = "--k 4 --num_latents 64 --batch_size 4 --ctx_len 32 --eval_tokens 500 --layers 1"
+STEPS = 160
+SHORT = ["--max_tokens", str(STEPS * 128), "--save_every", "20"]
 SITES = {"tiny_gpt2": "h.1", "tiny_mlm": "encoder.layer.1"}
 MODELS = pytest.mark.parametrize("model", SITES)
 
@@ -38,7 +38,7 @@ def test_the_loss_falls_and_its_terms_are_logged(
     model: str, loss: str, request: pytest.FixtureRequest, tmp_path: Path, topics_jsonl: str
 ) -> None:
     words = f"{TINY} --loss_fn {loss} --e2e_recon_weight 1e-4 --auxk_alpha 0.01 --lr 3e-3 --log_every 1"
-    words += " --dead_window_tokens 256"
+    words += " --dead_window_tokens 100"
     run = train(tmp_path, "run", f"{request.getfixturevalue(model)} {topics_jsonl} {words} --max_tokens 25600")
     figures = [line["saes"][SITES[model]] for line in lines(run, "train")]
     assert len(figures) == 200
@@ -88,22 +88,23 @@ RUNS = pytest.mark.parametrize(
 def test_killed_and_resumed_it_ends_with_the_same_bits(
     model: str, source: str, request: pytest.FixtureRequest, tmp_path: Path, topics_jsonl: str
 ) -> None:
-    words = words_of(request.getfixturevalue(model), "1", source.split(), topics_jsonl)
+    words = words_of(request.getfixturevalue(model), "1", [*source.split(), *SHORT], topics_jsonl)
     whole = start(tmp_path, "whole", words)
-    kill_and_resume(tmp_path, "killed", words, kills=3, seed=5, steps=STEPS)
+    kill_and_resume(tmp_path, "killed", words, kills=2, seed=5, steps=STEPS)
     finish(whole)
     assert fingerprint(tmp_path / "killed") == fingerprint(tmp_path / "whole")
     assert records(tmp_path / "killed") == records(tmp_path / "whole")
 
 
 def test_sigterm_loses_nothing(tmp_path: Path, tiny_mlm: str, topics_jsonl: str) -> None:
-    words = words_of(tiny_mlm, "1", ["--loss_fn", "kl", "--batch_size", "1", "--grad_acc_steps", "4"], topics_jsonl)
+    source = ["--loss_fn", "kl", "--batch_size", "2", "--grad_acc_steps", "2"]
+    words = words_of(tiny_mlm, "1", [*source, *SHORT], topics_jsonl)
     whole = start(tmp_path, "whole", words)
     process = start(tmp_path, "stopped", words)
-    wait_for_step(process, tmp_path / "stopped", SAVE_EVERY + 7)
+    wait_for_step(process, tmp_path / "stopped", 27)
     process.send_signal(signal.SIGTERM)
     assert "everything is saved" in finish(process)
-    assert last_checkpoint(tmp_path / "stopped") % SAVE_EVERY
+    assert last_checkpoint(tmp_path / "stopped") >= 27
     finish(start(tmp_path, "stopped", [*words, "--resume"]))
     finish(whole)
     assert fingerprint(tmp_path / "stopped") == fingerprint(tmp_path / "whole")
