@@ -11,7 +11,7 @@ from typing import Any
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec
 
-from saetrain.config import EvaluateConfig, RunConfig, TokenizeConfig, flags, from_flat, read_yaml
+from saetrain.config import CompareConfig, EvaluateConfig, RunConfig, TokenizeConfig, flags, from_flat, read_yaml
 from saetrain.errors import SaetrainError, did_you_mean
 
 TRUE, FALSE = ("true", "yes", "1"), ("false", "no", "0")
@@ -46,6 +46,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             from saetrain.runs.evaluate import evaluate
 
             evaluate(parse_evaluate(words[1:]))
+            return
+        if words[:1] == ["compare"]:
+            from saetrain.runs.compare import compare
+
+            compare(parse_compare(words[1:]))
             return
         config = parse(words)
         debug = config.debug
@@ -90,6 +95,12 @@ def parse_evaluate(words: Sequence[str]) -> EvaluateConfig:
     return tyro.cli(EvaluateConfig, prog="saetrain evaluate", args=words, **OPTIONS)
 
 
+def parse_compare(words: Sequence[str]) -> CompareConfig:
+    """Settings of ``saetrain compare`` from the words behind it."""
+    words = _spell_out(list(words), flags(CompareConfig))
+    return tyro.cli(CompareConfig, prog="saetrain compare", args=words, **OPTIONS)
+
+
 OPTIONS: dict[str, Any] = {
     "config": (tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff),
     "registry": registry,
@@ -116,6 +127,7 @@ Example: saetrain bert-base-uncased wikitext --layers 6 --k 192 --expansion_fact
 
 saetrain tokenize MODEL DATASET OUT writes the tokens of a large data set to a folder once (--help behind it).
 saetrain evaluate PATH scores finished SAEs on held-out text and gives a verdict.
+saetrain compare RUN [RUN ...] sets the assessments of several runs beside one another.
 
 --config FILE.yaml reads settings from a file (such as a run's config.yaml); flags win over it."""
 

@@ -146,6 +146,24 @@ class EvaluateConfig:
             raise SaetrainError("--in_sample false: nothing is left to score on; name a data set by --dataset")
 
 
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """Set the assessments of several runs beside one another, with the settings in which the runs differ."""
+
+    runs: tyro.conf.Positional[typing.Annotated[tuple[str, ...], tyro.conf.arg(metavar="RUN [RUN ...]")]]
+    """Folders of runs that were assessed, or of single SAEs that were."""
+    out: typing.Annotated[str | None, shown_default("only printed", "FILE")] = None
+    """File to write the table to: `.json` or `.csv`."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+    def __post_init__(self) -> None:
+        if not self.runs:
+            raise SaetrainError("RUN is missing: give the folders of one or more runs")
+        if self.out is not None and Path(self.out).suffix not in (".json", ".csv"):
+            raise SaetrainError(f"--out {self.out}: must end in .json or .csv")
+
+
 def sections(config: type = RunConfig) -> dict[str, type]:
     """{field of ``config``: its settings class}."""
     hints = typing.get_type_hints(config)
@@ -158,6 +176,7 @@ POSITIONALS: dict[type, tuple[str, ...]] = {
     RunConfig: ("model", "dataset"),
     TokenizeConfig: ("model", "dataset", "out"),
     EvaluateConfig: ("path",),
+    CompareConfig: ("runs",),
 }
 
 
@@ -259,16 +278,19 @@ def _spell(option: Any) -> str:
     return {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}.get(option, str(option))
 
 
-def read_yaml(path: str) -> dict[str, Any]:
-    """The flat settings of a YAML file; dashes in names become underscores."""
+def read_yaml(path: str, flag: str = "--config ") -> dict[str, Any]:
+    """The flat settings of a YAML file; dashes in names become underscores.
+
+    ``flag`` is what names the file in messages, empty where no flag did.
+    """
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise SaetrainError(f"--config {path}: can't be read: {error.strerror}") from error
+        raise SaetrainError(f"{flag}{path}: can't be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SaetrainError(f"--config {path}: is not YAML: {str(error).splitlines()[0]}") from error
+        raise SaetrainError(f"{flag}{path}: is not YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(values, dict):
-        raise SaetrainError(f"--config {path}: should hold lines of 'setting: value'")
+        raise SaetrainError(f"{flag}{path}: should hold lines of 'setting: value'")
     return {str(name).replace("-", "_"): value for name, value in values.items()}
 
 
