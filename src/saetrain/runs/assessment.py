@@ -21,12 +21,11 @@ from saetrain.evaluation.score import DIRECTIONS, MEAN, PRINCIPAL, RANDOM, Figur
 from saetrain.evaluation.verdict import HealthSettings, Judged, Shape, Verdict, judge
 from saetrain.files import write_json
 from saetrain.logs.jsonl import finite
+from saetrain.runs.directory import ASSESSMENT, EVALUATION, SAES
 from saetrain.runs.locate import Found, Located
 from saetrain.training.firing import alive_bound
 
 FORMAT = 1
-FOLDER = "evaluation"
-ASSESSMENT = "final_assessment.json"
 WIDTH = 120
 """Columns of a table where there is no terminal."""
 NULL_NAMES = {
@@ -87,7 +86,7 @@ class Assessment:
             "predicts": {"causal": "next tokens", "masked": "masked tokens", "none": "nothing"}[head.kind],
             "dtype": next(name for name, dtype in DTYPES.items() if dtype is head.base.dtype),
         }
-        whole_run = located.run is not None and located.path.resolve() in (located.run, located.run / "sae")
+        whole_run = located.run is not None and located.path.resolve() in (located.run, located.run / SAES)
         there = located.run if whole_run and located.run is not None else located.path
         return Assessment(config, located, model, texts, verdicts, Path(config.out) if config.out else there)
 
@@ -106,7 +105,7 @@ class Assessment:
     def write(self) -> list[Path]:
         """Write one file a text and the final assessment; gives their paths."""
         names = file_names([text.name for text in self.texts])
-        folder = self.folder / FOLDER
+        folder = self.folder / EVALUATION
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for name, text in zip(names, self.texts, strict=True):
@@ -131,7 +130,7 @@ class Assessment:
                 name: {**verdict.as_json(), "figures": headlines(first.scores[name])}
                 for name, verdict in self.verdicts.items()
             },
-            "evaluations": [f"{FOLDER}/{name}" for name in names],
+            "evaluations": [f"{EVALUATION}/{name}" for name in names],
         }
 
     def _text_json(self, text: TextScores) -> dict[str, Any]:

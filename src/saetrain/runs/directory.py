@@ -24,7 +24,9 @@ CHECKPOINTS = "checkpoints"
 CONFIG = "config.yaml"
 SAES = "sae"
 SPIKE = "spike.json"
-OWN = (CHECKPOINTS, CONFIG, SAES, SPIKE, METRICS, "wandb", "tensorboard")
+EVALUATION = "evaluation"
+ASSESSMENT = "final_assessment.json"
+OWN = (CHECKPOINTS, CONFIG, SAES, SPIKE, METRICS, EVALUATION, ASSESSMENT, "wandb", "tensorboard")
 """What a run writes into its folder."""
 DELETING = ".deleting"
 OVERWRITING = ".overwriting"
