@@ -349,7 +349,13 @@ def test_a_changed_text_is_refused(
     words = f"{tiny_gpt2} {text} --layers 1 {SIZES} --assess false"
     main([*words.split(), "--save_dir", str(tmp_path), "--run_name", "run"])
     shutil.copy(other, text)
-    assert "the text that it was trained on has changed since" in refused(capsys, str(tmp_path / "run"))
+    run = str(tmp_path / "run")
+    assert "the text that it was trained on has changed since" in refused(capsys, run)
+    third = write_texts(tmp_path / "third.jsonl", python_topics()[:20])
+    main(["evaluate", run, *QUICK.split(), "--dataset", third, "--in_sample", "false"])
+    assert "without the training text: " in capsys.readouterr().err
+    text.unlink()
+    main(["evaluate", run, *QUICK.split(), "--dataset", third, "--in_sample", "false"])
 
 
 def test_a_folder_that_cannot_be_written_is_refused(

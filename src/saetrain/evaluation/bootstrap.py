@@ -30,10 +30,6 @@ class Estimate:
     low: float = math.nan
     high: float = math.nan
 
-    def __format__(self, spec: str) -> str:
-        shown = format(self.value, spec)
-        return shown if math.isnan(self.low) else f"{shown} [{self.low:{spec}}, {self.high:{spec}}]"
-
 
 def poisson_weights(docs: np.ndarray, replicates: int, seed: int) -> np.ndarray:
     """(replicates, documents) float64, each a draw from Poisson(1) that document, replicate and seed decide."""

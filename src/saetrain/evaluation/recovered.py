@@ -19,7 +19,7 @@ from saetrain.activations.splice import put, spliced
 from saetrain.data.masking import masked_positions
 from saetrain.errors import SaetrainError
 from saetrain.evaluation.bootstrap import DocumentSums, Formula
-from saetrain.types import Sequence, TokenKind
+from saetrain.types import Sequence
 
 LOGITS = 1 << 26
 """Numbers of the vocabulary's logits that are held at once."""
@@ -242,8 +242,3 @@ def pooled_formulas(variant: str) -> dict[str, Formula]:
 def every_token(sequence: Sequence) -> np.ndarray:
     """(S,) all true: the policy that replaces all positions."""
     return np.ones(len(sequence), dtype=bool)
-
-
-def text_tokens(sequence: Sequence) -> int:
-    """Tokens that are text."""
-    return int((sequence.kind == TokenKind.TEXT).sum())

@@ -1,0 +1,139 @@
+"""What saved SAEs belong to: the model with its head, their hookpoints, their token policy."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from saetrain.activations.capture import ActivationCapture
+from saetrain.activations.head import HeadModel, load_with_head
+from saetrain.activations.hookpoints import find_blocks
+from saetrain.activations.model import weights_hash
+from saetrain.activations.read import ActivationReader
+from saetrain.config import EvaluateConfig, RunConfig, from_flat, read_yaml
+from saetrain.data.loader import token_policy
+from saetrain.data.tokenize import DEFAULT_CTX_LEN, Framing, load_tokenizer
+from saetrain.errors import SaetrainError, did_you_mean
+from saetrain.runs.directory import CONFIG
+from saetrain.runs.locate import Found, Located
+from saetrain.runs.prepare import check_vocabulary
+
+
+@dataclass(frozen=True)
+class Setting:
+    """All that the scores are computed with."""
+
+    config: EvaluateConfig
+    located: Located
+    head: HeadModel
+    tokenizer: Any
+    framing: Framing
+    hookpoints: dict[str, str]
+    """{SAE: its hookpoint}."""
+    reader: ActivationReader
+    exclude_special: bool
+    exclude_first: bool
+    most: int | None = None
+
+    def budget(self, asked: int | None, defaults: dict[str, int]) -> int:
+        """Tokens to take where ``asked`` may be left to the device."""
+        return asked if asked is not None else defaults[self.head.base.device.type]
+
+
+def prepare(config: EvaluateConfig, located: Located) -> Setting:
+    """Load the model with its head, and settle hookpoints and token policy; refuses what does not fit the SAEs."""
+    name = config.model or located.says("model")
+    if name is None:
+        raise SaetrainError(f"{config.path}: does not say which model it belongs to; name it by --model")
+    base = config.base
+    base = dataclasses.replace(
+        base, dtype=base.dtype or located.says("model_dtype"), revision=base.revision or located.says("model_revision")
+    )
+    head = load_with_head(name, base)
+    _require_weights(head, located)
+    tokenizer = load_tokenizer(name, base.revision, base.trust_remote_code)
+    check_vocabulary(head.base, len(tokenizer))
+    hookpoints = {sae: _hookpoint(config, head, located, found) for sae, found in located.saes.items()}
+    capture = ActivationCapture(head.base, list(dict.fromkeys(hookpoints.values())))
+    for sae, found in located.saes.items():
+        width = capture.widths[hookpoints[sae]]
+        if found.coder.d_in != width:
+            raise SaetrainError(
+                f"{found.folder}: takes activations of width {found.coder.d_in}, those of {hookpoints[sae]} of {name} "
+                f"are {width} wide; was it trained on another model?"
+            )
+    special, first = _policy(config, located)
+    reader = ActivationReader(capture, token_policy(special, first), base.model_batch_tokens)
+    if first:
+        limits = {hookpoints[sae]: found.about.get("norm_limit") for sae, found in located.saes.items()}
+        reader.limits = {hookpoint: limit for hookpoint, limit in limits.items() if limit is not None}
+    framing = Framing.of(tokenizer, head.base.causal, _ctx_len(config, located, head))
+    return Setting(config, located, head, tokenizer, framing, hookpoints, reader, special, first)
+
+
+def _require_weights(head: HeadModel, located: Located) -> None:
+    expected, found = located.says("model_weights_sha256"), weights_hash(head.base)
+    if expected is not None and found != expected:
+        raise SaetrainError(
+            f"model {head.base.name}: its weights are not those that the SAE in {located.path} was trained on "
+            f"({located.says('model')}, SHA-256 {expected[:12]}…, found {str(found)[:12]}…)"
+        )
+
+
+def _hookpoint(config: EvaluateConfig, head: HeadModel, located: Located, sae: Found) -> str:
+    """The module whose output the SAE takes; SaetrainError where it is not known or --hookpoint says another."""
+    own = sae.about.get("hookpoint") or _translated(sae.about.get("hook_name"), head)
+    wanted = config.hookpoint or own
+    if wanted is None:
+        there = sae.about.get("hook_name")
+        says = f"names its hookpoint '{there}', which is no module of the model" if there else "names no hookpoint"
+        raise SaetrainError(f"{sae.folder}: {says}; name the module by --hookpoint")
+    if own is not None and own != wanted:
+        raise SaetrainError(f"--hookpoint {wanted}: the SAE in {sae.folder} was trained on {own}")
+    names = [name for name, _ in head.base.module.named_modules() if name]
+    if wanted not in names:
+        raise SaetrainError(f"--hookpoint {wanted}: no module of {head.base.name}.{did_you_mean(wanted, names)}")
+    return wanted
+
+
+def _translated(name: str | None, head: HeadModel) -> str | None:
+    """Our name of a hookpoint that another library names: TransformerLens' residual streams, sparsify's layers."""
+    if name is None or name in dict(head.base.module.named_modules()):
+        return name
+    blocks, layers = find_blocks(head.base)
+    parts = name.split(".")
+    if len(parts) == 3 and parts[0] == "blocks" and parts[1].isdigit():
+        behind = {"hook_resid_post": 0, "hook_resid_pre": -1}.get(parts[2])
+        layer = int(parts[1]) + behind if behind is not None else -1
+    elif len(parts) == 2 and parts[0] == "layers" and parts[1].isdigit():
+        layer = int(parts[1])
+    else:
+        return None
+    return f"{blocks}.{layer}" if 0 <= layer < len(layers) else None
+
+
+def _policy(config: EvaluateConfig, located: Located) -> tuple[bool, bool]:
+    """(special tokens left out, first positions left out): the SAE's own policy unless a flag says another."""
+
+    def chosen(flag: str, key: str) -> bool:
+        return located.says(key) is not False if flag == "auto" else flag == "true"
+
+    return chosen(config.exclude_special_tokens, "exclude_special_tokens"), chosen(
+        config.exclude_sinks, "exclude_sinks"
+    )
+
+
+def _ctx_len(config: EvaluateConfig, located: Located, head: HeadModel) -> int:
+    most = head.base.max_positions
+    wanted = config.ctx_len or located.says("ctx_len") or min(DEFAULT_CTX_LEN, most or DEFAULT_CTX_LEN)
+    if most is not None and wanted > most:
+        raise SaetrainError(f"--ctx_len {wanted}: {head.base.name} has positions for at most {most} tokens")
+    return int(wanted)
+
+
+def run_config(located: Located) -> RunConfig:
+    """The settings of the run that the SAEs are of."""
+    assert located.run is not None
+    path = str(located.run / CONFIG)
+    return from_flat(read_yaml(path), path)
