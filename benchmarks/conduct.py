@@ -222,7 +222,12 @@ def conduct(cases: list[Case], plan: Plan, say: Say) -> Iterator[dict[str, Any]]
         try:
             for case in members:
                 say(f"{case.name}: {', '.join(tool.name for tool in case.tools)}")
-                yield run_case(case, seated(case.tools, workers, plan.threads), plan)
+                record = run_case(case, seated(case.tools, workers, plan.threads), plan)
+                samples = [sample for tool in record["tools"] for sample in tool["samples"]]
+                dropped = sum(sample["dropped"] for sample in samples)
+                if dropped:
+                    say(f"  {dropped} of {len(samples)} samples dropped: others keep the CPU busy")
+                yield record
                 if group not in SHARED_WORKERS:
                     close(workers)
         finally:

@@ -5,6 +5,7 @@ python -m benchmarks.quality NAME MODEL DATASET [options of saetrain]
 
 from __future__ import annotations
 
+import argparse
 import json
 import shlex
 import statistics
@@ -61,7 +62,12 @@ def rows(results: dict[str, list[dict[str, float]]]) -> list[str]:
 
 def main() -> None:
     """Run all variants, write the figures, print the table."""
-    name, words = sys.argv[1], sys.argv[2:]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", help="of the results file, benchmarks/results/quality-NAME.json")
+    parser.add_argument("model", help="hub id or folder of a transformer")
+    parser.add_argument("dataset", help="hub id, folder or file")
+    options, rest = parser.parse_known_args()
+    name, words = options.name, [options.model, options.dataset, *rest]
     results: dict[str, list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for kernels, dtype in VARIANTS:

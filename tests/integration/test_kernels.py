@@ -46,12 +46,28 @@ def test_without_a_compiler_pytorch_s_are_taken_and_it_is_said(
 ) -> None:
     done = without_compiler(tmp_path, tiny_bert, topics_jsonl)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("--kernels auto: the C++ kernels can't be built") == 1
+    assert done.stderr.count("--kernels auto: the C++ kernels are not used: the compiler false (named by CXX) does not run") == 1
     assert about(tmp_path / "out")["kernels"] == "torch"
     done = without_compiler(tmp_path, tiny_bert, topics_jsonl, "--kernels", "native", "--run_name", "other")
     assert done.returncode == 2
     assert "saetrain: error: --kernels native: the C++ kernels can't be built" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_what_was_built_is_used_without_a_compiler(tmp_path: Path, tiny_bert: str, topics_jsonl: str) -> None:
+    cache = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    words = [sys.executable, "-m", "saetrain", tiny_bert, topics_jsonl, *BASE.split(), "--kernels", "native"]
+    words += ["--save_dir", str(tmp_path)]
+    for name, path, built in (("first", os.environ["PATH"], 1), ("second", str(tmp_path / "empty"), 0)):
+        env = {**os.environ, **cache, "PATH": path}
+        env.pop("CXX", None)
+        done = subprocess.run([*words, "--run_name", name], env=env, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.count("building the C++ kernels, once; they are kept in") == built
+    env = {**env, "XDG_CACHE_HOME": str(tmp_path / "other")}
+    done = subprocess.run([*words, "--run_name", "third"], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "no C++ compiler was found: g++, c++, clang++, or the one that CXX names" in done.stderr
 
 
 def test_a_damaged_library_in_the_cache_is_built_anew(tmp_path: Path, tiny_bert: str, topics_jsonl: str) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import os
 import platform
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -22,16 +24,19 @@ def build(anew: bool = False) -> Path:
 
     ``anew``: also then, for that one could not be loaded. OSError or CalledProcessError where it can't be built.
     """
-    compiler = shlex.split(os.environ.get("CXX", "")) or [shutil.which("g++") or shutil.which("c++") or ""]
-    if not compiler[0]:
-        raise OSError("no C++ compiler (g++, or the one that CXX names) was found")
-    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    about = [SOURCE.read_text(), *FLAGS, version, _processor(), torch.__version__, *_openmp()]
-    key = hashlib.sha256("\0".join(about).encode()).hexdigest()[:16]
-    folder = _folder()
-    library = folder / f"native-{platform.machine()}-{key}.so"
+    compiler = _compiler()
+    about = [SOURCE.read_text(), *FLAGS, _processor(), torch.__version__, *_openmp()]
+    folder, name = _folder(), f"native-{platform.machine()}-{_key(about)}"
+    if compiler is None:
+        # What was built while there was one computes the same.
+        built = sorted(folder.glob(f"{name}-*.so"), key=lambda path: path.stat().st_mtime)
+        if built and not anew:
+            return built[-1]
+        raise OSError("no C++ compiler was found: g++, c++, clang++, or the one that CXX names")
+    library = folder / f"{name}-{_key([_version(compiler)])}.so"
     if library.exists() and not anew:
         return library
+    print(f"building the C++ kernels, once; they are kept in {folder}", file=sys.stderr)
     with tempfile.TemporaryDirectory(dir=folder) as work:
         unit, shared = Path(work, "native.o"), Path(work, "native.so")
         _run([*compiler, *FLAGS, "-c", str(SOURCE), "-o", str(unit)])
@@ -40,8 +45,27 @@ def build(anew: bool = False) -> Path:
     return library
 
 
+def _key(about: list[str]) -> str:
+    return hashlib.sha256("\0".join(about).encode()).hexdigest()[:16]
+
+
+def _compiler() -> list[str] | None:
+    """Its command, or None where there is none."""
+    named = shlex.split(os.environ.get("CXX", ""))
+    found = next((path for name in ("g++", "c++", "clang++") if (path := shutil.which(name))), None)
+    return named or ([found] if found else None)
+
+
+def _version(compiler: list[str]) -> str:
+    try:
+        return subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        origin = " (named by CXX)" if os.environ.get("CXX") else ""
+        raise OSError(f"the compiler {shlex.join(compiler)}{origin} does not run") from error
+
+
 def _folder() -> Path:
-    """The user's cache, or a folder of this user's among the temporary ones where there is none to write to."""
+    """The user's cache, or a temporary folder of this process where there is none to write to."""
     try:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         folder = home / "saetrain" / "kernels"
@@ -49,7 +73,9 @@ def _folder() -> Path:
         with tempfile.TemporaryFile(dir=folder):
             return folder
     except (OSError, RuntimeError):  # read-only, or a user without a home
-        return Path(tempfile.mkdtemp(prefix="saetrain-kernels-"))
+        folder = Path(tempfile.mkdtemp(prefix="saetrain-kernels-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        return folder
 
 
 def _processor() -> str:

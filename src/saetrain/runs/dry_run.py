@@ -9,6 +9,7 @@ import torch
 
 from saetrain.activations.normalize import Normalizer
 from saetrain.runs.feed import make_feed
+from saetrain.runs.kernels import choose_kernels
 from saetrain.runs.prepare import Prepared
 from saetrain.runs.resources import FLOAT, gib, memory_needed, memory_there, sae_parameters
 from saetrain.training.checkpoint import KEPT
@@ -21,6 +22,8 @@ def report(run: Prepared, trainer: Trainer, normalizers: dict[str, Normalizer]) 
     """Print layers, widths, parameters, memory, disk, steps and an estimate of the time; trains a few steps for it."""
     plan = run.plan
     print(f"model       {run.model.name} on {run.model.device}, {run.model.dtype}")
+    kernels = choose_kernels(run.config.compute, run.config.optim, run.model.device)
+    print(f"kernels     {kernels.kernels}, products in {kernels.compute_dtype}")
     for name, sae in trainer.saes.items():
         count = sum(parameter.numel() for parameter in sae.coder.parameters())
         print(

@@ -39,8 +39,8 @@ def choose_kernels(
         problem = _build_problem()
         if problem and name == "native":
             raise SaetrainError(f"--kernels native: the C++ kernels can't be built: {problem}; use --kernels torch")
-        if problem:
-            say(f"--kernels auto: the C++ kernels can't be built ({problem}), so PyTorch's are used")
+    if name == "auto" and problem and device.type == "cpu":
+        say(f"--kernels auto: the C++ kernels are not used: {problem}; PyTorch's are")
     if name == "auto":
         name = "torch" if problem else "native"
     if name == "reference" and dtype == "bfloat16":
