@@ -12,6 +12,8 @@ from saetrain.config import RunConfig
 from saetrain.errors import SaetrainError
 
 FLOAT = 4
+LOGITS = 5
+"""Times that an end-to-end step holds the vocabulary's logits: both models' answers, their difference, gradients."""
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
@@ -22,10 +24,16 @@ def sae_parameters(config: RunConfig, widths: dict[str, int]) -> int:
 
 
 def memory_needed(config: RunConfig, model: BaseModel, widths: dict[str, int], ctx_len: int) -> int:
-    """Bytes beside the program: model, SAEs with gradients and two moments, mixing buffer, one micro-step's codes."""
+    """Bytes beside the program: model, SAEs with gradients and two moments, mixing buffer, one micro-step's codes.
+
+    End to end, the logits of a micro-step in the buffer's place.
+    """
     weights = sum(p.numel() * p.element_size() for p in model.module.parameters())
     saes = 4 * FLOAT * sae_parameters(config, widths)
     mixing = min(config.buffer.buffer_tokens, config.train.max_tokens) * sum(widths.values()) * model.dtype.itemsize
+    if config.train.end_to_end:
+        vocabulary = model.module.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+        mixing = LOGITS * FLOAT * config.train.batch_size * ctx_len * vocabulary
     widest = max(config.sae.latents(width) for width in widths.values())
     return weights + saes + mixing + 3 * FLOAT * config.train.batch_size * ctx_len * widest
 
