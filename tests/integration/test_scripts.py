@@ -30,6 +30,7 @@ FLAGS = ["--eval_tokens", "300", "--fit_tokens", "300", "--loss_tokens", "64", "
 LAYER = "encoder.layer.0"
 STUB = """#!/usr/bin/env bash
 echo "$*" >> calls
+echo "${OMP_NUM_THREADS:-none}" >> threads
 code=$(sed -n "$(wc -l < calls)p" codes 2> /dev/null)
 exit "${code:-0}"
 """
@@ -208,6 +209,13 @@ def test_processes_share_the_global_batch(
     assert f"--nproc_per_node {processes} -m saetrain m d" in first
     # Of a flag that is given twice the last one counts.
     assert first.rindex(f"--batch_size {share[0]} --grad_acc_steps {share[1]}") == first.rindex("--batch_size")
+
+
+def test_processes_share_the_cores(calls: Callable[..., list[str]], tmp_path: Path) -> None:
+    (tmp_path / "nproc").write_text("#!/bin/sh\necho 9\n")
+    (tmp_path / "nproc").chmod(0o755)
+    calls(MULTI, N_GPUS="4", BATCH_SIZE="4", OMP_NUM_THREADS="", PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert (tmp_path / "threads").read_text().split()[0] == "2"
 
 
 def test_defaults_that_are_shared_are_the_package_s() -> None:
