@@ -104,10 +104,12 @@ train_by() {
   shift
   text=$(share "$count")
   read -ra part <<< "$text"
-  cores=$(getconf _NPROCESSORS_ONLN)
   # Left alone, torchrun gives each of several processes a single thread.
-  OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > count ? cores / count : 1))} \
-    "$PYTHON" "$scripts/torchrun.py" --standalone --nproc_per_node "$count" -m saetrain \
+  if [[ $count != 1 && -z ${OMP_NUM_THREADS:-} ]]; then
+    cores=$(nproc 2> /dev/null || getconf _NPROCESSORS_ONLN)
+    export OMP_NUM_THREADS=$((cores > count ? cores / count : 1))
+  fi
+  "$PYTHON" "$scripts/torchrun.py" --standalone --nproc_per_node "$count" -m saetrain \
     "${settings[@]}" "${part[@]}" "$@"
 }
 

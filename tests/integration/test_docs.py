@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from saetrain.cli import main
-from saetrain.config import flags
+from saetrain.config import CompareConfig, EvaluateConfig, flags
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -68,7 +68,7 @@ def workplace(folder: Path, bert: str, gpt2: str, topics: list[str]) -> Iterator
 def run_page(page: Path, libraries: bool) -> list[str]:
     """Run a page's commands, then its Python blocks in one namespace; gives what the blocks print."""
     for words in commands(page):
-        if words[0] == "tokenize":
+        if words[0] in ("tokenize", "compare"):
             main(words)
             continue
         if words[0] == "evaluate":
@@ -127,7 +127,7 @@ def test_flags_exist(page: Path) -> None:
     lines = page.read_text().splitlines()
     # Flags of pip and of the benchmark are not ours.
     text = "\n".join(line for line in lines if not line.startswith("pip ") and "-m benchmarks" not in line)
-    known = {*flags(), "config", "help"}
+    known = {*flags(), *flags(EvaluateConfig), *flags(CompareConfig), "config", "help"}
     used = {flag.replace("-", "_") for flag in re.findall(r"(?<![\w-])--([a-z][\w-]*)", text)}
     assert used <= known, used - known
 

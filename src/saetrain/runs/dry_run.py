@@ -22,7 +22,7 @@ def report(run: Prepared, trainer: Trainer, normalizers: dict[str, Normalizer]) 
     """Print layers, widths, parameters, memory, disk, steps and an estimate of the time; trains a few steps for it."""
     plan = run.plan
     print(f"model       {run.model.name} on {run.model.device}, {run.model.dtype}")
-    kernels = choose_kernels(run.config.compute, run.config.optim, run.model.device)
+    kernels = choose_kernels(run.config.compute, run.config.optim, run.config.train.loss_fn, run.model.device)
     print(f"kernels     {kernels.kernels}, products in {kernels.compute_dtype}")
     for name, sae in trainer.saes.items():
         count = sum(parameter.numel() for parameter in sae.coder.parameters())
