@@ -59,9 +59,7 @@ def test_all_figures_by_loops() -> None:
     assert figures["decoder_redundancy_top100"] == pytest.approx(float(pairs.topk(100).values.mean()), abs=1e-5)
     # Random directions are as alike as random directions are expected to be.
     assert figures["decoder_max_cosine"] == pytest.approx(figures["decoder_max_cosine_random"], abs=0.02)
-    assert figures["decoder_redundancy_top100"] == pytest.approx(
-        figures["decoder_redundancy_top100_random"], abs=0.02
-    )
+    assert figures["decoder_redundancy_top100"] == pytest.approx(figures["decoder_redundancy_top100_random"], abs=0.02)
 
 
 def test_a_single_latent_has_no_pairs() -> None:

@@ -20,7 +20,7 @@ from saetrain.errors import SaetrainError
 from saetrain.evaluation.nulls import PCA, Moments, RandomDecoder
 from saetrain.evaluation.recovered import SplicePolicy, every_token, questions
 from saetrain.evaluation.score import Figure, Nulls, ScoreSettings, Subject, score_losses
-from saetrain.types import Codes, CoderOutput, Progress, Sequence
+from saetrain.types import CoderOutput, Codes, Progress, Sequence
 
 CAUSAL_AT, MASKED_AT, ENCODER_AT = "h.1", "encoder.layer.1", "encoder.layer.3"
 KEPT = SplicePolicy(token_policy(exclude_special=True, exclude_first=True))
