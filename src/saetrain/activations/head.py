@@ -12,6 +12,9 @@ from saetrain.activations.model import BaseModel, ModelSettings, check_architect
 
 Kind = Literal["causal", "masked", "none"]
 
+OTHERWISE_PRETRAINED = {"ElectraForPreTraining", "FunnelForPreTraining", "SplinterForPreTraining"}
+"""Pre-trained to tell replaced tokens or to find spans, so without a head that predicts tokens."""
+
 
 @dataclass(frozen=True)
 class HeadModel:
@@ -65,7 +68,7 @@ def head_kind(architecture: str, causal: bool) -> Kind:
         return "causal"
     masked = _classes(modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES)
     # BERT's own checkpoints hold the head of its pre-training, of which the masked-LM head is a part.
-    masked |= _classes(modeling_auto.MODEL_FOR_PRETRAINING_MAPPING_NAMES)
+    masked |= _classes(modeling_auto.MODEL_FOR_PRETRAINING_MAPPING_NAMES) - OTHERWISE_PRETRAINED
     if not causal and (architecture in masked or architecture.endswith("ForMaskedLM")):
         return "masked"
     return "none"

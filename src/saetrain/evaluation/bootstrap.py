@@ -74,7 +74,7 @@ class DocumentSums:
 
     def estimate(self, formula: Formula) -> Estimate:
         """What ``formula`` makes of the sums, (…) to scalar and with a leading axis of replicates alike."""
-        return interval(formula(self.total), formula(self.replicate) if self.replicates else None)
+        return interval(formula(self.total), formula(self.replicate) if self.replicate else None)
 
 
 def interval(value: Tensor, replicates: Tensor | None) -> Estimate:

@@ -12,7 +12,7 @@ from saetrain.types import Codes
 GATHERED = 1 << 24
 """Numbers of decoder rows that least squares holds at once."""
 RIDGE = 1e-5
-"""Added to the diagonal where the k directions are not independent (k >= D)."""
+"""Added to the diagonal, as the k directions may be all but dependent (k near D)."""
 
 
 class Moments:
@@ -86,12 +86,19 @@ class RandomDecoder:
 
     def _project(self, indices: Tensor, x: Tensor) -> Tensor:
         rows = self.directions[indices]
-        gram = rows @ rows.transpose(1, 2)
-        gram.diagonal(dim1=1, dim2=2).add_(RIDGE)
-        wanted = rows @ x.unsqueeze(2)
-        weights = torch.cholesky_solve(wanted, torch.linalg.cholesky(gram))
+        if rows.shape[1] > rows.shape[2]:
+            # More directions than dimensions: their products are a singular matrix, those of the dimensions are not.
+            gram = rows.transpose(1, 2) @ rows
+            return x - RIDGE * _solve(gram, x.unsqueeze(2)).squeeze(2)
+        weights = _solve(rows @ rows.transpose(1, 2), rows @ x.unsqueeze(2))
         return (rows.transpose(1, 2) @ weights).squeeze(2)
 
     def __call__(self, x_ND: Tensor) -> Tensor:
         """The reconstruction."""
         return self.decode(self.encode(x_ND), x_ND)
+
+
+def _solve(gram: Tensor, wanted: Tensor) -> Tensor:
+    """(gram + RIDGE)⁻¹ wanted; ``gram`` is changed."""
+    gram.diagonal(dim1=1, dim2=2).add_(RIDGE)
+    return torch.cholesky_solve(wanted, torch.linalg.cholesky(gram))

@@ -1,0 +1,144 @@
+"""All figures of an SAE on activations, against formulas over the tokens of each class."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from saetrain.activations.read import Labelled, Place
+from saetrain.coders.topk import TopK
+from saetrain.errors import SaetrainError
+from saetrain.evaluation.nulls import PCA, Moments, RandomDecoder
+from saetrain.evaluation.score import Nulls, Scores, ScoreSettings, Subject, score_activations
+
+N, D, F, K, AT = 3000, 16, 96, 5, "layers.0"
+SETTINGS = ScoreSettings(bootstrap=25)
+THRESHOLD = 0.02
+
+
+@pytest.fixture(scope="module")
+def coder() -> TopK:
+    coder = TopK(D, F, K, seed=1).requires_grad_(False)
+    coder.b_dec.fill_(3.0)
+    coder.b_enc.copy_(torch.linspace(-4, -1, F))
+    return coder
+
+
+@pytest.fixture(scope="module")
+def tokens() -> Labelled:
+    """Tokens of each class, the left-out ones ten times as large."""
+    rng = np.random.default_rng(0)
+    place = rng.choice(4, N, p=[0.85, 0.08, 0.05, 0.02]).astype(np.uint8)
+    x = torch.randn(N, D, generator=torch.Generator().manual_seed(0)) + 3
+    x[torch.from_numpy(place != Place.KEPT)] *= 10
+    return Labelled({AT: x}, np.sort(rng.integers(0, 60, N)), place)
+
+
+def nulls_of(x: torch.Tensor) -> Nulls:
+    moments = Moments(D, x.device)
+    moments.add(x + 0.05)
+    mean = moments.mean()
+    return Nulls(mean, PCA(mean, moments.principal(K)), RandomDecoder.of(mean, F, K, 0))
+
+
+def run(coder: TopK, nulls: Nulls, batches: list[Labelled]) -> Scores:
+    subjects = {"sae": Subject(AT, coder, nulls.mean)}
+    return score_activations(subjects, {"sae": nulls}, batches, THRESHOLD, SETTINGS)["sae"]
+
+
+def pieces(tokens: Labelled, order: np.ndarray, parts: int) -> list[Labelled]:
+    return [
+        Labelled({AT: tokens.values[AT][torch.from_numpy(rows)]}, tokens.doc[rows], tokens.place[rows])
+        for rows in np.array_split(order, parts)
+    ]
+
+
+def explained(x: torch.Tensor, estimate: torch.Tensor) -> float:
+    a, b = x.double(), estimate.double()
+    return float(1 - (a - b).pow(2).sum() / (a - a.mean(dim=0)).pow(2).sum())
+
+
+def test_figures_are_of_the_kept_tokens_beside_their_nulls(coder: TopK, tokens: Labelled) -> None:
+    x = tokens.values[AT]
+    kept = x[torch.from_numpy(tokens.place == Place.KEPT)]
+    nulls = nulls_of(kept)
+    scores = run(coder, nulls, [tokens])
+    # The reconstruction, with all F latents written out.
+    pre = (kept - coder.b_dec) @ coder.W_enc + coder.b_enc
+    code = torch.where(pre >= pre.sort(dim=1).values[:, [-K]], pre.clamp_min(0), 0)
+    estimate = code @ coder.W_dec + coder.b_dec
+    found = scores.figures["explained_variance"]
+    assert found.estimate.value == pytest.approx(explained(kept, estimate), abs=1e-5)
+    assert found.estimate.low < found.estimate.value < found.estimate.high
+    assert found.count == len(kept)
+    assert {name: null.value for name, null in found.nulls.items()} == pytest.approx(
+        {
+            "random_decoder": explained(kept, nulls.random(kept)),
+            "pca": explained(kept, nulls.pca(kept)),
+            "mean": explained(kept, nulls.mean.expand_as(kept)),
+        },
+        abs=1e-6,
+    )
+    assert found.nulls["mean"].value < 0 < found.nulls["random_decoder"].value
+    rates = (code > 0).double().mean(dim=0)
+    l0 = scores.figures["l0"]
+    assert l0.estimate.value == pytest.approx(float(rates.sum()), abs=1e-3)
+    assert l0.estimate.value < K - 0.1
+    assert l0.nulls["random_decoder"].value == pytest.approx(
+        float((nulls.random.encode(kept).values > 0).sum(dim=1).double().mean())
+    )
+    dead = scores.figures["dead_below_threshold"]
+    assert dead.estimate.value == pytest.approx(float((rates < THRESHOLD).double().mean()), abs=1.01 / F)
+    assert 0.05 < dead.estimate.value < 0.95
+    assert scores.documents == len(np.unique(tokens.doc))
+
+
+def test_classes_of_positions_are_told_apart_and_add_up(coder: TopK, tokens: Labelled) -> None:
+    x = tokens.values[AT]
+    scores = run(coder, nulls_of(x), [tokens])
+    estimate = coder.decode(coder.encode(x))
+    assert set(scores.classes) == {"kept", "special", "first", "outlier", "all"}
+    for place in Place:
+        rows = torch.from_numpy(tokens.place == place)
+        of = scores.classes[place.name.lower()]
+        assert of["tokens"] == int(rows.sum())
+        assert of["explained_variance"] == pytest.approx(explained(x[rows], estimate[rows]), abs=1e-6)
+    assert scores.classes["all"]["tokens"] == N
+    assert scores.classes["all"]["explained_variance"] == pytest.approx(explained(x, estimate), abs=1e-6)
+    assert abs(scores.classes["all"]["fvu"] - scores.classes["kept"]["fvu"]) > 0.01
+
+
+def test_batches_and_their_order_change_nothing(coder: TopK, tokens: Labelled) -> None:
+    nulls = nulls_of(tokens.values[AT])
+    whole = run(coder, nulls, [tokens])
+    for parts, order in (
+        (1, np.arange(N)[::-1].copy()),
+        (40, np.random.default_rng(1).permutation(N)),
+        (700, np.arange(N)),
+    ):
+        again = run(coder, nulls, pieces(tokens, order, parts))
+        for name, figure in whole.figures.items():
+            other = again.figures[name]
+            assert other.count == figure.count
+            for a, b in ((figure.estimate, other.estimate), *((figure.nulls[n], other.nulls[n]) for n in figure.nulls)):
+                assert (b.value, b.low, b.high) == pytest.approx((a.value, a.low, a.high), abs=2e-5, nan_ok=True), name
+        assert again.density == whole.density
+        assert again.l0_percentiles == whole.l0_percentiles
+
+
+def test_text_without_a_token_that_counts(coder: TopK, tokens: Labelled) -> None:
+    only = Labelled(tokens.values, tokens.doc, np.full(N, Place.SPECIAL, dtype=np.uint8))
+    scores = run(coder, nulls_of(tokens.values[AT]), [only])
+    assert np.isnan(scores.figures["explained_variance"].estimate.value)
+    assert scores.figures["l0"].count == 0
+    assert scores.classes["special"]["tokens"] == N
+    assert scores.figures["explained_variance"].as_json("x")["value"] is None
+
+
+@pytest.mark.parametrize(
+    "values", [{"bootstrap": 1}, {"bootstrap": -1}, {"loss_tokens": -1}, {"fit_tokens": 1}, {"eval_seed": -1}]
+)
+def test_settings_out_of_range_are_refused(values: dict) -> None:
+    with pytest.raises(SaetrainError, match=f"--{next(iter(values))}"):
+        ScoreSettings(**values)

@@ -1,0 +1,112 @@
+"""Counts of the decoded code and their replicates, against brute force over tokens and latents."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from saetrain.evaluation.bootstrap import poisson_weights
+from saetrain.evaluation.sparsity import DOCUMENTS, SparsitySums
+from saetrain.types import Codes
+
+N, F, K, THRESHOLD = 700, 40, 5, 0.01
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def code() -> Codes:
+    """Latents of very unlike densities; latent 39 never fires, though entries of value 0 point at it."""
+    rng = np.random.default_rng(0)
+    chance = np.r_[0.5 ** np.linspace(0, 9, F - 1), 0]
+    chance /= chance.sum()
+    indices = np.stack([rng.choice(F - 1, K, replace=False, p=chance[:-1]) for _ in range(N)])
+    values = np.maximum(rng.normal(0.5, 1, (N, K)), 0)
+    indices[values == 0] = F - 1
+    return Codes(torch.from_numpy(values).float(), torch.from_numpy(indices), F)
+
+
+@pytest.fixture(scope="module")
+def docs() -> np.ndarray:
+    """More documents than are counted at once."""
+    docs = np.random.default_rng(1).integers(0, 2 * DOCUMENTS + 5, N)
+    assert len(np.unique(docs)) > 2 * DOCUMENTS
+    return docs
+
+
+def by_hand(active: np.ndarray, weights: np.ndarray) -> dict[str, float]:
+    fired, tokens = np.zeros(F), 0.0
+    for token in range(N):
+        tokens += weights[token]
+        for latent in range(F):
+            fired[latent] += weights[token] * active[token, latent]
+    rates = fired / tokens
+    return {
+        "l0": rates.sum(),
+        "dead_below_threshold": (rates < THRESHOLD).mean(),
+        "dead_never_fired": (rates == 0).mean(),
+        "dead_below_1e-5": (rates < 1e-5).mean(),
+        "alive": (rates > 0).mean(),
+        "density_over_1_percent": (rates > 0.01).mean(),
+        "density_over_10_percent": (rates > 0.1).mean(),
+    }
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_figures_and_replicates_equal_brute_force(code: Codes, docs: np.ndarray, dense: bool) -> None:
+    active = (code.dense() > 0).numpy()
+    sums = SparsitySums(F, THRESHOLD, CPU, replicates=12, seed=7)
+    for rows in np.array_split(np.random.default_rng(2).permutation(N), 4):
+        part = code.rows(torch.from_numpy(rows))
+        sums.add(Codes(part.dense(), None, F) if dense else part, docs[rows])
+    wanted = by_hand(active, np.ones(N))
+    assert len(set(wanted.values())) >= 5, "the figures are told apart"
+    got = sums.metrics()
+    assert {name: got[name] for name in wanted} == pytest.approx(wanted, rel=1e-12)
+    assert got["l0_share"] == pytest.approx(wanted["l0"] / F)
+    counts = np.sort(active.sum(axis=1))
+    for share, name in ((0.05, "l0_p5"), (0.5, "l0_p50"), (0.95, "l0_p95")):
+        assert got[name] == counts[math.ceil(share * N) - 1]
+    weights = poisson_weights(docs, 12, seed=7)
+    drawn = [by_hand(active, weights[replicate]) for replicate in range(12)]
+    for name, found in sums.estimates().items():
+        if name == "l0_share":
+            continue
+        each = np.array([figures[name] for figures in drawn])
+        each += found.value - each.mean()
+        assert (found.low, found.high) == pytest.approx(tuple(np.quantile(each, [0.025, 0.975])), abs=1e-6), name
+
+
+def test_batches_and_their_order_change_nothing(code: Codes, docs: np.ndarray) -> None:
+    whole = SparsitySums(F, THRESHOLD, CPU, replicates=20)
+    whole.add(code, docs)
+    parts = SparsitySums(F, THRESHOLD, CPU, replicates=20)
+    for rows in np.array_split(np.arange(N)[::-1].copy(), 33):
+        parts.add(code.rows(torch.from_numpy(rows)), docs[rows])
+    assert parts.metrics() == whole.metrics()
+    assert parts.estimates() == whole.estimates()
+    assert parts.histogram() == whole.histogram()
+
+
+def test_the_histogram_counts_every_latent_once(code: Codes) -> None:
+    sums = SparsitySums(F, THRESHOLD, CPU)
+    sums.add(code)
+    rates = (code.dense() > 0).double().mean(dim=0).numpy()
+    found = sums.histogram()
+    edges = found["edges_log10"]
+    for low, high, count in zip(edges, edges[1:], found["counts"], strict=False):
+        inside = [r for r in rates if r > 0 and low <= math.log10(r) and (math.log10(r) < high or high == 0)]
+        assert count == len(inside), low
+    assert found["never"] == int((rates == 0).sum()) >= 1
+    assert sum(found["counts"]) + found["rarer"] + found["never"] == F
+
+
+@pytest.mark.parametrize("replicates", [0, 10])
+def test_no_token_at_all(replicates: int) -> None:
+    sums = SparsitySums(F, THRESHOLD, CPU, replicates)
+    sums.add(Codes(torch.zeros(0, K), torch.zeros(0, K, dtype=torch.long), F), np.zeros(0, dtype=np.int64))
+    figures = sums.estimates()
+    assert figures["l0"].value == 0
+    assert math.isnan(figures["l0"].low)

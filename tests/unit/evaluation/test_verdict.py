@@ -1,0 +1,186 @@
+"""The verdict: every status, what no training could change, and thresholds that can be set."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from saetrain.errors import SaetrainError
+from saetrain.evaluation.bootstrap import Estimate
+from saetrain.evaluation.verdict import HealthSettings, Judged, Shape, Verdict, judge
+
+SHAPE = Shape(d_in=384, num_latents=4096, k=64, dead_bound=0.0)
+HEALTHY = {
+    "explained_variance": 0.8,
+    "l0": 63.0,
+    "dead_below_threshold": 0.05,
+    "decoder_redundancy_top100": 0.2,
+}
+NULLS: dict[str, float | None] = {
+    "explained_variance": 0.4,
+    "l0": 64.0,
+    "dead_below_threshold": 0.0,
+    "decoder_redundancy_top100": 0.15,
+}
+
+
+def verdict(
+    shape: Shape = SHAPE,
+    settings: HealthSettings | None = None,
+    nulls: dict[str, float | None] | None = None,
+    **values: float,
+) -> Verdict:
+    figures = {name: Estimate(value, value - 0.01, value + 0.01) for name, value in (HEALTHY | values).items()}
+    return judge(figures, NULLS | (nulls or {}), shape, settings or HealthSettings())
+
+
+def one(name: str, **options: object) -> Judged:
+    return verdict(**options).metrics[name]  # type: ignore[arg-type]
+
+
+def test_all_healthy() -> None:
+    found = verdict()
+    assert str(found) == "4/4"
+    assert [judged.status for judged in found.metrics.values()] == ["good", "pass", "good", "pass"]
+    assert not any(judged.by_construction for judged in found.metrics.values())
+    assert not any(judged.advice for judged in found.metrics.values())
+
+
+@pytest.mark.parametrize(
+    ("value", "status", "advice"),
+    [
+        (0.7, "good", ""),
+        (0.6999, "pass", "more tokens or latents"),
+        (0.6, "pass", "more tokens or latents"),
+        (0.5999, "fail", "train on more tokens"),
+        (0.0, "fail", "train on more tokens"),
+        (-0.01, "fail", "worse than predicting the mean"),
+        (math.nan, "fail", "check its weights"),
+        (-math.inf, "fail", "check its weights"),
+    ],
+)
+def test_explained_variance(value: float, status: str, advice: str) -> None:
+    found = one("explained_variance", explained_variance=value)
+    assert found.status == status
+    assert found.advice.startswith(advice)
+    assert bool(found.advice) == bool(advice)
+    assert found.passed == (status != "fail")
+    assert not found.by_construction
+
+
+def test_an_sae_that_random_directions_match_is_told_so() -> None:
+    found = one("explained_variance", explained_variance=0.75, nulls={"explained_variance": 0.75})
+    assert found.status == "good", "the threshold is the user's"
+    assert "no better than random directions" in found.advice
+    assert found.null == 0.75
+    assert "random decoder" not in one("explained_variance", nulls={"explained_variance": None}).reason
+
+
+@pytest.mark.parametrize(
+    ("l0", "k", "status", "impossible", "advice"),
+    [
+        (20.0, 20, "pass", False, ""),
+        (200.0, 200, "pass", False, ""),
+        (19.9, 32, "fail", False, "raise k"),
+        (16.0, 16, "fail", True, "raise k"),
+        (256.0, 256, "fail", True, "lower k"),
+        (201.0, None, "fail", False, "lower k"),
+        (10.0, None, "fail", False, "raise k"),
+    ],
+)
+def test_l0(l0: float, k: int | None, status: str, impossible: bool, advice: str) -> None:
+    found = one("l0", l0=l0, shape=Shape(384, 40_960, k, 0.0))
+    assert (found.status, found.by_construction) == (status, impossible)
+    assert found.advice == advice
+    assert (f"k = {k} fixes it" in found.reason) == impossible
+
+
+@pytest.mark.parametrize(("latents", "hardly"), [(1279, True), (1281, False)])
+def test_a_code_of_more_than_a_twentieth_is_hardly_sparse(latents: int, hardly: bool) -> None:
+    found = one("l0", l0=64.0, shape=Shape(384, latents, 64, 0.0))
+    assert found.status == "pass"
+    assert ("hardly sparse" in found.advice) == hardly
+
+
+@pytest.mark.parametrize(
+    ("value", "bound", "status", "impossible"),
+    [
+        (0.1, 0.0, "good", False),
+        (0.1001, 0.0, "pass", False),
+        (0.2, 0.2, "pass", False),
+        (0.2001, 0.0, "fail", False),
+        (0.9, 0.84, "fail", True),
+        (1.0, 1.0, "fail", True),
+    ],
+)
+def test_dead(value: float, bound: float, status: str, impossible: bool) -> None:
+    found = one("dead", dead_below_threshold=value, shape=Shape(384, 4096, 64, bound))
+    assert (found.status, found.by_construction) == (status, impossible)
+    assert found.advice.startswith("lower --dead_percentage_threshold") == impossible
+    assert (f"at least {bound:.1%} must" in found.reason) == impossible
+
+
+@pytest.mark.parametrize(
+    ("value", "null", "status", "impossible"),
+    [
+        (0.25, 0.2, "pass", False),
+        (0.2501, 0.2, "fail", False),
+        (0.5, 0.2501, "fail", True),
+        (0.2, 0.3, "pass", False),
+        (0.5, None, "fail", False),
+        (math.nan, None, "fail", False),
+    ],
+)
+def test_redundancy(value: float, null: float | None, status: str, impossible: bool) -> None:
+    found = one("redundancy", decoder_redundancy_top100=value, nulls={"decoder_redundancy_top100": null})
+    assert (found.status, found.by_construction) == (status, impossible)
+    assert found.null == null
+
+
+def test_thresholds_are_those_that_are_set() -> None:
+    strict = HealthSettings(
+        min_explained_variance=0.85, good_explained_variance=0.9, l0_range=(70.0, 80.0), max_dead=0.04, good_dead=0.01,
+        max_redundancy=0.1,
+    )  # fmt: skip
+    found = verdict(settings=strict)
+    assert str(found) == "0/4"
+    assert found.metrics["explained_variance"].threshold == ">= 0.85 (good: 0.9)"
+    assert found.metrics["l0"].threshold == "70 to 80"
+    assert found.metrics["dead"].threshold == "<= 0.04 (good: 0.01)"
+    assert found.metrics["redundancy"].threshold == "<= 0.1"
+    assert found.metrics["l0"].by_construction, "L0 can't exceed k = 64"
+    assert found.metrics["redundancy"].by_construction, "random directions have 0.15"
+    loose = HealthSettings(
+        min_explained_variance=-5, good_explained_variance=0, l0_range=(0.0, 1e9), max_dead=1, good_dead=1,
+        max_redundancy=1,
+    )  # fmt: skip
+    worst = verdict(settings=loose, explained_variance=-1, l0=0.0, dead_below_threshold=1.0)
+    assert [judged.status for judged in worst.metrics.values()] == ["pass", "pass", "good", "pass"]
+
+
+@pytest.mark.parametrize(
+    ("values", "flag"),
+    [
+        ({"l0_range": (200.0, 20.0)}, "--l0_range 200 20"),
+        ({"l0_range": (-1.0, 20.0)}, "--l0_range -1 20"),
+        ({"min_explained_variance": 0.8}, "--min_explained_variance 0.8"),
+        ({"good_dead": 0.3}, "--good_dead 0.3"),
+    ],
+)
+def test_thresholds_that_contradict_each_other_are_refused(values: dict, flag: str) -> None:
+    with pytest.raises(SaetrainError, match=flag):
+        HealthSettings(**values)
+
+
+def test_the_json_has_all_of_it_and_no_nan() -> None:
+    figures = {name: Estimate(value) for name, value in (HEALTHY | {"explained_variance": math.nan}).items()}
+    found = judge(figures, NULLS, SHAPE, HealthSettings()).as_json()
+    again = json.loads(json.dumps(found, allow_nan=False))
+    assert (again["verdict"], again["passed"], again["of"]) == ("3/4", 3, 4)
+    assert set(again["metrics"]) == {"explained_variance", "l0", "dead", "redundancy"}
+    assert again["metrics"]["explained_variance"]["value"] is None
+    assert again["metrics"]["l0"]["low"] is None
+    assert again["metrics"]["l0"]["null"] is None
+    assert again["metrics"]["dead"]["null"] == 0.0
