@@ -79,6 +79,13 @@ def test_figures_and_replicates_equal_brute_force(code: Codes, docs: np.ndarray,
         assert (found.low, found.high) == pytest.approx(tuple(np.quantile(each, [0.025, 0.975])), abs=1e-6), name
 
 
+def test_a_percentile_is_the_least_l0_that_so_many_tokens_do_not_exceed() -> None:
+    """Of 20 tokens with 1 to 20 active latents, exactly 1, 10 and 19 have no more than 1, 10 and 19."""
+    sums = SparsitySums(20, THRESHOLD, CPU)
+    sums.add(Codes(torch.ones(20, 20).tril(), None, 20))
+    assert sums.l0_percentiles() == (1, 10, 19)
+
+
 def test_batches_and_their_order_change_nothing(code: Codes, docs: np.ndarray) -> None:
     whole = SparsitySums(F, THRESHOLD, CPU, replicates=20)
     whole.add(code, docs)

@@ -84,6 +84,7 @@ def test_an_sae_that_random_directions_match_is_told_so() -> None:
         (20.0, 20, "pass", False, ""),
         (200.0, 200, "pass", False, ""),
         (19.9, 32, "fail", False, "raise k"),
+        (19.5, 20, "fail", False, "raise k"),
         (16.0, 16, "fail", True, "raise k"),
         (256.0, 256, "fail", True, "lower k"),
         (201.0, None, "fail", False, "lower k"),
