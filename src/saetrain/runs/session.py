@@ -236,7 +236,12 @@ class Session:
         asked = EvaluateConfig(
             path=str(self.directory), scoring=config.scoring, health=config.health, base=config.base, model=config.model
         )
-        assessment = evaluate_saved(asked, most=config.evaluation.eval_tokens)
+        try:
+            assessment = evaluate_saved(asked, most=config.evaluation.eval_tokens)
+        except SaetrainError as error:
+            # What was trained is saved and scored by then.
+            say(f"the assessment could not be made: {error}")
+            return
         with self.writing():
             self.log.write(Record("assessment", self.trainer.step, self.trainer.tokens, {}, assessment.logged()))
 
