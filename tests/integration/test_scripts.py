@@ -133,7 +133,7 @@ def test_dead_latent_study(start: Start, tmp_path: Path) -> None:
         held_against(row, study / name)
     assert [row["settings"] for row in table] == [{"auxk_alpha": 0.0}, {"auxk_alpha": 0.03125}]
     assert "in all: model" in printed
-    assert "lr 0.002" in printed
+    assert "lr 0.002" in " ".join(printed.split())
 
 
 def test_one_process_and_several_compute_the_same(start: Start, tmp_path: Path) -> None:

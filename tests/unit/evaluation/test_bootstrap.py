@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from saetrain.evaluation.bootstrap import DocumentSums, Estimate, Sums, interval, poisson_weights
+from saetrain.evaluation.bootstrap import DocumentSums, Sums, interval, poisson_weights
 
 
 def ratio(sums: Sums) -> torch.Tensor:
@@ -117,7 +117,6 @@ def test_nothing_resampled_gives_no_interval() -> None:
     assert estimate.value == 0.25
     assert math.isnan(estimate.low)
     assert math.isnan(estimate.high)
-    assert f"{estimate:.2f}" == "0.25"
 
 
 def test_a_replicate_without_documents_leaves_no_interval() -> None:
@@ -130,4 +129,3 @@ def test_intervals_are_moved_to_the_value() -> None:
     replicates = torch.linspace(0, 1, 101, dtype=torch.float64)
     estimate = interval(torch.tensor(3.0), replicates)
     assert (estimate.value, estimate.low, estimate.high) == pytest.approx((3.0, 2.525, 3.475))
-    assert f"{Estimate(1.0, 0.5, 1.5):.1f}" == "1.0 [0.5, 1.5]"

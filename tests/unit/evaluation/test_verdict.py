@@ -33,7 +33,11 @@ def verdict(
     **values: float,
 ) -> Verdict:
     figures = {name: Estimate(value, value - 0.01, value + 0.01) for name, value in (HEALTHY | values).items()}
-    return judge(figures, NULLS | (nulls or {}), shape, settings or HealthSettings())
+    return judge(figures, beside(NULLS | (nulls or {})), shape, settings or HealthSettings())
+
+
+def beside(nulls: dict[str, float | None]) -> dict[str, dict[str, float]]:
+    return {name: {"random decoder": value} for name, value in nulls.items() if value is not None}
 
 
 def one(name: str, **options: object) -> Judged:
@@ -73,8 +77,8 @@ def test_explained_variance(value: float, status: str, advice: str) -> None:
 def test_an_sae_that_random_directions_match_is_told_so() -> None:
     found = one("explained_variance", explained_variance=0.75, nulls={"explained_variance": 0.75})
     assert found.status == "good", "the threshold is the user's"
-    assert "no better than random directions" in found.advice
-    assert found.null == 0.75
+    assert "random decoder does no worse" in found.advice
+    assert found.nulls == {"random decoder": 0.75}
     assert "random decoder" not in one("explained_variance", nulls={"explained_variance": None}).reason
 
 
@@ -137,7 +141,7 @@ def test_dead(value: float, bound: float, status: str, impossible: bool) -> None
 def test_redundancy(value: float, null: float | None, status: str, impossible: bool) -> None:
     found = one("redundancy", decoder_redundancy_top100=value, nulls={"decoder_redundancy_top100": null})
     assert (found.status, found.by_construction) == (status, impossible)
-    assert found.null == null
+    assert found.nulls == ({} if null is None else {"random decoder": null})
 
 
 def test_thresholds_are_those_that_are_set() -> None:
@@ -177,11 +181,11 @@ def test_thresholds_that_contradict_each_other_are_refused(values: dict, flag: s
 
 def test_the_json_has_all_of_it_and_no_nan() -> None:
     figures = {name: Estimate(value) for name, value in (HEALTHY | {"explained_variance": math.nan}).items()}
-    found = judge(figures, NULLS, SHAPE, HealthSettings()).as_json()
+    found = judge(figures, beside(NULLS), SHAPE, HealthSettings()).as_json()
     again = json.loads(json.dumps(found, allow_nan=False))
     assert (again["verdict"], again["passed"], again["of"]) == ("3/4", 3, 4)
     assert set(again["metrics"]) == {"explained_variance", "l0", "dead", "redundancy"}
     assert again["metrics"]["explained_variance"]["value"] is None
     assert again["metrics"]["l0"]["low"] is None
-    assert again["metrics"]["l0"]["null"] is None
-    assert again["metrics"]["dead"]["null"] == 0.0
+    assert again["metrics"]["l0"]["nulls"] == {}
+    assert again["metrics"]["dead"]["nulls"] == {"random decoder": 0.0}
