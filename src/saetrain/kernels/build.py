@@ -22,13 +22,13 @@ FLAGS = ("-O3", "-march=native", "-ffast-math", "-fno-finite-math-only", "-fopen
 def build(anew: bool = False) -> Path:
     """Compile native.cpp unless a library of the same source, flags, compiler and processor is cached.
 
-    ``anew``: also then, for that one could not be loaded. OSError or CalledProcessError where it can't be built.
+    ``anew``: also then, for that one could not be loaded. OSError where it can't be built.
     """
     compiler = _compiler()
     about = [SOURCE.read_text(), *FLAGS, _processor(), torch.__version__, *_openmp()]
     folder, name = _folder(), f"native-{platform.machine()}-{_key(about)}"
     if compiler is None:
-        # What was built while there was one computes the same.
+        # What was built while there was one serves as well.
         built = sorted(folder.glob(f"{name}-*.so"), key=lambda path: path.stat().st_mtime)
         if built and not anew:
             return built[-1]
