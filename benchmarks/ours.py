@@ -52,7 +52,7 @@ def make_trainer(
         hookpoint,
         coder,
         normalizer,
-        make_engine(coder, chosen, optim, one_micro_step=True),
+        make_engine(coder, chosen, optim, alone=True),
         firing,
         data_variance=normalizer.scaled_variance,
         raw_mse=normalizer.variance / coder.d_in,

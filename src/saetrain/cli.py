@@ -11,6 +11,7 @@ from typing import Any
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec
 
+from saetrain import distributed
 from saetrain.config import CompareConfig, EvaluateConfig, RunConfig, TokenizeConfig, flags, from_flat, read_yaml
 from saetrain.errors import SaetrainError, did_you_mean
 
@@ -37,36 +38,45 @@ def main(argv: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     try:
-        if words[:1] == ["tokenize"]:
-            from saetrain.runs.tokenize import tokenize
-
-            tokenize(parse_tokenize(words[1:]))
-            return
-        if words[:1] == ["evaluate"]:
-            from saetrain.runs.evaluate import evaluate
-
-            evaluate(parse_evaluate(words[1:]))
-            return
-        if words[:1] == ["compare"]:
-            from saetrain.runs.compare import compare
-
-            compare(parse_compare(words[1:]))
-            return
-        config = parse(words)
-        debug = config.debug
-        from saetrain.runs.train import run
-
-        run(config)
+        with distributed.team():
+            _run(words)
     except SaetrainError as error:
         if debug:
             raise
-        print(f"saetrain: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        # What every process finds wrong is said by the first one that does.
+        if distributed.fail(str(error), error.exit_code):
+            print(f"saetrain: {distributed.who()}error: {error}", file=sys.stderr)
+        distributed.leave(error.exit_code)
+        raise SystemExit(error.exit_code) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
+
+
+def _run(words: list[str]) -> None:
+    """The command that the words name."""
+    if words[:1] == ["tokenize"]:
+        distributed.require_one_rank("tokenize")
+        from saetrain.runs.tokenize import tokenize
+
+        tokenize(parse_tokenize(words[1:]))
+    elif words[:1] == ["evaluate"]:
+        distributed.require_one_rank("evaluate")
+        from saetrain.runs.evaluate import evaluate
+
+        evaluate(parse_evaluate(words[1:]))
+    elif words[:1] == ["compare"]:
+        distributed.require_one_rank("compare")
+        from saetrain.runs.compare import compare
+
+        compare(parse_compare(words[1:]))
+    else:
+        config = parse(words)
+        from saetrain.runs.train import run
+
+        run(config)
 
 
 def parse(words: Sequence[str]) -> RunConfig:

@@ -30,6 +30,7 @@ from saetrain.optim import OptimSettings
 from saetrain.training.checkpoint import CheckpointSettings
 from saetrain.training.engine import KernelSettings
 from saetrain.training.firing import DeadSettings
+from saetrain.training.parallel import ParallelSettings
 from saetrain.training.trainer import TrainSettings
 from saetrain.types import shown_default
 
@@ -58,6 +59,7 @@ class RunConfig:
     scoring: ScoreSettings = field(default_factory=ScoreSettings)
     health: HealthSettings = field(default_factory=HealthSettings)
     logs: LogSettings = field(default_factory=LogSettings)
+    processes: ParallelSettings = field(default_factory=ParallelSettings)
     output: CheckpointSettings = field(default_factory=CheckpointSettings)
     finetune: typing.Annotated[str | None, shown_default("none, initial weights are random", "PATH")] = None
     """Start from a saved SAE: its folder, or one with a folder for each hookpoint (ours, SAELens' or sparsify's)."""

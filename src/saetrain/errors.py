@@ -10,8 +10,18 @@ class SaetrainError(Exception):
     """A mistake that the user can mend.
 
     The message names the flag or file, what was found and what is allowed. The command line prints it without
-    a traceback and exits with 2.
+    a traceback and exits with ``exit_code``.
     """
+
+    exit_code = 2
+
+
+class RankLost(SaetrainError):
+    """Another process of the run has failed, with its exit code, or is gone."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 def nearest(word: str, options: Iterable[str], n: int = 3) -> list[str]:

@@ -9,7 +9,7 @@ import saetrain
 
 ROOT = Path(saetrain.__file__).parent
 LEVELS = [
-    {"errors", "types", "distributed", "files", "hub"},
+    {"errors", "types", "distributed", "watch", "files", "hub"},
     {"losses", "metrics", "kernels"},
     {"data", "activations", "coders", "optim", "logs", "report"},
     {"training", "evaluation", "interop"},

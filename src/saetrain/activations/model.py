@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import nn
 
+from saetrain import distributed
 from saetrain.errors import SaetrainError
 from saetrain.files import sha256
 from saetrain.hub import cached_or_fetched, refuse_missing_path
@@ -70,7 +71,9 @@ class BaseModel:
 def resolve_device(wanted: str | None) -> torch.device:
     """The device to run on; SaetrainError when it is not there."""
     if wanted is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted == "cuda" and distributed.local_world_size() > 1:
+        wanted = f"cuda:{distributed.local_rank()}"
     try:
         device = torch.device(wanted)
     except RuntimeError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -56,6 +57,15 @@ class TopK(SparseCoder):
         super().__init__(d_in, num_latents, seed)
         assert 1 <= k <= num_latents, (k, num_latents)
         self.k, self.auxk_alpha = k, auxk_alpha
+
+    @classmethod
+    def of(cls, parameters: Mapping[str, Tensor], k: int) -> TopK:
+        """A coder with these parameters, which it shares."""
+        coder = cls(1, k, k)
+        coder.num_latents, coder.d_in = parameters["W_dec"].shape
+        for name, value in parameters.items():
+            setattr(coder, name, torch.nn.Parameter(value.detach(), requires_grad=False))
+        return coder
 
     def encode(self, x_ND: Tensor) -> Codes:
         """The k largest pre-activations of each row, negatives as zero."""

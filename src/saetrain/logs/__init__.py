@@ -54,10 +54,11 @@ def check_extras(settings: LogSettings) -> None:
 
 
 class Log:
-    """All open sinks as one."""
+    """All open sinks as one; ``nothing``: none is opened."""
 
-    def __init__(self, settings: LogSettings, info: RunInfo) -> None:
-        self.sinks = [sink for open_sink in SINKS.values() if (sink := open_sink(settings, info)) is not None]
+    def __init__(self, settings: LogSettings, info: RunInfo, *, nothing: bool = False) -> None:
+        openers = () if nothing else SINKS.values()
+        self.sinks = [sink for open_sink in openers if (sink := open_sink(settings, info)) is not None]
 
     def due(self, step: int) -> bool:
         """Whether any sink wants the training figures of ``step``."""

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Any
 
+import torch
+from torch import Tensor
+
+from saetrain import distributed
 from saetrain.activations.normalize import Normalizer, calibrate
 from saetrain.coders.folding import unfold_
 from saetrain.coders.topk import TopK
@@ -18,6 +22,8 @@ from saetrain.training.checkpoint import Checkpoint
 from saetrain.training.firing import FiringTracker
 from saetrain.training.trainer import SaeTrainer, Trainer
 
+MEASURING = "measuring the inputs"
+
 
 def build_trainer(run: Prepared, checkpoint: Checkpoint | None) -> tuple[Trainer, dict[str, Normalizer]]:
     """The trainer of every hookpoint and seed, and the constants of each hookpoint's inputs."""
@@ -25,21 +31,48 @@ def build_trainer(run: Prepared, checkpoint: Checkpoint | None) -> tuple[Trainer
         raise SaetrainError("--finetune with several --init_seeds: all would start from the same SAE; give one seed")
     normalizers = measure(run) if checkpoint is None else restored(run, checkpoint)
     saes: dict[str, SaeTrainer] = {}
-    for hookpoint, normalizer in normalizers.items():
-        for number, seed in enumerate(run.config.train.init_seeds):
-            name = hookpoint if number == 0 else f"{hookpoint}/seed{seed}"
-            coder = make_coder(run, hookpoint, normalizer, seed, fresh=checkpoint is None)
-            saes[name] = make_sae(run, hookpoint, coder, normalizer, seed)
-            if checkpoint is not None:
-                saes[name].restore(checkpoint.tensors[name], checkpoint.values["losses"][name])
-    warmup = warmup_steps(run.config.optim, run.plan.steps)
-    trainer = Trainer(saes, run.config.train, tokens=run.plan.tokens_per_step, warmup=warmup)
+    for name, (hookpoint, seed) in sae_names(run).items():
+        if not run.division.owned(hookpoint, distributed.rank()):
+            continue
+        coder = make_coder(run, hookpoint, normalizers[hookpoint], seed, fresh=checkpoint is None)
+        saes[name] = make_sae(run, hookpoint, coder, normalizers[hookpoint], seed)
+        if checkpoint is not None:
+            saes[name].restore(checkpoint.tensors[name], checkpoint.values["losses"][name])
+    trainer = Trainer(
+        saes,
+        run.config.train,
+        tokens=run.plan.tokens_per_step,
+        warmup=warmup_steps(run.config.optim, run.plan.steps),
+        shared=shared(run),
+    )
     trainer.step = checkpoint.values["step"] if checkpoint else 0
     return trainer, normalizers
 
 
+def sae_names(run: Prepared) -> dict[str, tuple[str, int]]:
+    """{SAE: (hookpoint, seed)} of the whole run, whichever rank trains it."""
+    seeds = run.config.train.init_seeds
+    return {
+        hookpoint if number == 0 else f"{hookpoint}/seed{seed}": (hookpoint, seed)
+        for hookpoint in run.hookpoints
+        for number, seed in enumerate(seeds)
+    }
+
+
+def shared(run: Prepared) -> bool:
+    """Whether every rank trains every SAE on a part of the tokens."""
+    return distributed.world_size() > 1 and not run.division.owners
+
+
 def measure(run: Prepared) -> dict[str, Normalizer]:
-    """Constants of each hookpoint's inputs, from the first training tokens."""
+    """Constants of each hookpoint's inputs, from the first training tokens; rank 0's hold everywhere."""
+    normalizers = _measured(run) if distributed.rank() == 0 else {}
+    constants = distributed.first({name: value.constants() for name, value in normalizers.items()}, MEASURING)
+    means = distributed.tensors_of_first({name: value.mean for name, value in normalizers.items()}, MEASURING)
+    return _normalizers(run, constants, means)
+
+
+def _measured(run: Prepared) -> dict[str, Normalizer]:
     say("measuring centre and scale of the activations")
     sample = read_sample(run)
     normalizers = calibrate(sample, run.reader.limits)
@@ -55,10 +88,15 @@ def measure(run: Prepared) -> dict[str, Normalizer]:
 
 def restored(run: Prepared, checkpoint: Checkpoint) -> dict[str, Normalizer]:
     """The constants that a checkpoint holds."""
+    means = {name: checkpoint.tensors[f"normalizer:{name}"]["mean"] for name in run.hookpoints}
+    return _normalizers(run, checkpoint.values["normalizers"], means)
+
+
+def _normalizers(run: Prepared, constants: dict[str, Any], means: dict[str, Tensor]) -> dict[str, Normalizer]:
+    """The normalizers with these constants; sets the reader's norm limits."""
     normalizers = {}
     for name in run.hookpoints:
-        values = checkpoint.values["normalizers"][name]
-        mean = checkpoint.tensors[f"normalizer:{name}"]["mean"].to(run.model.device)
+        values, mean = constants[name], means[name].to(run.model.device)
         limit = values["norm_limit"] if values["norm_limit"] is not None else float("inf")
         normalizers[name] = Normalizer(mean, values["scale"], values["variance"], limit)
     if run.config.buffer.exclude_sinks:
@@ -91,7 +129,7 @@ def make_sae(run: Prepared, hookpoint: str, coder: TopK, normalizer: Normalizer,
         hookpoint,
         coder,
         normalizer,
-        make_engine(coder, kernels, config.optim, one_micro_step=config.train.grad_acc_steps == 1),
+        make_engine(coder, kernels, config.optim, alone=config.train.grad_acc_steps == 1 and not shared(run)),
         FiringTracker(coder.num_latents, window, config.dead.dead_percentage_threshold, device),
         data_variance=normalizer.scaled_variance,
         raw_mse=normalizer.variance / coder.d_in,

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 
+from saetrain import distributed
 from saetrain.activations.normalize import Normalizer
 from saetrain.runs.feed import make_feed
 from saetrain.runs.kernels import choose_kernels
@@ -21,36 +22,43 @@ MEASURED_STEPS = 3
 def report(run: Prepared, trainer: Trainer, normalizers: dict[str, Normalizer]) -> None:
     """Print layers, widths, parameters, memory, disk, steps and an estimate of the time; trains a few steps for it."""
     plan = run.plan
-    print(f"model       {run.model.name} on {run.model.device}, {run.model.dtype}")
+    _print(f"model       {run.model.name} on {run.model.device}, {run.model.dtype}")
     kernels = choose_kernels(run.config.compute, run.config.optim, run.config.train.loss_fn, run.model.device)
-    print(f"kernels     {kernels.kernels}, products in {kernels.compute_dtype}")
+    _print(f"kernels     {kernels.kernels}, products in {kernels.compute_dtype}")
     for name, sae in trainer.saes.items():
         count = sum(parameter.numel() for parameter in sae.coder.parameters())
-        print(
+        _print(
             f"SAE         {name}: width {sae.coder.d_in}, {sae.coder.num_latents:,} latents, k {run.config.sae.k}, "
             f"{count:,} parameters"
         )
     needed = memory_needed(run.config, run.model, run.capture.widths, run.framing.ctx_len)
-    print(f"memory      {gib(needed)} beside the program itself, {gib(memory_there(run.model.device))} there")
+    _print(f"memory      {gib(needed)} beside the program itself, {gib(memory_there(run.model.device))} there")
     weights = sae_parameters(run.config, run.capture.widths) * FLOAT
     sae_files = weights * (2 if run.config.output.save_sparsify else 1)
-    print(f"disk        {gib(3 * weights)} a checkpoint ({KEPT} kept), {gib(sae_files)} for the finished SAEs")
-    print(f"steps       {plan.steps:,} of {plan.tokens_per_step:,} tokens = {plan.tokens:,} tokens")
+    _print(f"disk        {gib(3 * weights)} a checkpoint ({KEPT} kept), {gib(sae_files)} for the finished SAEs")
+    _print(f"steps       {plan.steps:,} of {plan.tokens_per_step:,} tokens = {plan.tokens:,} tokens")
     length = "streamed, of unknown length" if plan.train_tokens is None else f"{plan.train_tokens:,} tokens"
-    print(f"text        {length}; {plan.passes()}")
+    _print(f"text        {length}; {plan.passes()}")
     per_step = measure(run, trainer) if run.head is None else measure_end_to_end(run, trainer, normalizers)
     hours, rest = divmod(round(per_step * plan.steps), 3600)
-    print(
+    _print(
         f"time        about {hours}:{rest // 60:02d}:{rest % 60:02d} at {plan.tokens_per_step / per_step:,.0f} tokens/s"
     )
+
+
+def _print(text: str) -> None:
+    if distributed.rank() == 0:
+        print(text)
 
 
 def measure(run: Prepared, trainer: Trainer) -> float:
     """Seconds per optimizer step: the model's share by its tokens per second, the SAEs' by steps on one batch."""
     start = time.perf_counter()
     activations = run.reader.read(run.train.read(0, run.train.start, run.config.base.model_batch_tokens)[0])
-    model = (time.perf_counter() - start) / len(activations) * run.plan.tokens_per_step
+    model = (time.perf_counter() - start) / len(activations) * run.plan.tokens_per_step / distributed.world_size()
     micro = run.plan.tokens_per_step // run.config.train.grad_acc_steps
+    if not run.division.owners:
+        micro //= distributed.world_size()
     rows = torch.arange(micro, device=run.model.device) % len(activations)
     batch = {name: value[rows] for name, value in activations.values.items()}
     return model + _median(run, trainer, lambda micro: batch)

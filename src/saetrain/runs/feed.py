@@ -5,10 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any
 
+from torch import Tensor
+
 from saetrain import distributed
 from saetrain.activations.deal import SequenceDealer
 from saetrain.activations.normalize import Normalizer
 from saetrain.activations.shuffle import MixingBuffer
+from saetrain.errors import SaetrainError
+from saetrain.logs.console import say
 from saetrain.runs.end_to_end import Asker, EndToEnd, Question
 from saetrain.runs.prepare import Prepared
 from saetrain.training.trainer import Batch
@@ -17,11 +21,23 @@ State = dict[str, list[int]]
 
 
 class Feed(ABC):
-    """Micro-batches by their number in the run; asked for in order."""
+    """Micro-batches by their number in the run; asked for in order, each by :meth:`fetch` and :meth:`join`."""
 
     @abstractmethod
+    def fetch(self, number: int) -> Any:
+        """This rank's part of micro-batch ``number``; may raise what the reader's `between_batches` raises."""
+
+    @abstractmethod
+    def exchanges(self, number: int) -> bool:
+        """Whether :meth:`join` of micro-batch ``number`` exchanges something, so that every rank must come to it."""
+
+    @abstractmethod
+    def join(self, number: int, part: Any) -> Batch:
+        """What the SAEs of this rank are trained on, from what :meth:`fetch` gave."""
+
     def micro_batch(self, number: int) -> Batch:
-        """Micro-batch ``number``; may raise what the reader's `between_batches` raises."""
+        """Micro-batch ``number``, where nobody has to agree in between."""
+        return self.join(number, self.fetch(number))
 
     @abstractmethod
     def state(self) -> State:
@@ -47,10 +63,43 @@ class Feed(ABC):
 def make_feed(run: Prepared, normalizers: dict[str, Normalizer]) -> Feed:
     """The feed that the loss needs, at its start; ``normalizers`` {hookpoint: constants of its inputs}."""
     shards = run.train.n_shards
-    owned = [shard for shard in range(shards) if shard % distributed.world_size() == distributed.rank()]
+    _require_shards(run)
+    owned = shards_of(distributed.rank(), shards)
     if run.head is not None:
         return SequenceFeed(run, owned, normalizers)
     return MixedFeed(run, owned)
+
+
+def shards_of(rank: int, shards: int) -> list[int]:
+    """The virtual shards that a rank reads."""
+    return list(range(rank, shards, distributed.world_size()))
+
+
+def _require_shards(run: Prepared) -> None:
+    """SaetrainError when a rank would have nothing to read, or uneven sequences to splice into."""
+    shards, ranks = run.train.n_shards, distributed.world_size()
+    if ranks == 1:
+        return
+    advice = f"start a run with --data_shards {ranks * -(-shards // ranks)}, which is part of the order of its samples"
+    if shards < ranks:
+        raise SaetrainError(f"--data_shards {shards}: fewer than the {ranks} processes; {advice}")
+    if run.head is not None and shards % ranks:
+        raise SaetrainError(
+            f"--data_shards {shards}: not a multiple of the {ranks} processes, which --loss_fn "
+            f"{run.config.train.loss_fn} needs; {advice}"
+        )
+    share = run.plan.tokens_per_step // run.config.train.grad_acc_steps
+    if run.head is None and share < shards:
+        raise SaetrainError(
+            f"--data_shards {shards}: more than the {share} activations of a micro-step, so that some processes would "
+            "have none of them; raise --batch_size"
+        )
+    if shards % ranks:
+        most = -(-shards // ranks)
+        say(
+            f"--data_shards {shards} over {ranks} processes: some read {most} shards and some {shards // ranks}, so "
+            f"they wait for one another; {advice}"
+        )
 
 
 class MixedFeed(Feed):
@@ -62,9 +111,28 @@ class MixedFeed(Feed):
         self._buffer = MixingBuffer(run.reader, run.train, owned, shards, pool, seed)
         self._share = run.plan.tokens_per_step // run.config.train.grad_acc_steps
 
-    def micro_batch(self, number: int) -> Batch:
-        """batch_size x ctx_len activations for each rank."""
+    def fetch(self, number: int) -> dict[str, Tensor]:
+        """This rank's shards' part of the ranks' batch_size x ctx_len activations."""
         return self._buffer.take(number * self._share, self._share, self._run.plan.tokens)
+
+    def exchanges(self, number: int) -> bool:
+        """Where SAEs are dealt to the ranks."""
+        return bool(self._run.division.owners)
+
+    def join(self, number: int, part: dict[str, Tensor]) -> Batch:
+        """The same, or all ranks' activations of the hookpoints that are this rank's."""
+        owners = self._run.division.owners
+        if not owners:
+            return part
+        first, shards = number * self._share, self._run.train.n_shards
+        rows = [
+            sum(
+                len(range(first + (shard - first) % shards, first + self._share, shards))
+                for shard in shards_of(r, shards)
+            )
+            for r in range(distributed.world_size())
+        ]
+        return distributed.exchange(part, owners, rows)
 
     def state(self) -> State:
         """The buffer's."""
@@ -101,17 +169,29 @@ class SequenceFeed(Feed):
         (normalizer,) = normalizers.values()
         self._model = EndToEnd(run.head, run.reader, normalizer, self._settings)
         self._step: list[Question] = []
+        self._counts = (0, 0)
 
-    def micro_batch(self, number: int) -> Batch:
+    def fetch(self, number: int) -> Question:
         """All sequences of an optimizer step are read with its first micro-batch, for they say what to divide by."""
         micro = number % self._settings.grad_acc_steps
         if micro == 0:
             self._step = [self._question(number + more) for more in range(self._settings.grad_acc_steps)]
         if self._run.reader.between_batches is not None:
             self._run.reader.between_batches()
-        tokens = sum(int(question.keep.sum()) for question in self._step)
-        scored = sum(len(question.targets) for question in self._step)
-        return {self._run.hookpoints[0]: self._model.batch(self._step[micro], tokens, scored)}
+        return self._step[micro]
+
+    def exchanges(self, number: int) -> bool:
+        """The counts to divide by, with a step's first micro-batch."""
+        return number % self._settings.grad_acc_steps == 0
+
+    def join(self, number: int, part: Question) -> Batch:
+        """Through the model, with sums divided by what all ranks have in the step."""
+        if self.exchanges(number):
+            tokens = sum(int(question.keep.sum()) for question in self._step)
+            scored = sum(len(question.targets) for question in self._step)
+            tokens, scored = distributed.total([tokens, scored], "counting tokens")
+            self._counts = tokens, scored
+        return {self._run.hookpoints[0]: self._model.batch(part, *self._counts)}
 
     def _question(self, number: int) -> Question:
         share = self._settings.batch_size * distributed.world_size()

@@ -66,11 +66,14 @@ def _build_problem() -> str | None:
     return None
 
 
-def make_engine(coder: TopK, kernels: KernelSettings, optim: OptimSettings, *, one_micro_step: bool) -> Engine:
-    """The engine that ``kernels``, worked out by :func:`choose_kernels`, names."""
+def make_engine(coder: TopK, kernels: KernelSettings, optim: OptimSettings, *, alone: bool) -> Engine:
+    """The engine that ``kernels``, worked out by :func:`choose_kernels`, names.
+
+    ``alone``: a step has one micro-batch on one rank, so its gradients have nothing to be added to.
+    """
     half = kernels.compute_dtype == "bfloat16"
     if kernels.kernels == "native":
-        return NativeEngine(coder, optim, half=half, fused=one_micro_step)
+        return NativeEngine(coder, optim, half=half, fused=alone)
     optimizer = Optimizer(
         dict(coder.named_parameters()),
         optim,

@@ -29,8 +29,9 @@ from saetrain.logs.console import say
 from saetrain.optim import resolve_lr, warmup_steps
 from saetrain.runs.end_to_end import load_head, require_mask, require_one_hookpoint
 from saetrain.runs.kernels import choose_kernels
-from saetrain.runs.resources import check_memory
+from saetrain.runs.resources import check_memory, sae_parameters
 from saetrain.runs.text import load_text
+from saetrain.training.parallel import Division, Load, divide
 
 CALIBRATION_TOKENS = 16_384
 """Tokens on which the inputs' centre, scale and norm limit are measured."""
@@ -93,6 +94,8 @@ class Prepared:
     """Hash of the model's weight files."""
     head: HeadModel | None
     """The model with its head, where the loss is its own."""
+    division: Division
+    """Who of several processes trains what."""
 
 
 def prepare(config: RunConfig) -> Prepared:
@@ -101,6 +104,7 @@ def prepare(config: RunConfig) -> Prepared:
     _announce_local(config)
     head = load_head(config) if config.train.end_to_end else None
     model = head.base if head is not None else load_model(config.model, config.base)
+    distributed.use_device(model.device)
     tokenizer = load_tokenizer(config.model, config.base.revision, config.base.trust_remote_code)
     check_vocabulary(model, len(tokenizer))
     hookpoints = resolve_hookpoints(model, config.where)
@@ -113,7 +117,7 @@ def prepare(config: RunConfig) -> Prepared:
     ctx_len = resolve_ctx_len(config, model)
     check_memory(config, model, capture.widths, ctx_len)
     framing = Framing.of(tokenizer, model.causal, ctx_len)
-    text = load_text(config, tokenizer, framing)
+    text = distributed.turns("reading and tokenizing the data set", lambda: load_text(config, tokenizer, framing))
     reader = ActivationReader(capture, text.train.keep, config.base.model_batch_tokens, config.dataset)
     plan = make_plan(config, ctx_len, text.tokens)
     return Prepared(
@@ -130,7 +134,24 @@ def prepare(config: RunConfig) -> Prepared:
         plan,
         weights_hash(model),
         head,
+        _divide(config, plan, model, capture),
     )
+
+
+def _divide(config: RunConfig, plan: Plan, model: BaseModel, capture: ActivationCapture) -> Division:
+    """Who trains what, said with its reason where there is a choice."""
+    loads = {name: Load(sae_parameters(config, {name: width}), width) for name, width in capture.widths.items()}
+    division = divide(
+        config.processes,
+        loads,
+        world=distributed.world_size(),
+        step_tokens=plan.tokens_per_step,
+        itemsize=model.dtype.itemsize,
+        spliced=config.train.end_to_end,
+    )
+    if division.reason:
+        say(f"{distributed.world_size()} processes, {division.reason}")
+    return division
 
 
 def quiet_libraries() -> None:

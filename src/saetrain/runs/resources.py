@@ -7,6 +7,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from saetrain import distributed
 from saetrain.activations.model import BaseModel
 from saetrain.config import RunConfig
 from saetrain.errors import SaetrainError
@@ -30,7 +31,8 @@ def memory_needed(config: RunConfig, model: BaseModel, widths: dict[str, int], c
     """
     weights = sum(p.numel() * p.element_size() for p in model.module.parameters())
     saes = 4 * FLOAT * sae_parameters(config, widths)
-    mixing = min(config.buffer.buffer_tokens, config.train.max_tokens) * sum(widths.values()) * model.dtype.itemsize
+    buffered = min(config.buffer.buffer_tokens, config.train.max_tokens) // distributed.world_size()
+    mixing = buffered * sum(widths.values()) * model.dtype.itemsize
     if config.train.end_to_end:
         vocabulary = model.module.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
         mixing = LOGITS * FLOAT * config.train.batch_size * ctx_len * vocabulary
@@ -39,17 +41,20 @@ def memory_needed(config: RunConfig, model: BaseModel, widths: dict[str, int], c
 
 
 def memory_there(device: torch.device) -> int:
-    """Bytes that this process can still take on ``device``, with what it holds already counted back in."""
+    """Bytes that this process can still take on ``device``, with what it holds already counted back in.
+
+    Processes of one host share its memory.
+    """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device)
     free = psutil.virtual_memory().available
-    held = psutil.Process().memory_info().rss
+    held, here = psutil.Process().memory_info().rss, distributed.local_world_size()
     for name in CGROUP_LIMITS:
         limit = Path(name).read_text().strip() if Path(name).exists() else "max"
         if limit.isdigit():
-            return min(free + held, int(limit))
-    return free + held
+            return min(free // here + held, int(limit) // here)
+    return free // here + held
 
 
 def check_memory(config: RunConfig, model: BaseModel, widths: dict[str, int], ctx_len: int) -> None:

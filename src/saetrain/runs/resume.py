@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
+from saetrain import distributed
 from saetrain.activations.model import code_hash
 from saetrain.config import RunConfig, from_flat, to_flat
 from saetrain.data.tokenize import digest, tokenizer_identity
@@ -44,12 +46,16 @@ FREE = frozenset(
         "finetune",
         "dead_percentage_threshold",
         "assess",
+        "parallel",
         *(item.name for item in (*dataclasses.fields(ScoreSettings), *dataclasses.fields(HealthSettings))),
     }
 )
 """Settings that may change: they do not touch the weights (model and data set are compared by their content)."""
 OF_TEXT = frozenset({"split", "dataset_config", "text_column", "skip_bad_rows"})
 """Settings that say which text it is: a text that is compared whole is told by its content."""
+PER_RANK = frozenset({"save_dir", "device", "data_preprocessing_num_proc", "resume", "overwrite"})
+"""Settings that may differ between processes."""
+BATCH = ("batch_size", "grad_acc_steps")
 DERIVED = ("lr_warmup_steps", "dead_window_tokens")
 """Settings that follow --max_tokens where they are not given; a resumed run keeps the first start's."""
 
@@ -62,6 +68,12 @@ def identity(run: Prepared) -> dict[str, Any]:
         "tokenizer": digest(tokenizer_identity(run.tokenizer)),
         "text": run.data["fingerprint"],
     }
+
+
+def require_same(run: Prepared) -> None:
+    """SaetrainError when the processes do not agree on what they are about to train on."""
+    settings = {f"--{name}": value for name, value in to_flat(run.config).items() if name not in PER_RANK}
+    distributed.require_same({**settings, "the model's dtype": str(run.model.dtype), **identity(run)})
 
 
 def reconcile(run: Prepared, checkpoint: Checkpoint) -> Prepared:
@@ -81,12 +93,18 @@ def reconcile(run: Prepared, checkpoint: Checkpoint) -> Prepared:
     # Also where the tokens are the same: an earlier resume may have asked for more of them.
     flat.update({name: before[name] for name in DERIVED if given[name] is None})
     flat.update(_kernels(given, before))
+    fitted = _batch(flat, checkpoint.values)
+    flat.update(fitted)
     settled = _settled(run, flat, before)
     changed = [
         f"--{name} is {value} now and was {before.get(name)}"
         for name, value in flat.items()
-        if name not in FREE | settled | {"max_tokens"} and value != before.get(name)
+        if name not in FREE | settled | {"max_tokens", *fitted} and value != before.get(name)
     ]
+    if fitted == {} and distributed.world_size() != checkpoint.values["world_size"]:
+        changed.append(
+            f"the number of processes is {distributed.world_size()} now and was {checkpoint.values['world_size']}"
+        )
     if changed:
         raise SaetrainError(
             f"--resume: {', '.join(changed)} when the run began, which would change the result; give it as it was, or "
@@ -97,6 +115,32 @@ def reconcile(run: Prepared, checkpoint: Checkpoint) -> Prepared:
     config: RunConfig = dataclasses.replace(from_flat(flat, "checkpoint"), where=run.config.where)
     plan = make_plan(config, run.framing.ctx_len, run.plan.text_tokens)
     return dataclasses.replace(run, config=config, plan=plan)
+
+
+def _batch(flat: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Batch size and micro-steps that keep the step's sequences, where the run goes on with other processes.
+
+    Raises SaetrainError where they can't be kept.
+    """
+    before, world, now = values["settings"], values["world_size"], distributed.world_size()
+    asked, last = [[settings[name] for name in BATCH] for settings in (flat, before)]
+    whole = math.prod(last) * world
+    kept = now == world and asked == last
+    # Another global batch is the user's own, and is refused with the other settings that have changed.
+    if kept or (asked not in (last, values["asked_batch"]) and math.prod(asked) * now != whole):
+        return {}
+    if whole % now:
+        raise SaetrainError(
+            f"--resume: the run's steps of {whole} sequences ({last[0]} x {last[1]} micro-steps x {world} processes) "
+            f"can't be dealt evenly to {now} processes"
+        )
+    # The largest micro-batch that is no larger than what was asked for.
+    size = max(size for size in range(1, asked[0] + 1) if whole // now % size == 0)
+    say(
+        f"the run's last process{'es were' if world > 1 else ' was'} {world}, now {now}: --batch_size {size} "
+        f"--grad_acc_steps {whole // now // size} keep its steps of {whole} sequences (sums are rounded otherwise)"
+    )
+    return dict(zip(BATCH, (size, whole // now // size), strict=True))
 
 
 def _kernels(given: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
@@ -116,6 +160,9 @@ def _settled(run: Prepared, flat: Mapping[str, Any], before: Mapping[str, Any]) 
     names = set()
     if flat["num_latents"] is not None and flat["num_latents"] == before["num_latents"]:
         names.add("expansion_factor")
+    # Each process has a device of its own.
+    if str(flat["device"]).partition(":")[0] == str(before["device"]).partition(":")[0]:
+        names.add("device")
     # A hub model's own code is told by its commit alone.
     if run.weights_sha256 is not None and not run.config.base.trust_remote_code:
         names.add("revision")

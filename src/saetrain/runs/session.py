@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from saetrain import distributed
 from saetrain.activations.normalize import Normalizer
 from saetrain.coders.folding import folded
 from saetrain.coders.topk import TopK
@@ -24,13 +27,27 @@ from saetrain.runs.evaluate import evaluate as evaluate_saved
 from saetrain.runs.feed import make_feed
 from saetrain.runs.metadata import about_run, announce, hook_name, summary
 from saetrain.runs.prepare import Prepared, held_out_batches, resolved
+from saetrain.runs.ranks import RankFigures
 from saetrain.runs.resume import identity
+from saetrain.runs.together import Together
 from saetrain.training.checkpoint import MAX_MINUTES, Checkpoint, save_checkpoint, set_aside_suspect
 from saetrain.training.stop import Stopped, StopWish
-from saetrain.training.trainer import Spike, Throughput, Trainer
+from saetrain.training.trainer import Batch, Spike, Throughput, Trainer
 
 MOST_LEFT_OUT = 10
 """Steps in a row that --on_spike skip leaves out before the run is given up."""
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """What the ranks know of one another's wishes in a step: each the largest over the ranks."""
+
+    dropped: int = 0
+    signal: int = 0
+    asked: int = 0
+    """Whether the step's figures are wanted."""
+    late: int = 0
+    """Whether a checkpoint is overdue."""
 
 
 class Session:
@@ -46,6 +63,11 @@ class Session:
     ) -> None:
         self.prepared, self.directory = prepared, directory
         self.ended = False
+        self.together = Together(prepared)
+        self.first = distributed.rank() == 0
+        self.agreed = Agreed()
+        batch = prepared.config.train
+        self.asked_batch = checkpoint.values["asked_batch"] if checkpoint else [batch.batch_size, batch.grad_acc_steps]
         self.trainer, self.normalizers = trainer, normalizers
         self.config = prepared.config
         self.feed = make_feed(prepared, normalizers)
@@ -64,7 +86,9 @@ class Session:
         )
         self.saved_at, self.saved_step = time.monotonic(), checkpoint.values["step"] if checkpoint else None
         with self.writing():
-            self.log = Log(self.config.logs, info)
+            self.log = Log(self.config.logs, info, nothing=not self.first)
+        distributed.on_loss(lambda: self.log.close(failed=True))
+        self.ranks = RankFigures()
         self.left_out = 0
         self.stop = StopWish()
         prepared.train.interrupt_by(self._check)
@@ -80,8 +104,10 @@ class Session:
                 if finished:
                     final = self.evaluate("final")
                     self.save_saes(final)
-                    summary(self.directory, final)
-            if finished and self.config.assess:
+                    if self.first:
+                        summary(self.directory, final)
+            # The other processes are not needed any more, and leave.
+            if finished and self.config.assess and self.first:
                 self.assess()
             failed = False
         finally:
@@ -112,7 +138,8 @@ class Session:
             say(opening)
         speed = Throughput(trainer.tokens)
         try:
-            while trainer.step < trainer.steps and self.stop.signal is None:
+            while trainer.step < trainer.steps and not self._stopping():
+                distributed.at(f"step {trainer.step + 1}")
                 if not self._step():
                     break
                 line.update(trainer.step, self._log_step(speed))
@@ -128,7 +155,7 @@ class Session:
             return True
         if self.saved_step != trainer.step and not self.left_out:
             self.save()
-        assert self.stop.signal is not None
+        self.stop.signal = self.stop.signal or signal.Signals(self.agreed.signal)
         saved = "everything is saved" if not self.left_out else f"saved is step {self.saved_step or 0}"
         say(f"stopped by {self.stop.signal.name} after step {trainer.step}; {saved}, --resume goes on")
         return False
@@ -138,17 +165,40 @@ class Session:
         trainer = self.trainer
         self.prepared.reader.between_batches = self.stop.check
         try:
-            spikes = trainer.train_step(self.feed.micro_batch)
+            spikes = self.together.spikes(trainer.train_step(self._micro_batch))
         except Stopped:
             trainer.drop_step()
             return False
-        except Spike as spike:
-            raise self._stopped_by(spike) from spike
         finally:
             self.prepared.reader.between_batches = None
+        if spikes and self.config.train.on_spike == "stop":
+            raise self._stopped_by(spikes[0])
         self.place = self.feed.state()
         self._leave_out(spikes)
         return True
+
+    def _micro_batch(self, number: int) -> Batch:
+        """Micro-batch ``number``, or :class:`Stopped` on every rank where one of them has dropped the step."""
+        part, dropped = None, False
+        try:
+            part = self.feed.fetch(number)
+        except Stopped:
+            dropped = True
+        last = (number + 1) % self.config.train.grad_acc_steps == 0
+        # A rank that drops a step says so where the others are about to wait for it.
+        if dropped or last or self.feed.exchanges(number):
+            step = self.trainer.step + 1
+            asked = self.log.due(step) or self.line.due(step)
+            mine = [int(dropped), int(self.stop.signal or 0), int(asked), int(self._late())]
+            self.agreed = Agreed(*distributed.agree(mine))
+        if dropped or self.agreed.dropped:
+            raise Stopped
+        return self.feed.join(number, part)
+
+    def _stopping(self) -> bool:
+        """Whether the run is to end behind the step that is done; alone, as soon as a signal comes."""
+        wish = self.stop.signal if distributed.world_size() == 1 else self.agreed.signal
+        return bool(wish)
 
     def _leave_out(self, spikes: list[Spike]) -> None:
         """Say which SAEs' step was left out; SaetrainError after too many in a row."""
@@ -164,12 +214,14 @@ class Session:
 
     def _stopped_by(self, spike: Spike) -> SaetrainError:
         """The batch's place is written down, and the message says what to do."""
-        path = self.directory / SPIKE
+        path, place = self.directory / SPIKE, self.together.place(self.place)
+        if not self.first:
+            return SaetrainError(str(spike))
         with self.writing():
-            write_json(path, {**spike.facts, "shards": self.feed.shown(self.place)})
+            write_json(path, {**spike.facts, "shards": self.feed.shown(place)})
         return SaetrainError(
-            f"{spike}; the batch's place is in {path}. {self._last_good(self.trainer.step)}: start again with --resume "
-            "--on_spike skip, or with a lower --lr under another --run_name"
+            f"{spike}; the batch's place is in {path}. {self._last_good(self.trainer.step - 1)}: start again with "
+            "--resume --on_spike skip, or with a lower --lr under another --run_name"
         )
 
     def _last_good(self, step: int) -> str:
@@ -179,6 +231,8 @@ class Session:
         """
         if self.saved_step is None:
             return "There is no checkpoint yet"
+        if not self.first:
+            return "Rank 0 says what is kept"
         with self.writing():
             before = set_aside_suspect(self.directory / CHECKPOINTS, step)
         if before is None:
@@ -191,17 +245,24 @@ class Session:
         return steps > 0 and self.trainer.step % steps == 0
 
     def _overdue(self) -> bool:
-        return time.monotonic() - self.saved_at > 60 * MAX_MINUTES
+        """Whether rank 0's clock says so, as it was when the step began."""
+        return bool(self.agreed.late) if distributed.world_size() > 1 else self._late()
+
+    def _late(self) -> bool:
+        return self.first and time.monotonic() - self.saved_at > 60 * MAX_MINUTES
 
     def _log_step(self, speed: Throughput) -> dict[str, float] | None:
         """Log the step when a sink wants it; gives the first SAE's figures for the progress line."""
         trainer = self.trainer
-        if not self.log.due(trainer.step) and not self.line.due(trainer.step):
+        if not self.agreed.asked:
             return None
         rate = speed.read(trainer.tokens)
-        saes = trainer.metrics()
+        ranks = self.ranks.read(trainer.tokens / distributed.world_size(), self.prepared.model.device)
+        saes = self.together.merged(trainer.metrics())
+        if not self.first:
+            return None
         with self.writing():
-            self.log.write(Record("train", trainer.step, trainer.tokens, {"tokens_per_second": rate}, saes))
+            self.log.write(Record("train", trainer.step, trainer.tokens, {"tokens_per_second": rate, **ranks}, saes))
         return {**next(iter(saes.values())), "tokens_per_second": rate}
 
     def subjects(self) -> dict[str, Subject]:
@@ -219,12 +280,17 @@ class Session:
         """Held-out figures of all SAEs, logged."""
         if kind == "final":
             say(f"scoring on {self.config.evaluation.eval_tokens:,} held-out tokens")
-        figures = evaluate(
-            self.subjects(),
-            held_out_batches(self.prepared),
-            self.config.evaluation.eval_tokens,
-            self.config.dead.dead_percentage_threshold,
-        )
+        figures = {}
+        # Where every rank has the same SAEs, one of them scores.
+        if self.first or self.prepared.division.owners:
+            with distributed.phase("scoring"):
+                figures = evaluate(
+                    self.subjects(),
+                    held_out_batches(self.prepared),
+                    self.config.evaluation.eval_tokens,
+                    self.config.dead.dead_percentage_threshold,
+                )
+        figures = self.together.merged(figures)
         with self.writing():
             self.log.write(Record(kind, self.trainer.step, self.trainer.tokens, {}, figures))
         return figures
@@ -246,34 +312,42 @@ class Session:
             self.log.write(Record("assessment", self.trainer.step, self.trainer.tokens, {}, assessment.logged()))
 
     def save(self) -> None:
-        """Write a checkpoint of everything that the rest of the run depends on."""
-        tensors = {name: sae.state() for name, sae in self.trainer.saes.items()}
+        """Write a checkpoint of everything that the rest of the run depends on; rank 0 does."""
+        self.together.require_equal(self.trainer)
+        tensors = self.together.tensors(
+            {name: sae.state() for name, sae in self.trainer.saes.items()}, "sending states"
+        )
         tensors.update({f"normalizer:{name}": {"mean": value.mean} for name, value in self.normalizers.items()})
         values = {
             "settings": self.settings,
             "identity": identity(self.prepared),
             "normalizers": {name: value.constants() for name, value in self.normalizers.items()},
-            "losses": {name: sae.recent_losses() for name, sae in self.trainer.saes.items()},
-            "buffer": self.place,
+            "losses": self.together.merged({name: sae.recent_losses() for name, sae in self.trainer.saes.items()}),
+            "buffer": self.together.place(self.place),
             "logs": self.log.state(),
+            "world_size": distributed.world_size(),
+            "asked_batch": self.asked_batch,
         }
-        with self.writing():
-            self.log.sync()
-            save_checkpoint(self.directory / CHECKPOINTS, self.trainer.step, tensors, values)
+        if self.first:
+            with self.writing(), distributed.phase("writing a checkpoint"):
+                self.log.sync()
+                save_checkpoint(self.directory / CHECKPOINTS, self.trainer.step, tensors, values)
         self.saved_at, self.saved_step = time.monotonic(), self.trainer.step
 
     def save_saes(self, figures: dict[str, dict[str, float]]) -> None:
-        """Write the directories of the finished SAEs."""
+        """Write the directories of the finished SAEs; rank 0 does."""
         about = about_run(self.prepared, self.trainer)
-        for name, subject in self.subjects().items():
-            assert isinstance(subject.coder, TopK)
+        weights = {name: dict(subject.coder.named_parameters()) for name, subject in self.subjects().items()}
+        for name, tensors in self.together.tensors(weights, "sending SAEs").items():
+            hookpoint, seed = self.together.names[name]
             metadata = {
                 **about,
-                "hookpoint": subject.hookpoint,
-                "hook_name": hook_name(self.prepared, subject.hookpoint),
-                "init_seed": self.trainer.saes[name].seed,
-                "norm_limit": self.prepared.reader.limits.get(subject.hookpoint),
+                "hookpoint": hookpoint,
+                "hook_name": hook_name(self.prepared, hookpoint),
+                "init_seed": seed,
+                "norm_limit": self.prepared.reader.limits.get(hookpoint),
                 "held_out_figures": finite(figures[name]),
             }
+            coder = TopK.of(tensors, self.config.sae.k)
             with self.writing():
-                save_sae(self.directory / SAES / name, subject.coder, metadata, self.config.output.save_sparsify)
+                save_sae(self.directory / SAES / name, coder, metadata, self.config.output.save_sparsify)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import torch
 
@@ -10,40 +11,74 @@ from saetrain import distributed
 from saetrain.activations.model import resolve_device
 from saetrain.config import RunConfig, write_yaml
 from saetrain.logs import check_extras
-from saetrain.runs.build import build_trainer
+from saetrain.runs.build import build_trainer, sae_names
 from saetrain.runs.directory import CONFIG, claim, open_directory, run_directory, with_restart, writing
 from saetrain.runs.dry_run import report
 from saetrain.runs.kernels import choose_kernels
-from saetrain.runs.prepare import prepare, resolved
-from saetrain.runs.resume import reconcile
+from saetrain.runs.prepare import Prepared, prepare, resolved
+from saetrain.runs.resume import reconcile, require_same
 from saetrain.runs.session import Session
+from saetrain.training.checkpoint import Checkpoint
 
 
 def run(config: RunConfig) -> None:
     """Train, evaluate and save; SaetrainError for what the user can mend."""
-    distributed.require_one_rank()
     # Moments of idle latents fade until they are denormal, which makes a step many times slower; before the first
     # parallel region, for its threads keep what they were made with.
     torch.set_flush_denormal(True)
-    check_extras(config.logs)
+    if distributed.rank() == 0:
+        check_extras(config.logs)
     # Before anything slow, for it may be refused.
-    choose_kernels(config.compute, config.optim, config.train.loss_fn, resolve_device(config.base.device))
+    _choose_kernels(config)
     config = with_restart(config)
     if config.dry_run:
         prepared = prepare(config)
         report(prepared, *build_trainer(prepared, None))
         return
     directory = run_directory(config)
-    checkpoint = open_directory(config, directory)
+    checkpoint = _opened(config, directory)
     prepared = prepare(config)
     if checkpoint is not None:
         prepared = reconcile(prepared, checkpoint)
+        checkpoint = _shared(prepared, checkpoint)
+    require_same(prepared)
     trainer, normalizers = build_trainer(prepared, checkpoint)
+    first = distributed.rank() == 0
     again = "--overwrite" if config.output.overwrite else "--resume"
-    with writing(directory, "at the start", checkpoint is not None, again):
-        claim(directory, config.output.overwrite)
+    if first:
+        with writing(directory, "at the start", checkpoint is not None, again):
+            claim(directory, config.output.overwrite)
     session = Session(prepared, trainer, normalizers, directory, checkpoint)
     output = dataclasses.replace(config.output, run_name=directory.name)
-    with session.writing():
-        write_yaml(directory / CONFIG, dataclasses.replace(resolved(session.prepared), output=output))
+    if first:
+        with session.writing():
+            write_yaml(directory / CONFIG, dataclasses.replace(resolved(session.prepared), output=output))
     session.train()
+
+
+def _choose_kernels(config: RunConfig) -> None:
+    """One process of each host builds what has to be built; all must come to the same kernels."""
+    device = resolve_device(config.base.device)
+    asked = (config.compute, config.optim, config.train.loss_fn, device)
+    chosen = distributed.turns("building the kernels", lambda: choose_kernels(*asked))
+    distributed.require_same({"--kernels": chosen.kernels, "--compute_dtype": chosen.compute_dtype})
+
+
+def _opened(config: RunConfig, directory: Path) -> Checkpoint | None:
+    """The checkpoint to go on from, as rank 0 finds it; the others get its tensors later."""
+    found = open_directory(config, directory) if distributed.rank() == 0 else None
+    values = distributed.first(found.values if found is not None else None, "opening the run's folder")
+    if values is None:
+        return None
+    return found or Checkpoint(directory, {}, values)
+
+
+def _shared(run: Prepared, checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with the tensors that this rank needs, for the folder may lie on rank 0's disk alone."""
+    tensors = {}
+    for name in checkpoint.values["files"]:
+        content = distributed.tensors_of_first(checkpoint.tensors.get(name), f"sending the checkpoint of {name}")
+        hookpoint = sae_names(run).get(name, (None,))[0]
+        if hookpoint is None or run.division.owned(hookpoint, distributed.rank()):
+            tensors[name] = content
+    return dataclasses.replace(checkpoint, tensors=tensors)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from saetrain.coders.base import SparseCoder
-from saetrain.optim import Optimizer
+from saetrain.optim import Optimizer, in_memory_order
 from saetrain.types import CoderOutput, Progress
 
 
@@ -67,6 +67,25 @@ class MicroStep:
             self.residual_square + other.residual_square,
         )
 
+    def packed(self) -> Tensor:
+        """All of it as one row of float64, which adds up over ranks; counts stay exact."""
+        parts = [self.fired, self.residual_sum, self.residual_square, *self.losses.values()]
+        row = [part.reshape(-1).double() for part in parts]
+        return torch.cat([*row, row[0].new_full((1,), self.tokens)])
+
+    def unpacked(self, row: Tensor) -> MicroStep:
+        """What ``row``, made by :meth:`packed` of one with the same names, holds."""
+        latents, width = len(self.fired), len(self.residual_sum)
+        fired, residual_sum, rest = row.split([latents, width, len(row) - latents - width])
+        square, *losses, tokens = rest.unbind()
+        return MicroStep(
+            fired.long(),
+            int(tokens),
+            {name: loss.float() for name, loss in zip(self.losses, losses, strict=True)},
+            residual_sum.float(),
+            square.float(),
+        )
+
 
 class Engine(ABC):
     """Steps one coder; micro-batches add up until :meth:`apply` or :meth:`drop`."""
@@ -74,6 +93,10 @@ class Engine(ABC):
     @abstractmethod
     def micro_step(self, x_ND: Tensor, progress: Progress, objective: Objective | None = None) -> MicroStep:
         """Forward and gradients of a micro-batch of what the coder sees; the reference alone takes an objective."""
+
+    @abstractmethod
+    def gradients(self) -> list[Tensor]:
+        """The gradients as they add up, to be summed over ranks in place before :meth:`norm_bound`."""
 
     @abstractmethod
     def norm_bound(self) -> float:
@@ -119,6 +142,10 @@ class AutogradEngine(Engine):
                 residual_sum=residual.sum(dim=0),
                 residual_square=residual.pow(2).sum(),
             )
+
+    def gradients(self) -> list[Tensor]:
+        """Every parameter's, as it lies in memory."""
+        return [in_memory_order(p.grad) for p in self._coder.parameters() if p.grad is not None]
 
     def norm_bound(self) -> float:
         """The norm itself, of the gradients as they now lie."""

@@ -63,8 +63,8 @@ def workspace(tokens: int, width: int, latents: int, k: int, half: bool, dense: 
 class NativeEngine(Engine):
     """Adam over one TopK coder.
 
-    ``half``: products in bf16, with fp32 sums, weights and moments. ``fused``: a step has one micro-batch, so its
-    gradients can go straight into the update.
+    ``half``: products in bf16, with fp32 sums, weights and moments. ``fused``: a step has one micro-batch on one rank,
+    so its gradients can go straight into the update.
     """
 
     def __init__(self, coder: TopK, settings: OptimSettings, *, half: bool, fused: bool) -> None:
@@ -178,6 +178,11 @@ class NativeEngine(Engine):
             native.latents(step, mode, self._encoder_norms, stored=stored)
             return
         native.latents_dense(step, mode, self._encoder_norms, self._inputs, work.dense)
+
+    def gradients(self) -> list[Tensor]:
+        """Those in memory."""
+        assert not self._fused, "a fused step keeps no gradients"
+        return [*self._grads.values(), self._g_b_dec]
 
     def norm_bound(self) -> float:
         """Cheap from norms alone where the step is fused; else the norm itself, of the gradients in memory."""

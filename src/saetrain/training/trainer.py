@@ -8,12 +8,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from saetrain.coders.base import SparseCoder
+from saetrain.distributed import Reduction
 from saetrain.errors import SaetrainError, is_out_of_memory
 from saetrain.optim import lr_factor
 from saetrain.training.engine import Engine, MicroStep, SplicedBatch
@@ -84,14 +85,22 @@ class TrainSettings:
         return self.loss_fn in END_TO_END
 
 
-class Spike(Exception):
-    """A loss that is not finite or has jumped; ``facts`` say where."""
+class Spike:
+    """A loss that is not finite or has jumped; ``facts`` say where, the text says how."""
 
     def __init__(self, sae: str, step: int, loss: float, median: float | None) -> None:
         self.facts = {"sae": sae, "step": step, "loss": repr(loss), "running_median": median}
         usual = f", {loss / median:.0f} times its running median {median:.4g}" if median and math.isfinite(loss) else ""
         gradient = "" if usual or not math.isfinite(loss) else ", and its gradient is not finite"
-        super().__init__(f"{sae}: the loss of step {step} is {loss:.4g}{usual}{gradient}")
+        self._text = f"{sae}: the loss of step {step} is {loss:.4g}{usual}{gradient}"
+
+    @classmethod
+    def of(cls, facts: Mapping[str, Any]) -> Spike:
+        """The spike of another rank, by its facts."""
+        return cls(facts["sae"], facts["step"], float(facts["loss"]), facts["running_median"])
+
+    def __str__(self) -> str:
+        return self._text
 
 
 class SaeTrainer:
@@ -120,6 +129,7 @@ class SaeTrainer:
         self.data_variance = torch.tensor(data_variance, device=device)
         self.residual_variance = self.data_variance.clone()
         self.sums: MicroStep | None = None
+        self._row: Tensor | None = None
         self._recent: deque[float] = deque(maxlen=SPIKE_WINDOW)
         self.grad_norm = torch.zeros((), device=device)
 
@@ -130,8 +140,19 @@ class SaeTrainer:
             done = self.engine.micro_step(self.inputs(batch.raw_ND), progress, batch.objective)
         else:
             done = self.engine.micro_step(self.inputs(batch), progress)
-        self.firing.observe(done.fired, done.tokens)
         self.sums = done if self.sums is None else self.sums.plus(done)
+
+    def add_up(self, reduction: Reduction) -> None:
+        """Begin to sum the step's gradients and counts over the ranks."""
+        assert self.sums is not None
+        self._row = self.sums.packed()
+        reduction.add([*self.engine.gradients(), self._row])
+
+    def added_up(self) -> None:
+        """The sums are there."""
+        assert self.sums is not None
+        assert self._row is not None
+        self.sums, self._row = self.sums.unpacked(self._row), None
 
     def spike(self, name: str, step: int) -> Spike | None:
         """What is wrong with the loss or gradient of the step, before it is applied."""
@@ -151,14 +172,14 @@ class SaeTrainer:
         return list(self._recent)
 
     def drop_step(self) -> None:
-        """Forget the step's gradients and counts."""
+        """Forget the step's gradients."""
         self.engine.drop()
-        self.firing.drop_step()
 
     def finish_step(self, lr: float) -> None:
         """Apply the gradients, close the firing counts, and hand the residual's variance to the next step."""
         assert self.sums is not None
         self.grad_norm = self.engine.apply(lr)
+        self.firing.observe(self.sums.fired, self.sums.tokens)
         self.firing.finish_step()
         tokens = max(self.sums.tokens, 1)
         mean = self.sums.residual_sum / tokens
@@ -211,10 +232,22 @@ class SaeTrainer:
 
 
 class Trainer:
-    """Trains SAEs in step: every SAE sees the same tokens at every step."""
+    """Trains SAEs in step: every SAE sees the same tokens at every step.
 
-    def __init__(self, saes: Mapping[str, SaeTrainer], settings: TrainSettings, *, tokens: int, warmup: int) -> None:
+    ``shared``: every rank trains these SAEs on its part of the tokens, so gradients and counts are summed over ranks.
+    """
+
+    def __init__(
+        self,
+        saes: Mapping[str, SaeTrainer],
+        settings: TrainSettings,
+        *,
+        tokens: int,
+        warmup: int,
+        shared: bool = False,
+    ) -> None:
         self.saes = saes
+        self._shared = shared
         self.settings = settings
         self.tokens_per_step = tokens
         self.steps = settings.max_tokens // tokens
@@ -229,33 +262,46 @@ class Trainer:
     def train_step(self, micro_batches: Callable[[int], Batch]) -> list[Spike]:
         """One optimizer step of every SAE. ``micro_batches(i)`` gives micro-batch i of the run.
 
-        Gives the spikes that left an SAE's step out; raises the first one where ``on_spike`` is ``stop``.
+        Gives the spikes that left an SAE's step out.
         """
         progress = {name: self._progress(sae) for name, sae in self.saes.items()}
         factor = lr_factor(self.step, self.steps, self._warmup)
         for sae in self.saes.values():
             sae.sums = None
-        spikes = []
+        spikes: list[Spike] = []
+        reduction = Reduction()
         for micro in range(self.settings.grad_acc_steps):
             batch = micro_batches(self.step * self.settings.grad_acc_steps + micro)
             for name, sae in self.saes.items():
                 self._micro_step(name, batch[sae.hookpoint], progress[name])
+                if micro < self.settings.grad_acc_steps - 1:
+                    continue
                 # Each ends its step before the next begins, so that they can use the same memory in turn.
-                if micro == self.settings.grad_acc_steps - 1:
+                if not self._shared:
                     spikes.extend(self._finish(name, sae.peak_lr * factor))
+                else:
+                    sae.add_up(reduction)
+        if self._shared:
+            spikes = self._finish_shared(reduction, factor)
         self.step += 1
         return spikes
 
+    def _finish_shared(self, reduction: Reduction, factor: float) -> list[Spike]:
+        """End the step of every SAE with the sums over the ranks, which are the same on each."""
+        reduction.wait()
+        spikes: list[Spike] = []
+        for name, sae in self.saes.items():
+            sae.added_up()
+            spikes.extend(self._finish(name, sae.peak_lr * factor))
+        return spikes
+
     def _finish(self, name: str, lr: float) -> list[Spike]:
-        """Apply the SAE's step, or leave it out for a spike, which is then given or raised."""
+        """Apply the SAE's step, or leave it out for a spike, which is then given."""
         sae = self.saes[name]
         spike = sae.spike(name, self.step + 1)
         if spike is None:
             sae.finish_step(lr)
             return []
-        if self.settings.on_spike == "stop":
-            self.drop_step()
-            raise spike
         sae.drop_step()
         return [spike]
 

@@ -1,0 +1,65 @@
+"""What several processes of a run have between them, put together where one of them writes it down."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saetrain import distributed
+from saetrain.errors import SaetrainError
+from saetrain.optim import in_memory_order
+from saetrain.runs.build import sae_names, shared
+from saetrain.runs.feed import State
+from saetrain.runs.prepare import Prepared
+from saetrain.training.trainer import Spike, Trainer
+
+
+class Together:
+    """Gathers over the ranks; with one, it gives back what it is given."""
+
+    def __init__(self, run: Prepared) -> None:
+        self.names = sae_names(run)
+        self._owners, self._shared = run.division.owners, shared(run)
+
+    def merged(self, own: dict[str, Any]) -> dict[str, Any]:
+        """Every SAE's entry (of JSON) in the run's order, on every rank."""
+        if not self._owners:
+            return own
+        every = {name: value for rows in distributed.gather(own, "gathering figures") for name, value in rows.items()}
+        return {name: every[name] for name in self.names}
+
+    def tensors(self, own: Mapping[str, Mapping[str, Tensor]], what: str) -> dict[str, dict[str, Tensor]]:
+        """{SAE: tensors} of all SAEs on rank 0."""
+        out = {}
+        for name, (hookpoint, _) in self.names.items():
+            found = distributed.tensors_from(self._owners.get(hookpoint, 0), own.get(name, {}), what)
+            if found is not None:
+                out[name] = found
+        return out
+
+    def place(self, own: State) -> State:
+        """Where all ranks' shards stand."""
+        return {shard: row for place in distributed.gather(own, "gathering shards") for shard, row in place.items()}
+
+    def spikes(self, own: list[Spike]) -> list[Spike]:
+        """Those of every rank; where all train the same SAEs, they have the same ones."""
+        if not self._owners or not distributed.agree([len(own)], "looking for spikes")[0]:
+            return own
+        facts = distributed.gather([spike.facts for spike in own], "gathering spikes")
+        return [Spike.of(each) for rows in facts for each in rows]
+
+    def require_equal(self, trainer: Trainer) -> None:
+        """SaetrainError when weights that every step leaves the same on all ranks have drifted apart."""
+        if not self._shared:
+            return
+        for name, sae in trainer.saes.items():
+            sums = [int(in_memory_order(p.detach()).view(torch.int32).sum()) for p in sae.coder.parameters()]
+            most = distributed.agree([*sums, *(-each for each in sums)], "comparing weights")
+            if any(high != -low for high, low in zip(most[: len(sums)], most[len(sums) :], strict=True)):
+                raise SaetrainError(
+                    f"{name}: the processes' weights are no longer the same, so nothing is saved; hosts of different "
+                    "kinds round differently: use hosts of one kind, or --parallel hookpoints"
+                )
