@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from saetrain.activations.capture import ActivationCapture
@@ -16,7 +17,7 @@ from saetrain.data.loader import token_policy
 from saetrain.data.tokenize import DEFAULT_CTX_LEN, Framing, load_tokenizer
 from saetrain.errors import SaetrainError, did_you_mean
 from saetrain.runs.directory import CONFIG
-from saetrain.runs.locate import Found, Located
+from saetrain.runs.locate import Found, Located, run_of
 from saetrain.runs.prepare import check_vocabulary
 
 
@@ -135,5 +136,18 @@ def _ctx_len(config: EvaluateConfig, located: Located, head: HeadModel) -> int:
 def run_config(located: Located) -> RunConfig:
     """The settings of the run that the SAEs are of."""
     assert located.run is not None
-    path = str(located.run / CONFIG)
-    return from_flat(read_yaml(path), path)
+    return _config_of(located.run)
+
+
+def _config_of(run: Path) -> RunConfig:
+    path = str(run / CONFIG)
+    return from_flat(read_yaml(path, flag=""), path)
+
+
+def as_the_run(path: str) -> EvaluateConfig | None:
+    """What an evaluation of ``path`` starts from: the scoring and thresholds of its run; None where there is none."""
+    run = run_of(Path(path))
+    if run is None:
+        return None
+    config = _config_of(run)
+    return EvaluateConfig(path=path, scoring=config.scoring, health=config.health)
