@@ -12,10 +12,12 @@ from tqdm import tqdm
 
 from saetrain.activations.read import Labelled, Place
 from saetrain.config import EvaluateConfig
+from saetrain.errors import SaetrainError, is_out_of_memory
 from saetrain.evaluation.heldout import Subject
 from saetrain.evaluation.nulls import PCA, Moments, RandomDecoder
 from saetrain.evaluation.recovered import SplicePolicy, every_token
 from saetrain.evaluation.score import Nulls, Scores, score_activations, score_losses
+from saetrain.logs.console import say
 from saetrain.runs.assessment import Assessment, TextScores, report
 from saetrain.runs.locate import Located, locate
 from saetrain.runs.match import Setting, prepare, run_config
@@ -34,11 +36,19 @@ def evaluate(config: EvaluateConfig, most: int | None = None) -> Assessment:
     torch.set_flush_denormal(True)
     quiet_libraries()
     located = locate(config.path)
-    setting = dataclasses.replace(prepare(config, located), most=most)
-    texts, fit = open_texts(setting)
-    nulls = fit_nulls(setting, fit)
-    scores = [score(setting, text, nulls) for text in texts]
-    assessment = Assessment.of(config, located, setting.head, scores, threshold(config, located))
+    try:
+        setting = dataclasses.replace(prepare(config, located), most=most)
+        texts, fit = open_texts(setting)
+        nulls = fit_nulls(setting, fit)
+        scores = [score(setting, text, nulls) for text in texts]
+        assessment = Assessment.of(config, located, setting.head, scores, threshold(config, located))
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        tokens = config.base.model_batch_tokens
+        raise SaetrainError(
+            f"out of memory while scoring: lower --model_batch_tokens from {tokens} to {max(1, tokens // 2)}"
+        ) from error
     report(assessment)
     return assessment
 
@@ -89,6 +99,9 @@ def _add_losses(
     """Add the figures of the model's own loss to ``scores``; gives the number of sequences that they are over."""
     wanted = setting.budget(setting.config.scoring.loss_tokens, LOSS_TOKENS)
     if not wanted:
+        return 0
+    if setting.head.kind == "masked" and setting.tokenizer.mask_token_id is None:
+        say("the model's own loss is not scored: its tokenizer has no mask token")
         return 0
     count, _ = enough(setting, text.sequences, text.numbers, wanted)
     numbers = text.numbers[:count]
