@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from saetrain.activations.read import Labelled, Place
 from saetrain.config import EvaluateConfig
+from saetrain.errors import SaetrainError, is_out_of_memory
 from saetrain.evaluation.heldout import Subject
 from saetrain.evaluation.nulls import PCA, Moments, RandomDecoder
 from saetrain.evaluation.recovered import SplicePolicy, every_token
@@ -33,11 +34,19 @@ def evaluate(config: EvaluateConfig, most: int | None = None) -> Assessment:
     torch.set_flush_denormal(True)
     quiet_libraries()
     located = locate(config.path)
-    setting = dataclasses.replace(prepare(config, located), most=most)
-    texts, fit = open_texts(setting)
-    nulls = fit_nulls(setting, fit)
-    scores = [score(setting, text, nulls) for text in texts]
-    assessment = Assessment.of(config, located, setting.head, scores, threshold(config, located))
+    try:
+        setting = dataclasses.replace(prepare(config, located), most=most)
+        texts, fit = open_texts(setting)
+        nulls = fit_nulls(setting, fit)
+        scores = [score(setting, text, nulls) for text in texts]
+        assessment = Assessment.of(config, located, setting.head, scores, threshold(config, located))
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        tokens = config.base.model_batch_tokens
+        raise SaetrainError(
+            f"out of memory while scoring: lower --model_batch_tokens from {tokens} to {max(1, tokens // 2)}"
+        ) from error
     report(assessment)
     return assessment
 

@@ -191,6 +191,9 @@ def enough(setting: Setting, sequences: Sequences, order: np.ndarray, tokens: in
 def _with_losses(setting: Setting, text: Scored) -> Scored:
     """With the sequences for the model's own loss; SaetrainError when --loss_tokens asks for more than there are."""
     asked, run = setting.config.scoring.loss_tokens, setting.located.run
+    if asked != 0 and setting.head.kind == "masked" and setting.tokenizer.mask_token_id is None:
+        say("the model's own loss is not scored: its tokenizer has no mask token")
+        return text
     count, held = enough(setting, text.sequences, text.numbers, setting.budget(asked, LOSS_TOKENS))
     if asked is not None and held < asked:
         # What the run was started with was asked of text whose length was not known yet.
