@@ -100,9 +100,16 @@ def parse_tokenize(words: Sequence[str]) -> TokenizeConfig:
 
 
 def parse_evaluate(words: Sequence[str]) -> EvaluateConfig:
-    """Settings of ``saetrain evaluate`` from the words behind it."""
+    """Settings of ``saetrain evaluate`` from the words behind it; those of PATH's run stand where no flag is given."""
     words = _spell_out(list(words), flags(EvaluateConfig))
-    return tyro.cli(EvaluateConfig, prog="saetrain evaluate", args=words, **OPTIONS)
+
+    def read(default: Any) -> EvaluateConfig:
+        return tyro.cli(EvaluateConfig, prog="saetrain evaluate", args=words, default=default, **OPTIONS)
+
+    first = words[0] if words and not words[0].startswith("--") else read(tyro.MISSING_NONPROP).path
+    from saetrain.runs.match import as_the_run
+
+    return read(as_the_run(first) or tyro.MISSING_NONPROP)
 
 
 def parse_compare(words: Sequence[str]) -> CompareConfig:

@@ -130,6 +130,8 @@ class EvaluateConfig:
     """Configuration of --dataset where it has several."""
     text_column: typing.Annotated[str | None, shown_default("found by itself", "NAME")] = None
     """Column of --dataset that holds the text."""
+    skip_bad_rows: bool = False
+    """Leave out rows of --dataset that can't be read, and count them."""
     ctx_len: typing.Annotated[int | None, shown_default("the SAE's", "INT")] = None
     """Tokens of a sequence."""
     exclude_special_tokens: typing.Literal["auto", "true", "false"] = "auto"
@@ -144,6 +146,8 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         if self.eval_tokens is not None and self.eval_tokens < 2:
             raise SaetrainError(f"--eval_tokens {self.eval_tokens}: must be at least 2")
+        if self.dead_percentage_threshold is not None:
+            DeadSettings(dead_percentage_threshold=self.dead_percentage_threshold)  # refuses what training refuses
         if not self.dataset and not self.in_sample:
             raise SaetrainError("--in_sample false: nothing is left to score on; name a data set by --dataset")
 

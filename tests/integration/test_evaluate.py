@@ -182,24 +182,171 @@ def foreign(request: pytest.FixtureRequest, causal_run: Path, tmp_path: Path) ->
     return folder
 
 
+def rewrite(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the SAE's ``cfg.json``."""
+    config = json.loads((folder / "cfg.json").read_text())
+    change(config)
+    (folder / "cfg.json").write_text(json.dumps(config))
+
+
+def forget_text(config: dict[str, Any]) -> None:
+    """What the SAE was trained on, so that all layouts take the same part of another text for the nulls."""
+    for entries, names in (("saetrain", ("dataset", "fingerprint", "norm_limit")), ("metadata", ("dataset_path",))):
+        for name in names:
+            config.get(entries, {}).pop(name, None)
+
+
 def test_other_libraries_saes_give_the_same_figures(
     foreign: Path, causal_run: Path, tiny_gpt2: str, other: str, tmp_path: Path
 ) -> None:
+    own_sae = Path(shutil.copytree(causal_run / "sae" / "h.2", tmp_path / "own" / "h.2"))
+    for folder in (own_sae, foreign):
+        rewrite(folder, forget_text)
     words = ["--dataset", other, "--ctx_len", "32", "--in_sample", "false", "--exclude_sinks", "true"]
-    own_sae = evaluate(causal_run / "sae" / "h.2", tmp_path / "a", *words)["other"]["saes"]
-    if "sparsify" in str(foreign):
-        words += ["--model", tiny_gpt2]
-    theirs = evaluate(foreign, tmp_path / "b", *words)["other"]["saes"]
-    (one,), (two,) = own_sae.values(), theirs.values()
+    found = [
+        evaluate(folder, tmp_path / name, *words, "--model", tiny_gpt2)["other"]["saes"]
+        for folder, name in ((own_sae, "a"), (foreign, "b"))
+    ]
+    (one,), (two,) = (saes.values() for saes in found)
     assert two["figures"]["l0"]["value"] <= 8
     assert two["hookpoint"] in ("h.2", "blocks.2.hook_resid_post")
-    # Where the training text is not known, half of the text goes to the nulls instead of being scored.
-    same = ("fvu", "cosine", "l0", "ce_clean", "ce_spliced", "ce_zero") if "saelens" in str(foreign) else ()
-    for name in same:
+    for name in ("fvu", "cosine", "l0", "ce_clean", "ce_spliced", "ce_zero"):
         assert two["figures"][name]["value"] == pytest.approx(one["figures"][name]["value"], rel=1e-5), name
+        assert two["figures"][name]["count"] == one["figures"][name]["count"], name
     x = torch.randn(20, 32)
-    ours, them = (load_any(folder)[0].encode(x).dense() for folder in (causal_run / "sae" / "h.2", foreign))
-    torch.testing.assert_close(them, ours)
+    (ours, _), (them, _) = (load_any(folder) for folder in (own_sae, foreign))
+    torch.testing.assert_close(them.encode(x).dense(), ours.encode(x).dense())
+    torch.testing.assert_close(them.decode(them.encode(x)), ours.decode(ours.encode(x)))
+
+
+OTHER_TEXT = ["--in_sample", "false", "--loss_tokens", "0"]
+
+
+@pytest.fixture
+def saelens_sae(causal_run: Path, tmp_path: Path) -> Path:
+    """An SAE as SAELens alone knows it."""
+    folder = Path(shutil.copytree(causal_run / "sae" / "h.2", tmp_path / "saelens"))
+    rewrite(folder, lambda config: config.pop("saetrain"))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("hf_name", "name", "words"),
+    [
+        ("transformer.h.2.output", "blocks.2.hook_resid_post", ()),
+        ("transformer.h.2", "blocks.9.hook_resid_post", ()),
+        ("transformer.h.2.mlp.input", "blocks.2.hook_resid_post", ()),
+        ("transformer.h.2.mlp.input", "blocks.2.hook_mlp_in", ("--hookpoint", "h.2")),
+    ],
+)
+def test_hookpoints_as_saelens_spells_them(
+    saelens_sae: Path,
+    other: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    hf_name: str,
+    name: str,
+    words: tuple[str, ...],
+) -> None:
+    mended = evaluate(saelens_sae, tmp_path / "a", "--dataset", other, *OTHER_TEXT)["other"]["saes"]
+    rewrite(saelens_sae, lambda config: config["metadata"].update(hf_hook_name=hf_name, hook_name=name))
+    if words:
+        said = refused(capsys, str(saelens_sae), "--dataset", other, *OTHER_TEXT)
+        assert f"names its hookpoint '{hf_name}' and '{name}', which is no module of the model" in said
+    spelt = evaluate(saelens_sae, tmp_path / "b", "--dataset", other, *OTHER_TEXT, *words)["other"]["saes"]
+    (one,), (two,) = mended.values(), spelt.values()
+    assert two["figures"]["fvu"] == one["figures"]["fvu"]
+    said = refused(capsys, str(saelens_sae), "--dataset", other, *OTHER_TEXT, "--hookpoint", "h.9")
+    assert "--hookpoint h.9: " in said
+
+
+def test_texts_begin_with_a_bos_where_the_sae_was_trained_so(
+    saelens_sae: Path, tiny_gpt2: str, other: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--dataset", other, *OTHER_TEXT)
+    without = next(iter(evaluate(saelens_sae, tmp_path / "a", *words)["other"]["saes"].values()))
+    assert "first" in without["classes"]
+    assert "BOS" not in capsys.readouterr().err
+    rewrite(saelens_sae, lambda config: config["metadata"].update(prepend_bos=True))
+    found = next(iter(evaluate(saelens_sae, tmp_path / "b", *words)["other"]["saes"].values()))
+    said = capsys.readouterr().err
+    assert "texts are read with a BOS token before each, as the SAE was trained (prepend_bos)" in said
+    assert "first" not in found["classes"], "position 0 is the BOS, a special token"
+    assert found["classes"]["special"]["tokens"] >= 800 // 32
+    model = Path(shutil.copytree(tiny_gpt2, tmp_path / "model"))
+    forget_token(model, "bos_token")
+    said = refused(capsys, str(saelens_sae), *words, "--model", str(model))
+    assert "was trained with a BOS token before each text (prepend_bos), and the model's tokenizer has none" in said
+
+
+def test_texts_have_no_bos_where_the_sae_was_trained_so(
+    saelens_sae: Path, tiny_gpt2: str, other: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The tokenizer of this model puts one before each text."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_gpt2)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
+    model = Path(shutil.copytree(tiny_gpt2, tmp_path / "model"))
+    tokenizer.save_pretrained(model)
+    words = ("--dataset", other, *OTHER_TEXT, "--model", str(model))
+    found = next(iter(evaluate(saelens_sae, tmp_path / "a", *words)["other"]["saes"].values()))
+    assert "texts are read without a BOS token" in capsys.readouterr().err
+    assert "first" in found["classes"]
+
+
+def forget_token(model: Path, name: str) -> None:
+    """Take a special token's role from the tokenizer in ``model``."""
+    for path in (model / "tokenizer_config.json", model / "special_tokens_map.json"):
+        if path.exists():
+            config = json.loads(path.read_text())
+            config.pop(name, None)
+            path.write_text(json.dumps(config))
+
+
+def test_a_masked_model_without_a_mask_token_is_scored_without_its_loss(
+    tiny_mlm: str, own: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    model = Path(shutil.copytree(tiny_mlm, tmp_path / "model"))
+    full = AutoTokenizer.from_pretrained(tiny_mlm)
+    PreTrainedTokenizerFast(
+        tokenizer_object=full.backend_tokenizer,
+        **{name: token for name, token in full.special_tokens_map.items() if name != "mask_token"},
+    ).save_pretrained(model)
+    words = f"{model} {own} --layers 1 {SIZES} --assess false"
+    main([*words.split(), "--save_dir", str(tmp_path), "--run_name", "run"])
+    figures = evaluate(tmp_path / "run", tmp_path / "out")["own"]["saes"]["encoder.layer.1"]["figures"]
+    assert "the model's own loss is not scored: its tokenizer has no mask token" in capsys.readouterr().err
+    assert figures["fvu"]["value"] > 0
+    assert not any(name.startswith(("ce_", "kl")) for name in figures)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_out_of_memory_says_what_to_lower(
+    causal_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def full(*arguments: object) -> None:
+        raise error
+
+    for place in ("score.answer", "nulls.PCA.__call__", "score.SparsitySums.add"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"saetrain.evaluation.{place}", full)
+            said = refused(capsys, str(causal_run), *QUICK.split(), "--model_batch_tokens", "512")
+        assert "out of memory while scoring: lower --model_batch_tokens from 512 to 256" in said
+
+
+def test_another_runtime_error_is_not_hidden(causal_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*arguments: object) -> None:
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr("saetrain.evaluation.score.answer", broken)
+    with pytest.raises(RuntimeError, match="something else"):
+        main(["evaluate", str(causal_run), *QUICK.split()])
 
 
 def test_weights_ranked_by_norm_are_read_as_saelens_means_them(causal_run: Path, tmp_path: Path) -> None:

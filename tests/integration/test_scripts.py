@@ -161,6 +161,13 @@ def test_a_failing_command_ends_the_script_with_its_exit_code(
     assert len(calls(script, code=7)) == 1
 
 
+@pytest.mark.parametrize("script", [MULTI, BOTH])
+def test_an_interpreter_that_is_missing_ends_the_script_with_the_shell_s_code(start: Start, script: str) -> None:
+    done = start(script, PYTHON="/nonexistent", N_GPUS="")
+    assert done.returncode == 127, done.stderr
+    assert "N_GPUS=" not in done.stderr
+
+
 @pytest.mark.parametrize(("script", "commands"), [(TRAIN, 2), (MULTI, 2), (STUDY, 5), (BOTH, 3)])
 def test_a_failing_comparison_does_too(
     calls: Callable[..., list[str]], tmp_path: Path, script: str, commands: int

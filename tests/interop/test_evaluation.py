@@ -69,7 +69,7 @@ def ours(tmp_path_factory: pytest.TempPathFactory, language_model: str, topics_j
         f"--ctx_len {CTX_LEN} --eval_tokens 1000 --assess false --save_dir {out} --run_name run".split()
     )
     folder = out / "run" / "sae" / "h.2"
-    scoring = ScoreSettings(splice_positions="all", bootstrap=0, loss_tokens=1_000_000, fit_tokens=2000)
+    scoring = ScoreSettings(splice_positions="all", bootstrap=0, loss_tokens=6000, fit_tokens=2000)
     config = EvaluateConfig(
         path=str(folder), eval_tokens=6000, exclude_special_tokens="false", exclude_sinks="false", scoring=scoring
     )

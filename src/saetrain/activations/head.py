@@ -14,6 +14,8 @@ Kind = Literal["causal", "masked", "none"]
 
 OTHERWISE_PRETRAINED = {"ElectraForPreTraining", "FunnelForPreTraining", "SplinterForPreTraining"}
 """Pre-trained to tell replaced tokens or to find spans, so without a head that predicts tokens."""
+EITHER = {"FlaubertWithLMHeadModel", "XLMWithLMHeadModel", "XLNetLMHeadModel"}
+"""Heads that serve permuted, masked or next tokens, so that one forward pass without more knowledge scores none."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,8 @@ def head_kind(architecture: str, causal: bool) -> Kind:
     """What the class ``architecture`` of transformers predicts."""
     from transformers.models.auto import modeling_auto
 
+    if architecture in EITHER:
+        return "none"
     if architecture in _classes(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) or architecture.endswith(
         "ForCausalLM"
     ):

@@ -21,6 +21,8 @@ from saetrain.types import shown_default
 Dtype = Literal["float32", "bfloat16", "float16"]
 DTYPES: dict[Dtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+UNMASKED = {"flaubert", "xlm", "xlnet"}
+"""Families whose heads are called like those of causal models, though their attention goes both ways."""
 NAMES_IN_CONFIG = ("_name_or_path", "_commit_hash", "transformers_version")
 """Entries of a model's configuration that decide nothing."""
 
@@ -108,6 +110,8 @@ def check_architecture(name: str, config: Any) -> bool:
             f"model {name}: '{config.model_type}' is an encoder-decoder, which is not supported; "
             "use an encoder (BERT) or a decoder (GPT-2, Llama, …)"
         )
+    if config.model_type in UNMASKED:
+        return False
     architectures = " ".join(config.architectures or [])
     if getattr(config, "is_decoder", False) or "CausalLM" in architectures or "LMHeadModel" in architectures:
         return True

@@ -84,20 +84,25 @@ class ActivationReader:
             if fine.all():
                 yield Activations(values, docs, 0)
                 continue
-            rows = torch.from_numpy(np.flatnonzero(fine)).to(self.capture.model.device)
-            kept = {name: value[rows] for name, value in values.items()}
-            yield Activations(kept, docs[fine], int((~fine).sum()))
+            yield Activations(self._rows(values, np.flatnonzero(fine)), docs[fine], int((~fine).sum()))
 
     def labelled(self, sequences: list[Sequence]) -> Iterator[Labelled]:
-        """All tokens of each model batch but padding, with what each is."""
+        """All tokens of each model batch but padding, with what each is.
+
+        SaetrainError when a kept one's activation is not finite; others that are not are left out.
+        """
         for chosen, captured in self._forward(sequences):
             keep = np.concatenate([self.keep(sequence) for sequence in chosen])
             kinds = np.concatenate([sequence.kind for sequence in chosen])
             docs = np.concatenate([sequence.doc for sequence in chosen])
             values = self._pick(captured, chosen, np.ones(len(docs), dtype=bool))
             place = np.where(keep, Place.KEPT, np.where(kinds & TokenKind.SPECIAL, Place.SPECIAL, Place.FIRST))
-            outside = keep & ~self.within_limits(values, docs)
-            yield Labelled(values, docs, np.where(outside, Place.OUTLIER, place).astype(np.uint8))
+            kept = np.flatnonzero(keep)
+            place[kept[~self.within_limits(self._rows(values, kept), docs[kept])]] = Place.OUTLIER
+            # Training never sees the other tokens, so an overflow there is no reason to refuse.
+            fine = np.flatnonzero(keep | _finite(values))
+            values = values if len(fine) == len(docs) else self._rows(values, fine)
+            yield Labelled(values, docs[fine], place[fine].astype(np.uint8))
 
     def _forward(self, sequences: list[Sequence]) -> Iterator[tuple[list[Sequence], dict[str, Tensor]]]:
         """(sequences, {hookpoint: (B, S, D)}) of each model batch."""
@@ -113,6 +118,10 @@ class ActivationReader:
         real = np.concatenate([row * longest + np.arange(len(sequence)) for row, sequence in enumerate(chosen)])
         picked = torch.from_numpy(real[keep]).to(self.capture.model.device)
         return {name: value.flatten(0, 1).index_select(0, picked) for name, value in captured.items()}
+
+    def _rows(self, values: dict[str, Tensor], numbers: np.ndarray) -> dict[str, Tensor]:
+        rows = torch.from_numpy(numbers).to(self.capture.model.device)
+        return {name: value[rows] for name, value in values.items()}
 
     def _capture(self, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
         try:
@@ -155,3 +164,9 @@ class ActivationReader:
         if len(self._data_sets) < 2:
             return ", ".join(map(str, rows))
         return ", ".join(f"{row % (1 << PART_BITS)} of {self._data_sets[row >> PART_BITS]}" for row in rows)
+
+
+def _finite(values: dict[str, Tensor]) -> np.ndarray:
+    """(n,) bool: finite at every hookpoint."""
+    norms = [value.float().norm(dim=1) for value in values.values()]
+    return np.asarray(torch.stack(norms).isfinite().all(dim=0).cpu().numpy())

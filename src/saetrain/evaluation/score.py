@@ -26,6 +26,8 @@ from saetrain.evaluation.sparsity import SparsitySums
 from saetrain.types import Sequence, shown_default
 
 RANDOM, PRINCIPAL, MEAN, DIRECTIONS = "random_decoder", "pca", "mean", "random_directions"
+MOST_SEED = (1 << 32) - 1
+"""Seeds up to here give different weights of the documents."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +50,8 @@ class ScoreSettings:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise SaetrainError(f"--{name} {value}: must be at least {least}")
+        if self.eval_seed > MOST_SEED:
+            raise SaetrainError(f"--eval_seed {self.eval_seed}: must be at most {MOST_SEED}")
         if self.bootstrap == 1:
             raise SaetrainError("--bootstrap 1: one resampling gives no interval; give 0 or at least 2")
 

@@ -32,6 +32,12 @@ class HealthSettings:
     """Largest mean of the 100 largest cosines between decoder rows that passes."""
 
     def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            numbers = value if isinstance(value, tuple) else (value,)
+            if not all(map(math.isfinite, numbers)):
+                raise SaetrainError(f"--{name} {' '.join(f'{n:g}' for n in numbers)}: must be finite")
+        if len(self.l0_range) != 2:
+            raise SaetrainError(f"--l0_range: takes 2 numbers, from and to; found {len(self.l0_range)}")
         low, high = self.l0_range
         if not 0 <= low <= high:
             raise SaetrainError(f"--l0_range {low:g} {high:g}: give the smaller number first, none below 0")
@@ -78,11 +84,16 @@ class Judged:
         return self.status != "fail"
 
     def as_json(self) -> dict[str, Any]:
-        """All of it; a bound that is not known as null."""
+        """All of it; numbers that are not finite as null."""
         values = asdict(self)
         return {
-            name: None if isinstance(value, float) and math.isnan(value) else value for name, value in values.items()
+            **{name: _or_null(value) if isinstance(value, float) else value for name, value in values.items()},
+            "nulls": {name: _or_null(value) for name, value in self.nulls.items()},
         }
+
+
+def _or_null(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from saetrain.coders.topk import TopK
 from saetrain.errors import SaetrainError
 from saetrain.files import replacing, write_json
 from saetrain.interop import saelens, sparsify
+from saetrain.interop.checks import require_kinds, require_tensors
 
 CONFIG = "cfg.json"
 FORMAT = 1
@@ -58,36 +59,52 @@ def load_sae(folder: Path) -> tuple[TopK, dict[str, Any]]:
         raise SaetrainError(
             f"{folder / CONFIG}: was not written by this version of saetrain (no 'saetrain' entry of format {FORMAT})"
         )
+    for key in ("architecture", "d_in", "d_sae", "k"):
+        if config.get(key) is None:
+            raise SaetrainError(f"{folder / CONFIG}: has no key '{key}'")
+    if config["architecture"] not in list(CODERS):
+        raise SaetrainError(
+            f"{folder / CONFIG}: architecture is {config['architecture']!r}; this version knows {', '.join(CODERS)}"
+        )
+    width, latents, k = config["d_in"], config["d_sae"], config["k"]
+    require_k(folder / CONFIG, k, latents)
     path = folder / saelens.WEIGHTS
     try:
         weights = load_file(path)
-        coder = CODERS[config["architecture"]](config["d_in"], config["d_sae"], config["k"])
+        require_tensors(weights, saelens.LETTERS, latents, width)
     except FileNotFoundError as error:
         raise SaetrainError(f"{path}: is missing") from error
     except SafetensorError as error:
         raise SaetrainError(f"{path}: is broken or cut short: {error}") from error
-    except KeyError as error:
-        raise SaetrainError(f"{folder / CONFIG}: has no key {error}") from error
-    for name, parameter in coder.named_parameters():
-        if name not in weights or weights[name].shape != parameter.shape:
-            found = tuple(weights[name].shape) if name in weights else "nothing"
-            raise SaetrainError(f"{path}: {name} should be of shape {tuple(parameter.shape)}, found {found}")
-        with torch.no_grad():
+    except ValueError as error:
+        raise SaetrainError(f"{path}: {error}") from error
+    coder = CODERS[config["architecture"]](width, latents, k)
+    with torch.no_grad():
+        for name, parameter in coder.named_parameters():
             parameter.copy_(weights[name])
     return coder.requires_grad_(False), about
+
+
+def require_k(path: Path, k: int, latents: int) -> None:
+    """SaetrainError for more active latents than there are."""
+    if k > latents:
+        raise SaetrainError(f"{path}: k is {k}, more than the {latents} latents")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """``cfg.json`` of ``folder``; SaetrainError when there is none or it is broken."""
     path = folder / CONFIG
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         inner = sorted(str(found.parent) for found in folder.glob(f"**/{CONFIG}"))[:3]
         hint = f"; there are some in {', '.join(inner)}" if inner else ""
         raise SaetrainError(f"{folder}: holds no SAE (no {CONFIG}){hint}") from error
-    except json.JSONDecodeError as error:
+    except OSError as error:
+        raise SaetrainError(f"{path}: can't be read: {error.strerror}") from error
+    except ValueError as error:
         raise SaetrainError(f"{path}: is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise SaetrainError(f"{path}: should be a JSON object")
+    require_kinds(path, config)
     return config

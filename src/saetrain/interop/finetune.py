@@ -10,6 +10,7 @@ from torch import Tensor
 
 from saetrain.coders.topk import TopK
 from saetrain.errors import SaetrainError
+from saetrain.interop import saelens
 from saetrain.interop.reading import read_weights
 
 NORM_TOLERANCE = 1e-3
@@ -31,7 +32,10 @@ def load_for_finetune(path: str, hookpoint: str, coder: TopK, model_sha256: str 
         if there and hookpoint not in there:
             raise SaetrainError(f"--finetune {folder}: holds no SAE of {hookpoint}; there are {', '.join(there)}")
         folder = folder / hookpoint if there else folder
-    config, weights = read_weights(folder, f"--finetune {folder}")
+    try:
+        config, weights = read_weights(folder)
+    except SaetrainError as error:
+        raise SaetrainError(f"--finetune {error}") from error
     _check_hookpoint(folder, config, hookpoint)
     k = config.get("k")
     if k != coder.k:
@@ -43,7 +47,7 @@ def load_for_finetune(path: str, hookpoint: str, coder: TopK, model_sha256: str 
     with torch.no_grad():
         for name, parameter in coder.named_parameters():
             parameter.copy_(weights[name])
-    trained_on = config.get("saetrain", {}).get("model_weights_sha256")
+    trained_on = (config.get("saetrain") or {}).get("model_weights_sha256")
     if trained_on and model_sha256 and trained_on != model_sha256:
         return f"--finetune {folder}: was trained on a model of other weights (SHA-256 {trained_on[:12]}…)"
     return None
@@ -52,8 +56,9 @@ def load_for_finetune(path: str, hookpoint: str, coder: TopK, model_sha256: str 
 def _check_hookpoint(folder: Path, config: dict[str, Any], hookpoint: str) -> None:
     """SaetrainError when the SAE says that it belongs to another hookpoint."""
     metadata = config.get("metadata") or {}
-    own = config.get("saetrain", {}).get("hookpoint") or metadata.get("hf_hook_name")
-    if own is not None and own != hookpoint:
+    ours, theirs = (config.get("saetrain") or {}).get("hookpoint"), metadata.get("hf_hook_name")
+    own = ours or theirs
+    if own and own != hookpoint and (ours or saelens.module_of(own, [hookpoint]) is None):
         raise SaetrainError(
             f"--finetune {folder}: it is an SAE of {own}, the run trains {hookpoint}; give the folder that holds a "
             "folder for each hookpoint, or the same --layers or --hookpoints"

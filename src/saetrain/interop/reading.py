@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,32 +14,25 @@ from torch import Tensor
 from saetrain.coders.topk import TopK
 from saetrain.errors import SaetrainError
 from saetrain.interop import saelens, sparsify
-from saetrain.interop.directory import CONFIG, load_sae, read_config
-
-NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
+from saetrain.interop.directory import CONFIG, load_sae, read_config, require_k
 
 
-def read_weights(folder: Path, shown: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_weights(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(cfg.json, the four tensors in our layout and the file's number format, for an encoder that subtracts b_dec).
 
-    Raises SaetrainError that begins with ``shown`` for what is missing, broken, or can't be a TopK SAE.
+    Raises SaetrainError that begins with the folder for what is missing, broken, or can't be a TopK SAE.
     """
-    try:
-        config = json.loads((folder / CONFIG).read_text())
-    except (OSError, ValueError) as error:
-        raise SaetrainError(f"{shown}: holds no SAE (no readable {CONFIG})") from error
+    config = read_config(folder)
     try:
         if (folder / saelens.WEIGHTS).exists():
             return config, saelens.read(config, load_file(folder / saelens.WEIGHTS))
         if (folder / sparsify.WEIGHTS).exists():
             return config, sparsify.read(config, load_file(folder / sparsify.WEIGHTS))
     except SafetensorError as error:
-        raise SaetrainError(f"{shown}: its weights are broken or cut short: {error}") from error
-    except KeyError as error:
-        raise SaetrainError(f"{shown}: its weights lack the tensor {error}") from error
+        raise SaetrainError(f"{folder}: its weights are broken or cut short: {error}") from error
     except ValueError as error:
-        raise SaetrainError(f"{shown}: {error}") from error
-    raise SaetrainError(f"{shown}: holds neither {saelens.WEIGHTS} nor {sparsify.WEIGHTS}")
+        raise SaetrainError(f"{folder}: {error}") from error
+    raise SaetrainError(f"{folder}: holds neither {saelens.WEIGHTS} nor {sparsify.WEIGHTS}")
 
 
 def load_any(folder: Path) -> tuple[TopK, dict[str, Any]]:
@@ -51,18 +43,12 @@ def load_any(folder: Path) -> tuple[TopK, dict[str, Any]]:
     config = read_config(folder)
     if isinstance(config.get("saetrain"), dict):
         return load_sae(folder)
-    config, weights = read_weights(folder, str(folder))
+    config, weights = read_weights(folder)
     k = config.get("k")
-    if not isinstance(k, int) or k < 1:
-        raise SaetrainError(f"{folder / CONFIG}: k should be a whole number from 1, found {k!r}")
-    shapes = {name: tuple(value.shape) for name, value in weights.items()}
+    if k is None:
+        raise SaetrainError(f"{folder / CONFIG}: has no key 'k'")
     latents, width = weights["W_dec"].shape
-    wanted = {"W_enc": (width, latents), "b_enc": (latents,), "W_dec": (latents, width), "b_dec": (width,)}
-    for name in NAMES:
-        if shapes[name] != wanted[name]:
-            raise SaetrainError(f"{folder}: {name} should be of shape {wanted[name]}, found {shapes[name]}")
-    if k > latents:
-        raise SaetrainError(f"{folder / CONFIG}: k is {k}, more than the {latents} latents")
+    require_k(folder / CONFIG, k, latents)
     coder = TopK(width, latents, k)
     ranked_by_norm = bool(config.get("rescale_acts_by_decoder_norm"))
     with torch.no_grad():
@@ -85,6 +71,7 @@ def _about(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         "hook_name": metadata.get("hook_name") or (folder.name if "metadata" not in config else None),
         "dataset": metadata.get("dataset_path"),
         "ctx_len": metadata.get("context_size"),
+        "prepend_bos": metadata.get("prepend_bos"),
         "exclude_special_tokens": metadata.get("exclude_special_tokens"),
     }
     return {name: value for name, value in known.items() if value not in (None, "")}

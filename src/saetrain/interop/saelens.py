@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor
 
 from saetrain.coders.topk import TopK
+from saetrain.interop.checks import require_tensors
 
 WEIGHTS = "sae_weights.safetensors"
+LETTERS = {"W_dec": "FD", "W_enc": "DF", "b_enc": "F", "b_dec": "D"}
+"""Dimensions of each tensor."""
 WRITTEN_FOR = "6.54.12"
 """The release whose reader this layout was tried with; a version must be there for it to be read as format 6."""
 
@@ -52,7 +55,17 @@ def read(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> dict[str, 
     for key in ("normalize_activations", "reshape_activations"):
         if config.get(key, "none") != "none":
             raise ValueError(f"its {key} is {config[key]!r}; only 'none' can be trained on")
-    out = {name: weights[name].clone() for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+    require_tensors(weights, LETTERS)
+    out = {name: weights[name].clone() for name in LETTERS}
     if not config.get("apply_b_dec_to_input", True):
         out["b_enc"] += out["b_dec"] @ out["W_enc"]
     return out
+
+
+def module_of(name: str, modules: Collection[str]) -> str | None:
+    """Which of ``modules``, of a model without its head, an `hf_hook_name` means, or None.
+
+    It is one of ours, or as in `model.layers.3.output` it begins with the head's name for the rest of the model.
+    """
+    bare = name.removesuffix(".output")
+    return next((each for each in (name, bare.partition(".")[2], bare) if each in modules), None)

@@ -8,8 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from saetrain.coders.topk import TopK
+from saetrain.interop.checks import require_tensors
 
 WEIGHTS = "sae.safetensors"
+LETTERS = {"W_dec": "FD", "encoder.weight": "FD", "encoder.bias": "F", "b_dec": "D"}
+"""Dimensions of each tensor."""
 
 
 def config(coder: TopK) -> dict[str, Any]:
@@ -44,6 +47,7 @@ def read(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> dict[str, 
     for key in ("transcode", "skip_connection"):
         if config.get(key):
             raise ValueError(f"it is a transcoder or has a skip connection ({key}), which can't be trained on")
+    require_tensors(weights, LETTERS)
     return {
         "W_enc": weights["encoder.weight"].T.contiguous(),
         "b_enc": weights["encoder.bias"].clone(),

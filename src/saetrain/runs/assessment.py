@@ -155,7 +155,7 @@ def verdict_on(sae: Found, scores: Scores, threshold: float, settings: HealthSet
         for name, figure in scores.figures.items()
     }
     coder = sae.coder
-    bound = alive_bound(estimates["l0"].value, coder.num_latents, threshold)
+    bound = alive_bound(coder.k, coder.num_latents, threshold)
     return judge(estimates, nulls, Shape(coder.d_in, coder.num_latents, coder.k, bound), settings)
 
 
@@ -202,8 +202,7 @@ def file_names(data_sets: list[str]) -> list[str]:
 
 
 def report(assessment: Assessment) -> None:
-    """Write the files and print the tables."""
-    paths = assessment.write()
+    """Print the tables and write the files, in this order, so that a disk that fails costs no figures."""
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else WIDTH, highlight=False)
     for name, verdict in assessment.verdicts.items():
         coder = assessment.located.saes[name].coder
@@ -214,7 +213,7 @@ def report(assessment: Assessment) -> None:
             advice = f"; {judged.advice}" if judged.advice else ""
             console.print(Text(f"  {metric}: {judged.reason}{advice}"))
         console.print(Text(f"verdict {verdict}", style="bold"))
-    console.print(Text(f"written: {', '.join(map(str, paths))}"))
+    console.print(Text(f"written: {', '.join(map(str, assessment.write()))}"))
 
 
 def figures_table(title: str, sae: str, texts: list[TextScores]) -> Table:

@@ -161,12 +161,15 @@ def read_run(folder: Path, name: str) -> list[Row]:
     settings = read_yaml(str(config), flag="") if config.exists() else {}
     speed = tokens_per_second(folder / METRICS)
     try:
-        return [_row(name, sae, content, settings, speed) for sae in content["saes"]]
+        rows = [_row(name, sae, content, settings, speed) for sae in content["saes"]]
     except (KeyError, TypeError, AttributeError) as error:
         raise SaetrainError(
             f"{path}: is not as saetrain writes it ({type(error).__name__}: {error}); `saetrain evaluate {folder}` "
             "makes it anew"
         ) from error
+    if not rows:
+        raise SaetrainError(f"{path}: holds no SAE; `saetrain evaluate {folder}` makes it anew")
+    return rows
 
 
 def _json(path: Path) -> dict[str, Any]:

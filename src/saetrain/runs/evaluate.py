@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from saetrain.activations.read import Labelled, Place
 from saetrain.config import EvaluateConfig
+from saetrain.errors import SaetrainError, is_out_of_memory
 from saetrain.evaluation.heldout import Subject
 from saetrain.evaluation.nulls import PCA, Moments, RandomDecoder
 from saetrain.evaluation.recovered import SplicePolicy, every_token
@@ -20,9 +21,8 @@ from saetrain.runs.assessment import Assessment, TextScores, report
 from saetrain.runs.locate import Located, locate
 from saetrain.runs.match import Setting, prepare, run_config
 from saetrain.runs.prepare import quiet_libraries
-from saetrain.runs.scored import Scored, enough, open_texts
+from saetrain.runs.scored import Scored, open_texts
 
-LOSS_TOKENS = {"cpu": 8_192, "cuda": 131_072}
 THRESHOLD = 0.0005
 
 
@@ -34,11 +34,19 @@ def evaluate(config: EvaluateConfig, most: int | None = None) -> Assessment:
     torch.set_flush_denormal(True)
     quiet_libraries()
     located = locate(config.path)
-    setting = dataclasses.replace(prepare(config, located), most=most)
-    texts, fit = open_texts(setting)
-    nulls = fit_nulls(setting, fit)
-    scores = [score(setting, text, nulls) for text in texts]
-    assessment = Assessment.of(config, located, setting.head, scores, threshold(config, located))
+    try:
+        setting = dataclasses.replace(prepare(config, located), most=most)
+        texts, fit = open_texts(setting)
+        nulls = fit_nulls(setting, fit)
+        scores = [score(setting, text, nulls) for text in texts]
+        assessment = Assessment.of(config, located, setting.head, scores, threshold(config, located))
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        tokens = config.base.model_batch_tokens
+        raise SaetrainError(
+            f"out of memory while scoring: lower --model_batch_tokens from {tokens} to {max(1, tokens // 2)}"
+        ) from error
     report(assessment)
     return assessment
 
@@ -79,19 +87,17 @@ def score(setting: Setting, text: Scored, nulls: dict[str, Nulls]) -> TextScores
         batches = (batch for group in text.groups(text.numbers) for batch in setting.reader.labelled(group))
         dead = threshold(setting.config, setting.located)
         scores = score_activations(subjects, nulls, batches, dead, setting.config.scoring, bar.update)
-    loss_numbers = _add_losses(setting, text, subjects, nulls, scores)
-    return TextScores(text.name, text.in_sample, text.what, scores, loss_numbers)
+    _add_losses(setting, text, subjects, nulls, scores)
+    return TextScores(text.name, text.in_sample, text.what, scores, text.loss_sequences)
 
 
 def _add_losses(
     setting: Setting, text: Scored, subjects: dict[str, Subject], nulls: dict[str, Nulls], scores: dict[str, Scores]
-) -> int:
-    """Add the figures of the model's own loss to ``scores``; gives the number of sequences that they are over."""
-    wanted = setting.budget(setting.config.scoring.loss_tokens, LOSS_TOKENS)
-    if not wanted:
-        return 0
-    count, _ = enough(setting, text.sequences, text.numbers, wanted)
-    numbers = text.numbers[:count]
+) -> None:
+    """Add the figures of the model's own loss to ``scores``."""
+    if not text.loss_sequences:
+        return
+    numbers = text.numbers[: text.loss_sequences]
     everywhere = setting.config.scoring.splice_positions == "all"
     limits = {} if everywhere else setting.reader.limits
     keep = every_token if everywhere else setting.reader.keep
@@ -113,4 +119,3 @@ def _add_losses(
         )
     for name, figures in losses.items():
         scores[name].figures.update(figures)
-    return count

@@ -48,7 +48,7 @@ def locate(path: str) -> Located:
     if (folder / SAE_CONFIG).exists():
         coder, about = load_any(folder)
         name = str(about.get("hookpoint") or about.get("hook_name") or folder.name)
-        return Located(folder, {name: Found(folder, coder, about)}, _run_of(folder))
+        return Located(folder, {name: Found(folder, coder, about)}, run_of(folder))
     inside = folder / SAES if (folder / SAES).is_dir() else folder
     folders = sorted(found.parent for found in inside.rglob(SAE_CONFIG))
     if not folders:
@@ -63,9 +63,10 @@ def locate(path: str) -> Located:
                     f"{path}: {name} was trained on {sae.about.get('model')} and {next(iter(saes))} on "
                     f"{first.about.get('model')}; score each by its own folder"
                 )
-    return Located(folder, saes, _run_of(folder))
+    return Located(folder, saes, run_of(folder))
 
 
-def _run_of(folder: Path) -> Path | None:
+def run_of(folder: Path) -> Path | None:
+    """The folder of the run that ``folder`` is, or is a part of."""
     places = [folder.resolve(), *folder.resolve().parents[:3]]
     return next((place for place in places if is_run(place) and (place / CONFIG).exists()), None)

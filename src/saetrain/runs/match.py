@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from saetrain.activations.capture import ActivationCapture
@@ -15,8 +16,10 @@ from saetrain.config import EvaluateConfig, RunConfig, from_flat, read_yaml
 from saetrain.data.loader import token_policy
 from saetrain.data.tokenize import DEFAULT_CTX_LEN, Framing, load_tokenizer
 from saetrain.errors import SaetrainError, did_you_mean
+from saetrain.interop.saelens import module_of
+from saetrain.logs.console import say
 from saetrain.runs.directory import CONFIG
-from saetrain.runs.locate import Found, Located
+from saetrain.runs.locate import Found, Located, run_of
 from saetrain.runs.prepare import check_vocabulary
 
 
@@ -68,7 +71,7 @@ def prepare(config: EvaluateConfig, located: Located) -> Setting:
     if first:
         limits = {hookpoints[sae]: found.about.get("norm_limit") for sae, found in located.saes.items()}
         reader.limits = {hookpoint: limit for hookpoint, limit in limits.items() if limit is not None}
-    framing = Framing.of(tokenizer, head.base.causal, _ctx_len(config, located, head))
+    framing = _framing(located, tokenizer, Framing.of(tokenizer, head.base.causal, _ctx_len(config, located, head)))
     return Setting(config, located, head, tokenizer, framing, hookpoints, reader, special, first)
 
 
@@ -83,15 +86,16 @@ def _require_weights(head: HeadModel, located: Located) -> None:
 
 def _hookpoint(config: EvaluateConfig, head: HeadModel, located: Located, sae: Found) -> str:
     """The module whose output the SAE takes; SaetrainError where it is not known or --hookpoint says another."""
-    own = sae.about.get("hookpoint") or _translated(sae.about.get("hook_name"), head)
+    names = [name for name, _ in head.base.module.named_modules() if name]
+    there = [str(sae.about[key]) for key in ("hookpoint", "hook_name") if sae.about.get(key)]
+    own = module_of(sae.about.get("hookpoint") or "", names) or _translated(sae.about.get("hook_name"), head)
     wanted = config.hookpoint or own
     if wanted is None:
-        there = sae.about.get("hook_name")
-        says = f"names its hookpoint '{there}', which is no module of the model" if there else "names no hookpoint"
+        shown = " and ".join(f"'{name}'" for name in dict.fromkeys(there))
+        says = f"names its hookpoint {shown}, which is no module of the model" if there else "names no hookpoint"
         raise SaetrainError(f"{sae.folder}: {says}; name the module by --hookpoint")
     if own is not None and own != wanted:
         raise SaetrainError(f"--hookpoint {wanted}: the SAE in {sae.folder} was trained on {own}")
-    names = [name for name, _ in head.base.module.named_modules() if name]
     if wanted not in names:
         raise SaetrainError(f"--hookpoint {wanted}: no module of {head.base.name}.{did_you_mean(wanted, names)}")
     return wanted
@@ -132,8 +136,40 @@ def _ctx_len(config: EvaluateConfig, located: Located, head: HeadModel) -> int:
     return int(wanted)
 
 
+def _framing(located: Located, tokenizer: Any, framing: Framing) -> Framing:
+    """With a BOS where the SAE was trained with one, which another library may put or leave out by itself."""
+    wanted = located.says("prepend_bos")
+    if not framing.causal or wanted is None or wanted == (framing.bos is not None):
+        return framing
+    if not wanted:
+        say("texts are read without a BOS token, as the SAE was trained (prepend_bos)")
+        return dataclasses.replace(framing, bos=None)
+    bos = tokenizer.bos_token_id
+    if bos is None:
+        raise SaetrainError(
+            f"{located.path}: the SAE was trained with a BOS token before each text (prepend_bos), and the model's "
+            "tokenizer has none; was it trained on another model?"
+        )
+    say("texts are read with a BOS token before each, as the SAE was trained (prepend_bos)")
+    # One token that serves as both parts documents once.
+    return dataclasses.replace(framing, bos=bos, eos=None if framing.eos == bos else framing.eos)
+
+
 def run_config(located: Located) -> RunConfig:
     """The settings of the run that the SAEs are of."""
     assert located.run is not None
-    path = str(located.run / CONFIG)
-    return from_flat(read_yaml(path), path)
+    return _config_of(located.run)
+
+
+def _config_of(run: Path) -> RunConfig:
+    path = str(run / CONFIG)
+    return from_flat(read_yaml(path, flag=""), path)
+
+
+def as_the_run(path: str) -> EvaluateConfig | None:
+    """What an evaluation of ``path`` starts from: the scoring and thresholds of its run; None where there is none."""
+    run = run_of(Path(path))
+    if run is None:
+        return None
+    config = _config_of(run)
+    return EvaluateConfig(path=path, scoring=config.scoring, health=config.health)

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from saetrain.activations.read import Labelled
-from saetrain.config import RunConfig, from_flat
+from saetrain.config import EvaluateConfig, RunConfig, from_flat
 from saetrain.data.heldout import HeldOutTexts
 from saetrain.data.sequences import Sequences
 from saetrain.data.sources import SourceSettings
-from saetrain.data.tokenize import TokenSettings
+from saetrain.data.tokenize import Framing, TokenSettings
 from saetrain.errors import SaetrainError
 from saetrain.logs.console import say
 from saetrain.runs.match import Setting, run_config
@@ -22,19 +22,24 @@ from saetrain.runs.metadata import location
 from saetrain.runs.text import Text, load_text, other_text, unseen
 
 EVAL_TOKENS = {"cpu": 50_000, "cuda": 1_000_000}
+LOSS_TOKENS = {"cpu": 8_192, "cuda": 131_072}
 GROUP = 64
 """Sequences that are batched together, by length."""
 
 
 @dataclass(frozen=True)
 class Scored:
-    """One text to score on: which of its sequences, in order; ``what`` says how it was chosen."""
+    """One text to score on: which of its sequences, in order; ``what`` says how it was chosen.
+
+    The model's own loss is scored on the first ``loss_sequences`` of them.
+    """
 
     name: str
     in_sample: bool
     what: str
     sequences: Sequences
     numbers: np.ndarray
+    loss_sequences: int = 0
 
     def groups(self, numbers: np.ndarray) -> Iterator[list[Any]]:
         """The sequences of those numbers, GROUP at a time."""
@@ -71,31 +76,47 @@ def own_config(setting: Setting) -> RunConfig | None:
 def open_texts(setting: Setting) -> tuple[list[Scored], Iterator[Labelled]]:
     """(the texts to score on, the SAE's own first; activations of other tokens, on which the nulls are fitted)."""
     config, own = setting.config, own_config(setting)
-    text = _own_text(setting, own) if own is not None else None
+    # Without a fingerprint nothing tells whether it is still the text of then, and it may be as large as the Pile.
+    known = setting.located.says("fingerprint") is not None
+    text = _own_text(setting, own) if own is not None and (config.in_sample or known) else None
     if own is None and not config.dataset:
         raise SaetrainError(f"{config.path}: does not say what text it was trained on; name a data set by --dataset")
     texts = []
     if own is not None and text is not None and config.in_sample:
         # Another library may have trained on what we would hold out.
-        ours = setting.located.says("fingerprint") is not None
-        what = text.about["held_out"] if ours else f"{text.about['held_out']}, but not by who trained the SAE"
+        what = text.about["held_out"] if known else f"{text.about['held_out']}, but not by who trained the SAE"
         texts.append(_choose(setting, " + ".join(own.dataset), True, what, text.held_out, own.loader.shuffle_seed))
     seen = text.trained_on() if text is not None else HeldOutTexts()
+    caveat = "; not checked against the training text" if text is None or None in text.tokens else ""
     for name in config.dataset:
-        if own is not None and location(name) in own.dataset:
+        if own is not None and _is_own(config, own, name):
             if not config.in_sample:
-                raise SaetrainError(f"--dataset {name}: the SAE was trained on it; leave out --in_sample false")
+                raise SaetrainError(
+                    f"--dataset {name}: the SAE was trained on it; leave out --in_sample false, or name another split "
+                    "of it by --split"
+                )
+            say(f"--dataset {name}: the SAE was trained on it, so it is scored once, on what was held out")
             continue
-        texts.append(_other(setting, name, seen))
+        texts.append(_other(setting, name, seen, caveat))
     if text is not None:
-        return texts, _training_sample(setting, text)
-    return _apart(setting, texts)
+        fit = _training_sample(setting, text)
+    else:
+        texts, fit = _apart(setting, texts)
+    return [_with_losses(setting, each) for each in texts], fit
+
+
+def _is_own(config: EvaluateConfig, own: RunConfig, name: str) -> bool:
+    """Whether --dataset, --split and --dataset_config name the very rows that the SAEs were trained on."""
+    source = own.source
+    same = config.split in (None, source.split) and config.dataset_config in (None, source.dataset_config)
+    return same and location(name) in own.dataset
 
 
 def _own_text(setting: Setting, own: RunConfig) -> Text | None:
     """The text that the SAEs were trained on, or None where it can't be had and is not to be scored on."""
+    framing = _own_framing(setting)
     try:
-        text = load_text(own, setting.tokenizer, setting.framing)
+        text = load_text(own, setting.tokenizer, framing)
         expected, found = setting.located.says("fingerprint"), text.about["fingerprint"]
         if expected is not None and expected != found:
             raise SaetrainError(
@@ -110,19 +131,37 @@ def _own_text(setting: Setting, own: RunConfig) -> Text | None:
     return text
 
 
-def _other(setting: Setting, name: str, seen: HeldOutTexts) -> Scored:
-    config = setting.config
-    source = None
-    if any(value is not None for value in (config.split, config.dataset_config, config.text_column)):
-        source = SourceSettings(
-            split=config.split or SourceSettings.split,
-            dataset_config=config.dataset_config,
-            text_column=config.text_column,
+def _own_framing(setting: Setting) -> Framing:
+    """The framing under which the SAEs' text was divided; SaetrainError where --ctx_len asks to score it otherwise.
+
+    An encoder's text is cut to the length of a sequence before a part is held out; a decoder's afterwards.
+    """
+    framing, own = setting.framing, setting.located.says("ctx_len")
+    if framing.causal or setting.located.says("fingerprint") is None or framing.ctx_len == own:
+        return framing
+    if setting.config.in_sample:
+        raise SaetrainError(
+            f"--ctx_len {framing.ctx_len}: the SAE's own text was cut into sequences of {own} tokens before some were "
+            "held out; leave the flag out, or score on other text by --dataset with --in_sample false"
         )
+    return dataclasses.replace(framing, ctx_len=own)
+
+
+def _other(setting: Setting, name: str, seen: HeldOutTexts, caveat: str) -> Scored:
+    config = setting.config
+    source = SourceSettings(
+        split=config.split or SourceSettings.split,
+        dataset_config=config.dataset_config,
+        text_column=config.text_column,
+        skip_bad_rows=config.skip_bad_rows,
+    )
     tokens = TokenSettings(ctx_len=setting.framing.ctx_len, exclude_special_tokens=setting.exclude_special)
-    table, what = other_text(name, source, tokens, setting.tokenizer, setting.framing)
+    which = "held_out" if config.split is None else "train"
+    table, what = other_text(name, source, which, tokens, setting.tokenizer, setting.framing)
     sequences, what = unseen(name, table, what, setting.framing, setting.exclude_special, seen)
-    return _choose(setting, name, False, what, sequences, setting.config.scoring.eval_seed)
+    if caveat:
+        say(f"data set {name}{caveat}, so some of it may have been trained on")
+    return _choose(setting, name, False, what + caveat, sequences, setting.config.scoring.eval_seed)
 
 
 def _choose(setting: Setting, name: str, in_sample: bool, what: str, sequences: Sequences, seed: int) -> Scored:
@@ -149,6 +188,24 @@ def enough(setting: Setting, sequences: Sequences, order: np.ndarray, tokens: in
     return len(order), held
 
 
+def _with_losses(setting: Setting, text: Scored) -> Scored:
+    """With the sequences for the model's own loss; SaetrainError when --loss_tokens asks for more than there are."""
+    asked, run = setting.config.scoring.loss_tokens, setting.located.run
+    if asked != 0 and setting.head.kind == "masked" and setting.tokenizer.mask_token_id is None:
+        say("the model's own loss is not scored: its tokenizer has no mask token")
+        return text
+    count, held = enough(setting, text.sequences, text.numbers, setting.budget(asked, LOSS_TOKENS))
+    if asked is not None and held < asked:
+        # What the run was started with was asked of text whose length was not known yet.
+        if run is None or asked != run_config(setting.located).scoring.loss_tokens:
+            raise SaetrainError(
+                f"--loss_tokens {asked}: of data set {text.name} {held:,} tokens are scored on ({text.what}); give "
+                "fewer, or leave the flag out to take up to the default; --eval_tokens may ask for more"
+            )
+        say(f"data set {text.name}: the model's loss is scored on {held:,} tokens, of --loss_tokens {asked:,}")
+    return dataclasses.replace(text, loss_sequences=count)
+
+
 def _training_sample(setting: Setting, text: Text) -> Iterator[Labelled]:
     shards = text.train.n_shards
     wanted = setting.config.scoring.fit_tokens
@@ -167,11 +224,19 @@ def _apart(setting: Setting, texts: list[Scored]) -> tuple[list[Scored], Iterato
     count, _ = enough(setting, first.sequences, order[::-1], setting.config.scoring.fit_tokens)
     count = max(1, min(count, len(order) // 2))
     say(
-        f"the training text is not known: the nulls are fitted on {count:,} sequences of {first.name}, which are not "
+        f"without the training text: the nulls are fitted on {count:,} sequences of {first.name}, which are not "
         "scored on"
     )
     fitted, kept = order[len(order) - count :], first.numbers[: len(order) - count]
     if not len(kept):
         raise SaetrainError(f"data set {first.name}: too small to fit the nulls and score on")
+    asked = setting.config.eval_tokens
+    if asked is not None:
+        _, held = enough(setting, first.sequences, kept, asked)
+        if held < asked:
+            raise SaetrainError(
+                f"--eval_tokens {asked}: data set {first.name} has only {held:,} tokens to score on beside those that "
+                "the nulls are fitted on, for the training text is not at hand; give fewer, or lower --fit_tokens"
+            )
     texts = [dataclasses.replace(first, numbers=kept), *texts[1:]]
     return texts, (batch for group in first.groups(fitted) for batch in setting.reader.labelled(group))

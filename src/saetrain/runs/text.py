@@ -111,20 +111,19 @@ def _divide(name: str, config: RunConfig, tokenizer: Any, framing: Framing) -> _
 
 
 def other_text(
-    name: str, settings: SourceSettings | None, tokens: TokenSettings, tokenizer: Any, framing: Framing
+    name: str, settings: SourceSettings, which: str, tokens: TokenSettings, tokenizer: Any, framing: Framing
 ) -> tuple[TokenTable, str]:
     """(the tokens of a data set that no SAE was trained on, what it is).
 
-    Of the split that ``settings`` name; where they are None, of its split for tests if it has one.
+    ``which``: `train`, of the split that ``settings`` name; `held_out`, of its split for tests if it has one.
     """
-    which = "held_out" if settings is None else "train"
     if is_token_folder(name):
         rows, about = open_tokens(Path(name), tokenizer, framing)
         names = {"train": about["split"], "held_out": about["held_out_split"]}
     else:
-        source = open_text(name, settings or SourceSettings(), tokenizer)
+        source = open_text(name, settings, tokenizer)
         _, rows = tokenized(name, source, tokenizer, framing, tokens)
-        names = {"train": (settings or SourceSettings()).split, "held_out": source.held_out_split}
+        names = {"train": settings.split, "held_out": source.held_out_split}
     which = which if which in rows else "train"
     return TokenTable(rows[which]), f"split '{names[which]}'"
 

@@ -44,6 +44,9 @@ SMALL: dict[str, Any] = {
         ("BertForSequenceClassification", "BertConfig", "none"),
         ("GPT2Model", "GPT2Config", "none"),
         ("GPT2ForSequenceClassification", "GPT2Config", "none"),
+        ("XLNetLMHeadModel", "XLNetConfig", "none"),
+        ("XLMWithLMHeadModel", "XLMConfig", "none"),
+        ("FlaubertWithLMHeadModel", "FlaubertConfig", "none"),
         ("", "BertConfig", "none"),
     ],
 )

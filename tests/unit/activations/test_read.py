@@ -10,7 +10,7 @@ import torch
 
 from saetrain.activations.capture import ActivationCapture, pad_batch
 from saetrain.activations.model import BaseModel
-from saetrain.activations.read import ActivationReader
+from saetrain.activations.read import ActivationReader, Place
 from saetrain.errors import SaetrainError
 from saetrain.types import PART_BITS, Sequence, TokenKind
 
@@ -97,6 +97,31 @@ def test_activations_that_are_not_finite_name_their_rows(gpt2: BaseModel, sequen
         mixed = ActivationReader(ActivationCapture(gpt2, ["h.0"]), text_only, 64, ("some", "other"))
         with pytest.raises(SaetrainError, match=r"not finite on data set rows 101 of other; .*--dtype"):
             mixed.read(rows)
+    finally:
+        with torch.no_grad():
+            embedding[901] = good
+
+
+def test_labels_leave_out_what_is_not_kept_and_not_finite(gpt2: BaseModel, sequences: Make) -> None:
+    rows = sequences(8, 8)
+    for row in rows:
+        row.ids[:] = np.arange(10, 18)
+    rows[1].ids[7] = 901
+    embedding = gpt2.module.wte.weight
+    good = embedding[901].clone()
+    try:
+        with torch.no_grad():
+            # Behind the embeddings, attention would carry it on to other tokens.
+            embedding[901] = float("inf")
+        read = reader(gpt2, ["wte"])
+        (batch,) = read.labelled(rows)
+        assert np.bincount(batch.place).tolist() == [12, 3]
+        assert torch.isfinite(batch.values["wte"]).all()
+        assert len(batch.doc) == len(batch.values["wte"]) == 15
+        torch.testing.assert_close(batch.values["wte"][batch.place == Place.KEPT], read.read(rows).values["wte"])
+        rows[1].ids[4] = 901
+        with pytest.raises(SaetrainError, match=r"at wte are not finite on data set rows 1; .*--dtype"):
+            list(read.labelled(rows))
     finally:
         with torch.no_grad():
             embedding[901] = good

@@ -137,7 +137,15 @@ def test_text_without_a_token_that_counts(coder: TopK, tokens: Labelled) -> None
 
 
 @pytest.mark.parametrize(
-    "values", [{"bootstrap": 1}, {"bootstrap": -1}, {"loss_tokens": -1}, {"fit_tokens": 1}, {"eval_seed": -1}]
+    "values",
+    [
+        {"bootstrap": 1},
+        {"bootstrap": -1},
+        {"loss_tokens": -1},
+        {"fit_tokens": 1},
+        {"eval_seed": -1},
+        {"eval_seed": 2**64},
+    ],
 )
 def test_settings_out_of_range_are_refused(values: dict) -> None:
     with pytest.raises(SaetrainError, match=f"--{next(iter(values))}"):

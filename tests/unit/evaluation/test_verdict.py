@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
+import jsonschema
 import pytest
 
 from saetrain.errors import SaetrainError
@@ -172,20 +174,31 @@ def test_thresholds_are_those_that_are_set() -> None:
         ({"l0_range": (-1.0, 20.0)}, "--l0_range -1 20"),
         ({"min_explained_variance": 0.8}, "--min_explained_variance 0.8"),
         ({"good_dead": 0.3}, "--good_dead 0.3"),
+        ({"l0_range": (20.0, math.inf)}, "--l0_range 20 inf: must be finite"),
+        ({"max_dead": math.nan}, "--max_dead nan: must be finite"),
+        ({"min_explained_variance": -math.inf}, "--min_explained_variance -inf: must be finite"),
+        ({"l0_range": (20.0,)}, "--l0_range: takes 2 numbers, from and to; found 1"),
     ],
 )
-def test_thresholds_that_contradict_each_other_are_refused(values: dict, flag: str) -> None:
+def test_thresholds_that_say_nothing_are_refused(values: dict, flag: str) -> None:
     with pytest.raises(SaetrainError, match=flag):
         HealthSettings(**values)
 
 
 def test_the_json_has_all_of_it_and_no_nan() -> None:
-    figures = {name: Estimate(value) for name, value in (HEALTHY | {"explained_variance": math.nan}).items()}
-    found = judge(figures, beside(NULLS), SHAPE, HealthSettings()).as_json()
+    broken = {"explained_variance": math.nan, "decoder_redundancy_top100": -math.inf}
+    figures = {name: Estimate(value) for name, value in (HEALTHY | broken).items()}
+    nulls = beside(NULLS | {"explained_variance": math.nan})
+    found = judge(figures, nulls, SHAPE, HealthSettings()).as_json()
     again = json.loads(json.dumps(found, allow_nan=False))
     assert (again["verdict"], again["passed"], again["of"]) == ("3/4", 3, 4)
     assert set(again["metrics"]) == {"explained_variance", "l0", "dead", "redundancy"}
     assert again["metrics"]["explained_variance"]["value"] is None
+    assert again["metrics"]["explained_variance"]["nulls"] == {"random decoder": None}
+    assert again["metrics"]["redundancy"]["value"] is None
+    schema = json.loads((Path(__file__).parents[3] / "docs" / "final_assessment.schema.json").read_text())
+    for judged in again["metrics"].values():
+        jsonschema.validate(judged, {"$ref": "#/$defs/judged", "$defs": schema["$defs"]})
     assert again["metrics"]["l0"]["low"] is None
     assert again["metrics"]["l0"]["nulls"] == {}
     assert again["metrics"]["dead"]["nulls"] == {"random decoder": 0.0}

@@ -150,6 +150,20 @@ def test_another_size_is_refused(tmp_path: Path) -> None:
             load_for_finetune(str(folder), "h.0", coder)
 
 
+@pytest.mark.parametrize("named", ["h.0", "transformer.h.0", "transformer.h.0.output", "h.0.output"])
+def test_hookpoints_as_other_libraries_spell_them(tmp_path: Path, x: torch.Tensor, named: str) -> None:
+    folder = saelens(tmp_path / "a", tensors(), metadata={"hf_hook_name": named})
+    check(loaded(folder), output(tensors(), x), x)
+    with pytest.raises(SaetrainError, match=f"it is an SAE of {named}, the run trains h.1"):
+        loaded(folder, "h.1")
+
+
+def test_our_own_hookpoint_is_taken_by_its_letter(tmp_path: Path) -> None:
+    save_sae(tmp_path, loaded(saelens(tmp_path / "a", tensors())), {"hookpoint": "h.0.output"})
+    with pytest.raises(SaetrainError, match=r"it is an SAE of h\.0\.output, the run trains h\.0"):
+        loaded(tmp_path)
+
+
 def test_broken_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(SaetrainError, match="holds no SAE"):
         loaded(tmp_path)
@@ -162,5 +176,5 @@ def test_broken_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(SaetrainError, match="holds neither"):
         loaded(folder)
     save_file({"W_enc": torch.zeros(D, F)}, file)
-    with pytest.raises(SaetrainError, match="lack the tensor"):
+    with pytest.raises(SaetrainError, match=r"--finetune .*: W_dec should be of shape \(F, D\), found nothing"):
         loaded(folder)

@@ -162,6 +162,7 @@ def test_a_run_without_an_assessment_says_how_to_make_one(tmp_path: Path, capsys
         (json.dumps({**assessment(), "format": 7}), f"is of format 7, and this version reads {FORMAT}"),
         (json.dumps({"format": FORMAT}), "is not as saetrain writes it (KeyError: 'saes')"),
         (json.dumps({**assessment(), "saes": {LAYER: 3}}), "is not as saetrain writes it"),
+        (json.dumps({**assessment(), "saes": {}}), "final_assessment.json: holds no SAE"),
     ],
 )
 def test_broken_assessments_are_named(
