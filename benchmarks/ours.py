@@ -37,9 +37,16 @@ HOOKPOINT = "activations"
 
 
 def make_trainer(
-    hookpoint: str, normalizer: Normalizer, settings: TopKSettings, kernels: str, compute_dtype: str, tokens: int
+    hookpoint: str,
+    normalizer: Normalizer,
+    settings: TopKSettings,
+    kernels: str,
+    compute_dtype: str,
+    tokens: int,
+    *,
+    alone: bool = True,
 ) -> SaeTrainer:
-    """The trainer of one SAE, as a run builds it."""
+    """The trainer of one SAE, as a run of one process (``alone``) or of several builds it."""
     width = len(normalizer.mean)
     coder = TopK(width, settings.latents(width), settings.k, settings.auxk_alpha, SEED)
     optim, dead = OptimSettings(), DeadSettings()
@@ -52,7 +59,7 @@ def make_trainer(
         hookpoint,
         coder,
         normalizer,
-        make_engine(coder, chosen, optim, alone=True),
+        make_engine(coder, chosen, optim, alone=alone),
         firing,
         data_variance=normalizer.scaled_variance,
         raw_mse=normalizer.variance / coder.d_in,

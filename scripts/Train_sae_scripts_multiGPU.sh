@@ -7,7 +7,7 @@
 # whole step, which the processes share, so that their number does not change what is computed.
 #
 #   N_GPUS            processes, one per GPU (as many as there are; 0: on the CPU)
-#   PROCESSES         processes where there is no GPU (1)
+#   PROCESSES         processes where there is no GPU (2)
 set -euo pipefail
 # shellcheck source=scripts/settings.sh
 source "$(dirname "${BASH_SOURCE[0]}")/settings.sh"

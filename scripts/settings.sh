@@ -63,7 +63,7 @@ reserve() {
 
 # processes: N_GPUS, which is otherwise the number of GPUs that PyTorch sees; without a GPU, PROCESSES.
 processes() {
-  local N_GPUS=${N_GPUS:-} PROCESSES=${PROCESSES:-1}
+  local N_GPUS=${N_GPUS:-} PROCESSES=${PROCESSES:-2}
   # Within $(processes), where this runs, bash does not keep -e.
   if [[ -z $N_GPUS ]]; then N_GPUS=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())') || exit; fi
   if [[ $N_GPUS == 0 ]]; then

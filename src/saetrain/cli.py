@@ -11,7 +11,7 @@ from typing import Any
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec
 
-from saetrain import distributed
+from saetrain import distributed, launch
 from saetrain.config import CompareConfig, EvaluateConfig, RunConfig, TokenizeConfig, flags, from_flat, read_yaml
 from saetrain.errors import SaetrainError, did_you_mean
 
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise
         # What every process finds wrong is said by the first one that does.
         if distributed.fail(str(error), error.exit_code):
-            print(f"saetrain: {distributed.who()}error: {error}", file=sys.stderr)
+            print(f"saetrain: {launch.who()}error: {error}", file=sys.stderr)
         distributed.leave(error.exit_code)
         raise SystemExit(error.exit_code) from None
     except KeyboardInterrupt:
@@ -58,17 +58,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _run(words: list[str]) -> None:
     """The command that the words name."""
     if words[:1] == ["tokenize"]:
-        distributed.require_one_rank("tokenize")
+        launch.require_one_rank("tokenize")
         from saetrain.runs.tokenize import tokenize
 
         tokenize(parse_tokenize(words[1:]))
     elif words[:1] == ["evaluate"]:
-        distributed.require_one_rank("evaluate")
+        launch.require_one_rank("evaluate")
         from saetrain.runs.evaluate import evaluate
 
         evaluate(parse_evaluate(words[1:]))
     elif words[:1] == ["compare"]:
-        distributed.require_one_rank("compare")
+        launch.require_one_rank("compare")
         from saetrain.runs.compare import compare
 
         compare(parse_compare(words[1:]))

@@ -22,7 +22,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from saetrain import launch
 from saetrain.errors import SaetrainError
+from saetrain.launch import local_rank, rank, world_size
 from saetrain.watch import Watch
 
 MEET_MINUTES = 10
@@ -32,7 +34,6 @@ TERM_S = 3.0
 """Seconds in which a process that is told to end looks for another's failure, which torchrun answers so."""
 BUCKET_BYTES = 4 << 20
 """Smaller tensors travel together, larger ones as they lie."""
-VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass
@@ -56,55 +57,12 @@ class _Team:
 _team: _Team | None = None
 
 
-def world_size() -> int:
-    """Number of processes that train together."""
-    return _number("WORLD_SIZE", 1)
-
-
-def rank() -> int:
-    """This process' number, 0 to ``world_size() - 1``."""
-    return _number("RANK", 0)
-
-
-def local_rank() -> int:
-    """Its number on this host."""
-    return _number("LOCAL_RANK", rank())
-
-
-def local_world_size() -> int:
-    """Number of processes on this host."""
-    return _number("LOCAL_WORLD_SIZE", world_size())
-
-
-def _number(name: str, default: int) -> int:
-    text = os.environ.get(name, str(default))
-    if not text.isdigit():
-        raise SaetrainError(f"environment variable {name}={text}: must be a whole number, as torchrun sets it")
-    return int(text)
-
-
-def require_one_rank(command: str) -> None:
-    """Refuse several processes for a command that would do the same work in each."""
-    if world_size() != 1:
-        raise SaetrainError(
-            f"saetrain {command} runs in one process, and was started with WORLD_SIZE={world_size()}; "
-            "start it without torchrun"
-        )
-
-
 def start() -> None:
     """Meet the other processes and begin to watch them; SaetrainError when they can't be met."""
     global _team
     if world_size() == 1 or _team is not None:
         return
-    missing = [name for name in VARIABLES if not os.environ.get(name)]
-    if missing:
-        raise SaetrainError(
-            f"WORLD_SIZE={world_size()}, but the environment lacks {', '.join(missing)}; start by torchrun, or see "
-            "docs/distributed.md for other launchers"
-        )
-    if rank() >= world_size():
-        raise SaetrainError(f"environment variable RANK={rank()}: must be below WORLD_SIZE={world_size()}")
+    launch.check()
     try:
         dist.init_process_group("gloo", timeout=datetime.timedelta(minutes=MEET_MINUTES))
     except (RuntimeError, ValueError, OSError) as error:
@@ -193,11 +151,6 @@ def leave(code: int) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-
-
-def who() -> str:
-    """``rank 2: `` before a message, nothing where there is one process."""
-    return f"rank {rank()}: " if world_size() > 1 else ""
 
 
 def on_loss(closing: Callable[[], None]) -> None:

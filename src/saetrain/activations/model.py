@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import nn
 
-from saetrain import distributed
+from saetrain import launch
 from saetrain.errors import SaetrainError
 from saetrain.files import sha256
 from saetrain.hub import cached_or_fetched, refuse_missing_path
@@ -74,8 +74,8 @@ def resolve_device(wanted: str | None) -> torch.device:
     """The device to run on; SaetrainError when it is not there."""
     if wanted is None:
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    if wanted == "cuda" and distributed.local_world_size() > 1:
-        wanted = f"cuda:{distributed.local_rank()}"
+    if wanted == "cuda" and launch.local_world_size() > 1:
+        wanted = f"cuda:{launch.local_rank()}"
     try:
         device = torch.device(wanted)
     except RuntimeError as error:

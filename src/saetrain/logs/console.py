@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from saetrain import distributed
+from saetrain import launch
 
 LINE_SECONDS = 30.0
 LINES = 10
@@ -18,7 +18,7 @@ LINES = 10
 
 def say(text: str) -> None:
     """Print a line of the run's own account, above a progress bar where there is one; of rank 0 alone."""
-    if distributed.rank():
+    if launch.rank():
         return
     tqdm.write(text, file=sys.stderr)
 
@@ -33,7 +33,7 @@ class ProgressLine:
 
     def due(self, step: int) -> bool:
         """Whether a plain line is to be printed at step ``step`` (from 1), which then wants its figures."""
-        if sys.stderr.isatty() or distributed.rank():
+        if sys.stderr.isatty() or launch.rank():
             return False
         tenth = max(1, self._steps // LINES)
         late = self._last_line > 0 and time.monotonic() - self._last_line > LINE_SECONDS
@@ -41,7 +41,7 @@ class ProgressLine:
 
     def update(self, step: int, figures: Mapping[str, float] | None) -> None:
         """Step ``step`` is done; ``figures`` are those of this step, where they were computed."""
-        if distributed.rank():
+        if launch.rank():
             return
         if not self._start:
             # The first step waits for the buffer to fill, which says nothing of the others.

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saetrain import distributed
+from saetrain import distributed, launch
 from saetrain.activations.normalize import Normalizer, calibrate
 from saetrain.coders.folding import unfold_
 from saetrain.coders.topk import TopK
@@ -32,7 +32,7 @@ def build_trainer(run: Prepared, checkpoint: Checkpoint | None) -> tuple[Trainer
     normalizers = measure(run) if checkpoint is None else restored(run, checkpoint)
     saes: dict[str, SaeTrainer] = {}
     for name, (hookpoint, seed) in sae_names(run).items():
-        if not run.division.owned(hookpoint, distributed.rank()):
+        if not run.division.owned(hookpoint, launch.rank()):
             continue
         coder = make_coder(run, hookpoint, normalizers[hookpoint], seed, fresh=checkpoint is None)
         saes[name] = make_sae(run, hookpoint, coder, normalizers[hookpoint], seed)
@@ -61,12 +61,12 @@ def sae_names(run: Prepared) -> dict[str, tuple[str, int]]:
 
 def shared(run: Prepared) -> bool:
     """Whether every rank trains every SAE on a part of the tokens."""
-    return distributed.world_size() > 1 and not run.division.owners
+    return launch.world_size() > 1 and not run.division.owners
 
 
 def measure(run: Prepared) -> dict[str, Normalizer]:
     """Constants of each hookpoint's inputs, from the first training tokens; rank 0's hold everywhere."""
-    normalizers = _measured(run) if distributed.rank() == 0 else {}
+    normalizers = _measured(run) if launch.rank() == 0 else {}
     constants = distributed.first({name: value.constants() for name, value in normalizers.items()}, MEASURING)
     means = distributed.tensors_of_first({name: value.mean for name, value in normalizers.items()}, MEASURING)
     return _normalizers(run, constants, means)

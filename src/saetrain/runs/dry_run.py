@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from saetrain import distributed
+from saetrain import launch
 from saetrain.activations.normalize import Normalizer
 from saetrain.runs.feed import make_feed
 from saetrain.runs.kernels import choose_kernels
@@ -47,7 +47,7 @@ def report(run: Prepared, trainer: Trainer, normalizers: dict[str, Normalizer]) 
 
 
 def _print(text: str) -> None:
-    if distributed.rank() == 0:
+    if launch.rank() == 0:
         print(text)
 
 
@@ -55,10 +55,10 @@ def measure(run: Prepared, trainer: Trainer) -> float:
     """Seconds per optimizer step: the model's share by its tokens per second, the SAEs' by steps on one batch."""
     start = time.perf_counter()
     activations = run.reader.read(run.train.read(0, run.train.start, run.config.base.model_batch_tokens)[0])
-    model = (time.perf_counter() - start) / len(activations) * run.plan.tokens_per_step / distributed.world_size()
+    model = (time.perf_counter() - start) / len(activations) * run.plan.tokens_per_step / launch.world_size()
     micro = run.plan.tokens_per_step // run.config.train.grad_acc_steps
     if not run.division.owners:
-        micro //= distributed.world_size()
+        micro //= launch.world_size()
     rows = torch.arange(micro, device=run.model.device) % len(activations)
     batch = {name: value[rows] for name, value in activations.values.items()}
     return model + _median(run, trainer, lambda micro: batch)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from saetrain import distributed
+from saetrain import distributed, launch
 from saetrain.activations.deal import SequenceDealer
 from saetrain.activations.normalize import Normalizer
 from saetrain.activations.shuffle import MixingBuffer
@@ -64,7 +64,7 @@ def make_feed(run: Prepared, normalizers: dict[str, Normalizer]) -> Feed:
     """The feed that the loss needs, at its start; ``normalizers`` {hookpoint: constants of its inputs}."""
     shards = run.train.n_shards
     _require_shards(run)
-    owned = shards_of(distributed.rank(), shards)
+    owned = shards_of(launch.rank(), shards)
     if run.head is not None:
         return SequenceFeed(run, owned, normalizers)
     return MixedFeed(run, owned)
@@ -72,12 +72,12 @@ def make_feed(run: Prepared, normalizers: dict[str, Normalizer]) -> Feed:
 
 def shards_of(rank: int, shards: int) -> list[int]:
     """The virtual shards that a rank reads."""
-    return list(range(rank, shards, distributed.world_size()))
+    return list(range(rank, shards, launch.world_size()))
 
 
 def _require_shards(run: Prepared) -> None:
     """SaetrainError when a rank would have nothing to read, or uneven sequences to splice into."""
-    shards, ranks = run.train.n_shards, distributed.world_size()
+    shards, ranks = run.train.n_shards, launch.world_size()
     if ranks == 1:
         return
     advice = f"start a run with --data_shards {ranks * -(-shards // ranks)}, which is part of the order of its samples"
@@ -130,7 +130,7 @@ class MixedFeed(Feed):
                 len(range(first + (shard - first) % shards, first + self._share, shards))
                 for shard in shards_of(r, shards)
             )
-            for r in range(distributed.world_size())
+            for r in range(launch.world_size())
         ]
         return distributed.exchange(part, owners, rows)
 
@@ -194,7 +194,7 @@ class SequenceFeed(Feed):
         return {self._run.hookpoints[0]: self._model.batch(part, *self._counts)}
 
     def _question(self, number: int) -> Question:
-        share = self._settings.batch_size * distributed.world_size()
+        share = self._settings.batch_size * launch.world_size()
         last = self._run.plan.steps * self._settings.grad_acc_steps * share
         return self._ask(self._dealer.take(number * share, share, last))
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from saetrain import distributed
+from saetrain import distributed, launch
 from saetrain.activations.capture import ActivationCapture
 from saetrain.activations.head import HeadModel
 from saetrain.activations.hookpoints import resolve_hookpoints
@@ -144,13 +144,13 @@ def _divide(config: RunConfig, plan: Plan, model: BaseModel, capture: Activation
     division = divide(
         config.processes,
         loads,
-        world=distributed.world_size(),
+        world=launch.world_size(),
         step_tokens=plan.tokens_per_step,
         itemsize=model.dtype.itemsize,
         spliced=config.train.end_to_end,
     )
     if division.reason:
-        say(f"{distributed.world_size()} processes, {division.reason}")
+        say(f"{launch.world_size()} processes, {division.reason}")
     return division
 
 
@@ -192,13 +192,13 @@ def resolve_ctx_len(config: RunConfig, model: BaseModel) -> int:
 
 def make_plan(config: RunConfig, ctx_len: int, text_tokens: tuple[int | None, ...]) -> Plan:
     """Steps of the run; SaetrainError when --max_tokens does not make one."""
-    per_step = config.train.batch_size * ctx_len * config.train.grad_acc_steps * distributed.world_size()
+    per_step = config.train.batch_size * ctx_len * config.train.grad_acc_steps * launch.world_size()
     steps = config.train.max_tokens // per_step
     if steps < 1:
         raise SaetrainError(
             f"--max_tokens {config.train.max_tokens}: less than one optimizer step, which takes {per_step} tokens "
             f"(batch_size {config.train.batch_size} x ctx_len {ctx_len} x grad_acc_steps "
-            f"{config.train.grad_acc_steps} x {distributed.world_size()} ranks)"
+            f"{config.train.grad_acc_steps} x {launch.world_size()} ranks)"
         )
     return Plan(per_step, steps, config.dataset, config.mixing.shares(len(config.dataset)), text_tokens)
 

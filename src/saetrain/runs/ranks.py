@@ -7,7 +7,7 @@ import time
 
 import torch
 
-from saetrain import distributed
+from saetrain import distributed, launch
 
 
 class RankFigures:
@@ -23,7 +23,7 @@ class RankFigures:
         ``tokens``: this rank's share of those trained on since the start of the run. Speed is over the time that the
         rank did not wait for others, so a slow rank shows. Every rank calls this at the same step.
         """
-        if distributed.world_size() == 1:
+        if launch.world_size() == 1:
             return {}
         now, cpu, waited = time.perf_counter(), time.process_time(), distributed.traffic().waited_s
         elapsed, waiting = max(now - self._time, 1e-9), waited - self._waited

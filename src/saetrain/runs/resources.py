@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from saetrain import distributed
+from saetrain import launch
 from saetrain.activations.model import BaseModel
 from saetrain.config import RunConfig
 from saetrain.errors import SaetrainError
@@ -31,7 +31,7 @@ def memory_needed(config: RunConfig, model: BaseModel, widths: dict[str, int], c
     """
     weights = sum(p.numel() * p.element_size() for p in model.module.parameters())
     saes = 4 * FLOAT * sae_parameters(config, widths)
-    buffered = min(config.buffer.buffer_tokens, config.train.max_tokens) // distributed.world_size()
+    buffered = min(config.buffer.buffer_tokens, config.train.max_tokens) // launch.world_size()
     mixing = buffered * sum(widths.values()) * model.dtype.itemsize
     if config.train.end_to_end:
         vocabulary = model.module.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
@@ -49,7 +49,7 @@ def memory_there(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device)
     free = psutil.virtual_memory().available
-    held, here = psutil.Process().memory_info().rss, distributed.local_world_size()
+    held, here = psutil.Process().memory_info().rss, launch.local_world_size()
     for name in CGROUP_LIMITS:
         limit = Path(name).read_text().strip() if Path(name).exists() else "max"
         if limit.isdigit():

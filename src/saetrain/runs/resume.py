@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from saetrain import distributed
+from saetrain import distributed, launch
 from saetrain.activations.model import code_hash
 from saetrain.config import RunConfig, from_flat, to_flat
 from saetrain.data.tokenize import digest, tokenizer_identity
@@ -101,9 +101,9 @@ def reconcile(run: Prepared, checkpoint: Checkpoint) -> Prepared:
         for name, value in flat.items()
         if name not in FREE | settled | {"max_tokens", *fitted} and value != before.get(name)
     ]
-    if fitted == {} and distributed.world_size() != checkpoint.values["world_size"]:
+    if fitted == {} and launch.world_size() != checkpoint.values["world_size"]:
         changed.append(
-            f"the number of processes is {distributed.world_size()} now and was {checkpoint.values['world_size']}"
+            f"the number of processes is {launch.world_size()} now and was {checkpoint.values['world_size']}"
         )
     if changed:
         raise SaetrainError(
@@ -122,7 +122,7 @@ def _batch(flat: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]
 
     Raises SaetrainError where they can't be kept.
     """
-    before, world, now = values["settings"], values["world_size"], distributed.world_size()
+    before, world, now = values["settings"], values["world_size"], launch.world_size()
     asked, last = [[settings[name] for name in BATCH] for settings in (flat, before)]
     whole = math.prod(last) * world
     kept = now == world and asked == last

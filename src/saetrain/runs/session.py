@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from saetrain import distributed
+from saetrain import distributed, launch
 from saetrain.activations.normalize import Normalizer
 from saetrain.coders.folding import folded
 from saetrain.coders.topk import TopK
@@ -64,7 +64,7 @@ class Session:
         self.prepared, self.directory = prepared, directory
         self.ended = False
         self.together = Together(prepared)
-        self.first = distributed.rank() == 0
+        self.first = launch.rank() == 0
         self.agreed = Agreed()
         batch = prepared.config.train
         self.asked_batch = checkpoint.values["asked_batch"] if checkpoint else [batch.batch_size, batch.grad_acc_steps]
@@ -197,7 +197,7 @@ class Session:
 
     def _stopping(self) -> bool:
         """Whether the run is to end behind the step that is done; alone, as soon as a signal comes."""
-        wish = self.stop.signal if distributed.world_size() == 1 else self.agreed.signal
+        wish = self.stop.signal if launch.world_size() == 1 else self.agreed.signal
         return bool(wish)
 
     def _leave_out(self, spikes: list[Spike]) -> None:
@@ -246,7 +246,7 @@ class Session:
 
     def _overdue(self) -> bool:
         """Whether rank 0's clock says so, as it was when the step began."""
-        return bool(self.agreed.late) if distributed.world_size() > 1 else self._late()
+        return bool(self.agreed.late) if launch.world_size() > 1 else self._late()
 
     def _late(self) -> bool:
         return self.first and time.monotonic() - self.saved_at > 60 * MAX_MINUTES
@@ -257,7 +257,7 @@ class Session:
         if not self.agreed.asked:
             return None
         rate = speed.read(trainer.tokens)
-        ranks = self.ranks.read(trainer.tokens / distributed.world_size(), self.prepared.model.device)
+        ranks = self.ranks.read(trainer.tokens / launch.world_size(), self.prepared.model.device)
         saes = self.together.merged(trainer.metrics())
         if not self.first:
             return None
@@ -325,7 +325,7 @@ class Session:
             "losses": self.together.merged({name: sae.recent_losses() for name, sae in self.trainer.saes.items()}),
             "buffer": self.together.place(self.place),
             "logs": self.log.state(),
-            "world_size": distributed.world_size(),
+            "world_size": launch.world_size(),
             "asked_batch": self.asked_batch,
         }
         if self.first:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from saetrain import distributed
+from saetrain import distributed, launch
 from saetrain.activations.model import resolve_device
 from saetrain.config import RunConfig, write_yaml
 from saetrain.logs import check_extras
@@ -26,7 +26,7 @@ def run(config: RunConfig) -> None:
     # Moments of idle latents fade until they are denormal, which makes a step many times slower; before the first
     # parallel region, for its threads keep what they were made with.
     torch.set_flush_denormal(True)
-    if distributed.rank() == 0:
+    if launch.rank() == 0:
         check_extras(config.logs)
     # Before anything slow, for it may be refused.
     _choose_kernels(config)
@@ -43,7 +43,7 @@ def run(config: RunConfig) -> None:
         checkpoint = _shared(prepared, checkpoint)
     require_same(prepared)
     trainer, normalizers = build_trainer(prepared, checkpoint)
-    first = distributed.rank() == 0
+    first = launch.rank() == 0
     again = "--overwrite" if config.output.overwrite else "--resume"
     if first:
         with writing(directory, "at the start", checkpoint is not None, again):
@@ -66,7 +66,7 @@ def _choose_kernels(config: RunConfig) -> None:
 
 def _opened(config: RunConfig, directory: Path) -> Checkpoint | None:
     """The checkpoint to go on from, as rank 0 finds it; the others get its tensors later."""
-    found = open_directory(config, directory) if distributed.rank() == 0 else None
+    found = open_directory(config, directory) if launch.rank() == 0 else None
     values = distributed.first(found.values if found is not None else None, "opening the run's folder")
     if values is None:
         return None
@@ -79,6 +79,6 @@ def _shared(run: Prepared, checkpoint: Checkpoint) -> Checkpoint:
     for name in checkpoint.values["files"]:
         content = distributed.tensors_of_first(checkpoint.tensors.get(name), f"sending the checkpoint of {name}")
         hookpoint = sae_names(run).get(name, (None,))[0]
-        if hookpoint is None or run.division.owned(hookpoint, distributed.rank()):
+        if hookpoint is None or run.division.owned(hookpoint, launch.rank()):
             tensors[name] = content
     return dataclasses.replace(checkpoint, tensors=tensors)

@@ -1,0 +1,185 @@
+"""One process against several, on the CPU: weak and strong scaling, what is exchanged, and how long a step waits.
+
+    torchrun --nproc_per_node 2 -m benchmarks.ranks
+
+Every variant is built in every process; in each round one process trains alone while the others wait, then all train
+with as many tokens each (weak), then with as many in all (strong). End to end: model, mixing buffer and SAE.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from benchmarks.cases import Work
+from benchmarks.inputs import SEED, STEPS, hookpoint
+from benchmarks.machine import ROOT, describe_machine, describe_run
+from benchmarks.ours import BUFFER_BATCHES, CALIBRATION_BATCHES, RandomSequences, base_model, make_trainer
+from saetrain import distributed, launch
+from saetrain.activations.capture import ActivationCapture
+from saetrain.activations.normalize import Normalizer, calibrate, norm_limits
+from saetrain.activations.read import ActivationReader
+from saetrain.activations.shuffle import MixingBuffer
+from saetrain.coders.topk import TopKSettings
+from saetrain.data.loader import LoaderSettings, ShardedSequences
+from saetrain.optim import OptimSettings, warmup_steps
+from saetrain.training.trainer import Trainer, TrainSettings
+
+SHARDS = 16
+VARIANTS = ("alone", "weak", "strong")
+QUICK: dict[str, Any] = {"tokens": 128, "width": 32, "k": 4, "blocks": 2, "heads": 2, "ctx_len": 32, "latents": 128}
+
+
+class Variant:
+    """One way to train over ``tokens`` a step, by ``ranks`` of the processes."""
+
+    def __init__(self, reader: ActivationReader, source: Any, normalizers: dict[str, Normalizer], work: Work) -> None:
+        self.work = work
+        self._reader, self._source, self._normalizers = reader, source, normalizers
+
+    def build(self, tokens: int, ranks: int, compute_dtype: str) -> Variant:
+        """With trainer and buffer."""
+        work = self.work
+        settings = TopKSettings(k=work.k, num_latents=work.latents)
+        saes = {
+            name: make_trainer(name, each, settings, "auto", compute_dtype, tokens, alone=ranks == 1)
+            for name, each in self._normalizers.items()
+        }
+        warmup = warmup_steps(OptimSettings(), STEPS)
+        train = TrainSettings(max_tokens=STEPS * tokens)
+        self.trainer = Trainer(saes, train, tokens=tokens, warmup=warmup, shared=ranks > 1)
+        owned = list(range(launch.rank() if ranks > 1 else 0, SHARDS, ranks))
+        # Of as many steps in every variant, so that samples are of whole periods of refilling.
+        pool = BUFFER_BATCHES * tokens // SHARDS
+        buffer = MixingBuffer(self._reader, self._source, owned, SHARDS, pool, SEED)
+        self._take = lambda number: buffer.take(number * tokens, tokens, STEPS * tokens)
+        return self
+
+    def sample(self, steps: int) -> dict[str, float]:
+        """Seconds of a step, its share of waiting, and what was exchanged in it."""
+        before = dataclasses.replace(distributed.traffic())
+        begun = time.perf_counter()
+        for _ in range(steps):
+            self.trainer.train_step(self._take)
+        seconds, now = time.perf_counter() - begun, distributed.traffic()
+        return {
+            "seconds": seconds / steps,
+            "waiting": (now.waited_s - before.waited_s) / seconds,
+            "bytes": (now.bytes - before.bytes) / steps,
+            "calls": (now.calls - before.calls) / steps,
+        }
+
+
+def prepare(work: Work, compute_dtype: str) -> dict[str, Variant]:
+    """The variants, over one model."""
+    names = [hookpoint(work, layer) for layer in work.layers]
+    source = ShardedSequences(RandomSequences(work, STEPS), LoaderSettings(data_shards=SHARDS), True, False)
+    reader = ActivationReader(ActivationCapture(base_model(work), names), source.keep, work.tokens)
+    sample = reader.read(source.read(0, source.start, CALIBRATION_BATCHES * work.tokens)[0])
+    reader.limits = norm_limits(sample)
+    normalizers = calibrate(sample, reader.limits)
+    ranks = launch.world_size()
+    shapes = {"alone": (work.tokens, 1), "weak": (ranks * work.tokens, ranks), "strong": (work.tokens, ranks)}
+    return {
+        name: Variant(reader, source, normalizers, work).build(tokens, count, compute_dtype)
+        for name, (tokens, count) in shapes.items()
+    }
+
+
+def conduct(variants: dict[str, Variant], rounds: int, steps: int) -> dict[str, list[dict[str, float]]]:
+    """Samples of this process, a round at a time; the first, which fills the buffers, is dropped."""
+    samples: dict[str, list[dict[str, float]]] = {name: [] for name in variants}
+    for number in range(rounds + 1):
+        for name, variant in variants.items():
+            distributed.barrier("before a sample")
+            if name == "alone" and launch.rank():
+                continue
+            found = variant.sample(steps)
+            if number:
+                samples[name].append(found)
+    return samples
+
+
+def figures(samples: dict[str, list[dict[str, float]]], work: Work) -> dict[str, Any]:
+    """Medians, and speed over one process, pair by pair within a round."""
+    ranks = launch.world_size()
+    out: dict[str, Any] = {}
+    for name, rows in samples.items():
+        medians = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
+        tokens = work.tokens * (ranks if name == "weak" else 1)
+        speed = [
+            tokens / row["seconds"] / (work.tokens / alone["seconds"])
+            for row, alone in zip(rows, samples["alone"], strict=True)
+        ]
+        out[name] = {
+            **medians,
+            "tokens_per_second": tokens / medians["seconds"],
+            "over_one": statistics.median(speed),
+            "over_one_range": [min(speed), max(speed)],
+        }
+    # Gradients of both matrices in float32: what data parallel training can't do without.
+    out["bound_bytes"] = 2 * work.width * work.latents * 4
+    return out
+
+
+def table(found: dict[str, dict[str, Any]]) -> str:
+    """The figures as rows of a table."""
+    lines = [
+        "| precision | variant | tokens/s | over one | waiting | calls | bytes a step |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for precision, variants in found.items():
+        bound = variants["bound_bytes"]
+        for name in VARIANTS:
+            row = variants[name]
+            share = f" ({row['bytes'] / bound:.3f} of both weights)" if row["bytes"] else ""
+            low, high = row["over_one_range"]
+            lines.append(
+                f"| {precision} | {name} | {row['tokens_per_second']:,.0f} | {row['over_one']:.2f} ({low:.2f} to "
+                f"{high:.2f}) | {row['waiting']:.1%} | {row['calls']:.0f} | {row['bytes'] / 1e6:.2f} MB{share} |"
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run and write; rank 0 prints."""
+    parser = argparse.ArgumentParser(prog="torchrun --nproc_per_node 2 -m benchmarks.ranks", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--precisions", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: whether it runs, not how fast")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "ranks.json")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    found, raw = {}, {}
+    with distributed.team():
+        for precision in options.precisions:
+            work = Work(kind="end_to_end", model_dtype=precision)
+            if options.quick:
+                work = dataclasses.replace(work, **QUICK, layers=(0,))
+            raw[precision] = conduct(prepare(work, precision), options.rounds, BUFFER_BATCHES)
+            if launch.rank() == 0:
+                found[precision] = figures(raw[precision], work)
+        if launch.rank():
+            return
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    run = {
+        **describe_run(sys.argv[1:]),
+        "command": f"torchrun --nproc_per_node {launch.world_size()} -m benchmarks.ranks",
+    }
+    result = {"run": run, "machine": describe_machine(), "versions": versions, "threads_of_each": 1}
+    options.out.write_text(json.dumps({**result, "figures": found, "samples": raw}, indent=1) + "\n")
+    print(table(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""What the launcher (torchrun) says of this process, in its environment."""
+
+from __future__ import annotations
+
+import os
+
+from saetrain.errors import SaetrainError
+
+VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def world_size() -> int:
+    """Number of processes that train together."""
+    return _number("WORLD_SIZE", 1)
+
+
+def rank() -> int:
+    """This process' number, 0 to ``world_size() - 1``."""
+    return _number("RANK", 0)
+
+
+def local_rank() -> int:
+    """Its number on this host."""
+    return _number("LOCAL_RANK", rank())
+
+
+def local_world_size() -> int:
+    """Number of processes on this host."""
+    return _number("LOCAL_WORLD_SIZE", world_size())
+
+
+def _number(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isdigit():
+        raise SaetrainError(f"environment variable {name}={text}: must be a whole number, as torchrun sets it")
+    return int(text)
+
+
+def who() -> str:
+    """``rank 2: `` before a message, nothing where there is one process."""
+    return f"rank {rank()}: " if world_size() > 1 else ""
+
+
+def check() -> None:
+    """SaetrainError when the environment does not say where the processes meet."""
+    missing = [name for name in VARIABLES if not os.environ.get(name)]
+    if missing:
+        raise SaetrainError(
+            f"WORLD_SIZE={world_size()}, but the environment lacks {', '.join(missing)}; start by torchrun, or see "
+            "docs/distributed.md for other launchers"
+        )
+    if rank() >= world_size():
+        raise SaetrainError(f"environment variable RANK={rank()}: must be below WORLD_SIZE={world_size()}")
+
+
+def require_one_rank(command: str) -> None:
+    """Refuse several processes for a command that would do the same work in each."""
+    if world_size() != 1:
+        raise SaetrainError(
+            f"saetrain {command} runs in one process, and was started with WORLD_SIZE={world_size()}; "
+            "start it without torchrun"
+        )

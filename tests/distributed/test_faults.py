@@ -1,0 +1,191 @@
+"""One process is killed, stuck, or raises: the others end and say why, and the run can go on."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from saetrain.training.checkpoint import damage, list_checkpoints
+from tests.distributed.conftest import (
+    ENDS_S,
+    Launcher,
+    bits,
+    ended,
+    free_port,
+    records,
+    same_run,
+    steps_done,
+    wait_for_step,
+    weights,
+    workers,
+)
+
+LONG = 3000
+WORDS = ["--layers", "1", "--kernels", "native", "--save_every", "40"]
+
+
+@pytest.fixture
+def words(tiny_bert: str, topics_jsonl: str) -> list[str]:
+    return [tiny_bert, topics_jsonl, *WORDS]
+
+
+def tokens(steps: int) -> list[str]:
+    """Of steps of 4 sequences."""
+    return ["--max_tokens", str(steps * 4 * 32)]
+
+
+def whole(run: Path) -> None:
+    """Nothing half-written is left."""
+    checkpoints = list_checkpoints(run / "checkpoints")
+    assert checkpoints
+    assert all(damage(path) is None for path in checkpoints)
+    assert not (run / "sae").exists()
+
+
+def test_a_killed_rank_is_named_and_torchrun_goes_on(launcher: Launcher, words: list[str]) -> None:
+    words = [*words, *tokens(300), "--batch_size", "2"]
+    untouched = launcher.run(2, "untouched", words)
+    process = launcher.start(2, "killed", words, restarts=2)
+    wait_for_step(process, launcher.folder / "killed", 90)
+    workers(process)[1].kill()
+    output = ended(process, 0)
+    assert re.search(r"rank 1 (has not answered|failed)", output), output
+    assert "step" in re.search(r"last phase was (.*)", output).group(1)  # type: ignore[union-attr]
+    assert "resumed from" in output
+    assert bits(launcher.folder / "killed") == bits(untouched)
+
+
+def test_a_stuck_rank_is_named(launcher: Launcher, words: list[str]) -> None:
+    process = launcher.start(2, "stuck", [*words, *tokens(LONG), "--batch_size", "2"])
+    wait_for_step(process, launcher.folder / "stuck", 50)
+    workers(process)[1].send_signal(signal.SIGSTOP)
+    begun = time.monotonic()
+    output = ended(process, None, ENDS_S + 30)
+    said = output[: output.index("rank 1 has not answered")]
+    assert "saetrain: rank 0: error: " in said
+    # torchrun waits for half a minute before it kills what does not end by itself.
+    assert time.monotonic() - begun < ENDS_S + 5
+    whole(launcher.folder / "stuck")
+
+
+def test_an_error_of_one_rank_ends_all(launcher: Launcher, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    launcher.environment["RAISES_AT"] = "60"
+    program = [str(Path(__file__).with_name("raises.py"))]
+    begun = time.monotonic()
+    output = ended(
+        launcher.start(2, "raising", [*words, *tokens(LONG), "--batch_size", "2"], program=program), None, ENDS_S + 30
+    )
+    assert "ValueError: made to fail" in output
+    assert re.search(r"rank 0: error: rank 1 failed in .*step 61: ValueError: made to fail", output), output
+    assert time.monotonic() - begun < ENDS_S + 30
+    whole(launcher.folder / "raising")
+
+
+def test_a_data_set_that_fails_on_one_rank_ends_all(launcher: Launcher, tiny_bert: str, tmp_path: Path) -> None:
+    text = tmp_path / "text.jsonl"
+    rows = [json.dumps({"text": f"{number} " + "some words of a row " * 20}) for number in range(3000)]
+    rows[2500] = rows[2500][:20]
+    text.write_text("\n".join(rows) + "\n")
+    words = [tiny_bert, str(text), *WORDS, "--streaming", "true", "--batch_size", "2", *tokens(100 * LONG)]
+    output = ended(launcher.start(2, "broken", words), None, 2 * ENDS_S)
+    assert f"{text}: line 2501" in output, output
+    assert "exitcode  : 2" in output
+    assert "Traceback" not in output[: output.index("torch/distributed")]
+
+
+def test_sigterm_saves_and_other_numbers_of_processes_go_on(launcher: Launcher, words: list[str]) -> None:
+    words = [*words, *tokens(300)]
+    one = launcher.run(1, "one", [*words, "--batch_size", "4"])
+    run = launcher.folder / "moved"
+    for world, until in ((4, 60), (2, 150), (4, None)):
+        process = launcher.start(world, "moved", [*words, "--batch_size", "1", *(["--resume"] if until != 60 else [])])
+        if until is None:
+            output = ended(process, 0)
+            break
+        wait_for_step(process, run, until)
+        stop_all(process)
+        output = ended(process, 0)
+        assert "stopped by SIGTERM after step" in output
+        assert "everything is saved" in output
+        assert steps_done(run) < 300
+    assert "--batch_size 1 --grad_acc_steps 1 keep its steps of 4 sequences" in output
+    same_run(one, run)
+    assert [line["step"] for line in records(run) if line["kind"] == "train"] == list(range(1, 301))
+
+
+def stop_all(process: subprocess.Popen[str]) -> None:
+    for worker in workers(process).values():
+        worker.send_signal(signal.SIGTERM)
+
+
+def test_steps_that_can_t_be_dealt_out(launcher: Launcher, words: list[str]) -> None:
+    words = [*words, *tokens(4)]
+    launcher.run(2, "run", [*words, "--batch_size", "2"])
+    refused = ended(launcher.start(3, "run", [*words, "--batch_size", "2", "--resume"]), None)
+    assert "steps of 4 sequences (2 x 1 micro-steps x 2 processes) can't be dealt evenly to 3" in refused
+    refused = ended(launcher.start(1, "run", [*words, "--batch_size", "3", "--resume"]), 2)
+    assert "--batch_size is 3 now and was 2" in refused
+    assert "the number of processes is 1 now and was 2" in refused
+    assert weights(launcher.folder / "run")
+
+
+@pytest.mark.parametrize("parallel", ["data", "hookpoints"])
+def test_a_spike_on_one_rank_ends_all_with_one_message(
+    parallel: str, launcher: Launcher, tiny_bert: str, topics_jsonl: str
+) -> None:
+    words = [tiny_bert, topics_jsonl, "--layers", "0", "1", "--parallel", parallel, "--batch_size", "2"]
+    words += ["--lr", "1e6", "--max_grad_norm", "0", *tokens(200)]
+    output = ended(launcher.start(2, "spiking", words), None)
+    assert output.count("the batch's place is in") == 1, output
+    place = json.loads((launcher.folder / "spiking" / "spike.json").read_text())
+    assert len(place["shards"]) == 16
+
+
+def test_processes_must_agree(launcher: Launcher, words: list[str]) -> None:
+    processes, port = [], str(free_port())
+    for number, k in enumerate(("3", "5")):
+        launcher.environment |= {
+            "RANK": str(number),
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
+        more = [*tokens(4), "--batch_size", "2", "--config", config(launcher, k)]
+        processes.append(launcher.start(1, "differing", [*words, *more]))
+    outputs = [ended(process, 2, 120) for process in processes]
+    assert any("--lr is " in output and "on rank 1 and" in output for output in outputs), outputs
+
+
+def config(launcher: Launcher, rate: str) -> str:
+    path = launcher.folder / f"{rate}.yaml"
+    path.write_text(f"lr: 0.00{rate}\n")
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "the environment lacks MASTER_ADDR, MASTER_PORT"),
+        ({"WORLD_SIZE": "two"}, "environment variable WORLD_SIZE=two: must be a whole number"),
+        (
+            {"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29515"},
+            "environment variable RANK=2: must be below WORLD_SIZE=2",
+        ),
+    ],
+)
+def test_a_broken_launch(launcher: Launcher, words: list[str], variables: dict[str, str], message: str) -> None:
+    launcher.environment |= variables
+    output = ended(launcher.start(1, "run", words), 2, 60)
+    assert message in output
+    assert "Traceback" not in output
+
+
+def test_too_few_shards(launcher: Launcher, words: list[str]) -> None:
+    output = ended(launcher.start(2, "run", [*words, *tokens(4), "--batch_size", "2", "--data_shards", "1"]), None)
+    assert "--data_shards 1: fewer than the 2 processes" in output
