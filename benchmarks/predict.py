@@ -88,7 +88,7 @@ def table(ranks: int = 8) -> str:
     """Predictions of every setting, and with half and double of every assumed figure."""
     base = Hardware()
     lines = [
-        f"| setting | step of one GPU | exchange | {ranks} GPUs | each figure halved, doubled | reduced at each micro-step |",
+        f"| setting | step of one GPU | exchange | {ranks} GPUs | figures halved, doubled | reduced each micro-step |",
         "|---|---|---|---|---|---|",
     ]
     for work in SETTINGS:

@@ -9,6 +9,7 @@ import torch
 
 from saetrain import launch
 from saetrain.activations.normalize import Normalizer
+from saetrain.runs.build import sae_names
 from saetrain.runs.feed import make_feed
 from saetrain.runs.kernels import choose_kernels
 from saetrain.runs.prepare import Prepared
@@ -31,6 +32,9 @@ def report(run: Prepared, trainer: Trainer, normalizers: dict[str, Normalizer]) 
             f"SAE         {name}: width {sae.coder.d_in}, {sae.coder.num_latents:,} latents, k {run.config.sae.k}, "
             f"{count:,} parameters"
         )
+    elsewhere = len(sae_names(run)) - len(trainer.saes)
+    if elsewhere:
+        _print(f"            and {elsewhere} more in other processes")
     needed = memory_needed(run.config, run.model, run.capture.widths, run.framing.ctx_len)
     _print(f"memory      {gib(needed)} beside the program itself, {gib(memory_there(run.model.device))} there")
     weights = sae_parameters(run.config, run.capture.widths) * FLOAT

@@ -9,6 +9,7 @@ from typing import Any
 from saetrain.activations.model import DTYPES
 from saetrain.logs.console import say
 from saetrain.optim import resolve_lr
+from saetrain.runs.build import sae_names
 from saetrain.runs.kernels import choose_kernels
 from saetrain.runs.prepare import Prepared
 from saetrain.training.firing import alive_bound
@@ -65,8 +66,9 @@ def announce(run: Prepared, trainer: Trainer) -> None:
     if trainer.step:
         say(f"{trainer.steps - trainer.step} steps of {trainer.steps} are left")
     rates = sorted({f"{sae.peak_lr:.3g}" for sae in trainer.saes.values()})
+    count = len(sae_names(run))
     say(
-        f"training {len(trainer.saes)} SAE{'s' if len(trainer.saes) > 1 else ''} for {plan.steps} steps of "
+        f"training {count} SAE{'s' if count > 1 else ''} for {plan.steps} steps of "
         f"{plan.tokens_per_step:,} tokens ({plan.tokens:,} in all; {rest:,} of --max_tokens left over), "
         f"{plan.passes()}, at lr {' and '.join(rates)}"
     )
