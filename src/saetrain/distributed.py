@@ -27,6 +27,8 @@ from saetrain.errors import SaetrainError
 from saetrain.launch import local_rank, rank, world_size
 from saetrain.watch import Watch
 
+STORE_S = 10
+"""Seconds that the store gets to answer the watch."""
 MEET_MINUTES = 10
 """Minutes that the processes get to find one another."""
 LONG_DAYS = 30
@@ -64,14 +66,24 @@ def start() -> None:
         return
     launch.check()
     try:
-        dist.init_process_group("gloo", timeout=datetime.timedelta(minutes=MEET_MINUTES))
+        meeting = datetime.timedelta(minutes=MEET_MINUTES)
+        store = _connect(meeting, host=rank() == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True")
+        # torchrun keeps its store when it starts the processes anew, with all that their last start left in it.
+        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        start_number = (store.add(f"saetrain/{restart}", 1) - 1) // world_size()
+        prefix = f"saetrain/{restart}.{start_number}"
+        dist.init_process_group(
+            "gloo", store=dist.PrefixStore(prefix, store), rank=rank(), world_size=world_size(), timeout=meeting
+        )
     except (RuntimeError, ValueError, OSError) as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise SaetrainError(
             f"rank {rank()} could not meet the other {world_size() - 1} processes at {where}: "
             f"{str(error).splitlines()[0]}"
         ) from error
-    watch = Watch(_own_store(), rank(), world_size())
+    # The watch has its own connection, for another thread may wait in the first.
+    own = _connect(datetime.timedelta(seconds=STORE_S), host=False)
+    watch = Watch(dist.PrefixStore(f"{prefix}/watch", own), rank(), world_size())
     control = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=LONG_DAYS))
     _team = _Team(watch, control, control)
     barrier("meeting")
@@ -87,16 +99,10 @@ def _terminated(number: int, at: Any) -> None:
     raise SystemExit(128 + number)
 
 
-def _own_store() -> Any:
-    """The watch's own connection, for another thread may wait in the first; an earlier start's keys do not show."""
-    store = dist.TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        is_master=False,
-        timeout=datetime.timedelta(seconds=10),
-        wait_for_workers=False,
-    )
-    return dist.PrefixStore(f"saetrain{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+def _connect(timeout: datetime.timedelta, *, host: bool) -> Any:
+    """A connection to the store where the processes meet, which this one serves where it is the ``host``."""
+    where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.TCPStore(*where, is_master=host, timeout=timeout, wait_for_workers=False)
 
 
 def use_device(device: torch.device) -> None:
