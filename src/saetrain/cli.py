@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 import typing
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +14,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec
 
 from saetrain import distributed, launch
 from saetrain.config import CompareConfig, EvaluateConfig, RunConfig, TokenizeConfig, flags, from_flat, read_yaml
-from saetrain.errors import SaetrainError, did_you_mean
+from saetrain.errors import RankLost, SaetrainError, did_you_mean
 
 TRUE, FALSE = ("true", "yes", "1"), ("false", "no", "0")
 registry = ConstructorRegistry()
@@ -42,10 +43,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             _run(words)
     except SaetrainError as error:
         if debug:
-            raise
-        # What every process finds wrong is said by the first one that does.
-        if distributed.fail(str(error), error.exit_code):
-            print(f"saetrain: {launch.who()}error: {error}", file=sys.stderr)
+            traceback.print_exc()
+        # What every process finds wrong is said by the first one that does; who is lost, by each that is left.
+        if distributed.fail(str(error), error.exit_code) or isinstance(error, RankLost):
+            print(f"saetrain: {distributed.who()}error: {error}", file=sys.stderr)
         distributed.leave(error.exit_code)
         raise SystemExit(error.exit_code) from None
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""The only file that communicates between ranks; with one rank, every function is a no-op.
+"""All communication between ranks; with one rank, every function is a no-op.
 
 Two groups: one of gloo for numbers and texts between the hosts' memories, and one for tensors on the SAEs' device (NCCL
 on GPUs). Their collectives have no short timeout: :mod:`saetrain.watch` finds a rank that is gone.
@@ -25,10 +25,10 @@ from torch import Tensor
 from saetrain import launch
 from saetrain.errors import SaetrainError
 from saetrain.launch import local_rank, rank, world_size
+from saetrain.meeting import connect, meet
 from saetrain.watch import Watch
 
 STORE_S = 10
-"""Seconds that the store gets to answer the watch."""
 MEET_MINUTES = 10
 """Minutes that the processes get to find one another."""
 LONG_DAYS = 30
@@ -53,6 +53,7 @@ class _Team:
     watch: Watch
     control: Any
     tensors: Any
+    restarted: bool = False
     traffic: Traffic = field(default_factory=Traffic)
 
 
@@ -66,27 +67,23 @@ def start() -> None:
         return
     launch.check()
     try:
-        meeting = datetime.timedelta(minutes=MEET_MINUTES)
-        store = _connect(meeting, host=rank() == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True")
-        # torchrun keeps its store when it starts the processes anew, with all that their last start left in it.
-        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        start_number = (store.add(f"saetrain/{restart}", 1) - 1) // world_size()
-        prefix = f"saetrain/{restart}.{start_number}"
-        dist.init_process_group(
-            "gloo", store=dist.PrefixStore(prefix, store), rank=rank(), world_size=world_size(), timeout=meeting
-        )
+        store, name, again = meet(MEET_MINUTES)
+        limit = datetime.timedelta(minutes=MEET_MINUTES)
+        place = dist.PrefixStore(name, store)
+        dist.init_process_group("gloo", store=place, rank=rank(), world_size=world_size(), timeout=limit)
+        # The watch has its own connection, for another thread may wait in the first.
+        own = connect(STORE_S, host=False)
     except (RuntimeError, ValueError, OSError) as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise SaetrainError(
             f"rank {rank()} could not meet the other {world_size() - 1} processes at {where}: "
             f"{str(error).splitlines()[0]}"
         ) from error
-    # The watch has its own connection, for another thread may wait in the first.
-    own = _connect(datetime.timedelta(seconds=STORE_S), host=False)
-    watch = Watch(dist.PrefixStore(f"{prefix}/watch", own), rank(), world_size())
+    watch = Watch(dist.PrefixStore(f"{name}/watch", own), rank(), world_size())
     control = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=LONG_DAYS))
     _team = _Team(watch, control, control)
-    barrier("meeting")
+    (restarts,) = agree([again], "meeting")
+    _team.restarted = restarts > 0
     watch.start()
     signal.signal(signal.SIGTERM, _terminated)
 
@@ -99,10 +96,9 @@ def _terminated(number: int, at: Any) -> None:
     raise SystemExit(128 + number)
 
 
-def _connect(timeout: datetime.timedelta, *, host: bool) -> Any:
-    """A connection to the store where the processes meet, which this one serves where it is the ``host``."""
-    where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return dist.TCPStore(*where, is_master=host, timeout=timeout, wait_for_workers=False)
+def barrier(name: str) -> None:
+    """Wait until every rank is here."""
+    agree([0], name)
 
 
 def use_device(device: torch.device) -> None:
@@ -118,14 +114,13 @@ def team() -> Iterator[None]:
     start()
     try:
         yield
-    except SaetrainError:
+    except (SaetrainError, AgreedExit):
         raise
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
         if code:
             fail(f"exit code {code}", code)
             leave(code)
-        _end()
         raise
     except BaseException as error:
         wish = isinstance(error, KeyboardInterrupt)
@@ -134,21 +129,38 @@ def team() -> Iterator[None]:
             traceback.print_exc()
         leave(130 if wish else 1)
         raise
-    _end()
+    finally:
+        if not isinstance(sys.exc_info()[1], SaetrainError):
+            end()
 
 
-def _end() -> None:
-    """Leave in order."""
+def end() -> None:
+    """Leave in order: nobody waits for this rank any more, and it for nobody."""
     global _team
     if _team is not None:
         _team.watch.end()
         dist.destroy_process_group()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         _team = None
+
+
+class AgreedExit(SystemExit):
+    """An end that all ranks have agreed on, with the exit code of a signal."""
+
+
+def restarted() -> bool:
+    """Whether torchrun started the processes of this run before, of any host."""
+    return _team.restarted if _team is not None else launch.restarts() > 0
 
 
 def fail(message: str, code: int) -> bool:
     """Tell the others that this rank ends for an error; False where another rank's error was first."""
     return _team is None or _team.watch.post(message, code)
+
+
+def who() -> str:
+    """``rank 2: `` before a message, nothing where there is one process."""
+    return f"rank {rank()}: " if _team is not None else ""
 
 
 def leave(code: int) -> None:
@@ -169,6 +181,12 @@ def at(where: str) -> None:
     """How far this rank is, for the others' messages."""
     if _team is not None:
         _team.watch.at(where)
+
+
+def now(name: str) -> None:
+    """What this rank is doing from here on, for the others' messages."""
+    if _team is not None:
+        _team.watch.enter(name)
 
 
 @contextlib.contextmanager
@@ -196,11 +214,6 @@ def _waiting(team: _Team) -> Iterator[None]:
         raise team.watch.explain(error) from error
     finally:
         team.traffic.waited_s += time.perf_counter() - begun
-
-
-def barrier(name: str) -> None:
-    """Wait until every rank is here."""
-    agree([0], name)
 
 
 def agree(values: list[int], name: str = "agreeing on the next step") -> list[int]:

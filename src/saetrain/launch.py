@@ -21,7 +21,7 @@ def rank() -> int:
 
 def local_rank() -> int:
     """Its number on this host."""
-    return _number("LOCAL_RANK", rank())
+    return _number("LOCAL_RANK", _number("SLURM_LOCALID", rank()))
 
 
 def local_world_size() -> int:
@@ -36,9 +36,9 @@ def _number(name: str, default: int) -> int:
     return int(text)
 
 
-def who() -> str:
-    """``rank 2: `` before a message, nothing where there is one process."""
-    return f"rank {rank()}: " if world_size() > 1 else ""
+def restarts() -> int:
+    """How often torchrun has started this host's processes anew for a failure."""
+    return _number("TORCHELASTIC_RESTART_COUNT", 0)
 
 
 def check() -> None:

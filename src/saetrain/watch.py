@@ -41,7 +41,8 @@ class Watch:
         self._posted: dict[str, Any] | None = None
         self._answered = time.monotonic()
         self._ended = threading.Event()
-        self._explaining = False
+        self._explaining_until = 0.0
+        self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []
         self.closing: Callable[[], None] | None = None
         """Called before the process is ended from here: closes the logs."""
@@ -49,6 +50,7 @@ class Watch:
 
     def start(self) -> None:
         """Begin to beat and to look; every rank has made its first beat by then."""
+        self._answered = time.monotonic()
         for loop in (self._beating, self._looking):
             self._threads.append(threading.Thread(target=loop, name=f"watch{loop.__name__}", daemon=True))
             self._threads[-1].start()
@@ -64,6 +66,8 @@ class Watch:
 
     def post(self, message: str, code: int) -> bool:
         """Leave this rank's error for the others; False where another rank's is there already."""
+        # What the others do about it must not overtake what this rank still closes.
+        self._explaining_until = time.monotonic() + 3 * CLOSING_S
         mine = json.dumps({"rank": self._rank, "phase": self.doing(), "message": message, "code": code})
         with contextlib.suppress(RuntimeError):
             first = self._store.compare_set(FAILED, "", mine).decode() == mine
@@ -94,8 +98,9 @@ class Watch:
 
     def find(self, silence: float, patience: float) -> RankLost | None:
         """The rank that has failed, or been silent for so long, as soon as it is known; None when patience ends."""
-        self._explaining = True
         until = time.monotonic() + patience
+        # The main thread, which now knows, ends the run in better order; but not for ever.
+        self._explaining_until = until + 3 * CLOSING_S
         while time.monotonic() < until:
             found = self._lost(silence)
             if found is not None:
@@ -123,12 +128,13 @@ class Watch:
                 self._answered = time.monotonic()
 
     def _note(self, number: int, beat: dict[str, Any]) -> None:
-        count, _ = self._seen.get(number, (0, 0.0))
-        self._phases[number] = beat["phase"]
-        if beat["done"]:
-            self._seen[number] = beat["count"], float("inf")
-        elif beat["count"] != count:
-            self._seen[number] = beat["count"], time.monotonic()
+        with self._lock:
+            count, _ = self._seen.get(number, (0, 0.0))
+            self._phases[number] = beat["phase"]
+            if beat["done"]:
+                self._seen[number] = beat["count"], float("inf")
+            elif beat["count"] != count:
+                self._seen[number] = beat["count"], time.monotonic()
 
     def _looking(self) -> None:
         last = time.monotonic()
@@ -136,11 +142,11 @@ class Watch:
             now = time.monotonic()
             if now - last > HELD_S:
                 self._answered = now
-                self._seen = {number: (count, max(at, now)) for number, (count, at) in self._seen.items()}
+                with self._lock:
+                    self._seen = {number: (count, max(at, now)) for number, (count, at) in self._seen.items()}
             last = now
             found = self._lost(SILENT_S)
-            # The main thread ends the run in better order, where it is not stuck in a collective.
-            if found is not None and not self._explaining:
+            if found is not None and now > self._explaining_until:
                 self._end_process(found)
 
     def _lost(self, silence: float) -> RankLost | None:
@@ -148,7 +154,9 @@ class Watch:
         posted, now = self._posted, time.monotonic()
         if posted is not None and posted["rank"] != self._rank:
             return RankLost(f"rank {posted['rank']} failed in {posted['phase']}: {posted['message']}", posted["code"])
-        for number, (_, at) in sorted(self._seen.items()):
+        with self._lock:
+            seen = sorted(self._seen.items())
+        for number, (_, at) in seen:
             if now - at > silence:
                 return RankLost(
                     f"rank {number} has not answered for {now - at:.0f} s and is given up; its last phase was "

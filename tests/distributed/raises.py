@@ -1,18 +1,26 @@
-"""saetrain, but the step with the number in RAISES_AT raises on rank 1."""
+"""saetrain, but one step raises on rank 1 (RAISES_AT), and checkpoints take their time (SAVES_IN seconds)."""
 
 import os
+import time
 
+import saetrain.runs.session as session
 from saetrain.cli import main
 from saetrain.training.trainer import SaeTrainer
 
-take_step = SaeTrainer.micro_step
+take_step, save = SaeTrainer.micro_step, session.save_checkpoint
 
 
 def micro_step(self, batch, progress):  # type: ignore[no-untyped-def]
-    if os.environ["RANK"] == "1" and progress.step == int(os.environ["RAISES_AT"]):
+    if os.environ["RANK"] == "1" and progress.step == int(os.environ.get("RAISES_AT", "-1")):
         raise ValueError("made to fail")
     take_step(self, batch, progress)
 
 
+def save_checkpoint(*arguments):  # type: ignore[no-untyped-def]
+    time.sleep(float(os.environ.get("SAVES_IN", "0")))
+    return save(*arguments)
+
+
 SaeTrainer.micro_step = micro_step
+session.save_checkpoint = save_checkpoint
 main()

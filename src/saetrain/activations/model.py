@@ -74,8 +74,14 @@ def resolve_device(wanted: str | None) -> torch.device:
     """The device to run on; SaetrainError when it is not there."""
     if wanted is None:
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    if wanted == "cuda" and launch.local_world_size() > 1:
+    if wanted == "cuda" and launch.local_world_size() > 1 and torch.cuda.device_count() > 1:
+        # A launcher that gives each process a GPU of its own shows it that one alone.
         wanted = f"cuda:{launch.local_rank()}"
+        if launch.local_rank() >= torch.cuda.device_count():
+            raise SaetrainError(
+                f"{launch.local_world_size()} processes on a host of {torch.cuda.device_count()} GPUs: start one for "
+                "each GPU, or give --device cpu"
+            )
     try:
         device = torch.device(wanted)
     except RuntimeError as error:

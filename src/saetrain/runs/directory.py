@@ -12,6 +12,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from saetrain import distributed
 from saetrain.config import RunConfig
 from saetrain.errors import SaetrainError
 from saetrain.files import temporary_of, write_atomic
@@ -55,7 +56,7 @@ def run_directory(config: RunConfig) -> Path:
 
 def with_restart(config: RunConfig) -> RunConfig:
     """A process that torchrun started anew goes on with its run, whatever the flags of the first start said."""
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0:
+    if not distributed.restarted():
         return config
     return dataclasses.replace(config, output=dataclasses.replace(config.output, resume=True, overwrite=False))
 

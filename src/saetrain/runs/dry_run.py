@@ -35,7 +35,7 @@ def report(run: Prepared, trainer: Trainer, normalizers: dict[str, Normalizer]) 
     elsewhere = len(sae_names(run)) - len(trainer.saes)
     if elsewhere:
         _print(f"            and {elsewhere} more in other processes")
-    needed = memory_needed(run.config, run.model, run.capture.widths, run.framing.ctx_len)
+    needed = memory_needed(run.config, run.model, run.capture.widths, run.framing.ctx_len, run.division)
     _print(f"memory      {gib(needed)} beside the program itself, {gib(memory_there(run.model.device))} there")
     weights = sae_parameters(run.config, run.capture.widths) * FLOAT
     sae_files = weights * (2 if run.config.output.save_sparsify else 1)

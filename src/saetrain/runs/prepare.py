@@ -115,7 +115,8 @@ def prepare(config: RunConfig) -> Prepared:
     for width in capture.widths.values():
         config.sae.latents(width)
     ctx_len = resolve_ctx_len(config, model)
-    check_memory(config, model, capture.widths, ctx_len)
+    division = _divide(config, ctx_len, model, capture)
+    check_memory(config, model, capture.widths, ctx_len, division)
     framing = Framing.of(tokenizer, model.causal, ctx_len)
     text = distributed.turns("reading and tokenizing the data set", lambda: load_text(config, tokenizer, framing))
     reader = ActivationReader(capture, text.train.keep, config.base.model_batch_tokens, config.dataset)
@@ -134,18 +135,18 @@ def prepare(config: RunConfig) -> Prepared:
         plan,
         weights_hash(model),
         head,
-        _divide(config, plan, model, capture),
+        division,
     )
 
 
-def _divide(config: RunConfig, plan: Plan, model: BaseModel, capture: ActivationCapture) -> Division:
+def _divide(config: RunConfig, ctx_len: int, model: BaseModel, capture: ActivationCapture) -> Division:
     """Who trains what, said with its reason where there is a choice."""
     loads = {name: Load(sae_parameters(config, {name: width}), width) for name, width in capture.widths.items()}
     division = divide(
         config.processes,
         loads,
         world=launch.world_size(),
-        step_tokens=plan.tokens_per_step,
+        step_tokens=step_tokens(config, ctx_len),
         itemsize=model.dtype.itemsize,
         spliced=config.train.end_to_end,
     )
@@ -190,9 +191,14 @@ def resolve_ctx_len(config: RunConfig, model: BaseModel) -> int:
     return given
 
 
+def step_tokens(config: RunConfig, ctx_len: int) -> int:
+    """Activations of an optimizer step, over all processes."""
+    return config.train.batch_size * ctx_len * config.train.grad_acc_steps * launch.world_size()
+
+
 def make_plan(config: RunConfig, ctx_len: int, text_tokens: tuple[int | None, ...]) -> Plan:
     """Steps of the run; SaetrainError when --max_tokens does not make one."""
-    per_step = config.train.batch_size * ctx_len * config.train.grad_acc_steps * launch.world_size()
+    per_step = step_tokens(config, ctx_len)
     steps = config.train.max_tokens // per_step
     if steps < 1:
         raise SaetrainError(

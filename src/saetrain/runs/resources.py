@@ -11,6 +11,7 @@ from saetrain import launch
 from saetrain.activations.model import BaseModel
 from saetrain.config import RunConfig
 from saetrain.errors import SaetrainError
+from saetrain.training.parallel import Division
 
 FLOAT = 4
 LOGITS = 5
@@ -24,20 +25,22 @@ def sae_parameters(config: RunConfig, widths: dict[str, int]) -> int:
     return sum(each) * len(config.train.init_seeds)
 
 
-def memory_needed(config: RunConfig, model: BaseModel, widths: dict[str, int], ctx_len: int) -> int:
+def memory_needed(config: RunConfig, model: BaseModel, widths: dict[str, int], ctx_len: int, division: Division) -> int:
     """Bytes beside the program: model, SAEs with gradients and two moments, mixing buffer, one micro-step's codes.
 
     End to end, the logits of a micro-step in the buffer's place.
     """
     weights = sum(p.numel() * p.element_size() for p in model.module.parameters())
-    saes = 4 * FLOAT * sae_parameters(config, widths)
+    own = {name: width for name, width in widths.items() if division.owned(name, launch.rank())}
+    saes = 4 * FLOAT * sae_parameters(config, own)
     buffered = min(config.buffer.buffer_tokens, config.train.max_tokens) // launch.world_size()
     mixing = buffered * sum(widths.values()) * model.dtype.itemsize
     if config.train.end_to_end:
         vocabulary = model.module.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
         mixing = LOGITS * FLOAT * config.train.batch_size * ctx_len * vocabulary
     widest = max(config.sae.latents(width) for width in widths.values())
-    return weights + saes + mixing + 3 * FLOAT * config.train.batch_size * ctx_len * widest
+    rows = config.train.batch_size * ctx_len * (launch.world_size() if division.owners else 1)
+    return weights + saes + mixing + 3 * FLOAT * rows * widest
 
 
 def memory_there(device: torch.device) -> int:
@@ -57,9 +60,9 @@ def memory_there(device: torch.device) -> int:
     return free // here + held
 
 
-def check_memory(config: RunConfig, model: BaseModel, widths: dict[str, int], ctx_len: int) -> None:
+def check_memory(config: RunConfig, model: BaseModel, widths: dict[str, int], ctx_len: int, division: Division) -> None:
     """SaetrainError when the run needs more memory than there is, unless --force."""
-    needed, there = memory_needed(config, model, widths, ctx_len), memory_there(model.device)
+    needed, there = memory_needed(config, model, widths, ctx_len, division), memory_there(model.device)
     if needed <= there or config.force:
         return
     latents = ", ".join(sorted({f"{config.sae.latents(width):,}" for width in widths.values()}))

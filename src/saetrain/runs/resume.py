@@ -93,15 +93,15 @@ def reconcile(run: Prepared, checkpoint: Checkpoint) -> Prepared:
     # Also where the tokens are the same: an earlier resume may have asked for more of them.
     flat.update({name: before[name] for name in DERIVED if given[name] is None})
     flat.update(_kernels(given, before))
-    fitted = _batch(flat, checkpoint.values)
-    flat.update(fitted)
     settled = _settled(run, flat, before)
+    if _sequences(flat, launch.world_size()) == _sequences(before, checkpoint.values["world_size"]):
+        settled |= set(BATCH)
     changed = [
         f"--{name} is {value} now and was {before.get(name)}"
         for name, value in flat.items()
-        if name not in FREE | settled | {"max_tokens", *fitted} and value != before.get(name)
+        if name not in FREE | settled | {"max_tokens"} and value != before.get(name)
     ]
-    if fitted == {} and launch.world_size() != checkpoint.values["world_size"]:
+    if changed and launch.world_size() != checkpoint.values["world_size"]:
         changed.append(
             f"the number of processes is {launch.world_size()} now and was {checkpoint.values['world_size']}"
         )
@@ -117,18 +117,23 @@ def reconcile(run: Prepared, checkpoint: Checkpoint) -> Prepared:
     return dataclasses.replace(run, config=config, plan=plan)
 
 
-def _batch(flat: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Batch size and micro-steps that keep the step's sequences, where the run goes on with other processes.
+def _sequences(settings: Mapping[str, Any], world: int) -> int:
+    """Sequences of an optimizer step."""
+    return world * math.prod(settings[name] for name in BATCH)
 
-    Raises SaetrainError where they can't be kept.
+
+def fit_batch(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
+    """The settings with a batch that keeps the steps of a checkpoint's run on another number of processes.
+
+    Raises SaetrainError where they can't be kept; a batch of the user's own is left to :func:`reconcile`.
     """
     before, world, now = values["settings"], values["world_size"], launch.world_size()
+    flat = to_flat(config)
     asked, last = [[settings[name] for name in BATCH] for settings in (flat, before)]
     whole = math.prod(last) * world
-    kept = now == world and asked == last
-    # Another global batch is the user's own, and is refused with the other settings that have changed.
-    if kept or (asked not in (last, values["asked_batch"]) and math.prod(asked) * now != whole):
-        return {}
+    same = math.prod(asked) * now == whole
+    if same or asked not in (last, values["asked_batch"]):
+        return config
     if whole % now:
         raise SaetrainError(
             f"--resume: the run's steps of {whole} sequences ({last[0]} x {last[1]} micro-steps x {world} processes) "
@@ -136,11 +141,12 @@ def _batch(flat: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]
         )
     # The largest micro-batch that is no larger than what was asked for.
     size = max(size for size in range(1, asked[0] + 1) if whole // now % size == 0)
+    steps = whole // now // size
     say(
-        f"the run's last process{'es were' if world > 1 else ' was'} {world}, now {now}: --batch_size {size} "
-        f"--grad_acc_steps {whole // now // size} keep its steps of {whole} sequences (sums are rounded otherwise)"
+        f"--batch_size {size} --grad_acc_steps {steps} keep the run's steps of {whole} sequences on {now} "
+        f"process{'es' if now > 1 else ''}"
     )
-    return dict(zip(BATCH, (size, whole // now // size), strict=True))
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=size, grad_acc_steps=steps))
 
 
 def _kernels(given: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:

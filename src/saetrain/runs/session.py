@@ -24,7 +24,7 @@ from saetrain.logs.console import ProgressLine, say
 from saetrain.logs.jsonl import finite
 from saetrain.runs.directory import CHECKPOINTS, SAES, SPIKE, writing
 from saetrain.runs.evaluate import evaluate as evaluate_saved
-from saetrain.runs.feed import make_feed
+from saetrain.runs.feed import State, make_feed
 from saetrain.runs.metadata import about_run, announce, hook_name, summary
 from saetrain.runs.prepare import Prepared, held_out_batches, resolved
 from saetrain.runs.ranks import RankFigures
@@ -100,13 +100,17 @@ class Session:
         failed = True
         try:
             with self.stop:
+                distributed.now("training")
                 finished = self._loop()
+                distributed.now("scoring and saving the SAEs")
                 if finished:
                     final = self.evaluate("final")
                     self.save_saes(final)
                     if self.first:
                         summary(self.directory, final)
-            # The other processes are not needed any more, and leave.
+            if finished:
+                # What is left to do is rank 0's alone.
+                distributed.end()
             if finished and self.config.assess and self.first:
                 self.assess()
             failed = False
@@ -117,7 +121,7 @@ class Session:
             with self.writing():
                 self.log.close(failed)
         if not finished:
-            raise SystemExit(self.stop.exit_code)
+            raise distributed.AgreedExit(self.stop.exit_code)
 
     def _check(self) -> None:
         """Raise :class:`Stopped` once nothing more is to be read."""
@@ -206,7 +210,8 @@ class Session:
             say(f"{spike}; the step is left out (--on_spike skip)")
         self.left_out = self.left_out + 1 if spikes else 0
         if self.left_out == MOST_LEFT_OUT:
-            kept = self._last_good(self.trainer.step - self.left_out)
+            before = self.trainer.step - self.left_out
+            kept = distributed.on_first("looking for a good checkpoint", lambda: self._last_good(before))
             raise SaetrainError(
                 f"{spikes[0]}; {MOST_LEFT_OUT} steps in a row were left out, so the weights themselves are ruined. "
                 f"{kept}; start a run of another --run_name with a lower --lr"
@@ -214,12 +219,14 @@ class Session:
 
     def _stopped_by(self, spike: Spike) -> SaetrainError:
         """The batch's place is written down, and the message says what to do."""
-        path, place = self.directory / SPIKE, self.together.place(self.place)
-        if not self.first:
-            return SaetrainError(str(spike))
+        place = self.together.place(self.place)
+        return SaetrainError(distributed.on_first("writing down the spike", lambda: self._write_spike(spike, place)))
+
+    def _write_spike(self, spike: Spike, place: State) -> str:
+        path = self.directory / SPIKE
         with self.writing():
             write_json(path, {**spike.facts, "shards": self.feed.shown(place)})
-        return SaetrainError(
+        return (
             f"{spike}; the batch's place is in {path}. {self._last_good(self.trainer.step - 1)}: start again with "
             "--resume --on_spike skip, or with a lower --lr under another --run_name"
         )
@@ -231,8 +238,6 @@ class Session:
         """
         if self.saved_step is None:
             return "There is no checkpoint yet"
-        if not self.first:
-            return "Rank 0 says what is kept"
         with self.writing():
             before = set_aside_suspect(self.directory / CHECKPOINTS, step)
         if before is None:
@@ -332,6 +337,8 @@ class Session:
             with self.writing(), distributed.phase("writing a checkpoint"):
                 self.log.sync()
                 save_checkpoint(self.directory / CHECKPOINTS, self.trainer.step, tensors, values)
+        # Nobody goes on, or leaves, before the checkpoint is whole.
+        distributed.barrier("waiting for rank 0: writing a checkpoint")
         self.saved_at, self.saved_step = time.monotonic(), self.trainer.step
 
     def save_saes(self, figures: dict[str, dict[str, float]]) -> None:

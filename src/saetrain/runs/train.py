@@ -16,7 +16,7 @@ from saetrain.runs.directory import CONFIG, claim, open_directory, run_directory
 from saetrain.runs.dry_run import report
 from saetrain.runs.kernels import choose_kernels
 from saetrain.runs.prepare import Prepared, prepare, resolved
-from saetrain.runs.resume import reconcile, require_same
+from saetrain.runs.resume import fit_batch, reconcile, require_same
 from saetrain.runs.session import Session
 from saetrain.training.checkpoint import Checkpoint
 
@@ -31,12 +31,15 @@ def run(config: RunConfig) -> None:
     # Before anything slow, for it may be refused.
     _choose_kernels(config)
     config = with_restart(config)
+    distributed.now("loading model and text")
     if config.dry_run:
         prepared = prepare(config)
         report(prepared, *build_trainer(prepared, None))
         return
     directory = run_directory(config)
     checkpoint = _opened(config, directory)
+    if checkpoint is not None:
+        config = fit_batch(config, checkpoint.values)
     prepared = prepare(config)
     if checkpoint is not None:
         prepared = reconcile(prepared, checkpoint)
@@ -61,6 +64,7 @@ def _choose_kernels(config: RunConfig) -> None:
     device = resolve_device(config.base.device)
     asked = (config.compute, config.optim, config.train.loss_fn, device)
     chosen = distributed.turns("building the kernels", lambda: choose_kernels(*asked))
+    distributed.require_same({"the kind of --device": device.type})
     distributed.require_same({"--kernels": chosen.kernels, "--compute_dtype": chosen.compute_dtype})
 
 
