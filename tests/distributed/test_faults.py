@@ -87,25 +87,37 @@ def test_an_error_of_one_rank_ends_all(launcher: Launcher, words: list[str], mon
 
 
 def test_a_data_set_that_fails_on_one_rank_ends_all(launcher: Launcher, tiny_bert: str, tmp_path: Path) -> None:
-    text = tmp_path / "text.jsonl"
-    rows = [json.dumps({"text": f"{number} " + "some words of a row " * 20}) for number in range(3000)]
-    rows[2500] = rows[2500][:20]
-    text.write_text("\n".join(rows) + "\n")
-    words = [tiny_bert, str(text), *WORDS, "--streaming", "true", "--batch_size", "2", *tokens(100 * LONG)]
-    output = ended(launcher.start(2, "broken", words), None, 2 * ENDS_S)
-    assert f"{text}: line 2501" in output, output
-    assert "exitcode  : 2" in output
-    assert "Traceback" not in output[: output.index("torch/distributed")]
+    """Two hosts, each with a copy of the text on its own disk, one of them damaged."""
+    launcher.environment |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    launcher.environment |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    processes = []
+    for host in range(2):
+        launcher.home = tmp_path / f"host{host}"
+        launcher.home.mkdir()
+        rows = [json.dumps({"text": f"{number} " + "some words of a row " * 20}) for number in range(300)]
+        if host == 1:
+            rows[250] = rows[250][:20]
+        (launcher.home / "text.jsonl").write_text("\n".join(rows) + "\n")
+        launcher.environment |= {"RANK": str(host)}
+        processes.append(launcher.start(1, "run", [tiny_bert, "text.jsonl", *WORDS, *tokens(20), "--batch_size", "2"]))
+    first, second = [ended(process, 2, ENDS_S) for process in processes]
+    assert "text.jsonl, line 251: is no JSON" in second
+    assert (
+        "rank 0: error: rank 1 failed in reading and tokenizing the data set: data set 'text.jsonl' could not" in first
+    )
+    assert "Traceback" not in first + second
+    assert not (launcher.folder / "run").exists()
 
 
 def test_sigterm_saves_and_other_numbers_of_processes_go_on(launcher: Launcher, words: list[str]) -> None:
     words = [*words, *tokens(300)]
     one = launcher.run(1, "one", [*words, "--batch_size", "4"])
     run = launcher.folder / "moved"
+    output = ""
     for world, until in ((4, 60), (2, 150), (4, None)):
         process = launcher.start(world, "moved", [*words, "--batch_size", "1", *(["--resume"] if until != 60 else [])])
         if until is None:
-            output = ended(process, 0)
+            ended(process, 0)
             break
         wait_for_step(process, run, until)
         stop_all(process)
@@ -113,8 +125,9 @@ def test_sigterm_saves_and_other_numbers_of_processes_go_on(launcher: Launcher, 
         assert "stopped by SIGTERM after step" in output
         assert "everything is saved" in output
         assert steps_done(run) < 300
-    assert "--batch_size 1 --grad_acc_steps 1 keep its steps of 4 sequences" in output
-    same_run(one, run)
+    assert "--batch_size 1 --grad_acc_steps 2 keep the run's steps of 4 sequences on 2 processes" in output
+    # In so many steps rounding decides some of the choices among pre-activations that are nearly the same.
+    same_run(one, run, 1e-3)
     assert [line["step"] for line in records(run) if line["kind"] == "train"] == list(range(1, 301))
 
 
