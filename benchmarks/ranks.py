@@ -48,7 +48,7 @@ class Variant:
 
     def build(self, tokens: int, ranks: int, compute_dtype: str) -> Variant:
         """With trainer and buffer."""
-        work = self.work
+        work, self._ranks = self.work, ranks
         settings = TopKSettings(k=work.k, num_latents=work.latents)
         saes = {
             name: make_trainer(name, each, settings, "auto", compute_dtype, tokens, alone=ranks == 1)
@@ -69,6 +69,9 @@ class Variant:
         before = dataclasses.replace(distributed.traffic())
         begun = time.perf_counter()
         for _ in range(steps):
+            if self._ranks > 1:
+                # As a run does before every update.
+                distributed.agree([0, 0, 0, 0])
             self.trainer.train_step(self._take)
         seconds, now = time.perf_counter() - begun, distributed.traffic()
         return {
@@ -76,6 +79,7 @@ class Variant:
             "waiting": (now.waited_s - before.waited_s) / seconds,
             "bytes": (now.bytes - before.bytes) / steps,
             "calls": (now.calls - before.calls) / steps,
+            "control_calls": (now.control_calls - before.control_calls) / steps,
         }
 
 
@@ -134,7 +138,7 @@ def figures(samples: dict[str, list[dict[str, float]]], work: Work) -> dict[str,
 def table(found: dict[str, dict[str, Any]]) -> str:
     """The figures as rows of a table."""
     lines = [
-        "| precision | variant | tokens/s | over one | waiting | calls | bytes a step |",
+        "| precision | variant | tokens/s | over one | waiting | calls, of numbers | bytes handed in |",
         "|---|---|---|---|---|---|---|",
     ]
     for precision, variants in found.items():
@@ -145,7 +149,7 @@ def table(found: dict[str, dict[str, Any]]) -> str:
             low, high = row["over_one_range"]
             lines.append(
                 f"| {precision} | {name} | {row['tokens_per_second']:,.0f} | {row['over_one']:.2f} ({low:.2f} to "
-                f"{high:.2f}) | {row['waiting']:.1%} | {row['calls']:.0f} | {row['bytes'] / 1e6:.2f} MB{share} |"
+                f"{high:.2f}) | {row['waiting']:.1%} | {row['calls']:.0f}, {row['control_calls']:.0f} | {row['bytes'] / 1e6:.2f} MB{share} |"
             )
     return "\n".join(lines)
 

@@ -18,10 +18,12 @@
 set -euo pipefail
 
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((${SLURM_CPUS_PER_TASK:-1} / ${N_GPUS:-${SLURM_GPUS_ON_NODE:-1}}))}
+processes=${N_GPUS:-${SLURM_GPUS_ON_NODE:-1}}
+cores=${SLURM_CPUS_PER_TASK:-1}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > processes ? cores / processes : 1))}
 
-# Each host's agent passes the signal on, so that every process saves and ends.
-srun --kill-on-bad-exit=1 python -m torch.distributed.run \
-  --nnodes "$SLURM_NNODES" --nproc_per_node "${N_GPUS:-${SLURM_GPUS_ON_NODE:-1}}" \
+# srun does not take over the cores of sbatch by itself; torchrun passes SIGTERM on, and kills what has not saved in time.
+srun --cpus-per-task="$cores" python -m torch.distributed.run \
+  --nnodes "$SLURM_NNODES" --nproc_per_node "$processes" --shutdown_timeout 110 \
   --rdzv_id "$SLURM_JOB_ID" --rdzv_backend c10d --rdzv_endpoint "$first:${MASTER_PORT:-29500}" \
   --max_restarts 2 -m saetrain "$@" --resume

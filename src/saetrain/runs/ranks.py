@@ -21,17 +21,18 @@ class RankFigures:
         """``{"rank0/tokens_per_second": …, "rank0/waiting": …, "rank0/utilisation": …}`` of all ranks.
 
         ``tokens``: this rank's share of those trained on since the start of the run. Speed is over the time that the
-        rank did not wait for others, so a slow rank shows. Every rank calls this at the same step.
+        rank did not wait for others, so a slow rank shows; on a GPU, whose exchanges this process does not wait for, it is
+        over all time, and there is no figure of waiting. Every rank calls this at the same step.
         """
         if launch.world_size() == 1:
             return {}
         now, cpu, waited = time.perf_counter(), time.process_time(), distributed.traffic().waited_s
         elapsed, waiting = max(now - self._time, 1e-9), waited - self._waited
-        figures = {
-            "tokens_per_second": (tokens - self._tokens) / max(elapsed - waiting, 1e-9),
-            "waiting": waiting / elapsed,
-        }
-        used = _gpu(device) if device.type == "cuda" else (cpu - self._cpu) / elapsed / torch.get_num_threads()
+        gpu = device.type == "cuda"
+        figures = {"tokens_per_second": (tokens - self._tokens) / max(elapsed - (0 if gpu else waiting), 1e-9)}
+        if not gpu:
+            figures["waiting"] = waiting / elapsed
+        used = _gpu(device) if gpu else (cpu - self._cpu) / elapsed / torch.get_num_threads()
         if used is not None:
             figures["utilisation"] = used
         self._time, self._cpu, self._waited, self._tokens = now, cpu, waited, tokens
