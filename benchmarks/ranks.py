@@ -149,7 +149,8 @@ def table(found: dict[str, dict[str, Any]]) -> str:
             low, high = row["over_one_range"]
             lines.append(
                 f"| {precision} | {name} | {row['tokens_per_second']:,.0f} | {row['over_one']:.2f} ({low:.2f} to "
-                f"{high:.2f}) | {row['waiting']:.1%} | {row['calls']:.0f}, {row['control_calls']:.0f} | {row['bytes'] / 1e6:.2f} MB{share} |"
+                f"{high:.2f}) | {row['waiting']:.1%} | {row['calls']:.0f}, "
+                f"{row['control_calls']:.0f} | {row['bytes'] / 1e6:.2f} MB{share} |"
             )
     return "\n".join(lines)
 
