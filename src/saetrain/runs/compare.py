@@ -26,6 +26,7 @@ from saetrain.evaluation.heldout import EvalSettings
 from saetrain.evaluation.score import ScoreSettings
 from saetrain.evaluation.verdict import HealthSettings
 from saetrain.files import write_atomic, write_json
+from saetrain.logs.console import say
 from saetrain.logs.jsonl import NAME as METRICS
 from saetrain.runs.assessment import ASSESSMENT, WIDTH
 from saetrain.runs.assessment import FORMAT as ASSESSMENT_FORMAT
@@ -158,7 +159,12 @@ class Comparison:
 
 def compare(config: CompareConfig) -> Comparison:
     """Read, print and write; SaetrainError for what the user can mend."""
-    runs = list(config.runs)
+    files = [run for run in config.runs if Path(run).is_file()]
+    runs = [run for run in config.runs if run not in files]
+    if not runs:
+        raise SaetrainError(f"{files[0]}: is a file; give the folders of runs")
+    for file in files:
+        say(f"{file}: is a file and no run's folder, so it is left out")
     names = [Path(run).resolve().name for run in runs]
     shown = names if len(set(names)) == len(names) else runs
     rows = [row for run, name in zip(runs, shown, strict=True) for row in read_run(Path(run), name)]

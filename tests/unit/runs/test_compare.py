@@ -227,6 +227,15 @@ def test_a_run_must_be_named_and_there(tmp_path: Path, capsys: pytest.CaptureFix
     assert "nowhere: there is no such folder" in refused(capsys, str(tmp_path / "nowhere"))
 
 
+def test_files_among_the_runs_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = tmp_path / "comparison.json"
+    table.touch()
+    comparison = compared(make_run(tmp_path / "a"), str(table))
+    assert [row.run for row in comparison.rows] == ["a"]
+    assert f"{table}: is a file and no run's folder, so it is left out" in capsys.readouterr().err
+    assert "comparison.json: is a file; give the folders of runs" in refused(capsys, str(table))
+
+
 def test_a_run_without_an_assessment_says_how_to_make_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = make_run(tmp_path / "a")
     (tmp_path / "a" / "final_assessment.json").unlink()
