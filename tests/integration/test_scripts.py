@@ -98,7 +98,7 @@ def held_against(row: dict[str, Any], run: Path) -> None:
     entry = json.loads((run / "final_assessment.json").read_text())["saes"][row["sae"]]
     assert (row["run"], row["verdict"]) == (run.name, entry["verdict"])
     assert row["figures"]["explained_variance"]["value"] == entry["figures"]["explained_variance"]["value"]
-    assert row["figures"]["dead_never_fired"]["value"] == entry["figures"]["dead_never_fired"]["value"]
+    assert row["figures"]["dead_below_threshold"]["value"] == entry["figures"]["dead_below_threshold"]["value"]
     assert row["tokens_per_second"] > 0
 
 
@@ -107,7 +107,9 @@ def test_training_ends_with_a_summary(start: Start, tmp_path: Path) -> None:
     run = tmp_path / "output" / "tiny-bert_sae"
     (row,) = rows(run / "summary.json")
     held_against(row, run)
-    assert re.search(rf"│ tiny-bert_sae +│ {LAYER} +│ {row['verdict']} ", printed)
+    assert re.search(r"┃ run +┃ tiny-bert_sae +┃", printed)
+    assert re.search(rf"│ SAE +│ {LAYER} +│", printed)
+    assert re.search(rf"│ verdict +│ {row['verdict']} +│", printed)
     assert (run / "sae" / LAYER / "cfg.json").exists()
 
 
@@ -115,7 +117,7 @@ def test_several_processes(start: Start, tmp_path: Path) -> None:
     printed = whole(start(MULTI, *FLAGS, PROCESSES="2", SAVE_DIR=str(tmp_path / "o u t"), RUN_NAME="multi"))
     (row,) = rows(tmp_path / "o u t" / "multi" / "summary.json")
     held_against(row, tmp_path / "o u t" / "multi")
-    assert f"│ multi │ {LAYER} │" in printed
+    assert re.search(r"┃ run +┃ multi +┃", printed)
 
 
 def test_dead_latent_study(start: Start, tmp_path: Path) -> None:

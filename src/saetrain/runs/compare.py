@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
+import math
+import os
 import statistics
 import sys
 from dataclasses import dataclass
@@ -13,14 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
 from saetrain.config import CompareConfig, read_yaml
 from saetrain.errors import SaetrainError
 from saetrain.evaluation.bootstrap import Estimate
+from saetrain.evaluation.heldout import EvalSettings
+from saetrain.evaluation.score import ScoreSettings
+from saetrain.evaluation.verdict import HealthSettings
 from saetrain.files import write_atomic, write_json
+from saetrain.logs.console import say
 from saetrain.logs.jsonl import NAME as METRICS
 from saetrain.runs.assessment import ASSESSMENT, WIDTH
 from saetrain.runs.assessment import FORMAT as ASSESSMENT_FORMAT
@@ -29,18 +35,33 @@ from saetrain.runs.directory import CONFIG, SAES, is_run
 FORMAT = 1
 PLACE = ("run_name", "save_dir")
 """Settings that say where a run lies, which its name does already."""
+SCORING = {field.name for of in (EvalSettings, ScoreSettings, HealthSettings) for field in dataclasses.fields(of)}
+"""Settings that say nothing of the figures, for a later evaluation may have had others: the assessment's count."""
+FOLLOW = {
+    "lr_warmup_steps": ("max_tokens", "batch_size", "grad_acc_steps", "ctx_len"),
+    "dead_window_tokens": ("max_tokens",),
+    "kernels": ("device", "optimizer", "loss_fn"),
+    "compute_dtype": ("device", "kernels", "optimizer", "loss_fn"),
+}
+"""{setting: those that it follows unless it is given}; where one of these differs, it is left to the file."""
+PATHS = ("model", "dataset", "finetune")
+"""Settings that may be paths."""
 HEADLINES = ("model", "dataset", "k", "num_latents", "auxk_alpha", "lr", "loss_fn", "max_tokens")
 """Settings that are named beneath the table where all runs share them."""
 FIGURES = {
     "explained_variance": "explained variance",
     "ce_recovered_zero": "CE recovered (zero)",
+    "delta_ce": "CE increase",
+    "kl": "KL",
+    "pooled_cosine": "pooled cosine",
     "l0": "L0",
     "dead_below_threshold": "dead by rate",
-    "dead_never_fired": "never fired",
     "decoder_redundancy_top100": "redundancy",
 }
 JUDGED = {"decoder_redundancy_top100": "redundancy"}
 """Figures that an assessment holds among its verdict's metrics alone, and their names there."""
+SCORED = "the numbers of tokens scored"
+LOSS_SCORED = "the numbers of tokens on which the model's loss was scored"
 
 
 @dataclass(frozen=True)
@@ -68,8 +89,14 @@ class Comparison:
         """Find out which settings differ; runs whose settings are not known say nothing of it."""
         known = [row.settings for row in rows if row.settings]
         names = list(dict.fromkeys(name for settings in known for name in settings))
-        differing = [name for name in names if name not in PLACE and not _same(s.get(name) for s in known)]
+        differing = [
+            name for name in names if name not in SCORING.union(PLACE) and not _same(s.get(name) for s in known)
+        ]
         return Comparison(rows, differing)
+
+    def told(self) -> list[str]:
+        """The differing settings without those that differ because others do."""
+        return [name for name in self.differing if not set(FOLLOW.get(name, ())).intersection(self.differing)]
 
     def figures(self) -> list[str]:
         """Names of the figures that at least one SAE has."""
@@ -84,9 +111,9 @@ class Comparison:
         """What makes the figures less comparable than they look."""
         out = []
         for key in self.rows[0].judged:
-            if not _same(row.judged[key] for row in self.rows):
-                values = dict.fromkeys(show(row.judged[key]) for row in self.rows)
-                out.append(f"{key} differ, so the rows are not quite comparable: {'; '.join(values)}")
+            values = dict.fromkeys(show(row.judged[key]) for row in self.rows if row.judged[key] is not None)
+            if len(values) > 1:
+                out.append(f"{key} differ, so the SAEs are not quite comparable: {'; '.join(values)}")
         return out
 
     def as_json(self) -> dict[str, Any]:
@@ -104,6 +131,8 @@ class Comparison:
                     "verdict": row.verdict,
                     "settings": {name: row.settings.get(name) for name in self.differing},
                     "figures": {name: _plain(estimate) for name, estimate in row.figures.items()},
+                    "tokens_scored": row.judged[SCORED],
+                    "loss_tokens_scored": row.judged[LOSS_SCORED],
                     "tokens_per_second": row.tokens_per_second,
                 }
                 for row in self.rows
@@ -114,9 +143,8 @@ class Comparison:
         """The same with a line an SAE; what is not known is left empty."""
         text = io.StringIO()
         ends = [f"{name}{end}" for name in self.figures() for end in ("", "_low", "_high")]
-        lines = csv.DictWriter(
-            text, ["run", "sae", "verdict", *self.differing, *ends, "tokens_per_second"], lineterminator="\n"
-        )
+        counts = ("tokens_scored", "loss_tokens_scored", "tokens_per_second")
+        lines = csv.DictWriter(text, ["run", "sae", "verdict", *self.differing, *ends, *counts], lineterminator="\n")
         lines.writeheader()
         for row in self.rows:
             values: dict[str, Any] = {name: show(row.settings.get(name)) for name in self.differing}
@@ -124,15 +152,22 @@ class Comparison:
                 value, low, high = _plain(estimate).values()
                 values.update({name: value, f"{name}_low": low, f"{name}_high": high})
             own = {"run": row.run, "sae": row.sae, "verdict": row.verdict}
-            lines.writerow({**own, **values, "tokens_per_second": row.tokens_per_second})
+            numbers = (row.judged[SCORED], row.judged[LOSS_SCORED], row.tokens_per_second)
+            lines.writerow({**own, **values, **dict(zip(counts, numbers, strict=True))})
         return text.getvalue()
 
 
 def compare(config: CompareConfig) -> Comparison:
     """Read, print and write; SaetrainError for what the user can mend."""
-    names = [Path(run).resolve().name for run in config.runs]
-    shown = names if len(set(names)) == len(names) else list(config.runs)
-    rows = [row for run, name in zip(config.runs, shown, strict=True) for row in read_run(Path(run), name)]
+    files = [run for run in config.runs if Path(run).is_file()]
+    runs = [run for run in config.runs if run not in files]
+    if not runs:
+        raise SaetrainError(f"{files[0]}: is a file; give the folders of runs")
+    for file in files:
+        say(f"{file}: is a file and no run's folder, so it is left out")
+    names = [Path(run).resolve().name for run in runs]
+    shown = names if len(set(names)) == len(names) else runs
+    rows = [row for run, name in zip(runs, shown, strict=True) for row in read_run(Path(run), name)]
     comparison = Comparison.of(rows)
     show_table(comparison)
     if config.out is not None:
@@ -187,9 +222,12 @@ def _json(path: Path) -> dict[str, Any]:
 def _row(run: str, sae: str, content: dict[str, Any], settings: dict[str, Any], speed: float | None) -> Row:
     entry = content["saes"][sae]
     found = {**entry["figures"], **{name: entry["metrics"][judged] for name, judged in JUDGED.items()}}
+    # The pooled cosine counts sequences, so its tokens are those of the error beside it.
+    losses = (entry["figures"].get(name) for name in ("delta_ce", "final_hidden_error"))
     judged = {
         "the data sets": content["judged_on"]["data_set"],
-        "the numbers of tokens scored": entry["figures"]["explained_variance"]["count"],
+        SCORED: entry["figures"]["explained_variance"]["count"],
+        LOSS_SCORED: next((loss["count"] for loss in losses if loss), None),
         "the thresholds of the verdict": content["thresholds"],
     }
     figures = {name: _estimate(found[name]) for name in FIGURES if name in found and found[name]["value"] is not None}
@@ -220,42 +258,94 @@ def tokens_per_second(path: Path) -> float | None:
 
 
 def show_table(comparison: Comparison) -> None:
-    """Print the table, as wide as it must be where there is no terminal to fold it for."""
-    terminal = sys.stdout.isatty()
-    console = Console(file=sys.stdout, width=None if terminal else WIDTH, highlight=False)
-    grid = table(comparison)
-    if not terminal:
-        console.width = max(WIDTH, Measurement.get(console, console.options.update(max_width=10_000), grid).maximum)
-    console.print(grid)
-    shared = comparison.shared()
+    """Print the tables, and what all share or makes the figures less comparable beneath them."""
+    asked = sys.stdout.isatty() or "COLUMNS" in os.environ
+    console = Console(file=sys.stdout, width=None if asked else WIDTH, highlight=False)
+    for grid in tables(comparison, console.width):
+        console.print(grid)
+    shared = [f"{name} {_shown(name, [value])[0]}" for name, value in comparison.shared().items()]
     if shared:
-        console.print(Text(f"in all: {', '.join(f'{name} {show(value)}' for name, value in shared.items())}"))
+        console.print(Text(f"in all: {', '.join(shared)}"))
+    followers = [name for name in comparison.differing if name not in comparison.told()]
+    if followers:
+        console.print(Text(f"differ with these, see --out: {', '.join(followers)}"))
     for remark in comparison.remarks():
         console.print(Text(remark, style="yellow"))
 
 
-def table(comparison: Comparison) -> Table:
-    """A row for each SAE."""
-    grid = Table()
-    for heading in ("run", "SAE", *comparison.differing, "verdict"):
-        grid.add_column(heading, overflow="fold")
-    figures = comparison.figures()
-    for name in figures:
-        grid.add_column(FIGURES[name], justify="right")
-    grid.add_column("tokens/s", justify="right")
-    for row in comparison.rows:
-        settings = [show(row.settings.get(name)) for name in comparison.differing]
-        cells = [_cell(row.figures[name]) if name in row.figures else Text() for name in figures]
-        speed = f"{row.tokens_per_second:,.0f}" if row.tokens_per_second is not None else ""
-        grid.add_row(*map(Text, (row.run, row.sae, *settings, row.verdict)), *cells, Text(speed))
-    return grid
+def tables(comparison: Comparison, width: int) -> list[Table]:
+    """A column for each SAE; what does not fit into ``width`` goes into further tables, so that no figure is cut."""
+    rows = comparison.rows
+    settings, figures = _settings(comparison), _figures(comparison)
+    label = max(map(len, (*settings, *figures)))
+    least = max(_widest(cells) for cells in figures.values())
+    widest = max(least, *map(_widest, settings.values()), *(len(row.run) for row in rows))
+    room = width - label - 4  # less the label's own borders and padding; a column's are 3
+    count = math.ceil(len(rows) / max(1, room // (least + 3)))
+    each = math.ceil(len(rows) / count)
+    column = min(widest, max(least, room // each - 3))
+    out = []
+    for first in range(0, len(rows), each):
+        grid = Table()
+        grid.add_column("run", min_width=label, overflow="fold")
+        for row in rows[first : first + each]:
+            grid.add_column(Text(row.run), width=column, overflow="fold")
+        for part in (settings, figures):
+            for name, cells in part.items():
+                grid.add_row(Text(name), *cells[first : first + each])
+            grid.add_section()
+        out.append(grid)
+    return out
 
 
-def _cell(estimate: Estimate) -> Text:
-    cell = Text(f"{estimate.value:.4g}")
-    if estimate.low == estimate.low:
-        cell.append(f"\n[{estimate.low:.4g}, {estimate.high:.4g}]", style="dim")
-    return cell
+def _settings(comparison: Comparison) -> dict[str, list[Text]]:
+    """{what is shown: a cell for each SAE} of what the SAEs are."""
+    rows = comparison.rows
+    told = {name: _shown(name, [row.settings.get(name) for row in rows]) for name in comparison.told()}
+    return {"SAE": [Text(row.sae) for row in rows], **{name: list(map(Text, cells)) for name, cells in told.items()}}
+
+
+def _figures(comparison: Comparison) -> dict[str, list[Text]]:
+    """{what is shown: a cell for each SAE} of what was found, less what no SAE has."""
+    rows = comparison.rows
+    found = {FIGURES[name]: [_cell(row.figures.get(name)) for row in rows] for name in comparison.figures()}
+    numbers = {
+        "tokens scored": [row.judged[SCORED] for row in rows],
+        "tokens for the loss": [row.judged[LOSS_SCORED] for row in rows],
+        "tokens/s": [row.tokens_per_second for row in rows],
+    }
+    counts = {
+        name: [Text("" if value is None else f"{value:,.0f}") for value in values]
+        for name, values in numbers.items()
+        if any(value is not None for value in values)
+    }
+    return {"verdict": [Text(row.verdict) for row in rows], **found, **counts}
+
+
+def _cell(estimate: Estimate | None) -> Text:
+    if estimate is None:
+        return Text()
+    value, low, high = (f"{number:.4g}" for number in (estimate.value, estimate.low, estimate.high))
+    return Text(value) if low == high else Text.assemble(value, (f"\n[{low}, {high}]", "dim"))
+
+
+def _widest(cells: list[Text]) -> int:
+    return max(len(line) for cell in cells for line in cell.plain.split("\n"))
+
+
+def _shown(name: str, values: list[Any]) -> list[str]:
+    """The values of a setting for the terminal: of paths the last part, unless that makes two of them alike."""
+    whole = list(map(show, values))
+    if name not in PATHS:
+        return whole
+    ends = [show([_end(item) for item in value] if isinstance(value, list) else _end(value)) for value in values]
+    return ends if len(set(ends)) == len(set(whole)) else whole
+
+
+def _end(value: Any) -> Any:
+    """The last part of a path; a hub id, which has one slash within, stays whole."""
+    path = isinstance(value, str) and (value.startswith(("/", ".", "~")) or value.count("/") > 1)
+    return Path(value).name or value if path else value
 
 
 def show(value: Any) -> str:

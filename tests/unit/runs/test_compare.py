@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from saetrain.runs.compare import Comparison, compare, read_run, tokens_per_seco
 LAYER = "encoder.layer.0"
 
 
-def figure(value: float | None, low: float | None = None, high: float | None = None) -> dict[str, Any]:
-    return {"value": value, "low": low, "high": high, "count": 500}
+def figure(
+    value: float | None, low: float | None = None, high: float | None = None, count: int = 500
+) -> dict[str, Any]:
+    return {"value": value, "low": low, "high": high, "count": count}
 
 
 def assessment(explained: float = 0.75, **figures: dict[str, Any]) -> dict[str, Any]:
@@ -30,7 +33,6 @@ def assessment(explained: float = 0.75, **figures: dict[str, Any]) -> dict[str, 
             "explained_variance": figure(explained, explained - 0.1, explained + 0.1),
             "l0": figure(4.0, 4.0, 4.0),
             "dead_below_threshold": figure(0.25),
-            "dead_never_fired": figure(0.125),
             **figures,
         },
     }
@@ -48,6 +50,12 @@ def make_run(folder: Path, content: dict[str, Any] | None = None, **settings: An
     return str(folder)
 
 
+def shown(printed: str) -> dict[str, list[str]]:
+    """{first cell: the others of its line} of a printed table."""
+    lines = [re.split("[│┃]", line)[1:-1] for line in printed.splitlines() if line[:1] in ("│", "┃")]
+    return {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in lines}
+
+
 def compared(*runs: str) -> Comparison:
     return compare(CompareConfig(runs=runs))
 
@@ -59,33 +67,106 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     return " ".join(capsys.readouterr().err.split())
 
 
-def test_only_settings_that_differ_are_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_settings_that_differ_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     comparison = compared(make_run(tmp_path / "a"), make_run(tmp_path / "b", auxk_alpha=0.03125, layers=[0, 1]))
     assert comparison.differing == ["auxk_alpha", "layers"]
     printed = capsys.readouterr().out
-    heading = printed.splitlines()[1]
-    assert "auxk_alpha" in heading
-    assert "layers" in heading
-    assert "lr" not in heading
+    table = shown(printed)
+    assert table.pop("") == ["[0.65, 0.85]"] * 2
+    assert table == {
+        "run": ["a", "b"], "SAE": [LAYER] * 2, "auxk_alpha": ["0.0", "0.03125"], "layers": ["", "0 1"],
+        "verdict": ["3/4"] * 2, "explained variance": ["0.75"] * 2, "L0": ["4"] * 2, "dead by rate": ["0.25"] * 2,
+        "redundancy": ["0.36"] * 2, "tokens scored": ["500"] * 2, "tokens/s": ["150"] * 2,
+    }  # fmt: skip
     assert "in all: model m, k 4, lr 0.001" in printed
-    row = next(line for line in printed.splitlines() if "0.03125" in line)
-    assert [cell.strip() for cell in row.split("│")[1:-1]] == [
-        "b", LAYER, "0.03125", "0 1", "3/4", "0.75", "4", "0.25", "0.125", "0.36", "150"
-    ]  # fmt: skip
-    assert "[0.65, 0.85]" in printed
 
 
-def test_a_table_is_not_folded_where_there_is_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    names = {f"setting_number_{number}": number for number in range(20)}
-    compared(make_run(tmp_path / "a"), make_run(tmp_path / "b", **names))
-    heading = capsys.readouterr().out.splitlines()[1]
-    assert [name for name in names if name not in heading] == []
+@pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize("count", [1, 2, 4, 6])
+def test_every_figure_is_whole_on_a_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, width: int, count: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    runs, figures = [], []
+    for number in range(count):
+        value = 0.00012344 + number / 1e6
+        names = ("explained_variance", "ce_recovered_zero", "delta_ce", "kl", "l0", "dead_below_threshold")
+        content = assessment(**{name: figure(value, -value, 2 * value) for name in names})
+        content["saes"] = {f"{LAYER}.output.dense": content["saes"][LAYER]}
+        figures += [f"{value:.4g} ", f"[{-value:.4g}, {2 * value:.4g}] "] * len(names)
+        name = f"data_preprocessing_{number}_auxk_alpha0.03125_lr0.001"
+        runs.append(make_run(tmp_path / name, content, data_preprocessing_num_proc=number, text_column=name))
+    compared(*runs)
+    printed = capsys.readouterr().out
+    assert "…" not in printed
+    assert max(map(len, printed.splitlines())) <= width
+    for text in set(figures):
+        assert printed.count(f" {text}") >= figures.count(text), text
+
+
+def test_without_a_terminal_a_table_has_a_width_of_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    compared(*(make_run(tmp_path / f"{number}", text_column=str(number) * 15) for number in range(10)))
+    widths = {len(line) for line in capsys.readouterr().out.splitlines() if line.startswith("│")}
+    assert len(widths) == 1
+    assert 100 < widths.pop() <= 120
+
+
+def test_a_setting_that_follows_others_is_left_to_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    long = make_run(tmp_path / "long", max_tokens=100, lr_warmup_steps=10, kernels="native")
+    short = make_run(tmp_path / "short", max_tokens=50, lr_warmup_steps=5, kernels="native")
+    slow = make_run(tmp_path / "slow", max_tokens=50, lr_warmup_steps=25, kernels="torch")
+    main(["compare", long, short, "--out", str(tmp_path / "table.json")])
+    printed = capsys.readouterr().out
+    assert "lr_warmup_steps" not in shown(printed)
+    assert "differ with these, see --out: lr_warmup_steps" in printed
+    settings = json.loads((tmp_path / "table.json").read_text())["saes"][0]["settings"]
+    assert settings == {"max_tokens": 100, "lr_warmup_steps": 10}
+    compared(short, slow)
+    table = shown(capsys.readouterr().out)
+    assert (table["lr_warmup_steps"], table["kernels"]) == (["5", "25"], ["native", "torch"])
+
+
+def test_scoring_settings_are_counts_of_what_was_scored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fewer = assessment(delta_ce=figure(0.5, count=4064), explained_variance=figure(0.75, count=8000))
+    more = assessment(delta_ce=figure(0.5, count=8001), explained_variance=figure(0.75, count=8000))
+    other = assessment(
+        final_hidden_error=figure(0.5, count=300),
+        pooled_cosine=figure(0.9, count=3),
+        explained_variance=figure(0.75, count=8000),
+    )
+    runs = [make_run(tmp_path / "fewer", fewer, eval_tokens=9, max_dead=0.5), make_run(tmp_path / "more", more)]
+    comparison = compared(*runs, make_run(tmp_path / "other", other, loss_tokens=1))
+    printed = capsys.readouterr().out
+    assert comparison.differing == []
+    assert shown(printed)["tokens scored"] == ["8,000"] * 3
+    assert shown(printed)["tokens for the loss"] == ["4,064", "8,001", "300"]
+    assert [line.split(",")[0] for line in comparison.remarks()] == [
+        "the numbers of tokens on which the model's loss was scored differ"
+    ]
+    assert comparison.as_json()["saes"][0]["loss_tokens_scored"] == 4064
+    assert compared(runs[0], make_run(tmp_path / "none")).remarks()[0].startswith("the numbers of tokens scored differ")
+    assert not compared(runs[0]).remarks()
+
+
+def test_of_a_path_the_last_part_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one = {"model": "/models/far/one", "dataset": "org/name", "finetune": "output/x/sae/h.3"}
+    two = {"model": "/models/far/two", "dataset": ["/data/a", "/data/b"], "finetune": "output/y/sae/h.3"}
+    compared(make_run(tmp_path / "a", **one), make_run(tmp_path / "b", **two))
+    table = shown(capsys.readouterr().out)
+    assert (table["model"], table["dataset"]) == (["one", "two"], ["org/name", "a b"])
+    assert table["finetune"] == ["output/x/sae/h.3", "output/y/sae/h.3"]
+    compared(make_run(tmp_path / "c", **one))
+    assert "in all: model one, dataset org/name" in capsys.readouterr().out
 
 
 def test_the_loss_is_shown_where_an_sae_has_it(tmp_path: Path) -> None:
-    with_loss = assessment(ce_recovered_zero=figure(0.9, 0.8, 1.0))
+    names = ("ce_recovered_zero", "delta_ce", "kl", "pooled_cosine")
+    with_loss = assessment(**{name: figure(0.9, 0.8, 1.0) for name in names})
     comparison = compared(make_run(tmp_path / "a"), make_run(tmp_path / "b", with_loss))
-    assert comparison.figures()[:2] == ["explained_variance", "ce_recovered_zero"]
+    assert comparison.figures()[:5] == ["explained_variance", *names]
     assert ["ce_recovered_zero" in row.figures for row in comparison.rows] == [False, True]
 
 
@@ -116,11 +197,12 @@ def test_files_hold_what_is_printed(tmp_path: Path) -> None:
     assert content["differing_settings"] == ["k"]
     assert [sae["settings"] for sae in content["saes"]] == [{"k": 4}, {"k": 8}]
     assert content["saes"][0]["figures"]["explained_variance"] == {"value": 0.5, "low": 0.4, "high": 0.6}
-    assert content["saes"][0]["figures"]["dead_never_fired"] == {"value": 0.125, "low": None, "high": None}
+    assert content["saes"][0]["figures"]["dead_below_threshold"] == {"value": 0.25, "low": None, "high": None}
     first, second = csv.DictReader((tmp_path / "table.csv").read_text().splitlines())
     assert (first["run"], first["sae"], first["verdict"], first["k"], second["k"]) == ("a", LAYER, "3/4", "4", "8")
     assert (first["explained_variance"], first["explained_variance_high"]) == ("0.5", "0.6")
-    assert (first["dead_never_fired_low"], first["tokens_per_second"]) == ("", "150.0")
+    assert (first["tokens_scored"], first["loss_tokens_scored"]) == ("500", "")
+    assert (first["dead_below_threshold_low"], first["tokens_per_second"]) == ("", "150.0")
 
 
 def test_speed_is_tokens_over_time(tmp_path: Path) -> None:
@@ -135,7 +217,7 @@ def test_what_spoils_the_comparison_is_said(tmp_path: Path, capsys: pytest.Captu
     other["judged_on"]["data_set"] = "other.jsonl"
     compared(make_run(tmp_path / "a"), make_run(tmp_path / "b", other))
     printed = capsys.readouterr().out
-    assert "the data sets differ, so the rows are not quite comparable: text.jsonl; other.jsonl" in printed
+    assert "the data sets differ, so the SAEs are not quite comparable: text.jsonl; other.jsonl" in printed
     assert "the thresholds of the verdict differ" in printed
     assert "the numbers of tokens scored" not in printed
 
@@ -143,6 +225,15 @@ def test_what_spoils_the_comparison_is_said(tmp_path: Path, capsys: pytest.Captu
 def test_a_run_must_be_named_and_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "RUN is missing" in refused(capsys)
     assert "nowhere: there is no such folder" in refused(capsys, str(tmp_path / "nowhere"))
+
+
+def test_files_among_the_runs_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = tmp_path / "comparison.json"
+    table.touch()
+    comparison = compared(make_run(tmp_path / "a"), str(table))
+    assert [row.run for row in comparison.rows] == ["a"]
+    assert f"{table}: is a file and no run's folder, so it is left out" in capsys.readouterr().err
+    assert "comparison.json: is a file; give the folders of runs" in refused(capsys, str(table))
 
 
 def test_a_run_without_an_assessment_says_how_to_make_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
