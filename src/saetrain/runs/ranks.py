@@ -21,8 +21,8 @@ class RankFigures:
         """``{"rank0/tokens_per_second": …, "rank0/waiting": …, "rank0/utilisation": …}`` of all ranks.
 
         ``tokens``: this rank's share of those trained on since the start of the run. Speed is over the time that the
-        rank did not wait for others, so a slow rank shows; for a GPU over all time, without a figure of waiting, for its
-        exchanges run beside this process. Every rank calls this at the same step.
+        rank did not wait for others, so a slow rank shows. A GPU's exchanges run beside this process: its speed is over
+        all time, and there is no figure of waiting. Every rank calls this at the same step.
         """
         if launch.world_size() == 1:
             return {}
