@@ -97,6 +97,11 @@ def test_the_files_are_as_the_docs_say(causal_run: Path, encoder_run: Path, tmp_
         for sae in found["own"]["saes"].values():
             lacking = {figure["formula"] for figure in sae["figures"].values()} - formulas
             assert not lacking, f"docs/metrics.md does not say what {lacking} are"
+            for name, figure in sae["figures"].items():
+                for each in (figure, *figure["nulls"].values()):
+                    assert each["low"] is None or each["low"] <= each["value"] <= each["high"], name
+                    if name.startswith(("dead", "alive", "density", "l0_share")):
+                        assert each["low"] is None or 0 <= each["low"] <= each["high"] <= 1, name
 
 
 def test_own_and_other_text_in_one_call(
