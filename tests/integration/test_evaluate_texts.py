@@ -185,3 +185,51 @@ def test_the_figures_are_shown_though_they_cannot_be_written(
     with pytest.raises(SystemExit):
         main(["evaluate", str(run), *QUICK.split(), "--out", str(tmp_path / "file")])
     assert "verdict" in capsys.readouterr().out
+
+
+def test_as_many_tokens_as_the_run_took_where_no_flag_is_given(run: Path, tmp_path: Path) -> None:
+    first = json.loads((run / "evaluation" / "texts.json").read_text())
+    moved = shutil.copytree(run / "sae" / "h.2", tmp_path / "moved" / "h.2")
+    for path, out in ((run, tmp_path / "a"), (moved, tmp_path / "b")):
+        main(["evaluate", str(path), "--out", str(out), *QUICK.split()[2:]])
+        again = json.loads((out / "evaluation" / "texts.json").read_text())
+        old, new = (found["saes"]["h.2"]["figures"]["fvu"] for found in (first, again))
+        assert (new["count"], new["value"]) == (old["count"], pytest.approx(old["value"]))
+        assert 1500 <= new["count"] < 1600
+
+
+def test_a_single_token_is_not_scored(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = write_texts(tmp_path / "short.jsonl", ["Zq"])
+    said = refused(capsys, str(run), *QUICK.split()[2:], "--dataset", text)
+    assert f"data set {text}: has 1 tokens to score on (split 'train'); at least 2 are needed" in said
+    shutil.copytree(run / "sae" / "h.2", tmp_path / "sae")
+    config = json.loads((tmp_path / "sae" / "cfg.json").read_text())
+    for name in ("dataset", "fingerprint", "norm_limit"):
+        config["saetrain"].pop(name, None)
+    config["metadata"].pop("dataset_path", None)
+    (tmp_path / "sae" / "cfg.json").write_text(json.dumps(config))
+    two = write_texts(tmp_path / "two.jsonl", ["ZqXk"])
+    said = refused(
+        capsys, str(tmp_path / "sae"), *QUICK.split()[2:], "--dataset", two, "--in_sample", "false", "--ctx_len", "2"
+    )
+    assert "has 1 tokens to score on (split 'train', beside those that the nulls are fitted on)" in said
+
+
+def test_what_has_moved_says_how_to_go_on(
+    tiny_gpt2: str, folder: str, other: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, model = Path(shutil.copytree(folder, tmp_path / "text")), Path(shutil.copytree(tiny_gpt2, tmp_path / "model"))
+    path = train(tmp_path, str(model), str(text), "--layers", "1", "--assess", "false")
+    cfg = path / "sae" / "h.1" / "cfg.json"
+    text.rename(tmp_path / "text2")
+    said = refused(capsys, str(path), *QUICK.split())
+    assert f"({cfg} names {text} as the training text; --dataset with --in_sample false scores without it)" in said
+    evaluate(path, tmp_path / "a", "--dataset", other, "--in_sample", "false")
+    model.rename(tmp_path / "model2")
+    words = ("--dataset", other, "--in_sample", "false")
+    said = refused(capsys, str(path), *words)
+    assert "no such file or folder" in said
+    assert f"({cfg} names this model; --model says where it is now)" in said
+    said = refused(capsys, str(path), *words, "--model", str(model))
+    assert "names this model" not in said
+    evaluate(path, tmp_path / "b", *words, "--model", str(tmp_path / "model2"))

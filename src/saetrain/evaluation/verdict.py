@@ -8,10 +8,18 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from saetrain.errors import SaetrainError
-from saetrain.evaluation.bootstrap import Estimate
+from saetrain.evaluation.bootstrap import AT_MOST_ONE, COSINE, SHARE, Estimate
 
 HARDLY_SPARSE = 0.05
 """Share of latents active on a token above which a code is hardly sparse."""
+SHARES = {
+    "min_explained_variance": AT_MOST_ONE,
+    "good_explained_variance": AT_MOST_ONE,
+    "max_dead": SHARE,
+    "good_dead": SHARE,
+    "max_redundancy": COSINE,
+}
+"""Threshold -> what its figure can be."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +44,11 @@ class HealthSettings:
             numbers = value if isinstance(value, tuple) else (value,)
             if not all(map(math.isfinite, numbers)):
                 raise SaetrainError(f"--{name} {' '.join(f'{n:g}' for n in numbers)}: must be finite")
+        for name, (least, most) in SHARES.items():
+            share = getattr(self, name)
+            if not least <= share <= most:
+                allowed = f"{least:g} to {most:g}" if math.isfinite(least) else f"at most {most:g}"
+                raise SaetrainError(f"--{name} {share:g}: must be {allowed}; it is a share, 0.6 for 60 %")
         if len(self.l0_range) != 2:
             raise SaetrainError(f"--l0_range: takes 2 numbers, from and to; found {len(self.l0_range)}")
         low, high = self.l0_range

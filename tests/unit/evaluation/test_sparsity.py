@@ -125,11 +125,9 @@ def test_intervals_hold_their_figure_within_its_range() -> None:
     indices = np.stack([rng.choice(F, K, replace=False) for _ in range(100)])
     sums = SparsitySums(F, THRESHOLD, CPU, replicates=20)
     sums.add(Codes(torch.ones(100, K), torch.from_numpy(indices), F), np.arange(100) % 8)
-    figures = sums.estimates()
-    for name, figure in figures.items():
+    for name, figure in sums.estimates().items():
         assert 0 <= figure.low <= figure.value <= figure.high, name
         assert figure.high <= 1 or name == "l0", name
-    assert figures["dead_never_fired"].high > 0
 
 
 def test_replicates_without_tokens_leave_no_interval(code: Codes) -> None:

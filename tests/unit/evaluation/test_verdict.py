@@ -177,6 +177,11 @@ def test_thresholds_are_those_that_are_set() -> None:
         ({"l0_range": (20.0, math.inf)}, "--l0_range 20 inf: must be finite"),
         ({"max_dead": math.nan}, "--max_dead nan: must be finite"),
         ({"min_explained_variance": -math.inf}, "--min_explained_variance -inf: must be finite"),
+        ({"min_explained_variance": 60}, "--min_explained_variance 60: must be at most 1; it is a share, 0.6 for 60 %"),
+        ({"good_explained_variance": 70}, "--good_explained_variance 70: must be at most 1"),
+        ({"max_dead": 20}, "--max_dead 20: must be 0 to 1; it is a share"),
+        ({"good_dead": -0.1}, "--good_dead -0.1: must be 0 to 1"),
+        ({"max_redundancy": 25}, "--max_redundancy 25: must be -1 to 1"),
         ({"l0_range": (20.0,)}, "--l0_range: takes 2 numbers, from and to; found 1"),
     ],
 )
