@@ -224,6 +224,16 @@ def test_other_libraries_saes_give_the_same_figures(
     torch.testing.assert_close(them.decode(them.encode(x)), ours.decode(ours.encode(x)))
 
 
+def test_a_single_token_beside_those_of_the_nulls_is_not_scored(
+    encoder_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(encoder_run / "sae" / "encoder.layer.3", tmp_path / "sae"))
+    rewrite(folder, forget_text)
+    text = write_texts(tmp_path / "two.jsonl", ["a", "b"])
+    said = refused(capsys, str(folder), "--dataset", text, "--in_sample", "false")
+    assert "has 1 tokens to score on (split 'train', beside those that the nulls are fitted on)" in said
+
+
 OTHER_TEXT = ["--in_sample", "false", "--loss_tokens", "0"]
 
 

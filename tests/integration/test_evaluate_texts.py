@@ -202,17 +202,6 @@ def test_a_single_token_is_not_scored(run: Path, tmp_path: Path, capsys: pytest.
     text = write_texts(tmp_path / "short.jsonl", ["Zq"])
     said = refused(capsys, str(run), *QUICK.split()[2:], "--dataset", text)
     assert f"data set {text}: has 1 tokens to score on (split 'train'); at least 2 are needed" in said
-    shutil.copytree(run / "sae" / "h.2", tmp_path / "sae")
-    config = json.loads((tmp_path / "sae" / "cfg.json").read_text())
-    for name in ("dataset", "fingerprint", "norm_limit"):
-        config["saetrain"].pop(name, None)
-    config["metadata"].pop("dataset_path", None)
-    (tmp_path / "sae" / "cfg.json").write_text(json.dumps(config))
-    two = write_texts(tmp_path / "two.jsonl", ["ZqXk"])
-    said = refused(
-        capsys, str(tmp_path / "sae"), *QUICK.split()[2:], "--dataset", two, "--in_sample", "false", "--ctx_len", "2"
-    )
-    assert "has 1 tokens to score on (split 'train', beside those that the nulls are fitted on)" in said
 
 
 def test_what_has_moved_says_how_to_go_on(
