@@ -231,7 +231,8 @@ def test_a_single_token_beside_those_of_the_nulls_is_not_scored(
     rewrite(folder, forget_text)
     text = write_texts(tmp_path / "two.jsonl", ["a", "b"])
     said = refused(capsys, str(folder), "--dataset", text, "--in_sample", "false")
-    assert "has 1 tokens to score on (split 'train', beside those that the nulls are fitted on)" in said
+    assert f"data set {text}: has 1 tokens to score on (split 'train'" in said
+    assert "beside those that the nulls are fitted on); at least 2 are needed" in said
 
 
 OTHER_TEXT = ["--in_sample", "false", "--loss_tokens", "0"]

@@ -156,7 +156,8 @@ def verdict_on(sae: Found, scores: Scores, threshold: float, settings: HealthSet
     }
     coder = sae.coder
     bound = alive_bound(coder.k, coder.num_latents, threshold)
-    return judge(estimates, nulls, Shape(coder.d_in, coder.num_latents, coder.k, bound), settings)
+    tokens = scores.figures["dead_below_threshold"].count
+    return judge(estimates, nulls, Shape(coder.d_in, coder.num_latents, coder.k, bound, threshold, tokens), settings)
 
 
 def headlines(scores: Scores) -> dict[str, Any]:
