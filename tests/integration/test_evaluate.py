@@ -105,8 +105,13 @@ def test_the_files_are_as_the_docs_say(causal_run: Path, encoder_run: Path, tmp_
 
 
 def test_own_and_other_text_in_one_call(
-    causal_run: Path, other: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    causal_run: Path,
+    other: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "90")
     found = evaluate(causal_run, tmp_path, "--dataset", other)
     assert (found["own"]["in_sample"], found["other"]["in_sample"]) == (True, False)
     for text in ("own", "other"):
@@ -130,9 +135,13 @@ def test_own_and_other_text_in_one_call(
         "out of sample",
         "random decoder",
         "PCA of rank k",
-        "verdict",
+        "health on own.jsonl (in-sample)",
     ):
         assert text in shown
+    verdicts = [sae["verdict"] for sae in found["final_assessment"]["saes"].values()]
+    judged = re.findall(r"verdict (./4) on own.jsonl \(in-sample\), ./4 on other.jsonl \(out of sample\)", shown)
+    assert judged == verdicts
+    assert 80 < max(len(line) for line in shown.splitlines() if "written" not in line) <= 90
 
 
 def test_an_encoder_without_a_head_is_scored_by_its_output(encoder_run: Path, tmp_path: Path) -> None:
