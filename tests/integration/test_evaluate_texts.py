@@ -51,7 +51,9 @@ def test_of_a_named_data_set_only_the_rows_that_were_trained_on_are_not_scored(
 ) -> None:
     alone = evaluate(run, tmp_path / "alone", "--dataset", folder)
     assert sorted(alone) == ["final_assessment", "texts"]
-    assert f"--dataset {folder}: the SAE was trained on it, so it is scored once" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"--dataset {folder}: the SAE was trained on its split 'train', so it is scored once" in said
+    assert "as asked" not in said
     both = evaluate(run, tmp_path / "both", "--dataset", folder, "--split", "test")
     assert (both["texts"]["in_sample"], both["texts_2"]["in_sample"]) == (True, False)
     assert both["texts_2"]["held_out"].startswith("split 'test'")

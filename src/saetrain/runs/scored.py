@@ -93,10 +93,13 @@ def open_texts(setting: Setting) -> tuple[list[Scored], Iterator[Labelled]]:
         if own is not None and _is_own(config, own, name):
             if not config.in_sample:
                 raise SaetrainError(
-                    f"--dataset {name}: the SAE was trained on it; leave out --in_sample false, or name another split "
-                    "of it by --split"
+                    f"--dataset {name}: the SAE was trained on its split '{own.source.split}'; leave out --in_sample "
+                    "false, or name another split of it by --split"
                 )
-            say(f"--dataset {name}: the SAE was trained on it, so it is scored once, on what was held out")
+            say(
+                f"--dataset {name}: the SAE was trained on its split '{own.source.split}', so it is scored once, on "
+                "what was held out"
+            )
             continue
         texts.append(_other(setting, name, seen, caveat))
     if text is not None:
