@@ -117,7 +117,9 @@ class EvaluateConfig:
     """Hub id or local folder of the model, where the SAE does not name it or it has moved."""
     hookpoint: typing.Annotated[str | None, shown_default("the one it was trained on", "NAME")] = None
     """Module whose output the SAE takes, where it does not say so itself."""
-    eval_tokens: typing.Annotated[int | None, shown_default("50000 on a CPU, 1000000 on a GPU", "INT")] = None
+    eval_tokens: typing.Annotated[
+        int | None, shown_default("the run's, else 50000 on a CPU, 1000000 on a GPU", "INT")
+    ] = None
     """Held-out tokens of each data set; without a number, as many as there are up to the default."""
     scoring: ScoreSettings = field(default_factory=ScoreSettings)
     health: HealthSettings = field(default_factory=HealthSettings)

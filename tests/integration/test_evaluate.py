@@ -97,11 +97,21 @@ def test_the_files_are_as_the_docs_say(causal_run: Path, encoder_run: Path, tmp_
         for sae in found["own"]["saes"].values():
             lacking = {figure["formula"] for figure in sae["figures"].values()} - formulas
             assert not lacking, f"docs/metrics.md does not say what {lacking} are"
+            for name, figure in sae["figures"].items():
+                for each in (figure, *figure["nulls"].values()):
+                    assert each["low"] is None or each["low"] <= each["value"] <= each["high"], name
+                    if name.startswith(("dead", "alive", "density", "l0_share")):
+                        assert each["low"] is None or 0 <= each["low"] <= each["high"] <= 1, name
 
 
 def test_own_and_other_text_in_one_call(
-    causal_run: Path, other: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    causal_run: Path,
+    other: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "90")
     found = evaluate(causal_run, tmp_path, "--dataset", other)
     assert (found["own"]["in_sample"], found["other"]["in_sample"]) == (True, False)
     for text in ("own", "other"):
@@ -125,9 +135,13 @@ def test_own_and_other_text_in_one_call(
         "out of sample",
         "random decoder",
         "PCA of rank k",
-        "verdict",
+        "health on own.jsonl (in-sample)",
     ):
         assert text in shown
+    verdicts = [sae["verdict"] for sae in found["final_assessment"]["saes"].values()]
+    judged = re.findall(r"verdict (./4) on own.jsonl \(in-sample\), ./4 on other.jsonl \(out of sample\)", shown)
+    assert judged == verdicts
+    assert 80 < max(len(line) for line in shown.splitlines() if "written" not in line) <= 90
 
 
 def test_an_encoder_without_a_head_is_scored_by_its_output(encoder_run: Path, tmp_path: Path) -> None:
@@ -217,6 +231,17 @@ def test_other_libraries_saes_give_the_same_figures(
     (ours, _), (them, _) = (load_any(folder) for folder in (own_sae, foreign))
     torch.testing.assert_close(them.encode(x).dense(), ours.encode(x).dense())
     torch.testing.assert_close(them.decode(them.encode(x)), ours.decode(ours.encode(x)))
+
+
+def test_a_single_token_beside_those_of_the_nulls_is_not_scored(
+    encoder_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(encoder_run / "sae" / "encoder.layer.3", tmp_path / "sae"))
+    rewrite(folder, forget_text)
+    text = write_texts(tmp_path / "two.jsonl", ["a", "b"])
+    said = refused(capsys, str(folder), "--dataset", text, "--in_sample", "false")
+    assert f"data set {text}: has 1 tokens to score on (split 'train'" in said
+    assert "beside those that the nulls are fitted on); at least 2 are needed" in said
 
 
 OTHER_TEXT = ["--in_sample", "false", "--loss_tokens", "0"]

@@ -51,7 +51,9 @@ def test_of_a_named_data_set_only_the_rows_that_were_trained_on_are_not_scored(
 ) -> None:
     alone = evaluate(run, tmp_path / "alone", "--dataset", folder)
     assert sorted(alone) == ["final_assessment", "texts"]
-    assert f"--dataset {folder}: the SAE was trained on it, so it is scored once" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"--dataset {folder}: the SAE was trained on its split 'train', so it is scored once" in said
+    assert "as asked" not in said
     both = evaluate(run, tmp_path / "both", "--dataset", folder, "--split", "test")
     assert (both["texts"]["in_sample"], both["texts_2"]["in_sample"]) == (True, False)
     assert both["texts_2"]["held_out"].startswith("split 'test'")
@@ -185,3 +187,40 @@ def test_the_figures_are_shown_though_they_cannot_be_written(
     with pytest.raises(SystemExit):
         main(["evaluate", str(run), *QUICK.split(), "--out", str(tmp_path / "file")])
     assert "verdict" in capsys.readouterr().out
+
+
+def test_as_many_tokens_as_the_run_took_where_no_flag_is_given(run: Path, tmp_path: Path) -> None:
+    first = json.loads((run / "evaluation" / "texts.json").read_text())
+    moved = shutil.copytree(run / "sae" / "h.2", tmp_path / "moved" / "h.2")
+    for path, out in ((run, tmp_path / "a"), (moved, tmp_path / "b")):
+        main(["evaluate", str(path), "--out", str(out), *QUICK.split()[2:]])
+        again = json.loads((out / "evaluation" / "texts.json").read_text())
+        old, new = (found["saes"]["h.2"]["figures"]["fvu"] for found in (first, again))
+        assert (new["count"], new["value"]) == (old["count"], pytest.approx(old["value"]))
+        assert 1500 <= new["count"] < 1600
+
+
+def test_a_single_token_is_not_scored(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = write_texts(tmp_path / "short.jsonl", ["Zq"])
+    said = refused(capsys, str(run), *QUICK.split()[2:], "--dataset", text)
+    assert f"data set {text}: has 1 tokens to score on (split 'train'); at least 2 are needed" in said
+
+
+def test_what_has_moved_says_how_to_go_on(
+    tiny_gpt2: str, folder: str, other: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, model = Path(shutil.copytree(folder, tmp_path / "text")), Path(shutil.copytree(tiny_gpt2, tmp_path / "model"))
+    path = train(tmp_path, str(model), str(text), "--layers", "1", "--assess", "false")
+    cfg = path / "sae" / "h.1" / "cfg.json"
+    text.rename(tmp_path / "text2")
+    said = refused(capsys, str(path), *QUICK.split())
+    assert f"({cfg} names {text} as the training text; --dataset with --in_sample false scores without it)" in said
+    evaluate(path, tmp_path / "a", "--dataset", other, "--in_sample", "false")
+    model.rename(tmp_path / "model2")
+    words = ("--dataset", other, "--in_sample", "false")
+    said = refused(capsys, str(path), *words)
+    assert "no such file or folder" in said
+    assert f"({cfg} names this model; --model says where it is now)" in said
+    said = refused(capsys, str(path), *words, "--model", str(model))
+    assert "names this model" not in said
+    evaluate(path, tmp_path / "b", *words, "--model", str(tmp_path / "model2"))

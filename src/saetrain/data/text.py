@@ -55,7 +55,7 @@ def choose_column(names: list[str], sample: Batch, wanted: str | None) -> TextCo
                 f"--text_column {wanted}: holds neither strings, chat messages nor token ids; "
                 f"the data set has {', '.join(names)}"
             )
-        return TextColumn(kind, (wanted,), "as asked")
+        return TextColumn(kind, (wanted,), "by name")
     return _search(names, sample)
 
 

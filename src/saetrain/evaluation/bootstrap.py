@@ -17,6 +17,12 @@ from torch import Tensor
 from saetrain.data.masking import mixed
 
 COVERAGE = 0.95
+Range = tuple[float, float]
+ANY: Range = (-math.inf, math.inf)
+SHARE: Range = (0.0, 1.0)
+COSINE: Range = (-1.0, 1.0)
+NOT_NEGATIVE: Range = (0.0, math.inf)
+AT_MOST_ONE: Range = (-math.inf, 1.0)
 
 Sums = Mapping[str, Tensor]
 Formula = Callable[[Sums], Tensor]
@@ -49,6 +55,8 @@ class DocumentSums:
         self.replicates, self._seed, self._dtype = replicates, seed, dtype
         self.total: dict[str, Tensor] = {}
         self.replicate: dict[str, Tensor] = {}
+        self._first: int | None = None
+        self._several = False
 
     def add(self, docs: np.ndarray, terms: Mapping[str, Tensor]) -> None:
         """Count n tokens: ``docs`` (n,) int64, and each term's value for every one of them, (n, …)."""
@@ -63,6 +71,9 @@ class DocumentSums:
 
     def add_documents(self, documents: np.ndarray, sums: Mapping[str, Tensor]) -> None:
         """Count whole documents (u,) int64 by their own sums, each (u, …)."""
+        if self._first is None and len(documents):
+            self._first = int(documents[0])
+        self._several = self._several or bool((documents != self._first).any())
         weights = torch.from_numpy(poisson_weights(documents, self.replicates, self._seed)).to(self._dtype)
         for name, value in sums.items():
             value = value.to(self._dtype)
@@ -72,13 +83,19 @@ class DocumentSums:
                 drawn = torch.tensordot(weights.to(value.device), value, dims=1)
                 self.replicate[name] = self.replicate[name].add_(drawn) if name in self.replicate else drawn
 
-    def estimate(self, formula: Formula) -> Estimate:
-        """What ``formula`` makes of the sums, (…) to scalar and with a leading axis of replicates alike."""
-        return interval(formula(self.total), formula(self.replicate) if self.replicate else None)
+    def estimate(self, formula: Formula, possible: Range = ANY) -> Estimate:
+        """What ``formula`` makes of the sums, (…) to scalar and with a leading axis of replicates alike.
+
+        ``possible``: the range of such a figure. One document alone can't be resampled, so it gives no interval.
+        """
+        resampled = self.replicate and self._several
+        return interval(formula(self.total), formula(self.replicate) if resampled else None, possible)
 
 
-def interval(value: Tensor, replicates: Tensor | None) -> Estimate:
+def interval(value: Tensor, replicates: Tensor | None, possible: Range = ANY) -> Estimate:
     """The middle COVERAGE of the replicates, moved so that their mean is the value.
+
+    It ends where the ``possible`` range of the figure does, and always holds the value.
 
     A replicate holds about 63 % of the documents, which biases what depends on how many there are (a latent that never
     fires); the shift takes that out. Replicates that are not finite (a denominator of zero) leave no interval.
@@ -88,4 +105,5 @@ def interval(value: Tensor, replicates: Tensor | None) -> Estimate:
     shifted = replicates.double() - replicates.double().mean() + float(value)
     tail = (1 - COVERAGE) / 2
     low, high = torch.quantile(shifted, torch.tensor([tail, 1 - tail], dtype=torch.float64, device=shifted.device))
-    return Estimate(float(value), float(low), float(high))
+    least, most = possible
+    return Estimate(float(value), min(max(float(low), least), float(value)), max(min(float(high), most), float(value)))

@@ -6,7 +6,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saetrain.evaluation.bootstrap import DocumentSums, Estimate, Formula, Sums
+from saetrain.evaluation.bootstrap import (
+    ANY,
+    AT_MOST_ONE,
+    COSINE,
+    NOT_NEGATIVE,
+    DocumentSums,
+    Estimate,
+    Formula,
+    Range,
+    Sums,
+)
 from saetrain.metrics import fvu, total_variance
 
 
@@ -23,6 +33,14 @@ FORMULAS: dict[str, Formula] = {
     "reconstruction_bias": lambda sums: sums["norm_square"] / sums["inner"],
 }
 """Figure -> its formula; docs/metrics.md explains each."""
+POSSIBLE: dict[str, Range] = {
+    "fvu": NOT_NEGATIVE,
+    "explained_variance": AT_MOST_ONE,
+    "mse": NOT_NEGATIVE,
+    "cosine": COSINE,
+    "norm_ratio": NOT_NEGATIVE,
+}
+"""Figure -> its range, where it has one."""
 
 
 class ReconstructionSums:
@@ -68,7 +86,7 @@ class ReconstructionSums:
         """Each figure of FORMULAS with its interval; nan where no token was counted."""
         if not self.tokens:
             return dict.fromkeys(FORMULAS, Estimate(float("nan")))
-        return {name: self._sums.estimate(formula) for name, formula in FORMULAS.items()}
+        return {name: self._sums.estimate(formula, POSSIBLE.get(name, ANY)) for name, formula in FORMULAS.items()}
 
     def metrics(self) -> dict[str, float]:
         """The figures alone."""

@@ -18,7 +18,7 @@ from saetrain.activations.head import HeadModel, token_log_probs
 from saetrain.activations.splice import put, spliced
 from saetrain.data.masking import masked_positions
 from saetrain.errors import SaetrainError
-from saetrain.evaluation.bootstrap import DocumentSums, Formula
+from saetrain.evaluation.bootstrap import AT_MOST_ONE, COSINE, NOT_NEGATIVE, DocumentSums, Formula, Range
 from saetrain.types import Sequence
 
 LOGITS = 1 << 26
@@ -218,6 +218,12 @@ ALONE: dict[str, Formula] = {
     "kl_mean": lambda sums: sums[f"kl_{MEAN}"] / sums["tokens"],
 }
 """Figures of the model itself."""
+POSSIBLE: dict[str, Range] = {
+    **dict.fromkeys((*ALONE, "ce_spliced", "kl", "final_hidden_error"), NOT_NEGATIVE),
+    **dict.fromkeys(("kl_recovered_zero", "kl_recovered_mean"), AT_MOST_ONE),
+    "pooled_cosine": COSINE,
+}
+"""Figure -> its range, where it has one."""
 
 
 def small_denominator(sums: Mapping[str, Tensor], name: str) -> bool:

@@ -16,7 +16,7 @@ from saetrain.activations.read import Labelled, Place
 from saetrain.coders.base import SparseCoder
 from saetrain.errors import SaetrainError
 from saetrain.evaluation import recovered
-from saetrain.evaluation.bootstrap import DocumentSums, Estimate, Formula
+from saetrain.evaluation.bootstrap import ANY, DocumentSums, Estimate, Formula
 from saetrain.evaluation.geometry import geometry_metrics
 from saetrain.evaluation.heldout import CHUNK_TOKENS, Subject
 from saetrain.evaluation.nulls import PCA, RandomDecoder
@@ -252,19 +252,20 @@ def _loss_figures(head: HeadModel, scorer: LossScorer) -> dict[str, Figure]:
         hidden = _beside_nulls(scorer.sums, recovered.hidden_formulas, scorer.tokens)
         sequences = int(scorer.pooled.total["sequences"])
         return {**hidden, **_beside_nulls(scorer.pooled, recovered.pooled_formulas, sequences)}
-    alone = {name: Figure(scorer.sums.estimate(formula), scorer.tokens) for name, formula in recovered.ALONE.items()}
+    alone = {
+        name: Figure(scorer.sums.estimate(formula, recovered.POSSIBLE[name]), scorer.tokens)
+        for name, formula in recovered.ALONE.items()
+    }
     return {**alone, **_beside_nulls(scorer.sums, recovered.loss_formulas, scorer.tokens)}
 
 
 def _beside_nulls(sums: DocumentSums, formulas: Callable[[str], dict[str, Formula]], count: int) -> dict[str, Figure]:
     """Each figure of the SAE with the same of what takes its place; the mean's is the mean ablation."""
     nulls = {name: formulas(name) for name in (RANDOM, PRINCIPAL, recovered.MEAN)}
-    return {
-        name: Figure(
-            sums.estimate(formula),
-            count,
-            {null: sums.estimate(others[name]) for null, others in nulls.items()},
-            "small denominator" if recovered.small_denominator(sums.total, name) else "",
-        )
-        for name, formula in formulas(recovered.SAE).items()
-    }
+    out = {}
+    for name, formula in formulas(recovered.SAE).items():
+        possible = recovered.POSSIBLE.get(name, ANY)
+        flag = "small denominator" if recovered.small_denominator(sums.total, name) else ""
+        beside = {null: sums.estimate(others[name], possible) for null, others in nulls.items()}
+        out[name] = Figure(sums.estimate(formula, possible), count, beside, flag)
+    return out

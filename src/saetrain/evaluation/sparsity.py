@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saetrain.evaluation.bootstrap import DocumentSums, Estimate, Formula, Sums
+from saetrain.evaluation.bootstrap import NOT_NEGATIVE, SHARE, DocumentSums, Estimate, Formula, Sums
 from saetrain.types import Codes
 
 DOCUMENTS = 64
@@ -23,7 +23,12 @@ def _rates(sums: Sums) -> Tensor:
 
 
 def _share(condition: Callable[[Tensor], Tensor]) -> Formula:
-    return lambda sums: condition(_rates(sums)).double().mean(dim=-1)
+    def share(sums: Sums) -> Tensor:
+        rates = _rates(sums)
+        # No rate is known of a replicate without tokens, whatever the condition says of nan.
+        return condition(rates).double().mean(dim=-1).where(sums["tokens"] > 0, torch.nan)
+
+    return share
 
 
 class SparsitySums:
@@ -88,7 +93,10 @@ class SparsitySums:
         # The counts themselves are exact at any number of tokens.
         exact = {"fired": self._fired.double(), "tokens": torch.tensor(float(max(self.tokens, 1)), dtype=torch.float64)}
         self._sums.total = exact
-        out = {name: self._sums.estimate(formula) for name, formula in self.formulas().items()}
+        out = {
+            name: self._sums.estimate(formula, NOT_NEGATIVE if name == "l0" else SHARE)
+            for name, formula in self.formulas().items()
+        }
         l0 = out["l0"]
         out["l0_share"] = Estimate(*(value / self._latents for value in (l0.value, l0.low, l0.high)))
         return out

@@ -8,10 +8,20 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from saetrain.errors import SaetrainError
-from saetrain.evaluation.bootstrap import Estimate
+from saetrain.evaluation.bootstrap import AT_MOST_ONE, COSINE, SHARE, Estimate
 
 HARDLY_SPARSE = 0.05
 """Share of latents active on a token above which a code is hardly sparse."""
+WIDE = 4
+"""Latents per dimension from which an SAE is wide."""
+SHARES = {
+    "min_explained_variance": AT_MOST_ONE,
+    "good_explained_variance": AT_MOST_ONE,
+    "max_dead": SHARE,
+    "good_dead": SHARE,
+    "max_redundancy": COSINE,
+}
+"""Threshold -> what its figure can be."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +46,11 @@ class HealthSettings:
             numbers = value if isinstance(value, tuple) else (value,)
             if not all(map(math.isfinite, numbers)):
                 raise SaetrainError(f"--{name} {' '.join(f'{n:g}' for n in numbers)}: must be finite")
+        for name, (least, most) in SHARES.items():
+            share = getattr(self, name)
+            if not least <= share <= most:
+                allowed = f"{least:g} to {most:g}" if math.isfinite(least) else f"at most {most:g}"
+                raise SaetrainError(f"--{name} {share:g}: must be {allowed}; it is a share, 0.6 for 60 %")
         if len(self.l0_range) != 2:
             raise SaetrainError(f"--l0_range: takes 2 numbers, from and to; found {len(self.l0_range)}")
         low, high = self.l0_range
@@ -60,6 +75,10 @@ class Shape:
     """None where the code is not TopK's."""
     dead_bound: float
     """Least share that the rate rule calls dead whatever the training does."""
+    dead_rate: float
+    """The rate below which a latent is dead."""
+    tokens: int
+    """Those that were scored."""
 
 
 @dataclass(frozen=True)
@@ -155,15 +174,18 @@ def _explained_variance(
     status = "good" if value >= good else "pass" if value >= least else "fail"
     reason = f"the SAE explains {value:.1%} of the variance about the mean{_shown(others, '.1%')}"
     best = max(others, key=lambda name: others[name]) if others else None
-    advice = ""
+    beaten = f"{best} does no worse with as many numbers a token" if best and value <= others[best] else ""
+    advice = beaten
     if not math.isfinite(value):
         reason, advice = "the activations scored do not vary, or the SAE's output is not finite", "check its weights"
     elif value < 0:
         advice = "worse than predicting the mean: check that model, layer and scale are those it was trained on"
     elif status == "fail":
-        advice = "train on more tokens, raise num_latents or k, or try another lr"
-    elif best is not None and value <= others[best]:
-        advice = f"{best} does no worse with as many numbers a token: the threshold says little here; lower k"
+        # A larger k is no advice where L0 is too high already.
+        larger = "num_latents or k" if figures["l0"].value < settings.l0_range[1] else "num_latents"
+        advice = f"train on more tokens, raise {larger}, or try another lr" + (f"; {beaten}" if beaten else "")
+    elif beaten:
+        advice += ": the threshold says little here; train on more tokens or raise num_latents"
     elif status == "pass":
         advice = f"more tokens or latents may bring it to {good:.0%}"
     return _judged(
@@ -182,7 +204,8 @@ def _l0(figures: Mapping[str, Estimate], shape: Shape, settings: HealthSettings)
         reason += f"; k = {shape.k} fixes it, so no training can bring it into the range"
     advice = ""
     if figure.value < low:
-        advice = "raise k"
+        # Were k alone raised so far, the code would be hardly sparse.
+        advice = "raise k and num_latents" if low / shape.num_latents > HARDLY_SPARSE else "raise k"
     elif figure.value > high:
         advice = "lower k"
     elif share > HARDLY_SPARSE:
@@ -198,8 +221,17 @@ def _dead(
     value = figure.value
     status = "good" if value <= settings.good_dead else "pass" if value <= settings.max_dead else "fail"
     impossible = shape.dead_bound > settings.max_dead
-    reason = f"{value:.1%} of the latents fire on fewer tokens than --dead_percentage_threshold asks for"
+    reason = (
+        f"{value:.1%} of the latents fire on less than {shape.dead_rate:.3g} of the {shape.tokens:,} tokens scored "
+        f"(--dead_percentage_threshold){_shown(others, '.1%')}"
+    )
     advice = "" if status == "good" else "more tokens, a lower lr or a larger --auxk_alpha revive latents"
+    if status == "fail" and any(null > settings.max_dead for null in others.values()):
+        reason += "; directions that have learned nothing are over the threshold too"
+        advice += "; read it beside the random figure"
+    if 0 < shape.tokens * shape.dead_rate < 1:
+        reason += "; scored on too few tokens, for so low a rate can't be told from none"
+        advice = f"score on at least {math.ceil(1 / shape.dead_rate):,} tokens (--eval_tokens)"
     if impossible:
         reason += f"; at least {shape.dead_bound:.1%} must at this k and num_latents, so the threshold can't be met"
         advice = "lower --dead_percentage_threshold, or lower num_latents or raise k"
@@ -214,7 +246,9 @@ def _redundancy(
     fits = figure.value <= settings.max_redundancy
     impossible = not fits and any(value > settings.max_redundancy for value in others.values())
     reason = f"the 100 most alike pairs of decoder rows have a mean cosine of {figure.value:.3f}{_shown(others, '.3f')}"
-    advice = "" if fits else "a few near copies are usual in a wide SAE; fewer latents make fewer of them"
+    advice = "" if fits else "a lower lr makes fewer near copies"
+    if not fits and shape.num_latents >= WIDE * shape.d_in:
+        advice = "a few near copies are usual in a wide SAE; fewer latents or a lower lr make fewer of them"
     if impossible:
         reason += (
             f"; {shape.num_latents:,} directions in {shape.d_in} dimensions can hardly be less alike, so the threshold "

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -35,9 +37,9 @@ NULL_NAMES = {
     DIRECTIONS: "random directions",
 }
 COLUMNS = {
-    "explained_variance": "explained variance",
-    "ce_recovered_zero": "CE recovered (zero)",
-    "ce_recovered_mean": "CE recovered (mean)",
+    "explained_variance": "expl. var.",
+    "ce_recovered_zero": "CE recov. (zero)",
+    "ce_recovered_mean": "CE recov. (mean)",
     "delta_ce": "CE increase",
     "pooled_cosine": "pooled cosine",
     "final_hidden_error": "final hidden error",
@@ -59,6 +61,14 @@ class TextScores:
     scores: dict[str, Scores]
     loss_sequences: int
 
+    @property
+    def kind(self) -> str:
+        """Whether it is of the data set that was trained on."""
+        return "in-sample" if self.in_sample else "out of sample"
+
+    def __str__(self) -> str:
+        return f"{Path(self.name).name} ({self.kind})"
+
 
 @dataclass(frozen=True)
 class Assessment:
@@ -69,16 +79,19 @@ class Assessment:
     model: dict[str, Any]
     texts: list[TextScores]
     verdicts: dict[str, Verdict]
+    """By the scores on the first text."""
+    others: dict[str, list[Verdict]]
+    """By those on each other text."""
     folder: Path
 
     @staticmethod
     def of(
         config: EvaluateConfig, located: Located, head: HeadModel, texts: list[TextScores], threshold: float
     ) -> Assessment:
-        """Judge each SAE by its scores on the first text."""
-        verdicts = {
-            name: verdict_on(located.saes[name], scores, threshold, config.health)
-            for name, scores in texts[0].scores.items()
+        """Judge each SAE by its scores on each text."""
+        judged = {
+            name: [verdict_on(sae, text.scores[name], threshold, config.health) for text in texts]
+            for name, sae in located.saes.items()
         }
         model = {
             "name": head.base.name,
@@ -88,7 +101,9 @@ class Assessment:
         }
         whole_run = located.run is not None and located.path.resolve() in (located.run, located.run / SAES)
         there = located.run if whole_run and located.run is not None else located.path
-        return Assessment(config, located, model, texts, verdicts, Path(config.out) if config.out else there)
+        verdicts = {name: each[0] for name, each in judged.items()}
+        others = {name: each[1:] for name, each in judged.items()}
+        return Assessment(config, located, model, texts, verdicts, others, Path(config.out) if config.out else there)
 
     def logged(self) -> dict[str, dict[str, float]]:
         """{SAE: verdict and figures} as the logs take them, of the text that was judged on."""
@@ -156,7 +171,8 @@ def verdict_on(sae: Found, scores: Scores, threshold: float, settings: HealthSet
     }
     coder = sae.coder
     bound = alive_bound(coder.k, coder.num_latents, threshold)
-    return judge(estimates, nulls, Shape(coder.d_in, coder.num_latents, coder.k, bound), settings)
+    tokens = scores.figures["dead_below_threshold"].count
+    return judge(estimates, nulls, Shape(coder.d_in, coder.num_latents, coder.k, bound, threshold, tokens), settings)
 
 
 def headlines(scores: Scores) -> dict[str, Any]:
@@ -203,30 +219,35 @@ def file_names(data_sets: list[str]) -> list[str]:
 
 def report(assessment: Assessment) -> None:
     """Print the tables and write the files, in this order, so that a disk that fails costs no figures."""
-    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else WIDTH, highlight=False)
+    # Rich takes the terminal's width, or COLUMNS where that is set.
+    known = sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdigit()
+    console = Console(file=sys.stdout, width=None if known else WIDTH, highlight=False)
     for name, verdict in assessment.verdicts.items():
         coder = assessment.located.saes[name].coder
         title = f"{name}: k = {coder.k}, {coder.num_latents:,} latents, width {coder.d_in}"
         console.print(figures_table(title, name, assessment.texts))
-        console.print(verdict_table(verdict))
+        console.print(verdict_table(verdict, f"health on {assessment.texts[0]}"))
         for metric, judged in verdict.metrics.items():
             advice = f"; {judged.advice}" if judged.advice else ""
             console.print(Text(f"  {metric}: {judged.reason}{advice}"))
-        console.print(Text(f"verdict {verdict}", style="bold"))
+        each = zip((verdict, *assessment.others[name]), assessment.texts, strict=True)
+        console.print(Text(f"verdict {', '.join(f'{found} on {text}' for found, text in each)}", style="bold"))
     console.print(Text(f"written: {', '.join(map(str, assessment.write()))}"))
 
 
 def figures_table(title: str, sae: str, texts: list[TextScores]) -> Table:
     """One SAE's figures on each text, the nulls beneath."""
-    table = Table(title=Text(title), title_justify="left")
+    # Narrow gaps and a word a line, so that all of it fits into 80 columns.
+    table = Table(
+        title=Text(title), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False
+    )
     shown = [name for name in COLUMNS if name in texts[0].scores[sae].figures]
-    table.add_column("held-out text of", no_wrap=True)
+    table.add_column("text", overflow="fold")
     for name in shown:
-        table.add_column(COLUMNS[name], justify="right")
+        table.add_column(COLUMNS[name].replace(" ", "\n"), justify="right", no_wrap=True, overflow="fold")
     for text in texts:
         figures = text.scores[sae].figures
-        kind = "in-sample" if text.in_sample else "out of sample"
-        label = Text(f"{Path(text.name).name}\n{kind}\n{figures['explained_variance'].count:,} tokens")
+        label = Text(f"{Path(text.name).name}\n{text.kind}\n{_counts(figures)}")
         table.add_row(label, *(_cell(figures[name]) for name in shown))
         there = {null for name in shown for null in figures[name].nulls}
         for null in (name for name in NULL_NAMES if name in there):
@@ -237,13 +258,22 @@ def figures_table(title: str, sae: str, texts: list[TextScores]) -> Table:
     return table
 
 
+def _counts(figures: dict[str, Figure]) -> str:
+    """``8,000 tokens``, and of how many the model's loss or output was scored."""
+    counts = f"{figures['explained_variance'].count:,} tokens"
+    for name, what in (("ce_clean", "loss"), ("final_hidden_error", "output")):
+        if name in figures:
+            counts += f",\n{what} on {figures[name].count:,}"
+    return counts
+
+
 def _cell(figure: Figure) -> Text:
     estimate = figure.estimate
     cell = Text(_short(estimate.value))
     if estimate.low < estimate.high:
-        cell.append(f"\n[{_short(estimate.low)}, {_short(estimate.high)}]", style="dim")
+        cell.append(f"\n[{_short(estimate.low)},\n{_short(estimate.high)}]", style="dim")
     if figure.flag:
-        cell.append(f"\n{figure.flag}", style="yellow")
+        cell.append("\n" + figure.flag.replace(" ", "\n"), style="yellow")
     return cell
 
 
@@ -251,11 +281,11 @@ def _short(value: float) -> str:
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
 
 
-def verdict_table(verdict: Verdict) -> Table:
+def verdict_table(verdict: Verdict, title: str) -> Table:
     """The four figures with null, threshold and status."""
-    table = Table()
+    table = Table(title=Text(title), title_justify="left")
     for heading in ("health", "value", "null", "threshold", "status"):
-        table.add_column(heading)
+        table.add_column(heading, no_wrap=heading == "health", overflow="fold")
     for name, judged in verdict.metrics.items():
         table.add_row(Text(name), *_verdict_cells(judged))
     return table

@@ -29,13 +29,13 @@ THRESHOLD = 0.0005
 def evaluate(config: EvaluateConfig, most: int | None = None) -> Assessment:
     """Score, print and write; SaetrainError for what the user can mend.
 
-    ``most``: tokens of each data set at the most, where --eval_tokens leaves them open.
+    ``most``: tokens of each data set at the most, where --eval_tokens leaves them open; else as the SAE's run took.
     """
     torch.set_flush_denormal(True)
     quiet_libraries()
     located = locate(config.path)
     try:
-        setting = dataclasses.replace(prepare(config, located), most=most)
+        setting = dataclasses.replace(prepare(config, located), most=most or located.says("eval_tokens"))
         texts, fit = open_texts(setting)
         nulls = fit_nulls(setting, fit)
         scores = [score(setting, text, nulls) for text in texts]

@@ -10,12 +10,13 @@ from typing import Any
 from saetrain.activations.capture import ActivationCapture
 from saetrain.activations.head import HeadModel, load_with_head
 from saetrain.activations.hookpoints import find_blocks
-from saetrain.activations.model import weights_hash
+from saetrain.activations.model import ModelSettings, load_config, weights_hash
 from saetrain.activations.read import ActivationReader
 from saetrain.config import EvaluateConfig, RunConfig, from_flat, read_yaml
 from saetrain.data.loader import token_policy
 from saetrain.data.tokenize import DEFAULT_CTX_LEN, Framing, load_tokenizer
 from saetrain.errors import SaetrainError, did_you_mean
+from saetrain.interop.directory import CONFIG as SAE_CONFIG
 from saetrain.interop.saelens import module_of
 from saetrain.logs.console import say
 from saetrain.runs.directory import CONFIG
@@ -53,6 +54,7 @@ def prepare(config: EvaluateConfig, located: Located) -> Setting:
     base = dataclasses.replace(
         base, dtype=base.dtype or located.says("model_dtype"), revision=base.revision or located.says("model_revision")
     )
+    _require_model(config, located, name, base)
     head = load_with_head(name, base)
     _require_weights(head, located)
     tokenizer = load_tokenizer(name, base.revision, base.trust_remote_code)
@@ -73,6 +75,17 @@ def prepare(config: EvaluateConfig, located: Located) -> Setting:
         reader.limits = {hookpoint: limit for hookpoint, limit in limits.items() if limit is not None}
     framing = _framing(located, tokenizer, Framing.of(tokenizer, head.base.causal, _ctx_len(config, located, head)))
     return Setting(config, located, head, tokenizer, framing, hookpoints, reader, special, first)
+
+
+def _require_model(config: EvaluateConfig, located: Located, name: str, base: ModelSettings) -> None:
+    """SaetrainError that says how to name the model where it is no longer where the SAE says."""
+    try:
+        load_config(name, base)
+    except SaetrainError as error:
+        if config.model is not None:
+            raise
+        named = next(iter(located.saes.values())).folder / SAE_CONFIG
+        raise SaetrainError(f"{error} ({named} names this model; --model says where it is now)") from error
 
 
 def _require_weights(head: HeadModel, located: Located) -> None:

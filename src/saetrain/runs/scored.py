@@ -16,6 +16,7 @@ from saetrain.data.sequences import Sequences
 from saetrain.data.sources import SourceSettings
 from saetrain.data.tokenize import Framing, TokenSettings
 from saetrain.errors import SaetrainError
+from saetrain.interop.directory import CONFIG as SAE_CONFIG
 from saetrain.logs.console import say
 from saetrain.runs.match import Setting, run_config
 from saetrain.runs.metadata import location
@@ -92,10 +93,13 @@ def open_texts(setting: Setting) -> tuple[list[Scored], Iterator[Labelled]]:
         if own is not None and _is_own(config, own, name):
             if not config.in_sample:
                 raise SaetrainError(
-                    f"--dataset {name}: the SAE was trained on it; leave out --in_sample false, or name another split "
-                    "of it by --split"
+                    f"--dataset {name}: the SAE was trained on its split '{own.source.split}'; leave out --in_sample "
+                    "false, or name another split of it by --split"
                 )
-            say(f"--dataset {name}: the SAE was trained on it, so it is scored once, on what was held out")
+            say(
+                f"--dataset {name}: the SAE was trained on its split '{own.source.split}', so it is scored once, on "
+                "what was held out"
+            )
             continue
         texts.append(_other(setting, name, seen, caveat))
     if text is not None:
@@ -125,7 +129,13 @@ def _own_text(setting: Setting, own: RunConfig) -> Text | None:
             )
     except SaetrainError as error:
         if setting.config.in_sample:
-            raise
+            if "--in_sample false" in str(error):
+                raise
+            named = next(iter(setting.located.saes.values())).folder / SAE_CONFIG
+            raise SaetrainError(
+                f"{error} ({named} names {' + '.join(own.dataset)} as the training text; --dataset with --in_sample "
+                "false scores without it)"
+            ) from error
         say(f"without the training text: {error}")
         return None
     return text
@@ -167,7 +177,7 @@ def _other(setting: Setting, name: str, seen: HeldOutTexts, caveat: str) -> Scor
 def _choose(setting: Setting, name: str, in_sample: bool, what: str, sequences: Sequences, seed: int) -> Scored:
     """The first sequences of a mixed order that hold --eval_tokens tokens; SaetrainError when there are fewer."""
     asked = setting.config.eval_tokens
-    wanted = setting.most or setting.budget(asked, EVAL_TOKENS)
+    wanted = setting.budget(asked or setting.most, EVAL_TOKENS)
     order = sequences.mixed_order(seed)
     count, held = enough(setting, sequences, order, wanted)
     if asked is not None and held < asked:
@@ -175,7 +185,14 @@ def _choose(setting: Setting, name: str, in_sample: bool, what: str, sequences: 
             f"--eval_tokens {asked}: data set {name} has only {held:,} tokens to score on ({what}); give fewer, or "
             "leave the flag out to take them all"
         )
+    _require_two(name, held, what)
     return Scored(name, in_sample, what, sequences, order[:count])
+
+
+def _require_two(name: str, held: int, what: str) -> None:
+    """SaetrainError where there is nothing about whose mean a variance could be."""
+    if held < 2:
+        raise SaetrainError(f"data set {name}: has {held} tokens to score on ({what}); at least 2 are needed")
 
 
 def enough(setting: Setting, sequences: Sequences, order: np.ndarray, tokens: int) -> tuple[int, int]:
@@ -231,12 +248,12 @@ def _apart(setting: Setting, texts: list[Scored]) -> tuple[list[Scored], Iterato
     if not len(kept):
         raise SaetrainError(f"data set {first.name}: too small to fit the nulls and score on")
     asked = setting.config.eval_tokens
-    if asked is not None:
-        _, held = enough(setting, first.sequences, kept, asked)
-        if held < asked:
-            raise SaetrainError(
-                f"--eval_tokens {asked}: data set {first.name} has only {held:,} tokens to score on beside those that "
-                "the nulls are fitted on, for the training text is not at hand; give fewer, or lower --fit_tokens"
-            )
+    _, held = enough(setting, first.sequences, kept, asked or 2)
+    _require_two(first.name, held, f"{first.what}, beside those that the nulls are fitted on")
+    if asked is not None and held < asked:
+        raise SaetrainError(
+            f"--eval_tokens {asked}: data set {first.name} has only {held:,} tokens to score on beside those that "
+            "the nulls are fitted on, for the training text is not at hand; give fewer, or lower --fit_tokens"
+        )
     texts = [dataclasses.replace(first, numbers=kept), *texts[1:]]
     return texts, (batch for group in first.groups(fitted) for batch in setting.reader.labelled(group))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from saetrain.evaluation.bootstrap import DocumentSums, Sums, interval, poisson_weights
+from saetrain.evaluation.bootstrap import SHARE, DocumentSums, Sums, interval, poisson_weights
 
 
 def ratio(sums: Sums) -> torch.Tensor:
@@ -129,3 +129,23 @@ def test_intervals_are_moved_to_the_value() -> None:
     replicates = torch.linspace(0, 1, 101, dtype=torch.float64)
     estimate = interval(torch.tensor(3.0), replicates)
     assert (estimate.value, estimate.low, estimate.high) == pytest.approx((3.0, 2.525, 3.475))
+
+
+def test_an_interval_holds_its_value_and_stays_in_the_range_of_the_figure() -> None:
+    rare = torch.tensor([0.0] * 199 + [0.002], dtype=torch.float64)
+    found = interval(torch.tensor(0.0), rare, SHARE)
+    assert (found.low, found.value, found.high) == (0.0, 0.0, 0.0), "moved, both ends are below 0"
+    found = interval(torch.tensor(1.0), 1 - rare, SHARE)
+    assert (found.low, found.value, found.high) == (1.0, 1.0, 1.0)
+    wide = interval(torch.tensor(0.8), torch.linspace(0, 1, 101, dtype=torch.float64), SHARE)
+    assert (wide.low, wide.high) == pytest.approx((0.325, 1.0))
+    skewed = interval(torch.tensor(5.0), rare)
+    assert skewed.low <= 5.0 <= skewed.high
+
+
+def test_one_document_gives_no_interval_and_two_do() -> None:
+    sums = DocumentSums(20)
+    # The constant keeps replicates without the document finite.
+    for doc, known in ((7, False), (7, False), (8, True)):
+        sums.add(np.full(4, doc), {"up": torch.ones(4)})
+        assert math.isfinite(sums.estimate(lambda sums: sums["up"] + 1).low) == known

@@ -117,3 +117,21 @@ def test_no_token_at_all(replicates: int) -> None:
     figures = sums.estimates()
     assert figures["l0"].value == 0
     assert math.isnan(figures["l0"].low)
+
+
+def test_intervals_hold_their_figure_within_its_range() -> None:
+    """Every latent fires on some of the tokens, but not in all replicates of so few documents."""
+    rng = np.random.default_rng(0)
+    indices = np.stack([rng.choice(F, K, replace=False) for _ in range(100)])
+    sums = SparsitySums(F, THRESHOLD, CPU, replicates=20)
+    sums.add(Codes(torch.ones(100, K), torch.from_numpy(indices), F), np.arange(100) % 8)
+    for name, figure in sums.estimates().items():
+        assert 0 <= figure.low <= figure.value <= figure.high, name
+        assert figure.high <= 1 or name == "l0", name
+
+
+def test_replicates_without_tokens_leave_no_interval(code: Codes) -> None:
+    """Of two documents a seventh of the replicates draws neither."""
+    sums = SparsitySums(F, THRESHOLD, CPU, replicates=60)
+    sums.add(code, np.arange(N) % 2)
+    assert all(math.isnan(figure.low) for figure in sums.estimates().values())

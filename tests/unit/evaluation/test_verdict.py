@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import jsonschema
@@ -13,7 +14,7 @@ from saetrain.errors import SaetrainError
 from saetrain.evaluation.bootstrap import Estimate
 from saetrain.evaluation.verdict import HealthSettings, Judged, Shape, Verdict, judge
 
-SHAPE = Shape(d_in=384, num_latents=4096, k=64, dead_bound=0.0)
+SHAPE = Shape(d_in=384, num_latents=4096, k=64, dead_bound=0.0, dead_rate=0.0005, tokens=20_000)
 HEALTHY = {
     "explained_variance": 0.8,
     "l0": 63.0,
@@ -84,6 +85,53 @@ def test_an_sae_that_random_directions_match_is_told_so() -> None:
     assert "random decoder" not in one("explained_variance", nulls={"explained_variance": None}).reason
 
 
+def test_what_pca_explains_too_is_said_whatever_the_status() -> None:
+    """And its advice goes with that of L0."""
+    for value in (0.5, 0.65, 0.75):
+        found = one("explained_variance", explained_variance=value, nulls={"explained_variance": 0.76})
+        assert "random decoder does no worse with as many numbers a token" in found.advice
+        assert "lower k" not in found.advice
+    assert "no worse" not in one("explained_variance", explained_variance=0.5).advice
+
+
+@pytest.mark.parametrize(("l0", "raised"), [(64.0, True), (199.0, True), (200.0, False), (300.0, False)])
+def test_a_larger_k_is_advised_only_where_l0_may_rise(l0: float, raised: bool) -> None:
+    found = one("explained_variance", explained_variance=0.5, l0=l0)
+    assert ("or k" in found.advice) == raised
+    assert "raise num_latents" in found.advice
+
+
+@pytest.mark.parametrize(("latents", "advice"), [(128, "raise k and num_latents"), (512, "raise k")])
+def test_k_is_raised_with_the_latents_where_the_code_would_be_hardly_sparse(latents: int, advice: str) -> None:
+    assert one("l0", l0=8.0, shape=replace(SHAPE, num_latents=latents, k=8)).advice == advice
+
+
+def test_dead_latents_name_their_null_and_what_they_were_counted_on() -> None:
+    found = one("dead", dead_below_threshold=0.528, nulls={"dead_below_threshold": 0.376})
+    assert "52.8% of the latents fire on less than 0.0005 of the 20,000 tokens" in found.reason
+    assert "(random decoder 37.6%)" in found.reason
+    assert "learned nothing are over the threshold too" in found.reason
+    assert "read it beside the random figure" in found.advice
+    assert not found.by_construction, "training may find better directions than chance"
+    for value, null in ((0.528, 0.15), (0.15, 0.376)):
+        found = one("dead", dead_below_threshold=value, nulls={"dead_below_threshold": null})
+        assert "learned nothing" not in found.reason
+
+
+@pytest.mark.parametrize(("rate", "tokens", "few"), [(0.0005, 1999, True), (0.0005, 2000, False), (0.0, 10, False)])
+def test_too_few_tokens_for_a_rate_are_named(rate: float, tokens: int, few: bool) -> None:
+    found = one("dead", dead_below_threshold=0.3, shape=replace(SHAPE, dead_rate=rate, tokens=tokens))
+    assert ("scored on too few tokens" in found.reason) == few
+    assert (found.advice == "score on at least 2,000 tokens (--eval_tokens)") == few
+
+
+@pytest.mark.parametrize(("latents", "wide"), [(384, False), (1535, False), (1536, True)])
+def test_near_copies_are_usual_only_in_a_wide_sae(latents: int, wide: bool) -> None:
+    found = one("redundancy", decoder_redundancy_top100=0.5, shape=replace(SHAPE, num_latents=latents))
+    assert ("wide SAE" in found.advice) == wide
+    assert "lower lr" in found.advice
+
+
 @pytest.mark.parametrize(
     ("l0", "k", "status", "impossible", "advice"),
     [
@@ -98,7 +146,7 @@ def test_an_sae_that_random_directions_match_is_told_so() -> None:
     ],
 )
 def test_l0(l0: float, k: int | None, status: str, impossible: bool, advice: str) -> None:
-    found = one("l0", l0=l0, shape=Shape(384, 40_960, k, 0.0))
+    found = one("l0", l0=l0, shape=replace(SHAPE, num_latents=40_960, k=k))
     assert (found.status, found.by_construction) == (status, impossible)
     assert found.advice == advice
     assert (f"k = {k} fixes it" in found.reason) == impossible
@@ -106,7 +154,7 @@ def test_l0(l0: float, k: int | None, status: str, impossible: bool, advice: str
 
 @pytest.mark.parametrize(("latents", "hardly"), [(1279, True), (1281, False)])
 def test_a_code_of_more_than_a_twentieth_is_hardly_sparse(latents: int, hardly: bool) -> None:
-    found = one("l0", l0=64.0, shape=Shape(384, latents, 64, 0.0))
+    found = one("l0", l0=64.0, shape=replace(SHAPE, num_latents=latents))
     assert found.status == "pass"
     assert ("hardly sparse" in found.advice) == hardly
 
@@ -123,7 +171,7 @@ def test_a_code_of_more_than_a_twentieth_is_hardly_sparse(latents: int, hardly: 
     ],
 )
 def test_dead(value: float, bound: float, status: str, impossible: bool) -> None:
-    found = one("dead", dead_below_threshold=value, shape=Shape(384, 4096, 64, bound))
+    found = one("dead", dead_below_threshold=value, shape=replace(SHAPE, dead_bound=bound))
     assert (found.status, found.by_construction) == (status, impossible)
     assert found.advice.startswith("lower --dead_percentage_threshold") == impossible
     assert (f"at least {bound:.1%} must" in found.reason) == impossible
@@ -177,6 +225,11 @@ def test_thresholds_are_those_that_are_set() -> None:
         ({"l0_range": (20.0, math.inf)}, "--l0_range 20 inf: must be finite"),
         ({"max_dead": math.nan}, "--max_dead nan: must be finite"),
         ({"min_explained_variance": -math.inf}, "--min_explained_variance -inf: must be finite"),
+        ({"min_explained_variance": 60}, "--min_explained_variance 60: must be at most 1; it is a share, 0.6 for 60 %"),
+        ({"good_explained_variance": 70}, "--good_explained_variance 70: must be at most 1"),
+        ({"max_dead": 20}, "--max_dead 20: must be 0 to 1; it is a share"),
+        ({"good_dead": -0.1}, "--good_dead -0.1: must be 0 to 1"),
+        ({"max_redundancy": 25}, "--max_redundancy 25: must be -1 to 1"),
         ({"l0_range": (20.0,)}, "--l0_range: takes 2 numbers, from and to; found 1"),
     ],
 )

@@ -1,16 +1,17 @@
-"""What the verdict is told of an SAE."""
+"""What the verdict is told of an SAE, and tables that fit a terminal."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from saetrain.coders.topk import TopK
 from saetrain.evaluation.bootstrap import Estimate
 from saetrain.evaluation.score import Figure, Scores
 from saetrain.evaluation.verdict import HealthSettings
-from saetrain.runs.assessment import verdict_on
+from saetrain.runs.assessment import TextScores, figures_table, verdict_on, verdict_table
 from saetrain.runs.locate import Found
 
 VALUES = {"explained_variance": 0.8, "l0": 20.0, "dead_below_threshold": 0.6, "decoder_redundancy_top100": 0.1}
@@ -24,3 +25,39 @@ def test_the_share_that_must_be_dead_follows_from_k_not_from_what_fires(k: int, 
     assert found.status == "fail"
     assert found.by_construction == impossible
     assert ("must at this k and num_latents" in found.reason) == impossible
+
+
+def scores(loss: dict[str, int]) -> Scores:
+    """Figures with intervals and nulls; ``loss`` {figure: tokens behind it}."""
+    nulls = {name: Estimate(-0.671) for name in ("random_decoder", "pca", "mean")}
+    counts = {**dict.fromkeys(VALUES, 8000), **loss}
+    figures = {name: Figure(Estimate(-0.5, -1.123, -0.456), count, nulls) for name, count in counts.items()}
+    if "ce_recovered_zero" in figures:
+        figures["ce_recovered_zero"] = Figure(Estimate(-0.5, -1.123, -0.456), 4064, nulls, "small denominator")
+    return Scores(figures, {}, {}, (0, 0, 0), 9)
+
+
+LOSSES = dict.fromkeys(("ce_clean", "ce_recovered_zero", "ce_recovered_mean", "delta_ce"), 4064)
+
+
+@pytest.mark.parametrize("loss", [LOSSES, {"pooled_cosine": 30, "final_hidden_error": 4064}, {}])
+def test_tables_fit_80_columns_with_every_figure_whole(loss: dict[str, int]) -> None:
+    found = scores(loss)
+    texts = [TextScores(name, name == "wikitext", "", {"a": found}, 3) for name in ("wikitext", "/x/" + 40 * "n")]
+    verdict = verdict_on(Found(Path(), TopK(8, 4096, 64), {}), found, 0.01, HealthSettings())
+    console = Console(width=80)
+    with console.capture() as capture:
+        console.print(figures_table("title", "a", texts))
+        console.print(verdict_table(verdict, f"health on {texts[0]}"))
+    shown = capture.get()
+    assert "…" not in shown
+    columns = 3 + len(set(loss) - {"ce_clean"})
+    for figure, times in (("-0.500", 2), ("[-1.123,", 2), ("-0.456]", 2), ("-0.671", 6)):
+        assert shown.partition("health on")[0].count(figure) == times * columns
+    assert "text " in shown
+    assert "health on wikitext (in-sample)" in shown
+    for name in verdict.metrics:
+        assert f" {name} " in shown
+    assert "8,000 tokens" in shown
+    assert ("loss on 4,064" in shown) == ("ce_clean" in loss)
+    assert ("output on 4,064" in shown) == ("pooled_cosine" in loss)
