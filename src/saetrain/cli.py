@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if debug:
             traceback.print_exc()
         # What every process finds wrong is said by the first one that does; who is lost, by each that is left.
-        if distributed.fail(str(error), error.exit_code) or isinstance(error, RankLost):
+        if distributed.fail(str(error), error.exit_code) or (isinstance(error, RankLost) and error.worth_saying()):
             print(f"saetrain: {distributed.who()}error: {error}", file=sys.stderr)
         distributed.leave(error.exit_code)
         raise SystemExit(error.exit_code) from None
@@ -73,6 +73,8 @@ def _run(words: list[str]) -> None:
         from saetrain.runs.compare import compare
 
         compare(parse_compare(words[1:]))
+    elif launch.rank() and {"-h", "--help"} & set(words):
+        return
     else:
         config = parse(words)
         from saetrain.runs.train import run

@@ -159,8 +159,8 @@ class Watch:
         for number, (_, at) in seen:
             if now - at > silence:
                 return RankLost(
-                    f"rank {number} has not answered for {now - at:.0f} s and is given up; its last phase was "
-                    f"{self._phases[number]}",
+                    f"rank {number} has not answered for {now - at:.0f} s and is given up (killed, stopped, or cut "
+                    f"off); its last phase was {self._phases[number]}",
                     1,
                 )
         if now - self._answered > silence:
@@ -168,7 +168,8 @@ class Watch:
         return None
 
     def _end_process(self, found: RankLost) -> None:
-        print(f"saetrain: rank {self._rank}: error: {found}", file=sys.stderr, flush=True)
+        if found.worth_saying():
+            print(f"saetrain: rank {self._rank}: error: {found}", file=sys.stderr, flush=True)
         if self.closing is not None:
             closer = threading.Thread(target=self.closing, daemon=True)
             closer.start()

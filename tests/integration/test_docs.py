@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from torch.distributed.run import get_args_parser as torchrun_parser
 
 from saetrain.cli import main
 from saetrain.config import CompareConfig, EvaluateConfig, flags
@@ -125,9 +126,10 @@ def test_blocks_of_other_libraries_run(tmp_path: Path, tiny_bert: str, tiny_gpt2
 @pytest.mark.parametrize("page", PAGES, ids=named)
 def test_flags_exist(page: Path) -> None:
     lines = page.read_text().splitlines()
-    # Flags of pip and of the benchmark are not ours.
+    # Flags of pip, of the benchmark, of torchrun and of SLURM are not ours.
     text = "\n".join(line for line in lines if not line.startswith("pip ") and "-m benchmarks" not in line)
     known = {*flags(), *flags(EvaluateConfig), *flags(CompareConfig), "config", "help"}
+    known |= {action.dest for action in torchrun_parser()._actions} | {"nodes"}
     used = {flag.replace("-", "_") for flag in re.findall(r"(?<![\w-])--([a-z][\w-]*)", text)}
     assert used <= known, used - known
 

@@ -26,6 +26,7 @@ from saetrain.evaluation.heldout import EvalSettings
 from saetrain.evaluation.score import ScoreSettings
 from saetrain.evaluation.verdict import HealthSettings
 from saetrain.files import write_atomic, write_json
+from saetrain.interop.directory import CONFIG as SAE_CONFIG
 from saetrain.logs.console import say
 from saetrain.logs.jsonl import NAME as METRICS
 from saetrain.runs.assessment import ASSESSMENT, WIDTH
@@ -194,6 +195,10 @@ def read_run(folder: Path, name: str) -> list[Row]:
         )
     config = folder / CONFIG
     settings = read_yaml(str(config), flag="") if config.exists() else {}
+    # The settings' batch is that of each process.
+    trained = next((folder / SAES).rglob(SAE_CONFIG), None)
+    if settings and trained is not None:
+        settings["processes"] = _json(trained).get("saetrain", {}).get("processes", 1)
     speed = tokens_per_second(folder / METRICS)
     try:
         rows = [_row(name, sae, content, settings, speed) for sae in content["saes"]]

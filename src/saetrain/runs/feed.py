@@ -11,8 +11,6 @@ from saetrain import distributed, launch
 from saetrain.activations.deal import SequenceDealer
 from saetrain.activations.normalize import Normalizer
 from saetrain.activations.shuffle import MixingBuffer
-from saetrain.errors import SaetrainError
-from saetrain.logs.console import say
 from saetrain.runs.end_to_end import Asker, EndToEnd, Question
 from saetrain.runs.prepare import Prepared
 from saetrain.training.trainer import Batch
@@ -63,7 +61,6 @@ class Feed(ABC):
 def make_feed(run: Prepared, normalizers: dict[str, Normalizer]) -> Feed:
     """The feed that the loss needs, at its start; ``normalizers`` {hookpoint: constants of its inputs}."""
     shards = run.train.n_shards
-    _require_shards(run)
     owned = shards_of(launch.rank(), shards)
     if run.head is not None:
         return SequenceFeed(run, owned, normalizers)
@@ -73,33 +70,6 @@ def make_feed(run: Prepared, normalizers: dict[str, Normalizer]) -> Feed:
 def shards_of(rank: int, shards: int) -> list[int]:
     """The virtual shards that a rank reads."""
     return list(range(rank, shards, launch.world_size()))
-
-
-def _require_shards(run: Prepared) -> None:
-    """SaetrainError when a rank would have nothing to read, or uneven sequences to splice into."""
-    shards, ranks = run.train.n_shards, launch.world_size()
-    if ranks == 1:
-        return
-    advice = f"start a run with --data_shards {ranks * -(-shards // ranks)}, which is part of the order of its samples"
-    if shards < ranks:
-        raise SaetrainError(f"--data_shards {shards}: fewer than the {ranks} processes; {advice}")
-    if run.head is not None and shards % ranks:
-        raise SaetrainError(
-            f"--data_shards {shards}: not a multiple of the {ranks} processes, which --loss_fn "
-            f"{run.config.train.loss_fn} needs; {advice}"
-        )
-    share = run.plan.tokens_per_step // run.config.train.grad_acc_steps
-    if run.head is None and share < shards:
-        raise SaetrainError(
-            f"--data_shards {shards}: more than the {share} activations of a micro-step, so that some processes would "
-            "have none of them; raise --batch_size"
-        )
-    if shards % ranks:
-        most = -(-shards // ranks)
-        say(
-            f"--data_shards {shards} over {ranks} processes: some read {most} shards and some {shards // ranks}, so "
-            f"they wait for one another; {advice}"
-        )
 
 
 class MixedFeed(Feed):

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from saetrain import launch
 from saetrain.activations.model import DTYPES
 from saetrain.logs.console import say
 from saetrain.optim import resolve_lr
@@ -42,6 +43,7 @@ def about_run(run: Prepared, trainer: Trainer) -> dict[str, Any]:
         "finetuned_from": config.finetune,
         "kernels": kernels.kernels,
         "compute_dtype": kernels.compute_dtype,
+        "processes": launch.world_size(),
         "tokens_seen": trainer.tokens,
         "steps": trainer.step,
     }

@@ -115,6 +115,7 @@ def prepare(config: RunConfig) -> Prepared:
     for width in capture.widths.values():
         config.sae.latents(width)
     ctx_len = resolve_ctx_len(config, model)
+    require_shards(config, step_tokens(config, ctx_len) // config.train.grad_acc_steps)
     division = _divide(config, ctx_len, model, capture)
     check_memory(config, model, capture.widths, ctx_len, division)
     framing = Framing.of(tokenizer, model.causal, ctx_len)
@@ -137,6 +138,32 @@ def prepare(config: RunConfig) -> Prepared:
         head,
         division,
     )
+
+
+def require_shards(config: RunConfig, micro_tokens: int) -> None:
+    """SaetrainError when a rank would have nothing to read, or uneven sequences to splice into."""
+    shards, ranks = config.loader.data_shards, launch.world_size()
+    if ranks == 1:
+        return
+    advice = f"start a run with --data_shards {ranks * -(-shards // ranks)}, which is part of the order of its samples"
+    if shards < ranks:
+        raise SaetrainError(f"--data_shards {shards}: fewer than the {ranks} processes; {advice}")
+    if config.train.end_to_end and shards % ranks:
+        raise SaetrainError(
+            f"--data_shards {shards}: not a multiple of the {ranks} processes, which --loss_fn {config.train.loss_fn} "
+            f"needs; {advice}"
+        )
+    if not config.train.end_to_end and micro_tokens < shards:
+        raise SaetrainError(
+            f"--data_shards {shards}: more than the {micro_tokens} activations of a micro-step, so that some processes "
+            "would have none of them; raise --batch_size"
+        )
+    if shards % ranks:
+        most = -(-shards // ranks)
+        say(
+            f"--data_shards {shards} over {ranks} processes: some read {most} shards and some {shards // ranks}, so "
+            f"they wait for one another; {advice}"
+        )
 
 
 def _divide(config: RunConfig, ctx_len: int, model: BaseModel, capture: ActivationCapture) -> Division:

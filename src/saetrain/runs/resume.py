@@ -117,6 +117,11 @@ def reconcile(run: Prepared, checkpoint: Checkpoint) -> Prepared:
     return dataclasses.replace(run, config=config, plan=plan)
 
 
+def _listed(whole: int) -> str:
+    """The numbers that divide ``whole``, up to a node or a few of GPUs."""
+    return ", ".join(str(number) for number in range(1, min(whole, 64) + 1) if whole % number == 0)
+
+
 def _sequences(settings: Mapping[str, Any], world: int) -> int:
     """Sequences of an optimizer step."""
     return world * math.prod(settings[name] for name in BATCH)
@@ -137,7 +142,7 @@ def fit_batch(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
     if whole % now:
         raise SaetrainError(
             f"--resume: the run's steps of {whole} sequences ({last[0]} x {last[1]} micro-steps x {world} processes) "
-            f"can't be dealt evenly to {now} processes"
+            f"can't be dealt evenly to {now} processes; start one of {_listed(whole)} processes"
         )
     # The largest micro-batch that is no larger than what was asked for.
     size = max(size for size in range(1, asked[0] + 1) if whole // now % size == 0)
