@@ -113,8 +113,22 @@ def conduct(variants: dict[str, Variant], rounds: int, steps: int) -> dict[str, 
     return samples
 
 
-def figures(samples: dict[str, list[dict[str, float]]], work: Work) -> dict[str, Any]:
-    """Medians, and speed over one process, pair by pair within a round."""
+def exchange_seconds(work: Work, rounds: int = 10) -> float:
+    """Median seconds in which the processes sum tensors of the gradients' sizes, with nothing else to do."""
+    tensors = [torch.zeros(work.latents, work.width) for _ in range(2)]
+    seconds = []
+    for _ in range(rounds):
+        distributed.barrier("before a sample")
+        begun = time.perf_counter()
+        reduction = distributed.Reduction()
+        reduction.add(tensors)
+        reduction.wait()
+        seconds.append(time.perf_counter() - begun)
+    return statistics.median(seconds)
+
+
+def figures(samples: dict[str, list[dict[str, float]]], work: Work, exchange: float) -> dict[str, Any]:
+    """Medians, and speed over one process, pair by pair within a round; ``exchange``: seconds of the gradients' sum."""
     ranks = launch.world_size()
     out: dict[str, Any] = {}
     for name, rows in samples.items():
@@ -131,6 +145,10 @@ def figures(samples: dict[str, list[dict[str, float]]], work: Work) -> dict[str,
             "over_one_range": [min(speed), max(speed)],
         }
     # Gradients of both matrices in float32: what data parallel training can't do without.
+    alone = out["alone"]["seconds"]
+    out["exchange_seconds"] = exchange
+    # The model of benchmarks/predict.py with the figures of this machine: nothing of the exchange is hidden.
+    out["predicted_weak"] = ranks * alone / (alone + exchange)
     out["bound_bytes"] = 2 * work.width * work.latents * 4
     return out
 
@@ -152,6 +170,12 @@ def table(found: dict[str, dict[str, Any]]) -> str:
                 f"{high:.2f}) | {row['waiting']:.1%} | {row['calls']:.0f}, "
                 f"{row['control_calls']:.0f} | {row['bytes'] / 1e6:.2f} MB{share} |"
             )
+    lines.append("")
+    for precision, variants in found.items():
+        lines.append(
+            f"{precision}: summing the gradients alone takes {variants['exchange_seconds'] * 1e3:.0f} ms, so the model "
+            f"predicts {variants['predicted_weak']:.2f} for weak."
+        )
     return "\n".join(lines)
 
 
@@ -172,8 +196,9 @@ def main() -> None:
             if options.quick:
                 work = dataclasses.replace(work, **QUICK, layers=(0,))
             raw[precision] = conduct(prepare(work, precision), options.rounds, BUFFER_BATCHES)
+            exchange = exchange_seconds(work)
             if launch.rank() == 0:
-                found[precision] = figures(raw[precision], work)
+                found[precision] = figures(raw[precision], work, exchange)
         if launch.rank():
             return
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
