@@ -37,7 +37,7 @@ def _lower_case_bool(info: Any) -> PrimitiveConstructorSpec[bool] | None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line; exits with 2 on a user's mistake."""
     words = list(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in words
+    debug = _debug(words)
     try:
         with distributed.team():
             _run(words)
@@ -54,6 +54,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
+
+
+def _debug(words: list[str]) -> bool:
+    """Whether --debug is given, which an error in the other words must not hide."""
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        name, equals, value = word.partition("=")
+        if name == "--debug":
+            return (value if equals else following).lower() not in FALSE
+    return False
 
 
 def _run(words: list[str]) -> None:

@@ -258,9 +258,14 @@ def test_errors_are_one_line_with_exit_code_2(capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().err == "saetrain: error: --k 0: must be at least 1\n"
 
 
-def test_debug_shows_the_traceback() -> None:
-    with pytest.raises(SaetrainError):
-        main([*BASE, "--k", "0", "--debug"])
+@pytest.mark.parametrize(("words", "shown"), [("--debug", 1), ("--debug=true", 1), ("--debug false", 0), ("", 0)])
+def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str], words: str, shown: int) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([*BASE, "--k", "0", *words.split()])
+    assert end.value.code == 2
+    message = capsys.readouterr().err
+    assert message.count("Traceback (most recent call last)") == shown
+    assert "saetrain: error: --k 0" in message
 
 
 def test_module_and_script_are_the_same_command() -> None:

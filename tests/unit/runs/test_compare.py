@@ -216,7 +216,7 @@ def test_what_spoils_the_comparison_is_said(tmp_path: Path, capsys: pytest.Captu
     other["thresholds"] = {"max_dead": 0.5}
     other["judged_on"]["data_set"] = "other.jsonl"
     compared(make_run(tmp_path / "a"), make_run(tmp_path / "b", other))
-    printed = capsys.readouterr().out
+    printed = " ".join(capsys.readouterr().out.split())
     assert "the data sets differ, so the SAEs are not quite comparable: text.jsonl; other.jsonl" in printed
     assert "the thresholds of the verdict differ" in printed
     assert "the numbers of tokens scored" not in printed
