@@ -45,7 +45,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if debug:
             traceback.print_exc()
         # What every process finds wrong is said by the first one that does; who is lost, by each that is left.
-        if distributed.fail(str(error), error.exit_code) or (isinstance(error, RankLost) and error.worth_saying()):
+        if distributed.fail(str(error), error.exit_code) or (
+            isinstance(error, RankLost) and launch.worth_saying(error)
+        ):
             print(f"saetrain: {distributed.who()}error: {error}", file=sys.stderr)
         distributed.leave(error.exit_code)
         raise SystemExit(error.exit_code) from None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import os
 from collections.abc import Iterable
 
 
@@ -23,12 +22,6 @@ class RankLost(SaetrainError):
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code
-
-    def worth_saying(self) -> bool:
-        """Whether this process has to say it: a user's mistake is said by the first that finds it, on its terminal."""
-        return self.exit_code != SaetrainError.exit_code or os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get(
-            "WORLD_SIZE"
-        )
 
 
 def nearest(word: str, options: Iterable[str], n: int = 3) -> list[str]:

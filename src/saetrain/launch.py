@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from saetrain.errors import SaetrainError
+from saetrain.errors import RankLost, SaetrainError
 
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -39,6 +39,11 @@ def _number(name: str, default: int) -> int:
 def restarts() -> int:
     """How often torchrun has started this host's processes anew for a failure."""
     return _number("TORCHELASTIC_RESTART_COUNT", 0)
+
+
+def worth_saying(error: RankLost) -> bool:
+    """Whether this process has to say it: a user's mistake is said by the first that finds it, on its terminal."""
+    return error.exit_code != SaetrainError.exit_code or local_world_size() != world_size()
 
 
 def check() -> None:

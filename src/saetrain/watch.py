@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 from saetrain.errors import RankLost
+from saetrain.launch import worth_saying
 
 BEAT_S = 1.0
 SILENT_S = 20.0
@@ -168,7 +169,7 @@ class Watch:
         return None
 
     def _end_process(self, found: RankLost) -> None:
-        if found.worth_saying():
+        if worth_saying(found):
             print(f"saetrain: rank {self._rank}: error: {found}", file=sys.stderr, flush=True)
         if self.closing is not None:
             closer = threading.Thread(target=self.closing, daemon=True)

@@ -35,9 +35,9 @@ def report(run: Prepared, trainer: Trainer, normalizers: dict[str, Normalizer]) 
     elsewhere = len(sae_names(run)) - len(trainer.saes)
     if elsewhere:
         _print(f"            and {elsewhere} more in other processes")
-    each = "in each process" if launch.world_size() > 1 else ""
+    each = " in each process" if launch.world_size() > 1 else ""
     needed = memory_needed(run.config, run.model, run.capture.widths, run.framing.ctx_len, run.division)
-    _print(f"memory      {gib(needed)} {each} beside the program itself, {gib(memory_there(run.model.device))} there")
+    _print(f"memory      {gib(needed)}{each} beside the program itself, {gib(memory_there(run.model.device))} there")
     weights = sae_parameters(run.config, run.capture.widths) * FLOAT
     sae_files = weights * (2 if run.config.output.save_sparsify else 1)
     _print(f"disk        {gib(3 * weights)} a checkpoint ({KEPT} kept), {gib(sae_files)} for the finished SAEs")
