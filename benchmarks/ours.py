@@ -27,6 +27,7 @@ from saetrain.training.firing import DeadSettings, FiringTracker
 from saetrain.training.trainer import SaeTrainer, Trainer, TrainSettings
 from saetrain.types import Sequence, TokenKind
 
+CPU = torch.device("cpu")
 LOG_EVERY = 10
 """Steps between two readings of the metrics, as in a run."""
 BUFFER_BATCHES = 8
@@ -51,10 +52,8 @@ def make_trainer(
     coder = TopK(width, settings.latents(width), settings.k, settings.auxk_alpha, SEED)
     optim, dead = OptimSettings(), DeadSettings()
     names: Any = {"kernels": kernels, "compute_dtype": {"fp32": "float32", "bf16": "bfloat16"}[compute_dtype]}
-    chosen = choose_kernels(KernelSettings(**names), optim, "mse", torch.device("cpu"))
-    firing = FiringTracker(
-        coder.num_latents, dead.window(STEPS * tokens), dead.dead_percentage_threshold, torch.device("cpu")
-    )
+    chosen = choose_kernels(KernelSettings(**names), optim, "mse", CPU)
+    firing = FiringTracker(coder.num_latents, dead.window(STEPS * tokens), dead.dead_percentage_threshold, CPU)
     return SaeTrainer(
         hookpoint,
         coder,
@@ -167,7 +166,7 @@ def base_model(work: Work) -> BaseModel:
         config=module.config,
         causal=work.model == "gpt2",
         max_positions=work.ctx_len,
-        device=torch.device("cpu"),
+        device=CPU,
         dtype=module.dtype,
         revision=None,
     )

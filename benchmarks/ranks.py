@@ -23,9 +23,10 @@ import transformers
 from benchmarks.cases import Work
 from benchmarks.inputs import SEED, STEPS, hookpoint
 from benchmarks.machine import ROOT, describe_machine, describe_run
-from benchmarks.ours import BUFFER_BATCHES, CALIBRATION_BATCHES, RandomSequences, base_model, make_trainer
+from benchmarks.ours import BUFFER_BATCHES, CALIBRATION_BATCHES, CPU, RandomSequences, base_model, make_trainer
 from saetrain import distributed, launch
 from saetrain.activations.capture import ActivationCapture
+from saetrain.activations.model import ModelSettings
 from saetrain.activations.normalize import Normalizer, calibrate, norm_limits
 from saetrain.activations.read import ActivationReader
 from saetrain.activations.shuffle import MixingBuffer
@@ -37,6 +38,10 @@ from saetrain.training.trainer import Trainer, TrainSettings
 SHARDS = 16
 VARIANTS = ("alone", "weak", "strong")
 QUICK: dict[str, Any] = {"tokens": 128, "width": 32, "k": 4, "blocks": 2, "heads": 2, "ctx_len": 32, "latents": 128}
+
+
+def _nothing() -> None:
+    """One process has nobody to ask."""
 
 
 class Variant:
@@ -62,6 +67,7 @@ class Variant:
         pool = BUFFER_BATCHES * tokens // SHARDS
         buffer = MixingBuffer(self._reader, self._source, owned, SHARDS, pool, SEED)
         self._take = lambda number: buffer.take(number * tokens, tokens, STEPS * tokens)
+        self._meanwhile = buffer.work_ahead
         return self
 
     def sample(self, steps: int) -> dict[str, float]:
@@ -69,10 +75,9 @@ class Variant:
         before = dataclasses.replace(distributed.traffic())
         begun = time.perf_counter()
         for _ in range(steps):
-            if self._ranks > 1:
-                # As a run does before every update.
-                distributed.agree([0, 0, 0, 0])
-            self.trainer.train_step(self._take)
+            # As a run does before every update.
+            before_sums = distributed.Agreement([0, 0, 0, 0]).wait if self._ranks > 1 else _nothing
+            self.trainer.train_step(self._take, before_sums, self._meanwhile)
         seconds, now = time.perf_counter() - begun, distributed.traffic()
         return {
             "seconds": seconds / steps,
@@ -87,7 +92,9 @@ def prepare(work: Work, compute_dtype: str) -> dict[str, Variant]:
     """The variants, over one model."""
     names = [hookpoint(work, layer) for layer in work.layers]
     source = ShardedSequences(RandomSequences(work, STEPS), LoaderSettings(data_shards=SHARDS), True, False)
-    reader = ActivationReader(ActivationCapture(base_model(work), names), source.keep, work.tokens)
+    reader = ActivationReader(
+        ActivationCapture(base_model(work), names), source.keep, ModelSettings().batch_tokens(CPU)
+    )
     sample = reader.read(source.read(0, source.start, CALIBRATION_BATCHES * work.tokens)[0])
     reader.limits = norm_limits(sample)
     normalizers = calibrate(sample, reader.limits)

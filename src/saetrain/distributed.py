@@ -82,8 +82,7 @@ def start() -> None:
     watch = Watch(dist.PrefixStore(f"{name}/watch", own), rank(), world_size())
     control = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=LONG_DAYS))
     _team = _Team(watch, control, control)
-    (restarts,) = agree([again], "meeting")
-    _team.restarted = restarts > 0
+    _team.restarted = agree([again], "meeting")[0] > 0
     watch.start()
     signal.signal(signal.SIGTERM, _terminated)
 
@@ -216,22 +215,33 @@ def _waiting(team: _Team) -> Iterator[None]:
         team.traffic.waited_s += time.perf_counter() - begun
 
 
-def agree(values: list[int], name: str = "agreeing on the next step") -> list[int]:
+class Agreement:
+    """Each number's largest over the ranks, or what ``op`` makes of them, found while other work goes on."""
+
+    def __init__(self, values: list[int], name: str = "agreeing on the next step", op: Any = dist.ReduceOp.MAX) -> None:
+        self._numbers, self._name = torch.tensor(values, dtype=torch.long), name
+        self._work: Any = None
+        if _team is not None:
+            with phase(name), _waiting(_team):
+                self._work = dist.all_reduce(self._numbers, op=op, group=_team.control, async_op=True)
+            _team.traffic.control_calls += 1
+
+    def wait(self) -> list[int]:
+        """What was found, once every rank has asked."""
+        if _team is not None:
+            with phase(self._name), _waiting(_team):
+                self._work.wait()
+        return [int(number) for number in self._numbers]
+
+
+def agree(values: list[int], name: str) -> list[int]:
     """The largest of each number over the ranks."""
-    return _control(torch.tensor(values, dtype=torch.long), dist.ReduceOp.MAX, name)
+    return Agreement(values, name).wait()
 
 
 def total(values: list[int], name: str) -> list[int]:
     """The sum of each number over the ranks."""
-    return _control(torch.tensor(values, dtype=torch.long), dist.ReduceOp.SUM, name)
-
-
-def _control(numbers: Tensor, op: Any, name: str) -> list[int]:
-    if _team is not None:
-        with phase(name), _waiting(_team):
-            dist.all_reduce(numbers, op=op, group=_team.control)
-        _team.traffic.control_calls += 1
-    return [int(number) for number in numbers]
+    return Agreement(values, name, dist.ReduceOp.SUM).wait()
 
 
 def gather(value: Any, name: str) -> list[Any]:
@@ -252,18 +262,6 @@ def gather(value: Any, name: str) -> list[Any]:
 def first(value: Any, name: str) -> Any:
     """Rank 0's ``value`` (of JSON)."""
     return gather(value if rank() == 0 else None, name)[0]
-
-
-def require_same(values: Mapping[str, Any]) -> None:
-    """SaetrainError when a rank has another of one of the named values, which must be the same everywhere."""
-    for name, *found in zip(
-        values, *[each.values() for each in gather(dict(values), "comparing settings")], strict=True
-    ):
-        for number, value in enumerate(found):
-            if value != found[0]:
-                raise SaetrainError(
-                    f"{name} is {value} on rank {number} and {found[0]} on rank 0; the processes must agree on it"
-                )
 
 
 def turns(name: str, work: Callable[[], Any]) -> Any:
@@ -322,18 +320,21 @@ class Reduction:
         _team.traffic.calls += 1
         _team.traffic.bytes += tensor.nbytes
 
+    def launch(self) -> None:
+        """Nothing more is added: also what waited for company sets out."""
+        for dtype in list(self._small):
+            self._pack(dtype)
+
     def wait(self, name: str = "adding up gradients") -> None:
         """Until the tensors hold their sums."""
         if _team is None:
             return
-        for dtype in list(self._small):
-            self._pack(dtype)
+        self.launch()
         with phase(name), _waiting(_team):
             for work in self._works:
                 work.wait()
         for packed, tensors in self._packed:
-            parts = packed.split([tensor.numel() for tensor in tensors])
-            for tensor, part in zip(tensors, parts, strict=True):
+            for tensor, part in zip(tensors, packed.split([tensor.numel() for tensor in tensors]), strict=True):
                 tensor.copy_(part.view_as(tensor))
 
 
@@ -384,8 +385,7 @@ def tensors_from(source: int, tensors: Mapping[str, Tensor], name: str) -> dict[
 def tensors_of_first(tensors: Mapping[str, Tensor] | None, name: str) -> dict[str, Tensor]:
     """Rank 0's named tensors, everywhere, in the hosts' memory."""
     if _team is None:
-        assert tensors is not None
-        return dict(tensors)
+        return dict(tensors or {})
     shapes = first(_shapes(tensors or {}), name)
     out: dict[str, Tensor] = {}
     with phase(name), _waiting(_team):

@@ -40,14 +40,23 @@ class ModelSettings:
         shown_default("float32 on a CPU, bfloat16 on a GPU", "{float32,bfloat16,float16}"),
     ] = None
     """Number format of the model (the SAE is always trained in float32)."""
-    model_batch_tokens: int = 4096
+    model_batch_tokens: Annotated[
+        int | None, shown_default("4096 on a GPU, on a CPU 1024 a thread, up to 4096", "INT")
+    ] = None
     """Tokens, padding included, that the model takes at once."""
     trust_remote_code: bool = False
     """Run Python code that the model's repository brings along."""
 
     def __post_init__(self) -> None:
-        if self.model_batch_tokens < 1:
+        if self.model_batch_tokens is not None and self.model_batch_tokens < 1:
             raise SaetrainError(f"--model_batch_tokens {self.model_batch_tokens}: must be at least 1")
+
+    def batch_tokens(self, device: torch.device) -> int:
+        """Tokens that the model takes at once on ``device``."""
+        if self.model_batch_tokens is not None:
+            return self.model_batch_tokens
+        # More would leave a processor's cache between two layers, by which a BERT is up to a sixth slower.
+        return 4096 if device.type == "cuda" else min(4096, 1024 * torch.get_num_threads())
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,29 @@ class Activations:
         return len(self.doc)
 
 
+class Reading:
+    """Sequences on their way through the model, a batch of it at a time."""
+
+    def __init__(self, reader: ActivationReader, sequences: list[Sequence]) -> None:
+        self._batches = reader.batches(sequences)
+        self._parts: list[Activations] = []
+
+    def advance(self) -> int:
+        """Run the model's next batch: how many tokens came of it, left out ones too; 0 when all is done."""
+        part = next(self._batches, None)
+        if part is None:
+            return 0
+        self._parts.append(part)
+        return len(part) + part.n_outliers
+
+    def finish(self) -> Activations:
+        """Run what is left, and give all of it."""
+        self._parts.extend(self._batches)
+        parts = self._parts
+        values = {name: torch.cat([part.values[name] for part in parts]) for name in parts[0].values}
+        return Activations(values, np.concatenate([part.doc for part in parts]), sum(part.n_outliers for part in parts))
+
+
 class Place(IntEnum):
     """What a token is to a score."""
 
@@ -139,9 +162,7 @@ class ActivationReader:
 
     def read(self, sequences: list[Sequence]) -> Activations:
         """All of ``sequences`` at once."""
-        parts = list(self.batches(sequences))
-        values = {name: torch.cat([part.values[name] for part in parts]) for name in parts[0].values}
-        return Activations(values, np.concatenate([part.doc for part in parts]), sum(part.n_outliers for part in parts))
+        return Reading(self, sequences).finish()
 
     def within_limits(self, values: dict[str, Tensor], docs: np.ndarray) -> np.ndarray:
         """(n,) bool of kept tokens from data set rows ``docs``; SaetrainError when an activation is not finite."""

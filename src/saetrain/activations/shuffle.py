@@ -14,9 +14,12 @@ import torch
 from torch import Tensor
 
 from saetrain.activations.ahead import ReadAhead, SequenceSource
-from saetrain.activations.read import ActivationReader, Activations
+from saetrain.activations.read import ActivationReader, Activations, Reading
 from saetrain.errors import SaetrainError
 from saetrain.types import Cursor
+
+EARLY_POOLS = 2
+"""Pools that may be filled before they are needed: what more memory is taken for them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +51,16 @@ class ShardState:
 
 
 @dataclass
+class _Early:
+    """A pool that is being filled before it is needed."""
+
+    asked: tuple[Cursor, int]
+    reading: Reading
+    next_cursor: Cursor
+    done: bool = False
+
+
+@dataclass
 class _Pool:
     activations: Activations
     order: Tensor
@@ -72,6 +85,9 @@ class MixingBuffer:
         self._pool_tokens, self._seed = pool_tokens, seed
         self._pools: dict[int, _Pool] = {}
         self._next: dict[int, tuple[Cursor, int]] = {}
+        self._coming: dict[int, tuple[Cursor, int]] = {}
+        self._early: dict[int, _Early] = {}
+        self._credit = 0
         self._states = {shard: ShardState(0, 0, 0, source.start) for shard in owned}
         self.outliers_left_out = 0
         self.tokens_read = 0
@@ -90,7 +106,8 @@ class MixingBuffer:
         self._states = {shard: ShardState(row[0], row[1], row[2], tuple(row[3:])) for shard, row in rows.items()}
         self._pools.clear()
         self._ahead.forget()
-        self._next.clear()
+        for waiting in (self._next, self._coming, self._early):
+            waiting.clear()
         self._expect()
 
     def close(self) -> None:
@@ -110,8 +127,36 @@ class MixingBuffer:
         # Only now, for a pool that is needed at once must not wait for one that is needed later.
         for shard, (cursor, tokens) in self._next.items():
             self._ahead.expect(shard, cursor, tokens)
+        self._coming.update(self._next)
         self._next.clear()
-        return {name: torch.cat([piece[name] for piece in pieces]) for name in self._reader.capture.hookpoints}
+        taken = {name: torch.cat([piece[name] for piece in pieces]) for name in self._reader.capture.hookpoints}
+        self._credit += len(next(iter(taken.values())))
+        return taken
+
+    def work_ahead(self) -> None:
+        """Run the model for pools that run out next, over about as many tokens as were handed out since.
+
+        Changes nothing but time: it spreads the refills evenly over the steps.
+        """
+        left = {shard: len(self._pools[shard].activations) - self._states[shard].taken for shard in self._coming}
+        for shard in sorted(left, key=left.__getitem__)[:EARLY_POOLS]:
+            early = self._early.get(shard) or self._begin(shard)
+            try:
+                while not early.done and self._credit > 0:
+                    tokens = early.reading.advance()
+                    early.done = not tokens
+                    self._credit -= tokens
+            except BaseException:
+                # What was broken off half-way can't be gone on with.
+                del self._early[shard]
+                raise
+        self._credit = min(self._credit, 0)
+
+    def _begin(self, shard: int) -> _Early:
+        cursor, tokens = self._coming[shard]
+        sequences, behind = self._ahead.read(shard, cursor, tokens)
+        self._early[shard] = _Early((cursor, tokens), Reading(self._reader, sequences), behind)
+        return self._early[shard]
 
     def _share(self, shard: int, first: int, stop: int) -> tuple[int, int]:
         """The shard's own sample numbers among samples ``first`` to ``stop`` of the run, as a range."""
@@ -154,8 +199,14 @@ class MixingBuffer:
 
     def _fill(self, shard: int, state: ShardState, needed: int) -> _Pool:
         """Pool ``state.pool`` of the shard; from its start to the run's end ``needed`` activations are used."""
-        sequences, cursor = self._ahead.read(shard, state.cursor, state.tokens)
-        activations = self._reader.read(sequences)
+        early, asked = self._early.pop(shard, None), (state.cursor, state.tokens)
+        self._coming.pop(shard, None)
+        if early is not None and early.asked == asked:
+            reading, cursor = early.reading, early.next_cursor
+        else:
+            sequences, cursor = self._ahead.read(shard, *asked)
+            reading = Reading(self._reader, sequences)
+        activations = reading.finish()
         rest = needed - len(activations)
         if rest > 0:
             self._next[shard] = cursor, self._size(shard, state, rest)

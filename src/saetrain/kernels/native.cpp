@@ -464,7 +464,7 @@ double saetrain_norm_bound(const SaetrainStep* s, double enc_most, double dec_mo
 
 namespace {
 
-enum Mode { MEASURE = 0, STORE = 1, UPDATE = 2 };
+enum Mode { MEASURE = 0, STORE = 1, UPDATE = 2, ADD = 3 };
 enum Origin { PAIRS = 0, MEMORY = 1, ROWS = 2 };
 
 // Where a latent's two gradient rows come from: its pairs, memory, or rows that a dense product has just made.
@@ -474,8 +474,8 @@ struct Gradients {
     const uint16_t *enc, *dec;      // (stop - first, D) with ROWS
 };
 
-// Each latent: both gradient rows, then what the mode asks for. MEASURE sums the squared norm; STORE adds the rows to
-// g_enc, g_dec, g_b; UPDATE projects, clips, steps and renormalises. Adds to s->square and s->g_b_dec.
+// Each latent: both gradient rows, then what the mode asks for. MEASURE sums the squared norm; STORE puts the rows into
+// g_enc, g_dec, g_b, and ADD adds them to what is there; UPDATE projects, clips, steps and renormalises. Adds to s->square and s->g_b_dec.
 template <typename T>
 void latents(const SaetrainStep* s, const T* x, const T* residual, int mode, const Gradients& from, float* enc_norms) {
     const int64_t D = s->D;
@@ -535,6 +535,12 @@ void latents(const SaetrainStep* s, const T* x, const T* residual, int mode, con
                 }
             }
             if (mode == STORE) {
+                std::copy(ge.begin(), ge.end(), s->g_enc + row);
+                std::copy(gd.begin(), gd.end(), s->g_dec + row);
+                s->g_b[f] = gb;
+                continue;
+            }
+            if (mode == ADD) {
                 if (!any) continue;
                 for (int64_t d = 0; d < D; d++) {
                     s->g_enc[row + d] += ge[d];

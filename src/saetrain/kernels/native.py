@@ -10,7 +10,7 @@ from torch import Tensor
 
 from saetrain.kernels.build import build
 
-MEASURE, STORE, UPDATE = 0, 1, 2
+MEASURE, STORE, UPDATE, ADD = 0, 1, 2, 3
 PAIRS, MEMORY, ROWS = 0, 1, 2
 CHUNK_BYTES = 24 << 20
 """Pre-activations that are held at once: fewer tokens cost more than they save, for each product packs all weights."""
@@ -154,7 +154,7 @@ def largest_eigenvalue(rows_ND: Tensor) -> float:
 
 
 def latents(step: Step, mode: int, encoder_norms_F: Tensor, *, stored: bool) -> None:
-    """Gradient rows of each latent: summed up (MEASURE), added to memory (STORE), or applied (UPDATE).
+    """Gradient rows of each latent: summed up (MEASURE), put into memory (STORE) or added to it (ADD), or applied.
 
     ``stored``: the rows are taken from memory instead of from the pairs. Adds to the step's ``square`` and, unless
     stored, to its ``g_b_dec``.

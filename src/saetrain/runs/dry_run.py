@@ -59,7 +59,7 @@ def _print(text: str) -> None:
 def measure(run: Prepared, trainer: Trainer) -> float:
     """Seconds per optimizer step: the model's share by its tokens per second, the SAEs' by steps on one batch."""
     start = time.perf_counter()
-    activations = run.reader.read(run.train.read(0, run.train.start, run.config.base.model_batch_tokens)[0])
+    activations = run.reader.read(run.train.read(0, run.train.start, run.reader.batch_tokens)[0])
     model = (time.perf_counter() - start) / len(activations) * run.plan.tokens_per_step / launch.world_size()
     micro = run.plan.tokens_per_step // run.config.train.grad_acc_steps
     if not run.division.owners:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from saetrain.activations.model import resolve_device
 from saetrain.activations.read import Labelled, Place
 from saetrain.config import EvaluateConfig
 from saetrain.errors import SaetrainError, is_out_of_memory
@@ -43,7 +44,7 @@ def evaluate(config: EvaluateConfig, most: int | None = None) -> Assessment:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        tokens = config.base.model_batch_tokens
+        tokens = config.base.batch_tokens(resolve_device(config.base.device))
         raise SaetrainError(
             f"out of memory while scoring: lower --model_batch_tokens from {tokens} to {max(1, tokens // 2)}"
         ) from error

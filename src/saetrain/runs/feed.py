@@ -33,6 +33,10 @@ class Feed(ABC):
     def join(self, number: int, part: Any) -> Batch:
         """What the SAEs of this rank are trained on, from what :meth:`fetch` gave."""
 
+    def work_ahead(self) -> None:
+        """Do some of what later micro-batches need; may raise what the reader's `between_batches` raises."""
+        return
+
     def micro_batch(self, number: int) -> Batch:
         """Micro-batch ``number``, where nobody has to agree in between."""
         return self.join(number, self.fetch(number))
@@ -84,6 +88,10 @@ class MixedFeed(Feed):
     def fetch(self, number: int) -> dict[str, Tensor]:
         """This rank's shards' part of the ranks' batch_size x ctx_len activations."""
         return self._buffer.take(number * self._share, self._share, self._run.plan.tokens)
+
+    def work_ahead(self) -> None:
+        """The next pools, for activations don't depend on the SAEs."""
+        self._buffer.work_ahead()
 
     def exchanges(self, number: int) -> bool:
         """Where SAEs are dealt to the ranks."""

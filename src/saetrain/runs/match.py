@@ -69,7 +69,7 @@ def prepare(config: EvaluateConfig, located: Located) -> Setting:
                 f"are {width} wide; was it trained on another model?"
             )
     special, first = _policy(config, located)
-    reader = ActivationReader(capture, token_policy(special, first), base.model_batch_tokens)
+    reader = ActivationReader(capture, token_policy(special, first), base.batch_tokens(head.base.device))
     if first:
         limits = {hookpoints[sae]: found.about.get("norm_limit") for sae, found in located.saes.items()}
         reader.limits = {hookpoint: limit for hookpoint, limit in limits.items() if limit is not None}

@@ -120,7 +120,7 @@ def prepare(config: RunConfig) -> Prepared:
     check_memory(config, model, capture.widths, ctx_len, division)
     framing = Framing.of(tokenizer, model.causal, ctx_len)
     text = distributed.turns("reading and tokenizing the data set", lambda: load_text(config, tokenizer, framing))
-    reader = ActivationReader(capture, text.train.keep, config.base.model_batch_tokens, config.dataset)
+    reader = ActivationReader(capture, text.train.keep, config.base.batch_tokens(model.device), config.dataset)
     plan = make_plan(config, ctx_len, text.tokens)
     return Prepared(
         config,

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from saetrain import distributed, launch
+from saetrain import launch
 from saetrain.activations.model import code_hash
 from saetrain.config import RunConfig, from_flat, to_flat
 from saetrain.data.tokenize import digest, tokenizer_identity
@@ -16,6 +16,7 @@ from saetrain.evaluation.score import ScoreSettings
 from saetrain.evaluation.verdict import HealthSettings
 from saetrain.logs.console import say
 from saetrain.optim import DECAY_SHARE
+from saetrain.runs import together
 from saetrain.runs.prepare import Prepared, make_plan, resolved
 from saetrain.training.checkpoint import Checkpoint
 
@@ -73,7 +74,7 @@ def identity(run: Prepared) -> dict[str, Any]:
 def require_same(run: Prepared) -> None:
     """SaetrainError when the processes do not agree on what they are about to train on."""
     settings = {f"--{name}": value for name, value in to_flat(run.config).items() if name not in PER_RANK}
-    distributed.require_same({**settings, "the model's dtype": str(run.model.dtype), **identity(run)})
+    together.require_same({**settings, "the model's dtype": str(run.model.dtype), **identity(run)})
 
 
 def reconcile(run: Prepared, checkpoint: Checkpoint) -> Prepared:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import time
 from contextlib import AbstractContextManager
@@ -66,6 +67,7 @@ class Session:
         self.together = Together(prepared)
         self.first = launch.rank() == 0
         self.agreed = Agreed()
+        self._asked: distributed.Agreement | None = None
         batch = prepared.config.train
         self.asked_batch = checkpoint.values["asked_batch"] if checkpoint else [batch.batch_size, batch.grad_acc_steps]
         self.trainer, self.normalizers = trainer, normalizers
@@ -169,7 +171,7 @@ class Session:
         trainer = self.trainer
         self.prepared.reader.between_batches = self.stop.check
         try:
-            spikes = self.together.spikes(trainer.train_step(self._micro_batch))
+            spikes = self.together.spikes(trainer.train_step(self._micro_batch, self._heed, self._meanwhile))
         except Stopped:
             trainer.drop_step()
             return False
@@ -194,10 +196,25 @@ class Session:
             step = self.trainer.step + 1
             asked = self.log.due(step) or self.line.due(step)
             mine = [int(dropped), int(self.stop.signal or 0), int(asked), int(self._late())]
-            self.agreed = Agreed(*distributed.agree(mine))
-        if dropped or self.agreed.dropped:
-            raise Stopped
+            self._asked = distributed.Agreement(mine)
+            # Others hear of it while they compute, unless something is to be exchanged right now.
+            if dropped or not self.trainer.shared or self.feed.exchanges(number):
+                self._heed()
         return self.feed.join(number, part)
+
+    def _heed(self) -> None:
+        """What the ranks have asked of one another; :class:`Stopped` where one of them has dropped the step."""
+        if self._asked is None:
+            return
+        self.agreed, self._asked = Agreed(*self._asked.wait()), None
+        if self.agreed.dropped:
+            raise Stopped
+
+    def _meanwhile(self) -> None:
+        """Run the model for later steps while the SAEs' gradients travel."""
+        # A signal is agreed on where the next step begins, for the others have their sums by now.
+        with contextlib.suppress(Stopped):
+            self.feed.work_ahead()
 
     def _stopping(self) -> bool:
         """Whether the run is to end behind the step that is done; alone, as soon as a signal comes."""

@@ -17,6 +17,17 @@ from saetrain.runs.prepare import Prepared
 from saetrain.training.trainer import Spike, Trainer
 
 
+def require_same(values: Mapping[str, Any]) -> None:
+    """SaetrainError when a rank has another of one of the named values, which must be the same everywhere."""
+    by_rank = distributed.gather(dict(values), "comparing settings")
+    for name, *found in zip(values, *[each.values() for each in by_rank], strict=True):
+        for number, value in enumerate(found):
+            if value != found[0]:
+                raise SaetrainError(
+                    f"{name} is {value} on rank {number} and {found[0]} on rank 0; the processes must agree on it"
+                )
+
+
 class Together:
     """Gathers over the ranks; with one, it gives back what it is given."""
 

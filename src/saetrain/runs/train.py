@@ -11,6 +11,7 @@ from saetrain import distributed, launch
 from saetrain.activations.model import resolve_device
 from saetrain.config import RunConfig, write_yaml
 from saetrain.logs import check_extras
+from saetrain.runs import together
 from saetrain.runs.build import build_trainer, sae_names
 from saetrain.runs.directory import CONFIG, claim, open_directory, run_directory, with_restart, writing
 from saetrain.runs.dry_run import report
@@ -64,8 +65,8 @@ def _choose_kernels(config: RunConfig) -> None:
     device = resolve_device(config.base.device)
     asked = (config.compute, config.optim, config.train.loss_fn, device)
     chosen = distributed.turns("building the kernels", lambda: choose_kernels(*asked))
-    distributed.require_same({"the kind of --device": device.type})
-    distributed.require_same({"--kernels": chosen.kernels, "--compute_dtype": chosen.compute_dtype})
+    together.require_same({"the kind of --device": device.type})
+    together.require_same({"--kernels": chosen.kernels, "--compute_dtype": chosen.compute_dtype})
 
 
 def _opened(config: RunConfig, directory: Path) -> Checkpoint | None:

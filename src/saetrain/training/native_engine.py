@@ -82,6 +82,7 @@ class NativeEngine(Engine):
         self._halves = {name: value.bfloat16() for name, value in self._W.items()} if half else {}
         self._encoder_norms = self._W["enc"].norm(dim=1)
         stored = {} if fused else {**self._W, "b": self._b["enc"]}
+        self._stored = False
         self._grads = {f"g_{what}": torch.zeros_like(value) for what, value in stored.items()}
         self._through = torch.zeros(coder.d_in, dtype=torch.double)
         self._square = torch.zeros(1, dtype=torch.double)
@@ -109,7 +110,8 @@ class NativeEngine(Engine):
         if coder.auxk_alpha and progress.dead is not None:
             losses["auxk"] = self._auxk(progress)
         if not self._fused:
-            self._latents(native.STORE)
+            self._latents(native.ADD if self._stored else native.STORE)
+            self._stored = True
             self._g_b_dec += self._through - scale * work["residual_sum"]
         return MicroStep(
             fired=work["starts"].diff(),
@@ -171,7 +173,7 @@ class NativeEngine(Engine):
         """Run the latents' pass over the micro-batch, or over the gradients in memory."""
         step, work = self._here()
         self._square.zero_()
-        stored = not self._fused and mode != native.STORE
+        stored = not self._fused and mode in (native.MEASURE, native.UPDATE)
         if not stored:
             self._through.zero_()
         if work.dense is None or stored:
@@ -255,8 +257,7 @@ class NativeEngine(Engine):
 
     def drop(self) -> None:
         """Forget gradients and the micro-batch."""
-        for value in self._grads.values():
-            value.zero_()
+        self._stored = False
         self._g_b_dec.zero_()
         self._step, self._work, self._kept = None, None, {}
 

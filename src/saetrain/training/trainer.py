@@ -247,7 +247,7 @@ class Trainer:
         shared: bool = False,
     ) -> None:
         self.saes = saes
-        self._shared = shared
+        self.shared = shared
         self.settings = settings
         self.tokens_per_step = tokens
         self.steps = settings.max_tokens // tokens
@@ -259,17 +259,23 @@ class Trainer:
         """Activations trained on so far, over all ranks."""
         return self.step * self.tokens_per_step
 
-    def train_step(self, micro_batches: Callable[[int], Batch]) -> list[Spike]:
+    def train_step(
+        self,
+        micro_batches: Callable[[int], Batch],
+        before_sums: Callable[[], object] = lambda: None,
+        meanwhile: Callable[[], object] = lambda: None,
+    ) -> list[Spike]:
         """One optimizer step of every SAE. ``micro_batches(i)`` gives micro-batch i of the run.
 
-        Gives the spikes that left an SAE's step out.
+        ``before_sums`` is called before sums over the ranks begin, and may raise to leave the step; ``meanwhile`` while
+        they travel. Gives the spikes that left an SAE's step out.
         """
         progress = {name: self._progress(sae) for name, sae in self.saes.items()}
         factor = lr_factor(self.step, self.steps, self._warmup)
         for sae in self.saes.values():
             sae.sums = None
         spikes: list[Spike] = []
-        reduction = Reduction()
+        reduction, first = Reduction(), next(iter(self.saes.values()), None)
         for micro in range(self.settings.grad_acc_steps):
             batch = micro_batches(self.step * self.settings.grad_acc_steps + micro)
             for name, sae in self.saes.items():
@@ -277,11 +283,15 @@ class Trainer:
                 if micro < self.settings.grad_acc_steps - 1:
                     continue
                 # Each ends its step before the next begins, so that they can use the same memory in turn.
-                if not self._shared:
+                if not self.shared:
                     spikes.extend(self._finish(name, sae.peak_lr * factor))
-                else:
-                    sae.add_up(reduction)
-        if self._shared:
+                    continue
+                if sae is first:
+                    before_sums()
+                sae.add_up(reduction)
+        if self.shared:
+            reduction.launch()
+            meanwhile()
             spikes = self._finish_shared(reduction, factor)
         self.step += 1
         return spikes

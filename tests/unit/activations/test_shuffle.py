@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from itertools import pairwise
 
 import numpy as np
@@ -180,3 +181,51 @@ def test_outliers_are_counted_and_made_up_for(capture: ActivationCapture) -> Non
 def test_settings_out_of_range() -> None:
     with pytest.raises(SaetrainError, match="--buffer_tokens 0"):
         BufferSettings(buffer_tokens=0)
+
+
+@pytest.mark.parametrize("pool", [1, 7, 20, 10_000])
+def test_working_ahead_changes_no_sample(capture: ActivationCapture, pool: int) -> None:
+    total = 12 * 30
+    expected, buffer = steps(make(capture, pool=pool), 12, 30), make(capture, pool=pool)
+    for step, want in enumerate(expected):
+        (found,) = steps(buffer, 1, 30, first=step, last=total)
+        assert torch.equal(found, want)
+        before = buffer.state()
+        buffer.work_ahead()
+        assert buffer.state() == before
+
+
+def test_working_ahead_spreads_the_models_work_over_the_steps(capture: ActivationCapture) -> None:
+    buffer, calls = make(capture, pool=80), []
+    reader = buffer._reader
+    reader.between_batches = lambda: calls.append(len(calls))
+    in_steps, ahead = [], []
+    for step in range(20):
+        before = len(calls)
+        steps(buffer, 1, 20, first=step, last=4000)
+        taken = len(calls)
+        buffer.work_ahead()
+        in_steps.append(taken - before)
+        ahead.append(len(calls) - taken)
+    assert sum(in_steps[1:]) <= 1
+    assert sum(ahead) > 8
+    assert max(ahead) == 1
+
+
+def test_a_pool_that_was_broken_off_half_way_is_read_again(capture: ActivationCapture) -> None:
+    total = 12 * 30
+    expected, buffer = steps(make(capture, pool=100), 12, 30), make(capture, pool=100)
+    reader = buffer._reader
+
+    def give_up() -> None:
+        raise KeyboardInterrupt
+
+    for step, want in enumerate(expected):
+        (found,) = steps(buffer, 1, 30, first=step, last=total)
+        assert torch.equal(found, want)
+        buffer.work_ahead()
+        buffer._credit = 1000
+        reader.between_batches = give_up
+        with contextlib.suppress(KeyboardInterrupt):
+            buffer.work_ahead()
+        reader.between_batches = None

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from saetrain.coders.topk import TopK
 from saetrain.optim import Optimizer, OptimSettings
 from saetrain.training.engine import AutogradEngine
 from saetrain.training.firing import FiringTracker
+from saetrain.training.stop import Stopped
 from saetrain.training.trainer import SaeTrainer, Trainer, TrainSettings
 
 D, F, N = 6, 15, 40
 
 
-def make(micro_steps: int = 1) -> Trainer:
+def make(micro_steps: int = 1, *, shared: bool = False) -> Trainer:
     coder = TopK(D, F, 2, auxk_alpha=0.5, seed=3)
     optimizer = Optimizer(
         dict(coder.named_parameters()),
@@ -25,7 +27,7 @@ def make(micro_steps: int = 1) -> Trainer:
     firing = FiringTracker(F, 30, 0.01, torch.device("cpu"))
     sae = SaeTrainer("h", coder, lambda x: x, engine, firing, data_variance=float(D), raw_mse=1.0, lr=0.01, seed=3)
     settings = TrainSettings(max_tokens=100 * N, grad_acc_steps=micro_steps)
-    return Trainer({"h": sae}, settings, tokens=N, warmup=0)
+    return Trainer({"h": sae}, settings, tokens=N, warmup=0, shared=shared)
 
 
 def batch(step: int) -> torch.Tensor:
@@ -61,3 +63,34 @@ def test_dead_latents_are_those_of_the_steps_before() -> None:
     assert "loss_auxk" not in sae.metrics("fvu")
     trainer.train_step(lambda micro: {"h": batch(1)})
     assert sae.metrics("fvu")["loss_auxk"] > 0
+
+
+def test_ranks_are_heard_before_sums_begin_and_other_work_is_done_behind() -> None:
+    order: list[str] = []
+    trainer = make(micro_steps=2, shared=True)
+    sae = trainer.saes["h"]
+    add_up, added_up = sae.add_up, sae.added_up
+    sae.add_up = lambda reduction: (order.append("begin"), add_up(reduction))[1]  # type: ignore[method-assign,func-returns-value]
+    sae.added_up = lambda: (order.append("end"), added_up())[1]  # type: ignore[method-assign,func-returns-value]
+
+    def micro_batch(number: int) -> dict[str, torch.Tensor]:
+        order.append(f"batch {number}")
+        return {"h": batch(number)}
+
+    trainer.train_step(micro_batch, lambda: order.append("heed"), lambda: order.append("meanwhile"))
+    assert order == ["batch 0", "batch 1", "heed", "begin", "meanwhile", "end"]
+
+
+def test_a_step_that_is_given_up_before_its_sums_changes_nothing() -> None:
+    trainer, other = make(shared=True), make(shared=True)
+
+    def give_up() -> None:
+        raise Stopped
+
+    with pytest.raises(Stopped):
+        trainer.train_step(lambda micro: {"h": batch(9)}, give_up)
+    trainer.drop_step()
+    for each in (trainer, other):
+        each.train_step(lambda micro: {"h": batch(0)})
+    for name, value in trainer.saes["h"].state().items():
+        assert torch.equal(value, other.saes["h"].state()[name]), name
