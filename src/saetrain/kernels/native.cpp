@@ -487,16 +487,18 @@ void latents(const SaetrainStep* s, const T* x, const T* residual, int mode, con
     {
         const FlushToZero flush;
         const int me = omp_get_thread_num();
-        std::vector<float> ge(D), gd(D), scaled;
+        std::vector<float> own_e(D), own_d(D), scaled;
         // The split is by thread and fixed, so that the same threads give the same sums.
 #pragma omp for schedule(static)
         for (int64_t f = from.first; f < from.stop; f++) {
             const int64_t row = f * D, start = s->starts[f], pairs = s->starts[f + 1] - start;
+            float* const ge = mode == STORE ? s->g_enc + row : own_e.data();
+            float* const gd = mode == STORE ? s->g_dec + row : own_d.data();
             float gb = 0;
             bool any = true;
             if (stored) {
-                std::copy(s->g_enc + row, s->g_enc + row + D, ge.begin());
-                std::copy(s->g_dec + row, s->g_dec + row + D, gd.begin());
+                std::copy(s->g_enc + row, s->g_enc + row + D, ge);
+                std::copy(s->g_dec + row, s->g_dec + row + D, gd);
                 gb = s->g_b[f];
             } else {
                 any = pairs > 0;
@@ -512,16 +514,16 @@ void latents(const SaetrainStep* s, const T* x, const T* residual, int mode, con
                     } else {
                         scaled.resize(pairs);
                         for (int64_t p = 0; p < pairs; p++) scaled[p] = -s->scale * s->pair_value[start + p];
-                        gather(gd.data(), residual, s->pair_token + start, scaled.data(), pairs, D);
-                        gather(ge.data(), x, s->pair_token + start, s->pair_dz + start, pairs, D);
+                        gather(gd, residual, s->pair_token + start, scaled.data(), pairs, D);
+                        gather(ge, x, s->pair_token + start, s->pair_dz + start, pairs, D);
                     }
                     const float* w = s->W_enc + row;
                     double* to = through[me].data();
 #pragma omp simd
                     for (int64_t d = 0; d < D; d++) to[d] -= gb * w[d];
                 } else {
-                    std::fill(ge.begin(), ge.end(), 0.0f);
-                    std::fill(gd.begin(), gd.end(), 0.0f);
+                    std::fill(ge, ge + D, 0.0f);
+                    std::fill(gd, gd + D, 0.0f);
                 }
                 const int32_t extra = s->extra_row != nullptr ? s->extra_row[f] : -1;
                 if (extra >= 0) {  // AuxK leaves b_dec alone, so what it adds comes after the sum through the encoder
@@ -535,8 +537,6 @@ void latents(const SaetrainStep* s, const T* x, const T* residual, int mode, con
                 }
             }
             if (mode == STORE) {
-                std::copy(ge.begin(), ge.end(), s->g_enc + row);
-                std::copy(gd.begin(), gd.end(), s->g_dec + row);
                 s->g_b[f] = gb;
                 continue;
             }
@@ -552,10 +552,10 @@ void latents(const SaetrainStep* s, const T* x, const T* residual, int mode, con
             float* wd = s->W_dec + row;
             float* we = s->W_enc + row;
             if (any) {
-                const float along = dot(gd.data(), wd, D);
+                const float along = dot(gd, wd, D);
 #pragma omp simd
                 for (int64_t d = 0; d < D; d++) gd[d] -= along * wd[d];
-                square[me] += dot(ge.data(), ge.data(), D) + dot(gd.data(), gd.data(), D) + gb * gb;
+                square[me] += dot(ge, ge, D) + dot(gd, gd, D) + gb * gb;
             }
             if (mode == MEASURE) continue;
             float *me_ = s->m_enc + row, *ve = s->v_enc + row, *md = s->m_dec + row, *vd = s->v_dec + row;

@@ -92,6 +92,7 @@ class NativeEngine(Engine):
         self._kept: dict[str, Tensor] = {}
         self._extra_norm = 0.0
         self._bound = 0.0
+        self._bounds = torch.zeros(1, dtype=torch.double)
 
     def micro_step(self, x_ND: Tensor, progress: Progress, objective: Objective | None = None) -> MicroStep:
         """Top-k, decode and latent gradients; the weights' gradients too where they have to add up."""
@@ -113,6 +114,8 @@ class NativeEngine(Engine):
             self._latents(native.ADD if self._stored else native.STORE)
             self._stored = True
             self._g_b_dec += self._through - scale * work["residual_sum"]
+            # No sum of gradients is longer than their lengths together, whatever rank they come from.
+            self._bounds += self._loose_bound(step)
         return MicroStep(
             fired=work["starts"].diff(),
             tokens=len(x_ND),
@@ -184,30 +187,37 @@ class NativeEngine(Engine):
     def gradients(self) -> list[Tensor]:
         """Those in memory."""
         assert not self._fused, "a fused step keeps no gradients"
-        return [*self._grads.values(), self._g_b_dec]
+        return [*self._grads.values(), self._g_b_dec, self._bounds]
 
     def norm_bound(self) -> float:
-        """Cheap from norms alone where the step is fused; else the norm itself, of the gradients in memory."""
+        """Cheap from norms alone, and where that does not rule out clipping a tighter one, or the norm itself."""
         step, _ = self._here()
-        if self._fused:
-            self._bound = self._cheap_bound(step)
-        else:
-            self._latents(native.MEASURE)
-            self._bound = self._norm()
-        return self._bound
+        bound = self._loose_bound(step) if self._fused else float(self._bounds[0])
+        if self._too_long(bound) and math.isfinite(bound):
+            bound = min(bound, self._tight_bound(step)) if self._fused else self._measured()
+        self._bound = bound
+        return bound
 
-    def _cheap_bound(self, step: native.Step) -> float:
-        """From norms alone, and a tighter one where that does not rule out clipping."""
+    def _loose_bound(self, step: native.Step) -> float:
+        """Of the micro-batch's gradient, from norms alone."""
         bias = torch.empty(step.F)
         square = native.square_bound(step, bias)
         direct = step.scale * self._here()[1]["residual_sum"]
         through = float(bias.abs() @ self._encoder_norms)
-        bound = (square + (float(direct.norm()) + through) ** 2) ** 0.5 + self._extra_norm
-        if not self._too_long(bound) or not math.isfinite(bound):
-            return bound
+        return float((square + (float(direct.norm()) + through) ** 2) ** 0.5 + self._extra_norm)
+
+    def _tight_bound(self, step: native.Step) -> float:
+        """The same, from the singular values of what the gradients are sums of."""
+        bias = torch.empty(step.F)
+        direct = step.scale * self._here()[1]["residual_sum"]
         square = native.square_bound(step, bias, self._inputs)
         exact = direct + (bias.to(self._weights["enc"].dtype) @ self._weights["enc"]).double()
-        return min(bound, 1.02 * (square + float(exact.pow(2).sum())) ** 0.5 + self._extra_norm)
+        return float(1.02 * (square + float(exact.pow(2).sum())) ** 0.5 + self._extra_norm)
+
+    def _measured(self) -> float:
+        """The norm itself, by a pass over the gradients."""
+        self._latents(native.MEASURE)
+        return self._norm()
 
     def _too_long(self, bound: float) -> bool:
         """Whether a gradient of at most this norm may have to be clipped."""
@@ -239,8 +249,7 @@ class NativeEngine(Engine):
         step.clip, norm, limit = 1.0, self._bound, self._settings.max_grad_norm
         if self._too_long(self._bound):
             if self._fused:
-                self._latents(native.MEASURE)
-                norm = self._norm()
+                norm = self._measured()
             step.clip = min(1.0, limit / (norm + 1e-6))
         self._latents(native.UPDATE)
         norm = self._norm()
@@ -259,6 +268,7 @@ class NativeEngine(Engine):
         """Forget gradients and the micro-batch."""
         self._stored = False
         self._g_b_dec.zero_()
+        self._bounds.zero_()
         self._step, self._work, self._kept = None, None, {}
 
     def state(self) -> dict[str, Tensor]:
