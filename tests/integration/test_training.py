@@ -244,7 +244,7 @@ def test_the_commands_of_the_readme_run_as_they_stand(
 
 
 def test_special_tokens_and_sinks_are_left_out_by_default(tmp_path: Path, minilm: str, topics_jsonl: str) -> None:
-    base = [minilm, topics_jsonl, "--layers", "3", "--ctx_len", "64"]
+    base = [minilm, topics_jsonl, "--layers", "3", "--ctx_len", "64", "--model_batch_tokens", "4096"]
     kept = next(iter(held_out_batches(prepare(parse(base)))))["encoder.layer.3"]
     everything = next(iter(held_out_batches(prepare(parse([*base, "--exclude_special_tokens", "false"])))))
     assert len(everything["encoder.layer.3"]) == len(kept) + 2 * 64, "one CLS and one SEP in each of 64 sequences"
