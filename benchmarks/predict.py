@@ -70,14 +70,14 @@ def exchange_s(
 ) -> float:
     """Seconds of the exchange; ``each_micro_step``: gradients go around with every micro-step.
 
-    ``hidden``: less what passes while the model reads for later steps.
+    ``hidden``: less the sums that pass while the model reads for later steps.
     """
     gradients = 2 * work.width * work.latents * 4 + 8 * work.latents
     ring = 2 * (ranks - 1) / ranks * gradients / gpu.link_bytes
     calls = 3 * gpu.link_latency_s
-    seconds = (work.micro_steps if each_micro_step else 1) * (ring + calls) + gpu.control_s
+    sums = (work.micro_steps if each_micro_step else 1) * (ring + calls)
     meanwhile = work.micro_steps * model_flops(work) / gpu.product_flops if hidden else 0.0
-    return max(0.0, seconds - meanwhile)
+    return max(0.0, sums - meanwhile) + gpu.control_s
 
 
 SETTINGS = (

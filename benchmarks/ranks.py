@@ -75,7 +75,7 @@ class Variant:
         before = dataclasses.replace(distributed.traffic())
         begun = time.perf_counter()
         for _ in range(steps):
-            # As a run does before every update.
+            # A run asks as much before every update.
             before_sums = distributed.Agreement([0, 0, 0, 0]).wait if self._ranks > 1 else _nothing
             self.trainer.train_step(self._take, before_sums, self._meanwhile)
         seconds, now = time.perf_counter() - begun, distributed.traffic()

@@ -14,6 +14,7 @@ from tests.distributed.conftest import STEPS, Launcher, ended, free_port, record
 
 CASES = {
     "native-two-micro-steps": ("tiny_bert", "--layers 1 --kernels native --grad_acc_steps 2 --auxk_alpha 0.1", (2, 4)),
+    "native-clipped": ("tiny_bert", "--layers 1 --kernels native --grad_acc_steps 2 --max_grad_norm 0.1", (2,)),
     "torch-two-layers-two-seeds": (
         "tiny_bert",
         "--layers 0 2 --init_seeds 1 2 --kernels torch --parallel data --weight_decay 0.01",

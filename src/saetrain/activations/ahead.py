@@ -44,6 +44,13 @@ class ReadAhead:
             future.cancel()
         return self._thread.submit(self._source.read, shard, cursor, tokens).result()
 
+    def ready(self, shard: int, cursor: Cursor, tokens: int) -> bool:
+        """Whether :meth:`read` would give this at once, and without an error."""
+        key, future = self._expected.get(shard, (None, None))
+        if future is None or key != (cursor, tokens) or not future.done() or future.cancelled():
+            return False
+        return future.exception() is None
+
     def expect(self, shard: int, cursor: Cursor, tokens: int) -> None:
         """Begin to read what the shard will need next."""
         self._expected[shard] = (cursor, tokens), self._thread.submit(self._source.read, shard, cursor, tokens)

@@ -40,11 +40,11 @@ class Reading:
         self._batches = reader.batches(sequences)
         self._parts: list[Activations] = []
 
-    def advance(self) -> int:
-        """Run the model's next batch: how many tokens came of it, left out ones too; 0 when all is done."""
+    def advance(self) -> int | None:
+        """Run the model's next batch: how many tokens came of it, outliers too; None when all is done."""
         part = next(self._batches, None)
         if part is None:
-            return 0
+            return None
         self._parts.append(part)
         return len(part) + part.n_outliers
 
@@ -103,6 +103,8 @@ class ActivationReader:
             keep = np.concatenate([self.keep(sequence) for sequence in chosen])
             docs = np.concatenate([sequence.doc for sequence in chosen])[keep]
             values = self._pick(captured, chosen, keep)
+            # Whoever takes batches one at a time would else hold the whole of each meanwhile.
+            del captured
             fine = self.within_limits(values, docs)
             if fine.all():
                 yield Activations(values, docs, 0)

@@ -57,7 +57,6 @@ class _Early:
     asked: tuple[Cursor, int]
     reading: Reading
     next_cursor: Cursor
-    done: bool = False
 
 
 @dataclass
@@ -140,23 +139,30 @@ class MixingBuffer:
         """
         left = {shard: len(self._pools[shard].activations) - self._states[shard].taken for shard in self._coming}
         for shard in sorted(left, key=left.__getitem__)[:EARLY_POOLS]:
-            early = self._early.get(shard) or self._begin(shard)
-            try:
-                while not early.done and self._credit > 0:
-                    tokens = early.reading.advance()
-                    early.done = not tokens
-                    self._credit -= tokens
-            except BaseException:
-                # What was broken off half-way can't be gone on with.
-                del self._early[shard]
-                raise
+            self._fill_early(shard)
         self._credit = min(self._credit, 0)
 
-    def _begin(self, shard: int) -> _Early:
-        cursor, tokens = self._coming[shard]
-        sequences, behind = self._ahead.read(shard, cursor, tokens)
-        self._early[shard] = _Early((cursor, tokens), Reading(self._reader, sequences), behind)
-        return self._early[shard]
+    def _fill_early(self, shard: int) -> None:
+        """As much of the shard's next pool as there is credit for, unless its text is not there yet."""
+        asked = self._coming[shard]
+        if self._credit <= 0 or not (shard in self._early or self._ahead.ready(shard, *asked)):
+            return
+        if shard not in self._early:
+            sequences, behind = self._ahead.read(shard, *asked)
+            self._early[shard] = _Early(asked, Reading(self._reader, sequences), behind)
+        try:
+            while self._credit > 0:
+                tokens = self._early[shard].reading.advance()
+                if tokens is None:
+                    return
+                self._credit -= tokens
+        except SaetrainError:
+            # It is raised where the pool is needed, for the steps before it are good.
+            del self._early[shard], self._coming[shard]
+        except BaseException:
+            # What was broken off half-way can't be gone on with.
+            del self._early[shard]
+            raise
 
     def _share(self, shard: int, first: int, stop: int) -> tuple[int, int]:
         """The shard's own sample numbers among samples ``first`` to ``stop`` of the run, as a range."""

@@ -475,7 +475,8 @@ struct Gradients {
 };
 
 // Each latent: both gradient rows, then what the mode asks for. MEASURE sums the squared norm; STORE puts the rows into
-// g_enc, g_dec, g_b, and ADD adds them to what is there; UPDATE projects, clips, steps and renormalises. Adds to s->square and s->g_b_dec.
+// g_enc, g_dec, g_b, and ADD adds them to what is there; UPDATE projects, clips, steps and renormalises. Adds to
+// s->square and s->g_b_dec.
 template <typename T>
 void latents(const SaetrainStep* s, const T* x, const T* residual, int mode, const Gradients& from, float* enc_norms) {
     const int64_t D = s->D;

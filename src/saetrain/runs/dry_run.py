@@ -18,6 +18,7 @@ from saetrain.training.checkpoint import KEPT
 from saetrain.training.trainer import Batch, Trainer
 
 MEASURED_STEPS = 3
+MEASURED_TOKENS = 4096
 
 
 def report(run: Prepared, trainer: Trainer, normalizers: dict[str, Normalizer]) -> None:
@@ -58,8 +59,10 @@ def _print(text: str) -> None:
 
 def measure(run: Prepared, trainer: Trainer) -> float:
     """Seconds per optimizer step: the model's share by its tokens per second, the SAEs' by steps on one batch."""
+    sequences = run.train.read(0, run.train.start, max(MEASURED_TOKENS, run.reader.batch_tokens))[0]
+    run.reader.read(sequences[:1])
     start = time.perf_counter()
-    activations = run.reader.read(run.train.read(0, run.train.start, run.reader.batch_tokens)[0])
+    activations = run.reader.read(sequences)
     model = (time.perf_counter() - start) / len(activations) * run.plan.tokens_per_step / launch.world_size()
     micro = run.plan.tokens_per_step // run.config.train.grad_acc_steps
     if not run.division.owners:

@@ -293,6 +293,10 @@ def resolved(run: Prepared) -> RunConfig:
         compute=choose_kernels(config.compute, config.optim, config.train.loss_fn, run.model.device),
         source=dataclasses.replace(config.source, text_column=column),
         base=dataclasses.replace(
-            config.base, dtype=dtype, device=str(run.model.device), revision=run.model.revision or config.base.revision
+            config.base,
+            dtype=dtype,
+            device=str(run.model.device),
+            revision=run.model.revision or config.base.revision,
+            model_batch_tokens=run.reader.batch_tokens,
         ),
     )

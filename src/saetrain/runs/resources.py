@@ -9,6 +9,7 @@ import torch
 
 from saetrain import launch
 from saetrain.activations.model import BaseModel
+from saetrain.activations.shuffle import EARLY_POOLS
 from saetrain.config import RunConfig
 from saetrain.errors import SaetrainError
 from saetrain.training.parallel import Division
@@ -28,6 +29,8 @@ def sae_parameters(config: RunConfig, widths: dict[str, int]) -> int:
 def memory_needed(config: RunConfig, model: BaseModel, widths: dict[str, int], ctx_len: int, division: Division) -> int:
     """Bytes beside the program: model, SAEs with gradients and two moments, mixing buffer, one micro-step's codes.
 
+    Ranks that share the SAEs fill some pools of the buffer before they are needed.
+
     End to end, the logits of a micro-step in the buffer's place.
     """
     weights = sum(p.numel() * p.element_size() for p in model.module.parameters())
@@ -35,6 +38,9 @@ def memory_needed(config: RunConfig, model: BaseModel, widths: dict[str, int], c
     saes = 4 * FLOAT * sae_parameters(config, own)
     buffered = min(config.buffer.buffer_tokens, config.train.max_tokens) // launch.world_size()
     mixing = buffered * sum(widths.values()) * model.dtype.itemsize
+    if launch.world_size() > 1 and not division.owners:
+        own_shards = max(1, config.loader.data_shards // launch.world_size())
+        mixing += mixing * min(EARLY_POOLS, own_shards) // own_shards
     if config.train.end_to_end:
         vocabulary = model.module.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
         mixing = LOGITS * FLOAT * config.train.batch_size * ctx_len * vocabulary

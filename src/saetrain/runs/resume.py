@@ -57,8 +57,8 @@ OF_TEXT = frozenset({"split", "dataset_config", "text_column", "skip_bad_rows"})
 PER_RANK = frozenset({"save_dir", "device", "data_preprocessing_num_proc", "resume", "overwrite"})
 """Settings that may differ between processes."""
 BATCH = ("batch_size", "grad_acc_steps")
-DERIVED = ("lr_warmup_steps", "dead_window_tokens")
-"""Settings that follow --max_tokens where they are not given; a resumed run keeps the first start's."""
+DERIVED = ("lr_warmup_steps", "dead_window_tokens", "model_batch_tokens")
+"""Settings that follow others, or the machine, where they are not given; a resumed run keeps the first start's."""
 
 
 def identity(run: Prepared) -> dict[str, Any]:
@@ -74,7 +74,8 @@ def identity(run: Prepared) -> dict[str, Any]:
 def require_same(run: Prepared) -> None:
     """SaetrainError when the processes do not agree on what they are about to train on."""
     settings = {f"--{name}": value for name, value in to_flat(run.config).items() if name not in PER_RANK}
-    together.require_same({**settings, "the model's dtype": str(run.model.dtype), **identity(run)})
+    found = {"the model's dtype": str(run.model.dtype), "--model_batch_tokens": run.reader.batch_tokens}
+    together.require_same({**settings, **found, **identity(run)})
 
 
 def reconcile(run: Prepared, checkpoint: Checkpoint) -> Prepared:
@@ -115,6 +116,7 @@ def reconcile(run: Prepared, checkpoint: Checkpoint) -> Prepared:
     _same(now, then, "text", "DATASET: its text is not the one")
     config: RunConfig = dataclasses.replace(from_flat(flat, "checkpoint"), where=run.config.where)
     plan = make_plan(config, run.framing.ctx_len, run.plan.text_tokens)
+    run.reader.batch_tokens = config.base.batch_tokens(run.model.device)
     return dataclasses.replace(run, config=config, plan=plan)
 
 

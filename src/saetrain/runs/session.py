@@ -173,6 +173,7 @@ class Session:
         try:
             spikes = self.together.spikes(trainer.train_step(self._micro_batch, self._heed, self._meanwhile))
         except Stopped:
+            assert self._asked is None, "the ranks wait for an answer"
             trainer.drop_step()
             return False
         finally:

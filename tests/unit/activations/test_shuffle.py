@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -191,6 +193,7 @@ def test_working_ahead_changes_no_sample(capture: ActivationCapture, pool: int) 
         (found,) = steps(buffer, 1, 30, first=step, last=total)
         assert torch.equal(found, want)
         before = buffer.state()
+        _wait_for_text(buffer)
         buffer.work_ahead()
         assert buffer.state() == before
 
@@ -204,12 +207,57 @@ def test_working_ahead_spreads_the_models_work_over_the_steps(capture: Activatio
         before = len(calls)
         steps(buffer, 1, 20, first=step, last=4000)
         taken = len(calls)
+        _wait_for_text(buffer)
         buffer.work_ahead()
         in_steps.append(taken - before)
         ahead.append(len(calls) - taken)
     assert sum(in_steps[1:]) <= 1
     assert sum(ahead) > 8
     assert max(ahead) == 1
+
+
+def test_nobody_waits_for_text_that_is_needed_later(
+    capture: ActivationCapture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = steps(make(capture, pool=40), 3, 20, last=400)
+    buffer, there, slow = make(capture, pool=40), threading.Event(), threading.Event()
+    read = ShardedSequences.read
+
+    def waiting(self: ShardedSequences, *asked: Any) -> Any:
+        assert not slow.is_set() or there.wait(60)
+        return read(self, *asked)
+
+    monkeypatch.setattr(ShardedSequences, "read", waiting)
+    expect = buffer._ahead.expect
+    monkeypatch.setattr(buffer._ahead, "expect", lambda *asked: (slow.set(), expect(*asked)))
+    found = steps(buffer, 1, 20, last=400)
+    buffer.work_ahead()
+    assert not buffer._early
+    there.set()
+    found += steps(buffer, 2, 20, first=1, last=400)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_an_error_of_a_later_pool_is_raised_where_the_pool_is_needed(
+    capture: ActivationCapture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    buffer = make(capture, pool=40)
+    steps(buffer, 1, 20, last=4000)
+
+    def broken(*_: Any) -> Any:
+        raise SaetrainError("row 7 is broken")
+
+    monkeypatch.setattr(ActivationReader, "within_limits", broken)
+    _wait_for_text(buffer)
+    buffer._credit = 1000
+    buffer.work_ahead()
+    with pytest.raises(SaetrainError, match="row 7"):
+        steps(buffer, 20, 20, first=1, last=4000)
+
+
+def _wait_for_text(buffer: MixingBuffer) -> None:
+    for _, future in buffer._ahead._expected.values():
+        future.result()
 
 
 def test_a_pool_that_was_broken_off_half_way_is_read_again(capture: ActivationCapture) -> None:
@@ -223,6 +271,7 @@ def test_a_pool_that_was_broken_off_half_way_is_read_again(capture: ActivationCa
     for step, want in enumerate(expected):
         (found,) = steps(buffer, 1, 30, first=step, last=total)
         assert torch.equal(found, want)
+        _wait_for_text(buffer)
         buffer.work_ahead()
         buffer._credit = 1000
         reader.between_batches = give_up

@@ -168,6 +168,30 @@ def test_whole_steps_are_the_reference_s(name: str, limit: float, shape: tuple[i
     torch.testing.assert_close(coder.W_dec.norm(dim=1), torch.ones(shape[2]))
 
 
+@pytest.mark.parametrize("dense", [None, False, True])
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape[0] > 3], ids=str)
+def test_the_bound_holds_for_micro_batches_together(
+    shape: tuple[int, int, int, int, int], dense: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also summed over ranks, as :meth:`gradients` hands it out; ``dense`` None: float32."""
+    monkeypatch.setattr(native_engine, "dense_limit", lambda half: 10**9 if dense else 0)
+    x, about = data(shape[0], shape[1]), progress(shape)
+    engines = [make(by_native(dense is not None), shape, max_grad_norm=1e9)[1] for _ in range(3)]
+    one, ranks = engines[0], engines[1:]
+    for part in x.split(-(-shape[0] // 4)):
+        one.micro_step(part, about)
+    for rank, half in zip(ranks, x.split(-(-shape[0] // 2)), strict=True):
+        for part in half.split(-(-len(half) // 2)):
+            rank.micro_step(part, about)
+    for mine, other in zip(ranks[0].gradients(), ranks[1].gradients(), strict=True):
+        mine += other
+    bounds = [engine.norm_bound() for engine in (one, ranks[0])]
+    norms = [float(engine.apply(0.0)) for engine in (one, ranks[0])]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-3 if dense is None else 0.1)
+    for bound, norm in zip(bounds, norms, strict=True):
+        assert native_engine.MARGIN_HALF * bound >= norm
+
+
 @pytest.mark.parametrize("dense", [False, True])
 def test_the_bound_is_one_in_bfloat16_too(dense: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native_engine, "dense_limit", lambda half: 10**9 if dense else 0)
