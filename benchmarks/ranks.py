@@ -151,11 +151,11 @@ def figures(samples: dict[str, list[dict[str, float]]], work: Work, exchange: fl
             "over_one": statistics.median(speed),
             "over_one_range": [min(speed), max(speed)],
         }
-    # Gradients of both matrices in float32: what data parallel training can't do without.
     alone = out["alone"]["seconds"]
     out["exchange_seconds"] = exchange
     # The model of benchmarks/predict.py with the figures of this machine: nothing of the exchange is hidden.
     out["predicted_weak"] = ranks * alone / (alone + exchange)
+    # Gradients of both matrices in float32: what data parallel training can't do without.
     out["bound_bytes"] = 2 * work.width * work.latents * 4
     return out
 
