@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -148,6 +149,25 @@ def test_no_key_and_no_server_are_said_with_the_way_out(tmp_path: Path, tiny_ber
         assert "--log_to_wandb true: Weights & Biases could not start a run" in output
         assert "WANDB_MODE=offline" in output
         assert "Traceback" not in output
+
+
+def test_a_stuck_service_does_not_keep_a_refused_run_from_ending(
+    tmp_path: Path, tiny_bert: str, topics_jsonl: str
+) -> None:
+    words = [tiny_bert, topics_jsonl, *SETTINGS.split(), "--log_to_wandb", "true"]
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        process = start(tmp_path, "run", words, WANDB_MODE="online", WANDB_API_KEY="0" * 40, WANDB_BASE_URL=url)
+        silent.settimeout(120)
+        silent.accept()
+        services = [child for child in psutil.Process(process.pid).children() if "wandb-core" in child.name()]
+        assert services
+        for service in services:
+            service.suspend()
+        output = finish(process, code=2)
+    assert "Weights & Biases could not start a run" in output
+    assert "Traceback" not in output
+    assert not any(service.is_running() for service in services)
 
 
 def test_training_goes_on_when_its_process_dies(tmp_path: Path, tiny_bert: str, topics_jsonl: str) -> None:

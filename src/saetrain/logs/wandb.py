@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from saetrain.errors import SaetrainError
 from saetrain.files import write_json
 from saetrain.logs.base import LAST, Record, RunInfo, Sink
@@ -23,6 +25,8 @@ TIMEOUT_S = 30
 """Seconds to wait for the server at the start."""
 TRIES = 3
 """Starts of W&B's own process."""
+SERVICE = "wandb-core"
+"""The name of that process."""
 MARKS = "wandb/logged.json"
 """Which W&B run this is, and the last step of each kind of record that was handed to it."""
 
@@ -63,6 +67,7 @@ class WandB(Sink):
         try:
             wandb.login()
         except wandb.errors.Error as error:
+            _end_service()
             raise SaetrainError(f"{REFUSED}: {_first_line(error)} {WAY_OUT}") from error
 
     def write(self, record: Record) -> None:
@@ -121,12 +126,28 @@ def _started(tries: int, **options: Any) -> Any:
     try:
         return wandb.init(**options)
     except Exception as error:  # of its service process it raises types of many kinds
+        _end_service()
         if tries == 1 or isinstance(error, wandb.errors.Error):
             raise SaetrainError(f"{REFUSED}: {_first_line(error)} {WAY_OUT}") from error
-    with contextlib.suppress(Exception):
-        wandb.teardown()
     time.sleep(1)
     return _started(tries - 1, **options)
+
+
+def _end_service() -> None:
+    """Kill W&B's own process, which holds nothing yet: the end of this one would wait for it, and it can be stuck.
+
+    Where the caller of saetrain as a library has a run of its own in there, it is left alone.
+    """
+    wandb = _wandb()
+    if wandb.run is not None:
+        return
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):
+            if SERVICE in child.name():
+                child.kill()
+    # Torn down here, where a broken connection may be ignored, and not at the end, where its traceback is printed.
+    with contextlib.suppress(Exception, SystemExit):
+        wandb.teardown()
 
 
 def _first_line(error: Exception) -> str:
