@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ from saetrain.types import shown_default
 BETAS = (0.9, 0.999)
 EPS = 1e-8
 """Adam's constants; the eps suits gradients of a loss over the variance, averaged over thousands of tokens."""
+ENCODER_SHARE = 0.5
+"""The encoder's learning rate over the decoder's: latents die of an encoder that moves too fast (docs/recipe.md)."""
 DECAY_SHARE = 0.2
 """Share of the run, at its end, over which the learning rate falls linearly to zero."""
 SGD_LR = 1.0
@@ -87,17 +89,19 @@ def lr_factor(step: int, steps: int, warmup: int) -> float:
 
 
 Parameters = Mapping[str, nn.Parameter]
+Groups = list[dict[str, Any]]
+ENCODER = frozenset({"W_enc", "b_enc"})
 
 
-def _adam(parameters: Parameters) -> torch.optim.Optimizer:
-    return torch.optim.Adam(parameters.values(), lr=0.0, betas=BETAS, eps=EPS, fused=True)
+def _adam(groups: Groups) -> torch.optim.Optimizer:
+    return torch.optim.Adam(groups, lr=0.0, betas=BETAS, eps=EPS, fused=True)
 
 
-def _sgd(parameters: Parameters) -> torch.optim.Optimizer:
-    return torch.optim.SGD(parameters.values(), lr=0.0, momentum=0.9)
+def _sgd(groups: Groups) -> torch.optim.Optimizer:
+    return torch.optim.SGD(groups, lr=0.0, momentum=0.9)
 
 
-OPTIMIZERS: dict[str, Callable[[Parameters], torch.optim.Optimizer]] = {"adam": _adam, "sgd": _sgd}
+OPTIMIZERS: dict[str, Callable[[Groups], torch.optim.Optimizer]] = {"adam": _adam, "sgd": _sgd}
 """Name of ``--optimizer`` -> how it is built."""
 
 
@@ -121,7 +125,11 @@ class Optimizer:
         self._project, self._renormalize = project, renormalize
         self._turned = {name for name, p in parameters.items() if in_memory_order(p) is not p}
         self._stored = {name: nn.Parameter(in_memory_order(p.detach())) for name, p in parameters.items()}
-        self.torch = OPTIMIZERS[settings.optimizer](self._stored)
+        groups = [
+            {"params": [p for name, p in self._stored.items() if (name in ENCODER) is encoder], "share": share}
+            for encoder, share in ((False, 1.0), (True, ENCODER_SHARE))
+        ]
+        self.torch = OPTIMIZERS[settings.optimizer](groups)
 
     def project(self) -> Tensor:
         """Project the gradients; gives their norm, before clipping."""
@@ -139,11 +147,11 @@ class Optimizer:
             torch.nn.utils.clip_grads_with_norm_(self._parameters.values(), self._settings.max_grad_norm, norm)
         if self._settings.weight_decay:
             with torch.no_grad():
-                self._parameters["W_enc"].mul_(1 - lr * self._settings.weight_decay)
+                self._parameters["W_enc"].mul_(1 - ENCODER_SHARE * lr * self._settings.weight_decay)
         for name, parameter in self._parameters.items():
             self._stored[name].grad = None if parameter.grad is None else in_memory_order(parameter.grad)
         for group in self.torch.param_groups:
-            group["lr"] = lr
+            group["lr"] = group["share"] * lr
         self.torch.step()
         self._renormalize()
 

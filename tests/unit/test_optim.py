@@ -7,7 +7,7 @@ import torch
 
 from saetrain.coders.topk import TopK
 from saetrain.errors import SaetrainError
-from saetrain.optim import Optimizer, OptimSettings, lr_factor, lr_rule, resolve_lr, warmup_steps
+from saetrain.optim import ENCODER_SHARE, Optimizer, OptimSettings, lr_factor, lr_rule, resolve_lr, warmup_steps
 
 D, F = 5, 9
 
@@ -47,7 +47,8 @@ def test_one_step_by_hand_project_clip_step_renormalise() -> None:
     for name, grad in grads.items():
         clipped = grad * scale
         # Adam's first step, bias corrected: m = g, v = g².
-        expected = before[name] - 0.01 * clipped / (clipped.abs() + 1e-8)
+        rate = 0.01 * (ENCODER_SHARE if name.endswith("_enc") else 1)
+        expected = before[name] - rate * clipped / (clipped.abs() + 1e-8)
         if name == "W_dec":
             expected = expected / expected.norm(dim=1, keepdim=True)
         torch.testing.assert_close(dict(coder.named_parameters())[name].detach(), expected, msg=name)
@@ -83,7 +84,7 @@ def test_weight_decay_shrinks_the_encoder_alone() -> None:
     for parameter in coder.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step(0.5, optimizer.project())
-    torch.testing.assert_close(coder.W_enc.detach(), before["W_enc"] * (1 - 0.5 * 0.1))
+    torch.testing.assert_close(coder.W_enc.detach(), before["W_enc"] * (1 - ENCODER_SHARE * 0.5 * 0.1))
     for name in ("W_dec", "b_enc", "b_dec"):
         torch.testing.assert_close(dict(coder.named_parameters())[name].detach(), before[name], msg=name)
 

@@ -365,7 +365,7 @@ struct SaetrainStep {
     // further gradient rows of some latents (AuxK), null without
     const int32_t* extra_row;  // (F,) row or -1
     const float *extra_enc, *extra_dec, *extra_b;
-    float lr, beta1, beta2, eps, correction1, correction2, decay, clip;
+    float lr, encoder_lr, beta1, beta2, eps, correction1, correction2, decay, clip;
     double* g_b_dec;  // (D,) part of b_dec's gradient that comes through the encoder
     double* square;   // sum of squared gradients of W_enc, W_dec and b_enc
 };
@@ -483,7 +483,7 @@ void latents(const SaetrainStep* s, const T* x, const T* residual, int mode, con
     const bool stored = from.origin == MEMORY;
     std::vector<std::vector<double>> through(s->threads, std::vector<double>(D, 0.0));
     std::vector<double> square(s->threads, 0.0);
-    const Adam adam{s->lr, s->beta1, s->beta2, s->eps, s->correction1, s->correction2};
+    const Adam adam{s->encoder_lr, s->beta1, s->beta2, s->eps, s->correction1, s->correction2};
 #pragma omp parallel num_threads(s->threads)
     {
         const FlushToZero flush;
@@ -560,9 +560,9 @@ void latents(const SaetrainStep* s, const T* x, const T* residual, int mode, con
             }
             if (mode == MEASURE) continue;
             float *me_ = s->m_enc + row, *ve = s->v_enc + row, *md = s->m_dec + row, *vd = s->v_dec + row;
-            const float clip = s->clip, keep = 1 - s->lr * s->decay;
+            const float clip = s->clip, keep = 1 - s->encoder_lr * s->decay;
             float norm = 0, length = 0;
-            const float rate = s->lr / s->correction1, b1 = 1 - s->beta1, b2 = 1 - s->beta2;
+            const float rate = s->lr / s->correction1, encoder_rate = s->encoder_lr / s->correction1, b1 = 1 - s->beta1, b2 = 1 - s->beta2;
             const float root = 1 / s->correction2, eps = s->eps, beta2 = s->beta2;
 #pragma omp simd reduction(+ : norm, length)
             for (int64_t d = 0; d < D; d++) {
@@ -573,7 +573,7 @@ void latents(const SaetrainStep* s, const T* x, const T* residual, int mode, con
                 norm += wd[d] * wd[d];
                 me_[d] += b1 * (h - me_[d]);
                 ve[d] = beta2 * ve[d] + b2 * h * h;
-                we[d] = keep * we[d] - rate * me_[d] / (std::sqrt(ve[d]) * root + eps);
+                we[d] = keep * we[d] - encoder_rate * me_[d] / (std::sqrt(ve[d]) * root + eps);
                 length += we[d] * we[d];
             }
             const float inverse = 1 / std::max(std::sqrt(norm), 1.17549435e-38f);

@@ -25,7 +25,7 @@ POINTERS = (
     *("b_enc", "b_dec", "W_enc_half", "W_dec_half", "m_enc", "v_enc", "m_dec", "v_dec", "m_b", "v_b"),
     *("g_enc", "g_dec", "g_b", "extra_row", "extra_enc", "extra_dec", "extra_b"),
 )
-FLOATS = ("lr", "beta1", "beta2", "eps", "correction1", "correction2", "decay", "clip")
+FLOATS = ("lr", "encoder_lr", "beta1", "beta2", "eps", "correction1", "correction2", "decay", "clip")
 
 DTYPES = {
     **dict.fromkeys(("indices", "pair_token", "extra_row"), (torch.int32,)),

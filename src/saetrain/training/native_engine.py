@@ -12,7 +12,7 @@ from torch import Tensor
 from saetrain.coders.topk import TopK
 from saetrain.kernels import native
 from saetrain.kernels.processor import dense_limit
-from saetrain.optim import BETAS, EPS, OptimSettings
+from saetrain.optim import BETAS, ENCODER_SHARE, EPS, OptimSettings
 from saetrain.training.auxk import auxk_step
 from saetrain.training.engine import Engine, MicroStep, Objective
 from saetrain.types import Progress
@@ -243,7 +243,8 @@ class NativeEngine(Engine):
         step, _ = self._here()
         self._step_count += 1
         beta1, beta2 = BETAS
-        step.lr, step.beta1, step.beta2, step.eps, step.decay = lr, beta1, beta2, EPS, self._settings.weight_decay
+        step.lr, step.encoder_lr, step.decay = lr, ENCODER_SHARE * lr, self._settings.weight_decay
+        step.beta1, step.beta2, step.eps = beta1, beta2, EPS
         step.correction1 = 1 - beta1**self._step_count
         step.correction2 = (1 - beta2**self._step_count) ** 0.5
         step.clip, norm, limit = 1.0, self._bound, self._settings.max_grad_norm
