@@ -20,7 +20,7 @@ from saetrain.activations.shuffle import MixingBuffer
 from saetrain.coders.topk import TopK, TopKSettings
 from saetrain.data.loader import LoaderSettings, ShardedSequences
 from saetrain.data.sequences import Sequences
-from saetrain.optim import OptimSettings, resolve_lr, warmup_steps
+from saetrain.optim import OptimSettings, RunSize, resolve_lr, warmup_steps
 from saetrain.runs.kernels import choose_kernels, make_engine
 from saetrain.training.engine import KernelSettings
 from saetrain.training.firing import DeadSettings, FiringTracker
@@ -28,6 +28,7 @@ from saetrain.training.trainer import SaeTrainer, Trainer, TrainSettings
 from saetrain.types import Sequence, TokenKind
 
 CPU = torch.device("cpu")
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 LOG_EVERY = 10
 """Steps between two readings of the metrics, as in a run."""
 BUFFER_BATCHES = 8
@@ -46,14 +47,18 @@ def make_trainer(
     tokens: int,
     *,
     alone: bool = True,
+    optim: OptimSettings | None = None,
+    steps: int = STEPS,
+    seed: int = SEED,
 ) -> SaeTrainer:
-    """The trainer of one SAE, as a run of one process (``alone``) or of several builds it."""
+    """The trainer of one SAE in a run of ``steps``, as one process (``alone``) or several build it."""
     width = len(normalizer.mean)
-    coder = TopK(width, settings.latents(width), settings.k, settings.auxk_alpha, SEED)
-    optim, dead = OptimSettings(), DeadSettings()
-    names: Any = {"kernels": kernels, "compute_dtype": {"fp32": "float32", "bf16": "bfloat16"}[compute_dtype]}
+    coder = TopK(width, settings.latents(width), settings.k, settings.auxk_alpha, seed)
+    optim, dead = optim or OptimSettings(), DeadSettings()
+    names: Any = {"kernels": kernels, "compute_dtype": DTYPES.get(compute_dtype, compute_dtype)}
     chosen = choose_kernels(KernelSettings(**names), optim, "mse", CPU)
-    firing = FiringTracker(coder.num_latents, dead.window(STEPS * tokens), dead.dead_percentage_threshold, CPU)
+    window = dead.window(steps * tokens, coder.num_latents, coder.k)
+    firing = FiringTracker(coder.num_latents, window, dead.dead_percentage_threshold, CPU)
     return SaeTrainer(
         hookpoint,
         coder,
@@ -62,8 +67,9 @@ def make_trainer(
         firing,
         data_variance=normalizer.scaled_variance,
         raw_mse=normalizer.variance / coder.d_in,
-        lr=resolve_lr(optim, coder.num_latents)[0],
-        seed=SEED,
+        lr=resolve_lr(optim, RunSize(coder.num_latents, coder.k, tokens, steps))[0],
+        seed=seed,
+        lift=dead.dead_bias_lift,
     )
 
 
@@ -97,7 +103,7 @@ class Training:
 
 def build(work: Work, kernels: str, compute_dtype: str) -> Training:
     """The work, ready to run."""
-    settings = TopKSettings(k=work.k, num_latents=work.latents)
+    settings = TopKSettings(k=work.k, num_latents=work.latents, auxk_alpha=1 / 32 if work.dead_share else 0.0)
     if work.kind == "step":
         return _step(work, settings, kernels, compute_dtype)
     return _end_to_end(work, settings, kernels, compute_dtype)

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Study dead latents: train and assess an SAE for each point of a small grid, and print one table of all.
 #
-#   MODEL=bert-base-uncased DATASET=wikitext LRS="0.001 0.004" KS="32 192" scripts/Train_sae_scripts_experiment.sh
+#   MODEL=bert-base-uncased DATASET=wikitext LRS="0.001 auto" KS="32 192" scripts/Train_sae_scripts_experiment.sh
 #
 # The runs lie in SAVE_DIR/RUN_NAME, one folder each, with the table in comparison.json. Lists span the grid:
 #
 #   AUXK_ALPHAS       weights of the loss that revives dead latents ("0 0.03125")
-#   LRS               learning rates (LR, else "0.001 0.004")
+#   LRS               learning rates (LR, else "0.001 auto")
 #   KS                active latents per token (K alone)
 #   NUM_LATENTS_LIST  numbers of latents (NUM_LATENTS or EXPANSION_FACTOR alone)
 set -euo pipefail
@@ -31,7 +31,7 @@ vary() {
 
 grid=("")
 vary --auxk_alpha "${AUXK_ALPHAS:-0 0.03125}"
-vary --lr "${LRS:-${LR:-0.001 0.004}}"
+vary --lr "${LRS:-${LR:-0.001 auto}}"
 vary --k "${KS:-}"
 vary --num_latents "${NUM_LATENTS_LIST:-}"
 

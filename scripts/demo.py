@@ -121,7 +121,7 @@ def train(folder: Path, tokens: int) -> None:
         ["--layers", "3"],
         ["--k", "32", "--num_latents", "3072"],
         ["--max_tokens", str(tokens), "--batch_size", "8", "--ctx_len", "128"],
-        ["--lr", "4e-3"],
+        ["--lr", "auto"],
         ["--save_dir", str(folder), "--run_name", "minilm_layer3", "--overwrite"],
     ]
     start = [near(Path(sys.executable)), "-m", "saetrain", model_folder(), str(folder / "text")]

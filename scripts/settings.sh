@@ -11,7 +11,7 @@
 #   BATCH_SIZE        sequences of a micro-step, over all processes (4)
 #   GRAD_ACC_STEPS    micro-steps of an optimizer step, over all processes (1)
 #   CTX_LEN           tokens of a sequence
-#   LR                peak learning rate, or auto
+#   LR                peak learning rate (auto)
 #   LOG_TO_WANDB      true logs to Weights & Biases as well
 #   SAVE_DIR          folder of the runs (./output)
 #   RUN_NAME          folder in it (made from the names of model and script)
@@ -150,6 +150,7 @@ setting --num_latents "${NUM_LATENTS:-}"
 setting --batch_size "${BATCH_SIZE:-}"
 setting --grad_acc_steps "${GRAD_ACC_STEPS:-}"
 setting --ctx_len "${CTX_LEN:-}"
-setting --lr "${LR:-}"
+# A file of settings has a rate of its own.
+if [[ -z $from_file ]]; then setting --lr "${LR:-auto}"; else setting --lr "${LR:-}"; fi
 setting --log_to_wandb "${LOG_TO_WANDB:-}"
 if [[ ${N_GPUS:-} == 0 ]]; then setting --device cpu; fi

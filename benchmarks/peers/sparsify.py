@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -37,7 +38,7 @@ class Tokens:
 class Replay(nn.Module):
     """In the place of a model: its one layer gives the next prepared activations."""
 
-    def __init__(self, batches: list[Tensor]) -> None:
+    def __init__(self, batches: Sequence[Tensor]) -> None:
         super().__init__()
         self.layer = nn.Identity()
         self.device, self.config = torch.device("cpu"), SimpleNamespace(num_hidden_layers=1)

@@ -12,16 +12,18 @@ from torch import Tensor, nn
 from saetrain.errors import SaetrainError
 from saetrain.types import shown_default
 
-BETAS = (0.9, 0.999)
+BETAS = (0.8, 0.99)
 EPS = 1e-8
 """Adam's constants; the eps suits gradients of a loss over the variance, averaged over thousands of tokens."""
 ENCODER_SHARE = 0.5
 """The encoder's learning rate over the decoder's: latents die of an encoder that moves too fast (docs/recipe.md)."""
-DECAY_SHARE = 0.2
+DECAY_SHARE = 0.6
 """Share of the run, at its end, over which the learning rate falls linearly to zero."""
 SGD_LR = 1.0
 """A rate that trains with momentum 0.9 on a loss over the variance (found by trial: 0.001 leaves FVU at 0.74 there,
 1 at 0.14)."""
+LR, LR_LATENTS, LR_K, LR_TOKENS, LR_STEPS = 0.01, -0.4, 0.1, 0.25, -0.25
+"""The rule: the best rate for 3072 latents, k = 32 and 400 steps of 1024 tokens, and its powers."""
 FAR_OFF = 3.0
 """Factor off the rule from which the start says so."""
 
@@ -33,8 +35,8 @@ class OptimSettings:
     optimizer: Literal["adam", "sgd"] = "adam"
     """`sgd` has momentum 0.9."""
     lr: float | Literal["auto"] = 0.001
-    """Peak learning rate, or `auto`: 2e-4 / sqrt(latents / 16384)."""
-    lr_warmup_steps: Annotated[int | None, shown_default("a tenth of the run, at most 1000", "INT")] = None
+    """Peak learning rate, or `auto`: by a rule in latents, k, tokens a step and steps (docs/recipe.md)."""
+    lr_warmup_steps: Annotated[int | None, shown_default("a twentieth of the run, at most 1000", "INT")] = None
     """Optimizer steps over which the learning rate rises."""
     weight_decay: float = 0.0
     """Decoupled, on the encoder's weights alone; a share per step and unit of learning rate."""
@@ -50,19 +52,43 @@ class OptimSettings:
                 raise SaetrainError(f"--{name} {value}: must not be negative")
 
 
-def lr_rule(num_latents: int) -> float:
-    """2e-4 / sqrt(F / 2^14), the rule of Gao et al. (arXiv 2406.04093 fig. 3) as sparsify scales it."""
-    return float(2e-4 / (num_latents / 2**14) ** 0.5)
+@dataclass(frozen=True)
+class RunSize:
+    """What the rule for the learning rate asks about a run."""
+
+    num_latents: int
+    k: int
+    tokens_per_step: int
+    steps: int
+    end_to_end: bool = False
+    """Whether the loss is the model's own, for which there is no rule."""
 
 
-def resolve_lr(settings: OptimSettings, num_latents: int) -> tuple[float, str | None]:
+def lr_rule(size: RunSize) -> float:
+    """The learning rate of `--lr auto`, fitted to the best of fixed rates (docs/recipe.md)."""
+    return float(
+        LR
+        * (size.num_latents / 3072) ** LR_LATENTS
+        * (size.k / 32) ** LR_K
+        * (size.tokens_per_step / 1024) ** LR_TOKENS
+        * (size.steps / 400) ** LR_STEPS
+    )
+
+
+def resolve_lr(settings: OptimSettings, size: RunSize) -> tuple[float, str | None]:
     """(learning rate, a remark where the given one is far off the rule); SaetrainError where there is no rule."""
     if settings.optimizer == "sgd":
         if settings.lr == "auto":
             raise SaetrainError("--lr auto: there is a rule for --optimizer adam alone; give sgd a number, such as 1")
         small = f"--lr {settings.lr:g} hardly trains with --optimizer sgd: rates near {SGD_LR:g} do on this loss"
         return settings.lr, small if settings.lr < SGD_LR / 10 else None
-    rule = lr_rule(num_latents)
+    if size.end_to_end:
+        if settings.lr == "auto":
+            raise SaetrainError(
+                "--lr auto: there is a rule for reconstruction alone; give ce and kl a number, such as 3e-4"
+            )
+        return settings.lr, None
+    rule = lr_rule(size)
     if settings.lr == "auto":
         return rule, None
     ratio = settings.lr / rule
@@ -71,14 +97,14 @@ def resolve_lr(settings: OptimSettings, num_latents: int) -> tuple[float, str | 
     far = f"{ratio:.1f} times" if ratio > 1 else f"1/{1 / ratio:.1f} of"
     return (
         settings.lr,
-        f"--lr {settings.lr:g} is {far} the common width rule's {rule:.2g} for {num_latents} latents, which --lr auto "
-        "takes (short runs often want more)",
+        f"--lr {settings.lr:g} is {far} the {rule:.2g} that --lr auto takes for {size.num_latents} latents, "
+        f"k = {size.k} and {size.steps} steps of {size.tokens_per_step} tokens",
     )
 
 
 def warmup_steps(settings: OptimSettings, steps: int) -> int:
     """Optimizer steps of the warm-up in a run of ``steps``."""
-    return settings.lr_warmup_steps if settings.lr_warmup_steps is not None else min(1000, steps // 10)
+    return settings.lr_warmup_steps if settings.lr_warmup_steps is not None else min(1000, steps // 20)
 
 
 def lr_factor(step: int, steps: int, warmup: int) -> float:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from benchmarks import predict, ranks
+from benchmarks.recipe.sweep import next_rates
 from benchmarks.report import BEGIN, END, fill, report
 from benchmarks.rows import rows
 
@@ -64,3 +70,49 @@ def test_the_page_of_several_processes_holds_what_was_measured() -> None:
     page = (ROOT / "docs" / "distributed.md").read_text()
     assert ranks.table(json.loads((ROOT / "benchmarks" / "results" / "ranks.json").read_text())["figures"]) in page
     assert predict.table() in page
+
+
+def test_a_sweep_ends_when_the_best_rates_neighbours_are_known() -> None:
+    tried: dict[float, float] = {}
+    order = []
+    while rates := next_rates(tried, 0.01):
+        order.append(rates)
+        # The best of these is 0.04.
+        tried.update({rate: abs(math.log2(rate / 0.035)) for rate in rates})
+    assert order == [[0.01], [0.02, 0.005], [0.04], [0.08]]
+    assert next_rates({0.02: 1.0, 0.01: float("inf"), 0.04: float("inf")}, 0.5) == [], "a rate that fails is worse"
+
+
+def test_a_quick_comparison_of_recipes(tmp_path: Path) -> None:
+    words = ["--tools", "saetrain", "--latents", "96", "--k", "4", "--tokens", "256", "--steps", "4", "12"]
+    words += ["--seeds", "1", "2", "--processes", "2"]
+    printed, results = recipe("benchmarks.recipe", tmp_path, words)
+    assert len(results["runs"]) == 4
+    fvu = {(run["task"]["steps"], run["task"]["seed"]): run["result"]["fvu"] for run in results["runs"]}
+    assert fvu[12, 1] < fvu[4, 1] < 1
+    assert fvu[12, 1] != fvu[12, 2]
+    assert "| 12 | saetrain | " in printed
+    assert "`--lr auto`" in printed
+    again, _ = recipe("benchmarks.recipe", tmp_path, words)
+    assert again == printed[printed.index("| steps") :], "what is done is not run again"
+
+
+def test_a_quick_look_at_the_rule(tmp_path: Path) -> None:
+    words = ["--sites", "minilm-3", "--latents", "96", "--k", "4", "--tokens", "256", "--steps", "12"]
+    printed, results = recipe("benchmarks.recipe.rule", tmp_path, [*words, "--processes", "2"])
+    rates = sorted(run["task"]["lr"] for run in results["runs"] if run["task"]["lr"])
+    assert len(rates) >= 3
+    assert all(b / a == pytest.approx(2) for a, b in pairwise(rates))
+    assert "| minilm-3 | 96 | 4 | 12 | " in printed
+    assert "Within 0.004 of the best fixed rate: " in printed
+
+
+def recipe(module: str, folder: Path, words: list[str]) -> tuple[str, dict[str, Any]]:
+    """(what was printed, the results file) of a comparison over few tokens."""
+    out = folder / "results.json"
+    command = [sys.executable, "-m", module, *words, "--train_tokens", "2000", "--held_out_tokens", "500"]
+    command += ["--folder", str(folder), "--out", str(out)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, json.loads(out.read_text())

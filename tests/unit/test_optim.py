@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from saetrain.coders.topk import TopK
 from saetrain.errors import SaetrainError
-from saetrain.optim import ENCODER_SHARE, Optimizer, OptimSettings, lr_factor, lr_rule, resolve_lr, warmup_steps
+from saetrain.optim import (
+    ENCODER_SHARE,
+    Optimizer,
+    OptimSettings,
+    RunSize,
+    lr_factor,
+    lr_rule,
+    resolve_lr,
+    warmup_steps,
+)
 
 D, F = 5, 9
 
@@ -124,35 +135,41 @@ def test_schedule_rises_holds_and_falls_to_nothing() -> None:
     factors = [lr_factor(step, steps, warmup) for step in range(steps)]
     assert factors[0] == pytest.approx(1 / 11)
     assert factors[:11] == sorted(factors[:11])
-    assert factors[10:80] == [1.0] * 70
-    assert factors[80:] == sorted(factors[80:], reverse=True)
-    assert factors[81] < 1
+    assert factors[10:40] == [1.0] * 30
+    assert factors[40:] == sorted(factors[40:], reverse=True)
+    assert factors[41] < 1
     assert 0 < factors[99] < 0.06, "the last step is small, and not lost"
     assert lr_factor(0, 1, 0) > 0
 
 
-def test_warmup_is_a_tenth_of_the_run_at_most_1000() -> None:
-    assert [warmup_steps(OptimSettings(), steps) for steps in (5, 400, 50_000)] == [0, 40, 1000]
+def test_warmup_is_a_twentieth_of_the_run_at_most_1000() -> None:
+    assert [warmup_steps(OptimSettings(), steps) for steps in (5, 400, 50_000)] == [0, 20, 1000]
     assert warmup_steps(OptimSettings(lr_warmup_steps=7), 400) == 7
 
 
-def test_the_rule_falls_with_the_root_of_the_width() -> None:
-    assert lr_rule(2**14) == pytest.approx(2e-4)
-    assert lr_rule(2**16) == pytest.approx(1e-4)
-    assert resolve_lr(OptimSettings(lr="auto"), 2**12) == (pytest.approx(4e-4), None)
+SIZE = RunSize(num_latents=2**14, k=32, tokens_per_step=2048, steps=500)
+
+
+def test_the_rule_falls_with_width_and_length_and_rises_with_k() -> None:
+    rule = lr_rule(SIZE)
+    assert resolve_lr(OptimSettings(lr="auto"), SIZE) == (rule, None)
+    assert lr_rule(replace(SIZE, num_latents=2**16)) < rule < lr_rule(replace(SIZE, num_latents=2**12))
+    assert lr_rule(replace(SIZE, steps=5000)) < rule < lr_rule(replace(SIZE, steps=50))
+    assert lr_rule(replace(SIZE, k=16)) < rule < lr_rule(replace(SIZE, k=64))
 
 
 @pytest.mark.parametrize(
-    ("lr", "said"), [(2e-4, None), (5.9e-4, None), (6.1e-4, "3.0 times"), (6.5e-5, "1/3.1 of"), (0.01, "50.0 times")]
+    ("factor", "said"), [(1.0, None), (2.9, None), (3.1, "3.1 times"), (0.32, "1/3.1 of"), (50.0, "50.0 times")]
 )
-def test_rates_far_off_the_rule_are_remarked(lr: float, said: str | None) -> None:
-    taken, remark = resolve_lr(OptimSettings(lr=lr), 2**14)
+def test_rates_far_off_the_rule_are_remarked(factor: float, said: str | None) -> None:
+    lr = factor * lr_rule(SIZE)
+    taken, remark = resolve_lr(OptimSettings(lr=lr), SIZE)
     assert taken == lr
-    assert (remark is None) if said is None else (remark is not None and said in remark)
+    assert (remark is None) if said is None else (remark is not None and said in remark and "--lr auto" in remark)
 
 
 def test_sgd_has_no_rule_and_says_what_rates_train() -> None:
     with pytest.raises(SaetrainError, match="--lr auto: there is a rule for --optimizer adam alone"):
-        resolve_lr(OptimSettings(optimizer="sgd", lr="auto"), 1024)
-    assert "hardly trains with --optimizer sgd" in str(resolve_lr(OptimSettings(optimizer="sgd"), 1024)[1])
-    assert resolve_lr(OptimSettings(optimizer="sgd", lr=1.0), 1024) == (1.0, None)
+        resolve_lr(OptimSettings(optimizer="sgd", lr="auto"), SIZE)
+    assert "hardly trains with --optimizer sgd" in str(resolve_lr(OptimSettings(optimizer="sgd"), SIZE)[1])
+    assert resolve_lr(OptimSettings(optimizer="sgd", lr=1.0), SIZE) == (1.0, None)

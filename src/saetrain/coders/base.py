@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from saetrain.kernels import sparse_decode
 from saetrain.types import CoderOutput, Codes, Progress
 
+ENCODER_SCALE = 0.3
+"""Norm of the initial encoder's columns: with 1 a code's first values add up to several times what it stands for, and
+the first steps are spent on bringing them down (docs/recipe.md)."""
 ROWS = 256
 """Latents that are projected at once."""
 
@@ -17,8 +20,12 @@ ROWS = 256
 class SparseCoder(nn.Module, ABC):
     """x (N, D) -> code -> x̂ (N, D), with ``W_enc`` (D, F), ``b_enc`` (F,), ``W_dec`` (F, D), ``b_dec`` (D,).
 
-    The parameters are fp32. Rows of ``W_dec`` have unit norm, and the encoder starts as its transpose.
+    The parameters are fp32. Rows of ``W_dec`` have unit norm, and the encoder starts as its transpose times
+    ENCODER_SCALE.
     """
+
+    auxk_alpha: float = 0.0
+    """Weight of a loss over dead latents, where the coder has one."""
 
     def __init__(self, d_in: int, num_latents: int, seed: int = 0) -> None:
         super().__init__()
@@ -30,7 +37,7 @@ class SparseCoder(nn.Module, ABC):
         directions /= directions.norm(dim=1, keepdim=True)
         self.W_dec = nn.Parameter(directions)
         # Its memory holds one latent after the other, as the decoder's does: each kernel reads whole latents.
-        self.W_enc = nn.Parameter(directions.clone().T)
+        self.W_enc = nn.Parameter((ENCODER_SCALE * directions).T)
         self.b_enc = nn.Parameter(torch.zeros(num_latents))
         self.b_dec = nn.Parameter(torch.zeros(d_in))
 

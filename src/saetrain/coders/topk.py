@@ -26,8 +26,8 @@ class TopKSettings:
     """Latents = width of the activations times this."""
     num_latents: Annotated[int | None, shown_default("width x expansion_factor", "INT")] = None
     """Latents, given directly."""
-    auxk_alpha: float = 1 / 32
-    """Weight of the AuxK loss, which revives dead latents; 0 switches it off."""
+    auxk_alpha: float = 0.0
+    """Weight of the AuxK loss, in which dead latents rebuild the residual (Gao et al.: 0.03125)."""
 
     def __post_init__(self) -> None:
         for name in ("k", "expansion_factor", "num_latents"):

@@ -122,9 +122,10 @@ def make_sae(run: Prepared, hookpoint: str, coder: TopK, normalizer: Normalizer,
     """The trainer of one coder."""
     config: RunConfig = run.config
     device: torch.device = run.model.device
-    lr, _ = resolve_lr(config.optim, coder.num_latents)
+    lr, _ = resolve_lr(config.optim, run.plan.run_size(coder.num_latents, coder.k))
     kernels = choose_kernels(config.compute, config.optim, config.train.loss_fn, device)
-    window = config.dead.window(config.train.max_tokens)
+    window = config.dead.window(config.train.max_tokens, coder.num_latents, coder.k)
+    lifted = config.optim.optimizer == "adam" and not config.train.end_to_end
     return SaeTrainer(
         hookpoint,
         coder,
@@ -135,4 +136,5 @@ def make_sae(run: Prepared, hookpoint: str, coder: TopK, normalizer: Normalizer,
         raw_mse=normalizer.variance / coder.d_in,
         lr=lr,
         seed=seed,
+        lift=config.dead.dead_bias_lift if lifted else 0.0,
     )

@@ -89,7 +89,7 @@ def announce(run: Prepared, trainer: Trainer) -> None:
             f"--k {config.sae.k} is no less than the width {widths[0]} of the activations: such a code is hardly sparse"
         )
     for latents in sorted({sae.coder.num_latents for sae in trainer.saes.values()}):
-        remark = resolve_lr(config.optim, latents)[1]
+        remark = resolve_lr(config.optim, plan.run_size(latents, config.sae.k))[1]
         if remark:
             say(remark)
         say_bound(config.sae.k, latents, config.dead.dead_percentage_threshold)

@@ -26,7 +26,7 @@ from saetrain.data.tokenfile import stored_ctx_len
 from saetrain.data.tokenize import DEFAULT_CTX_LEN, Framing, load_tokenizer
 from saetrain.errors import SaetrainError
 from saetrain.logs.console import say
-from saetrain.optim import resolve_lr, warmup_steps
+from saetrain.optim import RunSize, resolve_lr, warmup_steps
 from saetrain.runs.end_to_end import load_head, require_mask, require_one_hookpoint
 from saetrain.runs.kernels import choose_kernels
 from saetrain.runs.resources import check_memory, sae_parameters
@@ -47,6 +47,8 @@ class Plan:
     data_sets: tuple[str, ...]
     shares: tuple[float, ...]
     """Of each data set in the tokens that are trained on."""
+    end_to_end: bool
+    """Whether the loss is the model's own."""
     text_tokens: tuple[int | None, ...]
     """Training tokens of each data set that the token policy keeps; None where it is streamed."""
 
@@ -54,6 +56,10 @@ class Plan:
     def tokens(self) -> int:
         """Activations that the run trains on."""
         return self.steps * self.tokens_per_step
+
+    def run_size(self, num_latents: int, k: int) -> RunSize:
+        """What the rule for the learning rate asks about."""
+        return RunSize(num_latents, k, self.tokens_per_step, self.steps, self.end_to_end)
 
     @property
     def train_tokens(self) -> int | None:
@@ -233,7 +239,8 @@ def make_plan(config: RunConfig, ctx_len: int, text_tokens: tuple[int | None, ..
             f"(batch_size {config.train.batch_size} x ctx_len {ctx_len} x grad_acc_steps "
             f"{config.train.grad_acc_steps} x {launch.world_size()} ranks)"
         )
-    return Plan(per_step, steps, config.dataset, config.mixing.shares(len(config.dataset)), text_tokens)
+    shares = config.mixing.shares(len(config.dataset))
+    return Plan(per_step, steps, config.dataset, shares, config.train.end_to_end, text_tokens)
 
 
 def read_sample(run: Prepared) -> Any:
@@ -268,8 +275,6 @@ def resolved(run: Prepared) -> RunConfig:
         layers = tuple(int(name.rsplit(".", 1)[1]) for name in run.hookpoints)
         where = dataclasses.replace(where, layers=layers, layer_stride=None)
     dead = config.dead
-    if dead.dead_feature_threshold is None:
-        dead = dataclasses.replace(dead, dead_window_tokens=dead.window(config.train.max_tokens))
     dtype = next(name for name, dtype in DTYPES.items() if dtype is run.model.dtype)
     sae, optim = (
         config.sae,
@@ -280,7 +285,10 @@ def resolved(run: Prepared) -> RunConfig:
     if len(latents) == 1:
         (count,) = latents
         sae = dataclasses.replace(sae, num_latents=count)
-        optim = dataclasses.replace(optim, lr=resolve_lr(optim, count)[0])
+        optim = dataclasses.replace(optim, lr=resolve_lr(optim, run.plan.run_size(count, sae.k))[0])
+        if dead.dead_feature_threshold is None:
+            window = dead.window(config.train.max_tokens, count, sae.k)
+            dead = dataclasses.replace(dead, dead_window_tokens=window)
     columns = run.data["text_columns"]
     column = columns[0] if len(columns) == 1 else config.source.text_column
     return dataclasses.replace(

@@ -13,7 +13,9 @@ from saetrain.errors import SaetrainError
 from saetrain.types import shown_default
 
 DEFAULT_WINDOW = 10_000_000
-WINDOW_SHARE = 0.05
+WINDOW_SHARE = 0.01
+WINDOW_FIRINGS = 10
+"""Times that a latent of the mean rate, k in num_latents, fires within the shortest window."""
 MIN_RATE_TOKENS = 50_000
 
 
@@ -23,8 +25,13 @@ class DeadSettings:
 
     dead_percentage_threshold: float = 0.0005
     """A latent is dead when it fires on less than this share of tokens (0.0005 = 0.05 %)."""
-    dead_window_tokens: Annotated[int | None, shown_default("a twentieth of the run, at most 10000000", "INT")] = None
-    """Tokens without firing after which AuxK takes a latent for dead."""
+    dead_window_tokens: Annotated[
+        int | None, shown_default("a hundredth of the run, from 10 x num_latents / k to 10000000", "INT")
+    ] = None
+    """Tokens without firing after which a latent is dead, which lifts its bias and gives it to AuxK."""
+    dead_bias_lift: float = 4.0
+    """Times the learning rate by which each step raises a dead latent's encoder bias; 0 switches it off. Not with
+    sgd, ce and kl."""
     dead_feature_threshold: Annotated[int | None, shown_default("unset", "INT")] = None
     """Deprecated, the older name of --dead_window_tokens."""
 
@@ -38,15 +45,18 @@ class DeadSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SaetrainError(f"--{name} {value}: must be at least 1 token")
+        if not 0 <= self.dead_bias_lift < float("inf"):
+            raise SaetrainError(f"--dead_bias_lift {self.dead_bias_lift}: must not be negative")
         if self.dead_window_tokens is not None and self.dead_feature_threshold is not None:
             raise SaetrainError(
                 "--dead_window_tokens and --dead_feature_threshold are the same setting: give the first alone"
             )
 
-    def window(self, max_tokens: int) -> int:
-        """Tokens without firing after which a latent is dead, in a run of ``max_tokens``."""
+    def window(self, max_tokens: int, num_latents: int, k: int) -> int:
+        """Tokens without firing after which one of so many latents is dead, in a run of ``max_tokens``."""
         given = self.dead_window_tokens or self.dead_feature_threshold
-        return given or min(DEFAULT_WINDOW, max(1, int(max_tokens * WINDOW_SHARE)))
+        least = math.ceil(WINDOW_FIRINGS * num_latents / k)
+        return given or min(DEFAULT_WINDOW, max(least, int(max_tokens * WINDOW_SHARE)))
 
 
 def alive_bound(l0: float, num_latents: int, threshold: float) -> float:

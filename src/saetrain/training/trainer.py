@@ -107,7 +107,8 @@ class SaeTrainer:
     """One SAE with its inputs' constants, the engine that steps it, and firing counters.
 
     ``inputs`` maps raw activations (N, D) to what the coder sees; ``data_variance`` is E‖x‖² of that, and
-    ``raw_mse`` the factor from FVU to mean squared error per element in raw units.
+    ``raw_mse`` the factor from FVU to mean squared error per element in raw units; ``lift`` times the learning rate
+    is added to the encoder bias of dead latents at every step.
     """
 
     def __init__(
@@ -122,10 +123,12 @@ class SaeTrainer:
         raw_mse: float,
         lr: float,
         seed: int,
+        lift: float = 0.0,
     ) -> None:
         device = coder.W_dec.device
         self.hookpoint, self.coder, self.inputs, self.seed = hookpoint, coder, inputs, seed
         self.engine, self.firing, self.peak_lr, self.raw_mse = engine, firing, lr, raw_mse
+        self._lift = lift
         self.data_variance = torch.tensor(data_variance, device=device)
         self.residual_variance = self.data_variance.clone()
         self.sums: MicroStep | None = None
@@ -181,11 +184,19 @@ class SaeTrainer:
         self.grad_norm = self.engine.apply(lr)
         self.firing.observe(self.sums.fired, self.sums.tokens)
         self.firing.finish_step()
+        self._lift_dead(lr)
         tokens = max(self.sums.tokens, 1)
         mean = self.sums.residual_sum / tokens
         variance = self.sums.residual_square / tokens - mean.pow(2).sum()
         # A perfect reconstruction must not make AuxK's loss explode.
         self.residual_variance = variance.clamp_min(1e-6 * float(self.data_variance))
+
+    @torch.no_grad()
+    def _lift_dead(self, lr: float) -> None:
+        """Bring latents that have not fired within the window nearer to the top k, until they do."""
+        if self._lift:
+            silent = self.firing.since_fired >= self.firing.window
+            self.coder.b_enc.add_(silent, alpha=self._lift * lr)
 
     def metrics(self, loss_fn: str) -> dict[str, float]:
         """Figures of the step just done; each is of that step or of the firing windows, never of the log interval."""
@@ -336,7 +347,7 @@ class Trainer:
         return Progress(
             step=self.step,
             n_tokens=self.tokens_per_step,
-            dead=sae.firing.dead(),
+            dead=sae.firing.dead() if sae.coder.auxk_alpha else None,
             data_variance=sae.data_variance,
             residual_variance=sae.residual_variance,
         )

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from saetrain.coders.base import ENCODER_SCALE
 from saetrain.coders.folding import folded, unfold_
 from saetrain.coders.topk import TopK, auxk_size
 from saetrain.types import Progress
@@ -128,9 +129,9 @@ def test_micro_batches_add_up_to_one_batch() -> None:
         torch.testing.assert_close(getattr(whole, name).grad, getattr(parts, name).grad, msg=name)
 
 
-def test_the_encoder_starts_as_the_decoders_transpose_with_unit_rows() -> None:
+def test_the_encoder_starts_as_a_part_of_the_decoders_transpose_with_unit_rows() -> None:
     coder = TopK(D, F, 3, seed=4)
-    assert torch.equal(coder.W_enc, coder.W_dec.T)
+    torch.testing.assert_close(coder.W_enc, ENCODER_SCALE * coder.W_dec.T)
     torch.testing.assert_close(coder.W_dec.norm(dim=1), torch.ones(F))
     assert torch.equal(coder.W_dec, TopK(D, F, 3, seed=4).W_dec)
     assert not torch.equal(coder.W_dec, TopK(D, F, 3, seed=5).W_dec)

@@ -147,6 +147,7 @@ def expected(hand: ByHand, sequences: list[Sequence]) -> dict[str, float]:
 def coder_near(x: Tensor) -> TopK:
     """An untrained SAE that is centred, so that its reconstruction is neither perfect nor nothing."""
     coder = TopK(x.shape[1], 4 * x.shape[1], 8, seed=3).requires_grad_(False)
+    coder.W_enc.copy_(coder.W_dec.T)
     coder.b_dec.copy_(x.mean(dim=0))
     return coder
 

@@ -20,6 +20,7 @@ THRESHOLD = 0.02
 @pytest.fixture(scope="module")
 def coder() -> TopK:
     coder = TopK(D, F, K, seed=1).requires_grad_(False)
+    coder.W_enc.copy_(coder.W_dec.T)
     coder.b_dec.fill_(3.0)
     coder.b_enc.copy_(torch.linspace(-4, -1, F))
     return coder

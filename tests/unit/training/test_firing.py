@@ -110,7 +110,10 @@ def test_no_code_of_that_l0_beats_the_bound() -> None:
     assert float((rates < threshold).float().mean()) == pytest.approx(alive_bound(k, latents, threshold))
 
 
-def test_window_of_auxk_follows_the_run() -> None:
-    assert DeadSettings().window(1_000_000) == 50_000
-    assert DeadSettings().window(10**10) == 10_000_000
-    assert DeadSettings(dead_feature_threshold=77).window(1_000_000) == 77
+def test_the_window_follows_the_run_and_the_rate_at_which_latents_can_fire() -> None:
+    assert DeadSettings().window(1_000_000, 3072, 32) == 10_000
+    assert DeadSettings().window(10**10, 3072, 32) == 10_000_000
+    # A latent of the mean rate fires ten times in it.
+    assert DeadSettings().window(100_000, 12_288, 16) == 7_680
+    assert DeadSettings().window(10, 100, 3) == 334
+    assert DeadSettings(dead_feature_threshold=77).window(1_000_000, 3072, 32) == 77

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from saetrain.coders.topk import TopK
-from saetrain.optim import Optimizer, OptimSettings
+from saetrain.optim import Optimizer, OptimSettings, lr_factor
 from saetrain.training.engine import AutogradEngine
 from saetrain.training.firing import FiringTracker
 from saetrain.training.stop import Stopped
@@ -15,8 +15,8 @@ from saetrain.training.trainer import SaeTrainer, Trainer, TrainSettings
 D, F, N = 6, 15, 40
 
 
-def make(micro_steps: int = 1, *, shared: bool = False) -> Trainer:
-    coder = TopK(D, F, 2, auxk_alpha=0.5, seed=3)
+def make(micro_steps: int = 1, *, shared: bool = False, lift: float = 0.0, auxk_alpha: float = 0.5) -> Trainer:
+    coder = TopK(D, F, 2, auxk_alpha=auxk_alpha, seed=3)
     optimizer = Optimizer(
         dict(coder.named_parameters()),
         OptimSettings(),
@@ -25,7 +25,8 @@ def make(micro_steps: int = 1, *, shared: bool = False) -> Trainer:
     )
     engine = AutogradEngine(coder, optimizer)
     firing = FiringTracker(F, 30, 0.01, torch.device("cpu"))
-    sae = SaeTrainer("h", coder, lambda x: x, engine, firing, data_variance=float(D), raw_mse=1.0, lr=0.01, seed=3)
+    about = {"data_variance": float(D), "raw_mse": 1.0, "lr": 0.01}
+    sae = SaeTrainer("h", coder, lambda x: x, engine, firing, **about, seed=3, lift=lift)
     settings = TrainSettings(max_tokens=100 * N, grad_acc_steps=micro_steps)
     return Trainer({"h": sae}, settings, tokens=N, warmup=0, shared=shared)
 
@@ -63,6 +64,27 @@ def test_dead_latents_are_those_of_the_steps_before() -> None:
     assert "loss_auxk" not in sae.metrics("fvu")
     trainer.train_step(lambda micro: {"h": batch(1)})
     assert sae.metrics("fvu")["loss_auxk"] > 0
+
+
+def test_the_bias_of_a_dead_latent_rises_until_it_fires() -> None:
+    lifted, plain = make(lift=50.0, auxk_alpha=0.0), make(auxk_alpha=0.0)
+    rises: list[float] = []
+    for trainer in (lifted, plain):
+        with torch.no_grad():
+            trainer.saes["h"].coder.b_enc[4] = -9.0
+    for step in range(40):
+        before = {trainer: trainer.saes["h"].coder.b_enc.detach().clone() for trainer in (lifted, plain)}
+        for trainer in (lifted, plain):
+            trainer.train_step(lambda micro, at=step: {"h": batch(at)})
+        firing = lifted.saes["h"].firing
+        rate = lr_factor(step, lifted.steps, 0) * 0.01
+        if firing.since_fired[4] >= firing.window:
+            rises.append(float(lifted.saes["h"].coder.b_enc.detach()[4] - before[lifted][4]))
+            assert rises[-1] == pytest.approx(50 * rate, rel=1e-4), "Adam has no gradient for it"
+        else:
+            break
+    assert 1 < len(rises) < 39
+    assert int(firing.since_fired[4]) < firing.window <= int(plain.saes["h"].firing.since_fired[4])
 
 
 def test_ranks_are_heard_before_sums_begin_and_other_work_is_done_behind() -> None:

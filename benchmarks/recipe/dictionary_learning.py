@@ -1,0 +1,40 @@
+"""dictionary_learning by its own ``TopKTrainer.update``, as ``trainSAE`` calls it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dictionary_learning.trainers.top_k import TopKTrainer
+from torch import Tensor
+
+from benchmarks.recipe.task import Batches, Task
+from benchmarks.recipe.worker import Rebuild
+
+
+def fit(task: Task, batches: Batches) -> tuple[Rebuild, dict[str, Any]]:
+    """Train; beside a given rate it gets a warm-up and a decay that suit the run's length."""
+    schedule = (
+        {}
+        if task.lr is None
+        else {"lr": task.lr, "warmup_steps": task.steps // 10, "decay_start": task.steps - task.steps // 5}
+    )
+    trainer = TopKTrainer(
+        steps=task.steps,
+        activation_dim=batches[0].shape[1],
+        dict_size=task.latents,
+        k=task.k,
+        layer=0,
+        lm_name="cached activations",
+        seed=task.seed,
+        device="cpu",
+        **schedule,
+        **task.options,
+    )
+    for step, batch in enumerate(batches):
+        trainer.update(step, batch)
+
+    def rebuild(rows: Tensor) -> tuple[Tensor, Tensor]:
+        code = trainer.ae.encode(rows)
+        return trainer.ae.decode(code), code > 0
+
+    return rebuild, {"lr": trainer.lr}

@@ -1,0 +1,128 @@
+"""The comparison's table and plot, from its file of results."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.recipe.results import Result, Results
+from benchmarks.recipe.sweep import OURS, TOOLS, Comparison, Tool
+
+HEAD = ["steps", "tool", "learning rate", "FVU", "never fired", "dead by the window"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A tool at a rate over some steps: what each seed gave."""
+
+    steps: int
+    name: str
+    rate: str
+    seeds: list[Result]
+
+    def mean(self, figure: str) -> float:
+        """Of the seeds."""
+        return statistics.mean(result[figure] for result in self.seeds)
+
+    def cell(self, figure: str, form: str) -> str:
+        """Mean over the seeds, with the least and the largest where there are several."""
+        values = [result[figure] for result in self.seeds]
+        return f"{self.mean(figure):{form}} ({min(values):{form}} to {max(values):{form}})"
+
+
+def rows(comparison: Comparison, results: Results) -> Iterator[Row]:
+    """The rows that are complete; a tool that failed has seeds with an ``error``."""
+    for steps in comparison.lengths:
+        for tool in TOOLS:
+            yield from _rows_of(comparison, results, tool, steps)
+
+
+def _rows_of(comparison: Comparison, results: Results, tool: Tool, steps: int) -> Iterator[Row]:
+    best = comparison.best(tool, steps, results) if tool.swept(steps) else None
+    default = comparison.default(tool, steps) if tool.shipped else None
+    for what, tasks in (("default", default), ("best", best)):
+        found = [results.get(task) for task in tasks or []]
+        seeds = [result for result in found if result is not None]
+        if len(seeds) == len(comparison.seeds):
+            lr = f"{seeds[0]['lr']:.2g}" if "lr" in seeds[0] else "none"
+            yield Row(steps, tool.name, f"{lr}, {'`--lr auto`' if tool.name == OURS else what}", seeds)
+
+
+def table(comparison: Comparison, results: Results) -> str:
+    """All rows, wall times beneath, and how far ours is below the best of the others."""
+    lines = ["| " + " | ".join(HEAD) + " |", "|---" * len(HEAD) + "|"]
+    found = list(rows(comparison, results))
+    for row in found:
+        if any("error" in result for result in row.seeds):
+            lines.append(f"| {row.steps} | {row.name} | {row.rate} | fails: {row.seeds[0]['error']} | | |")
+            continue
+        shares = " | ".join(row.cell(figure, ".1%") for figure in ("never_fired", "dead_by_window"))
+        lines.append(f"| {row.steps} | {row.name} | {row.rate} | {row.cell('fvu', '.4f')} | {shares} |")
+    return "\n".join([*lines, "", *_verdicts(found), *_exact(comparison, results), *_times(comparison, results)])
+
+
+def _verdicts(found: list[Row]) -> Iterator[str]:
+    fine = [row for row in found if not any("error" in result for result in row.seeds)]
+    for steps in sorted({row.steps for row in fine}):
+        ours = next((row for row in fine if (row.steps, row.name) == (steps, OURS)), None)
+        others = [row for row in fine if row.steps == steps and row.name != OURS]
+        if ours and others:
+            best = min(others, key=lambda row: row.mean("fvu"))
+            gap = best.mean("fvu") - ours.mean("fvu")
+            yield (
+                f"{steps} steps: ours is {gap:.4f} below the best of the others ({best.name} at {best.rate}), "
+                f"with {ours.mean('never_fired'):.1%} never firing where that has {best.mean('never_fired'):.1%}.\n"
+            )
+
+
+def _exact(comparison: Comparison, results: Results) -> Iterator[str]:
+    """What products in bfloat16 changed of the others' figures."""
+    gaps = []
+    for tool in TOOLS:
+        task = comparison.exact(tool, results) if tool.first_lr is not None else None
+        best = comparison.best(tool, comparison.lengths[0], results) if task else None
+        pair = (results.get(task), results.get(best[0])) if task and best else (None, None)
+        if pair[0] and pair[1]:
+            gaps.append(f"{tool.name} {pair[0]['fvu'] - pair[1]['fvu']:+.4f}")
+    if gaps:
+        yield f"FVU with products in fp32 less that with bfloat16, one seed: {', '.join(gaps)}.\n"
+
+
+def _times(comparison: Comparison, results: Results) -> Iterator[str]:
+    """Medians of the runs that had the machine for themselves."""
+    if results.timings:
+        told = [f"{name} {statistics.median(seconds):.0f} s" for name, seconds in results.timings.items()]
+        yield f"Wall time of {comparison.lengths[0]} steps, alone on the machine: {', '.join(told)}."
+
+
+def plot(comparison: Comparison, results: Results, path: Path) -> None:
+    """FVU against latents that never fire, a panel for each length; needs matplotlib (extra `bench`)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, len(comparison.lengths), figsize=(11, 4.5), squeeze=False)
+    markers = dict(zip((tool.name for tool in TOOLS), "osD^v", strict=True))
+    for panel, steps in zip(panels[0], comparison.lengths, strict=True):
+        for row in rows(comparison, results):
+            if row.steps != steps or any("error" in result for result in row.seeds):
+                continue
+            shares = [100 * result["never_fired"] for result in row.seeds]
+            ours, default = row.name == OURS, row.rate.endswith("default")
+            color = f"C{list(markers).index(row.name)}"
+            panel.scatter(
+                shares,
+                [result["fvu"] for result in row.seeds],
+                marker=markers[row.name],
+                label=f"{row.name}, {row.rate.replace('`', '')}",
+                facecolors="none" if default and not ours else color,
+                edgecolors=color,
+            )
+        panel.set(title=f"{steps} steps", xlabel="latents that never fire (%)", ylabel="held-out FVU")
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)

@@ -1,0 +1,57 @@
+"""The file of results: one entry a run, rewritten after each, so that a conduct that was stopped goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import describe_machine, describe_run
+from benchmarks.recipe.task import Task
+
+Result = dict[str, Any]
+"""What a run gave, by figure; or its ``error``."""
+
+
+class Results:
+    """Tasks with what they gave; ``timings`` {tool: wall seconds of runs that had the machine for themselves}."""
+
+    def __init__(self, path: Path, command: str) -> None:
+        self._path = path
+        stored = json.loads(path.read_text()) if path.exists() else {}
+        self.runs: list[tuple[Task, Result]] = [
+            (Task(**entry["task"]), entry["result"]) for entry in stored.get("runs", [])
+        ]
+        self.timings: dict[str, list[float]] = stored.get("seconds", {})
+        self._about = {"run": {**describe_run([]), "command": command}, "machine": describe_machine()}
+
+    def get(self, task: Task) -> Result | None:
+        """What the task gave, if it is done."""
+        return next((result for known, result in self.runs if known == task), None)
+
+    def tried(self, like: Task) -> dict[float, float]:
+        """{rate: FVU} of the runs that differ from ``like`` in nothing else; infinite where one failed."""
+        return {
+            task.lr: float(result.get("fvu", float("inf")))
+            for task, result in self.runs
+            if task.lr is not None and dataclasses.replace(task, lr=like.lr) == like
+        }
+
+    def drop(self, tasks: Collection[Task]) -> None:
+        """Forget what these gave."""
+        self.runs = [(task, result) for task, result in self.runs if task not in tasks]
+
+    def add(self, task: Task, result: Result) -> None:
+        """Keep a result, on the disk too."""
+        self.runs.append((task, result))
+        self.write()
+
+    def write(self) -> None:
+        """Write the file."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = self._path.with_suffix(".new")
+        runs = [{"task": dataclasses.asdict(task), "result": result} for task, result in self.runs]
+        fresh.write_text(json.dumps({**self._about, "seconds": self.timings, "runs": runs}, indent=1) + "\n")
+        fresh.replace(self._path)

@@ -1,0 +1,139 @@
+"""How near `--lr auto` comes to the best of fixed rates, over widths, sparsities, lengths and sites.
+
+    python -m benchmarks.recipe.rule
+
+For each case a sweep by factors of two, until the best rate's neighbours are known, and the rule's own rate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import statistics
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+from benchmarks.machine import ROOT
+from benchmarks.recipe.activations import HELD_OUT_TOKENS, SITES, TRAIN_TOKENS, cached
+from benchmarks.recipe.conduct import conduct
+from benchmarks.recipe.results import Results
+from benchmarks.recipe.sweep import FACTOR, OURS, best_rate, next_rates
+from benchmarks.recipe.task import Task
+from saetrain.optim import RunSize, lr_rule
+
+OUT = ROOT / "benchmarks" / "results" / "recipe-rule.json"
+ALLOWED = 0.004
+"""Of FVU above the best fixed rate's."""
+ANCHOR = 0.01
+"""A rate that every sweep's rates are powers of FACTOR from, so that they stay where the rule moves."""
+
+
+def cases(options: argparse.Namespace) -> list[Task]:
+    """The rule's own task of each case, the short and narrow ones first."""
+    return [
+        Task(OURS, site, latents, k, steps, options.tokens, options.seed)
+        for steps in sorted(options.steps)
+        for latents in sorted(options.latents)
+        for site in options.sites
+        for k in options.k
+    ]
+
+
+def rule_of(task: Task) -> float:
+    """The rate that the rule takes for a task."""
+    return lr_rule(RunSize(task.latents, task.k, task.tokens, task.steps))
+
+
+def first_rate(task: Task) -> float:
+    """The sweep's rate that is nearest to the rule's, or a little below it."""
+    rate = ANCHOR
+    while rate > rule_of(task) * FACTOR**0.5:
+        rate /= FACTOR
+    while rate < rule_of(task) / FACTOR**0.5:
+        rate *= FACTOR
+    return rate
+
+
+def wanted(tasks: Iterable[Task], results: Results, sweep_alone: bool) -> list[Task]:
+    """What is lacking of these cases."""
+    found: list[Task] = []
+    for task in tasks:
+        rates = next_rates(results.tried(task), first_rate(task))
+        found += [replace(task, lr=rate) for rate in rates]
+        if not sweep_alone and not rates:
+            found.append(task)
+    return [task for task in found if results.get(task) is None]
+
+
+def drop_stale(tasks: Iterable[Task], results: Results) -> None:
+    """Forget runs of the rule that it would not take that rate for any more."""
+    old = []
+    for task in tasks:
+        result = results.get(task)
+        if result and abs(result["lr"] / rule_of(task) - 1) > 1e-6:
+            old.append(task)
+    results.drop(old)
+
+
+def table(tasks: Iterable[Task], results: Results) -> str:
+    """A row for each case that is complete, and how many are within what is allowed."""
+    rows = ["| site | F | k | steps | best fixed lr | FVU | never fired | rule | FVU | above | never fired |"]
+    rows.append("|---" * 11 + "|")
+    above: list[float] = []
+    for task in tasks:
+        tried, own = results.tried(task), results.get(task)
+        if own is None or next_rates(tried, 0.0):
+            continue
+        best = results.get(replace(task, lr=best_rate(tried)))
+        assert best is not None
+        above.append(own["fvu"] - best["fvu"])
+        rows.append(
+            f"| {task.site} | {task.latents} | {task.k} | {task.steps} | {best['lr']:.2g} | {best['fvu']:.4f} | "
+            f"{best['never_fired']:.1%} | {own['lr']:.2g} | {own['fvu']:.4f} | {above[-1]:+.4f} | "
+            f"{own['never_fired']:.1%} |"
+        )
+    within = sum(gap <= ALLOWED for gap in above)
+    median = f", median {statistics.median(above):+.4f}, worst {max(above):+.4f}" if above else ""
+    return "\n".join([*rows, "", f"Within {ALLOWED} of the best fixed rate: {within} of {len(above)}{median}."])
+
+
+def main() -> None:
+    """Run what is lacking, and print the table."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.recipe.rule",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--sites", nargs="+", choices=list(SITES), default=list(SITES))
+    parser.add_argument("--latents", nargs="+", type=int, default=[512, 3072, 12288])
+    parser.add_argument("--k", nargs="+", type=int, default=[16, 32, 64])
+    parser.add_argument("--steps", nargs="+", type=int, default=[400, 4000])
+    parser.add_argument("--tokens", type=int, default=1024, help="activations a step")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--sweep_alone", action="store_true", help="leave the rule's own runs for later")
+    parser.add_argument("--train_tokens", type=int, default=TRAIN_TOKENS, help="of text, pass after pass")
+    parser.add_argument("--held_out_tokens", type=int, default=HELD_OUT_TOKENS, help="that all are scored on")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="runs at a time")
+    parser.add_argument("--threads", type=int, default=1, help="of each run")
+    parser.add_argument("--folder", type=Path, default=ROOT / ".bench" / "recipe", help="for text and activations")
+    parser.add_argument("--out", type=Path, default=OUT, help="results file")
+    options = parser.parse_args()
+    results, tasks = Results(options.out, "python -m benchmarks.recipe.rule"), cases(options)
+    drop_stale(tasks, results)
+    activations = functools.partial(
+        cached, folder=options.folder, train=options.train_tokens, held_out=options.held_out_tokens
+    )
+    conduct(
+        lambda: wanted(tasks, results, options.sweep_alone),
+        results,
+        activations,
+        processes=options.processes,
+        threads=options.threads,
+    )
+    print(table(tasks, results))
+
+
+if __name__ == "__main__":
+    main()

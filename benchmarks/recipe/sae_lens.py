@@ -1,0 +1,41 @@
+"""SAELens by its own ``SAETrainer.fit``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
+from sae_lens.config import SAETrainerConfig
+from sae_lens.training.sae_trainer import SAETrainer
+from torch import Tensor
+
+from benchmarks.peers.sae_lens import LR
+from benchmarks.recipe.task import Batches, Task
+from benchmarks.recipe.worker import Rebuild
+
+
+def fit(task: Task, batches: Batches) -> tuple[Rebuild, dict[str, Any]]:
+    """Train; beside a given rate it gets the schedule that its default lacks."""
+    torch.manual_seed(task.seed)
+    sae = TopKTrainingSAE(
+        TopKTrainingSAEConfig(d_in=batches[0].shape[1], d_sae=task.latents, k=task.k, device="cpu", **task.options)
+    )
+    lr = task.lr or LR
+    schedule = {} if task.lr is None else {"lr_warm_up_steps": task.steps // 10, "lr_decay_steps": task.steps // 5}
+    config = SAETrainerConfig(
+        total_training_samples=task.steps * task.tokens,
+        train_batch_size_samples=task.tokens,
+        lr=lr,
+        # The runner sets lr_end; without the runner it must be given.
+        lr_end=lr / 10,
+        device="cpu",
+        **schedule,
+    )
+    SAETrainer(config, sae, iter(batches)).fit()
+
+    def rebuild(rows: Tensor) -> tuple[Tensor, Tensor]:
+        code = sae.encode(rows)
+        return sae.decode(code), code > 0
+
+    return rebuild, {"lr": lr}

@@ -1,0 +1,48 @@
+"""saetrain's own trainer over the prepared activations, every setting but the learning rate at its default."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.ours import HOOKPOINT, make_trainer
+from benchmarks.recipe.task import Batches, Task
+from benchmarks.recipe.worker import Rebuild
+from saetrain.activations.normalize import calibrate
+from saetrain.activations.read import Activations
+from saetrain.coders.folding import folded
+from saetrain.coders.topk import TopKSettings
+from saetrain.optim import OptimSettings, warmup_steps
+from saetrain.runs.prepare import CALIBRATION_TOKENS
+from saetrain.training.trainer import Trainer, TrainSettings
+
+
+def fit(task: Task, batches: Batches) -> tuple[Rebuild, dict[str, Any]]:
+    """Train by `--lr auto`, or by the rate that the task gives."""
+    optim = OptimSettings(lr=task.lr or "auto")
+    sample = torch.cat([batches[step] for step in range(min(len(batches), -(-CALIBRATION_TOKENS // task.tokens)))])
+    normalizer = calibrate(Activations({HOOKPOINT: sample}, np.zeros(len(sample), dtype=np.int64), 0), {})[HOOKPOINT]
+    settings = TopKSettings(k=task.k, num_latents=task.latents, **task.options)
+    sae = make_trainer(
+        HOOKPOINT, normalizer, settings, "auto", "auto", task.tokens, optim=optim, steps=task.steps, seed=task.seed
+    )
+    trainer = Trainer(
+        {HOOKPOINT: sae},
+        TrainSettings(max_tokens=task.steps * task.tokens),
+        tokens=task.tokens,
+        warmup=warmup_steps(optim, task.steps),
+    )
+    for _ in range(task.steps):
+        trainer.train_step(lambda step: {HOOKPOINT: batches[step]})
+    coder = folded(sae.coder, normalizer.mean, normalizer.scale)
+
+    def rebuild(rows: Tensor) -> tuple[Tensor, Tensor]:
+        codes = coder.encode(rows)
+        assert codes.indices is not None
+        fired = torch.zeros(len(rows), task.latents, dtype=torch.bool)
+        return coder.decode(codes), fired.scatter_(1, codes.indices.long(), codes.values > 0)
+
+    return rebuild, {"lr": sae.peak_lr}

@@ -1,0 +1,65 @@
+"""eai-sparsify by its own ``Trainer.fit``, over a model that hands out the prepared activations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from sparsify import SparseCoderConfig, TrainConfig, Trainer
+from torch import Tensor
+
+from benchmarks.peers.sparsify import Replay, Tokens
+from benchmarks.recipe.task import Batches, Task
+from benchmarks.recipe.worker import Rebuild
+
+
+class Rows(Sequence[Tensor]):
+    """The batches (1, N, D), each as one sequence."""
+
+    def __init__(self, batches: Batches) -> None:
+        self._batches = batches
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __getitem__(self, step: Any) -> Any:
+        return self._batches[step].unsqueeze(0)
+
+
+class Unsaved(Trainer):
+    """Leaves no files."""
+
+    def save(self) -> None:
+        """Nothing."""
+
+
+def fit(task: Task, batches: Batches) -> tuple[Rebuild, dict[str, Any]]:
+    """Train; its default optimizer knows no warm-up, and Adam's of 1000 steps is longer than a short run."""
+    schedule = {} if task.lr is None else {"lr": task.lr, "lr_warmup_steps": task.steps // 10}
+    config = TrainConfig(
+        SparseCoderConfig(num_latents=task.latents, k=task.k),
+        batch_size=1,
+        hookpoints=["layer"],
+        init_seeds=[task.seed],
+        save_every=10 * task.steps,
+        log_to_wandb=False,
+        **schedule,
+        **task.options,
+    )
+    # It asks the model for the width first, so that batch 0 is the last that it trains on.
+    trainer = Unsaved(config, Tokens(torch.zeros(1, task.tokens, dtype=torch.long), task.steps), Replay(Rows(batches)))
+    group = trainer.optimizers[0].param_groups[0]
+    lr = group.get("initial_lr", group["lr"])
+    trainer.fit()
+    for optimizer in trainer.optimizers:
+        if hasattr(optimizer, "eval"):
+            optimizer.eval()
+    (sae,) = trainer.saes.values()
+
+    def rebuild(rows: Tensor) -> tuple[Tensor, Tensor]:
+        values, indices, _ = sae.encode(rows)
+        fired = torch.zeros(len(rows), task.latents, dtype=torch.bool).scatter_(1, indices, values > 0)
+        return sae.decode(values, indices), fired
+
+    return rebuild, {"lr": lr}

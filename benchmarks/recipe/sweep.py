@@ -1,0 +1,112 @@
+"""Which rates a sweep tries, and the tasks of a comparison of tools that sweep."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.recipe.results import Results
+from benchmarks.recipe.task import Task
+
+OURS = "saetrain"
+FACTOR = 2.0
+"""Between neighbouring rates of a sweep."""
+
+
+def next_rates(tried: Mapping[float, float], first: float) -> list[float]:
+    """Rates to try behind those of ``tried`` {rate: FVU}; none once both neighbours of the best one are among them."""
+    if not tried:
+        return [_near(first)]
+    best = best_rate(tried)
+    return [rate for rate in (_near(best * FACTOR), _near(best / FACTOR)) if rate not in tried]
+
+
+def best_rate(tried: Mapping[float, float]) -> float:
+    """The rate of the lowest FVU."""
+    return min(tried, key=lambda rate: tried[rate])
+
+
+def _near(rate: float) -> float:
+    """The rate without the noise of its last bits, by which it would not be found again."""
+    return float(f"{rate:.6g}")
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A way to train: a tool with its options, and the rate that its sweep begins with at the shortest runs."""
+
+    name: str
+    first_lr: float | None = None
+    options: tuple[tuple[str, Any], ...] = ()
+    shipped: bool = True
+    """Whether its default is what the tool does when nothing is said, and so has a row."""
+    longest_sweep: float = float("inf")
+    """Steps of the longest run that it is swept over."""
+
+    def swept(self, steps: int) -> bool:
+        """Whether it is swept over runs of that length."""
+        return self.first_lr is not None and steps <= self.longest_sweep
+
+
+TOOLS = (
+    Tool(OURS),
+    # At its best rate it is far behind the same tool's Adam, so the long runs, of minutes each, are left to that.
+    Tool("sparsify signum", 8e-3, (("optimizer", "signum"),), longest_sweep=400),
+    Tool("sparsify adam", 4e-3, (("optimizer", "adam"),), shipped=False),
+    Tool("sae-lens", 4e-3),
+    Tool("dictionary_learning", 4e-3),
+)
+
+
+class Comparison:
+    """The tasks of a comparison: each tool at its default, and at the best rate of a sweep by the first seed."""
+
+    def __init__(self, make: Callable[..., Task], lengths: tuple[int, ...], seeds: tuple[int, ...]) -> None:
+        self._make, self.lengths, self.seeds = make, lengths, seeds
+
+    def default(self, tool: Tool, steps: int) -> list[Task]:
+        """A task for each seed at the tool's default; ours takes its rule."""
+        return [self._make(tool=tool.name, steps=steps, seed=seed, options=dict(tool.options)) for seed in self.seeds]
+
+    def best(self, tool: Tool, steps: int, results: Results) -> list[Task] | None:
+        """A task for each seed at the best rate, once the sweep knows it."""
+        tasks = self.default(tool, steps)
+        tried = results.tried(tasks[0])
+        if not tried or next_rates(tried, 0.0):
+            return None
+        return [dataclasses.replace(task, lr=best_rate(tried)) for task in tasks]
+
+    def exact(self, tool: Tool, results: Results) -> Task | None:
+        """The first of the shortest runs at the best rate, with products in fp32."""
+        best = self.best(tool, self.lengths[0], results)
+        return dataclasses.replace(best[0], exact=True) if best else None
+
+    def wanted(self, tools: tuple[Tool, ...], results: Results) -> list[Task]:
+        """Tasks that can be begun, the short ones first; none when the comparison is complete."""
+        found = [task for steps in self.lengths for tool in tools for task in self._of(tool, steps, results)]
+        return [task for task in found if results.get(task) is None]
+
+    def _of(self, tool: Tool, steps: int, results: Results) -> list[Task]:
+        default = self.default(tool, steps) if tool.shipped else []
+        if not tool.swept(steps):
+            return default
+        best = self.best(tool, steps, results)
+        if best is None:
+            rates = self._rates(tool, steps, results)
+            return [dataclasses.replace(self.default(tool, steps)[0], lr=rate) for rate in rates] + default
+        exact = self.exact(tool, results) if steps == self.lengths[0] else None
+        return [*best, *([exact] if exact else []), *default]
+
+    def _rates(self, tool: Tool, steps: int, results: Results) -> list[float]:
+        """What the sweep tries next; one over a longer run begins below the best rate of the shorter."""
+        assert tool.first_lr is not None
+        first = tool.first_lr
+        for length in self.lengths:
+            if length < steps:
+                shorter = self.best(tool, length, results)
+                if shorter is None:
+                    return []
+                first = (shorter[0].lr or first) / FACTOR
+        return next_rates(results.tried(self.default(tool, steps)[0]), first)
