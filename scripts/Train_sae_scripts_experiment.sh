@@ -10,6 +10,7 @@
 #   KS                active latents per token (K alone)
 #   NUM_LATENTS_LIST  numbers of latents (NUM_LATENTS or EXPANSION_FACTOR alone)
 set -euo pipefail
+rates_by_grid=true
 # shellcheck source=scripts/settings.sh
 source "$(dirname "${BASH_SOURCE[0]}")/settings.sh"
 

@@ -150,7 +150,8 @@ setting --num_latents "${NUM_LATENTS:-}"
 setting --batch_size "${BATCH_SIZE:-}"
 setting --grad_acc_steps "${GRAD_ACC_STEPS:-}"
 setting --ctx_len "${CTX_LEN:-}"
-# A file of settings has a rate of its own.
-if [[ -z $from_file ]]; then setting --lr "${LR:-auto}"; else setting --lr "${LR:-}"; fi
+# A file of settings, or a grid, has rates of its own.
+if [[ -z $from_file && -z ${rates_by_grid:-} ]]; then LR=${LR:-auto}; fi
+if [[ -z ${rates_by_grid:-} ]]; then setting --lr "${LR:-}"; fi
 setting --log_to_wandb "${LOG_TO_WANDB:-}"
 if [[ ${N_GPUS:-} == 0 ]]; then setting --device cpu; fi

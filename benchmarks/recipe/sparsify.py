@@ -51,10 +51,8 @@ def fit(task: Task, batches: Batches) -> tuple[Rebuild, dict[str, Any]]:
     trainer = Unsaved(config, Tokens(torch.zeros(1, task.tokens, dtype=torch.long), task.steps), Replay(Rows(batches)))
     group = trainer.optimizers[0].param_groups[0]
     lr = group.get("initial_lr", group["lr"])
+    # Scored as they were trained: signum's averages, which it saves, have decoder rows shorter than one and do worse.
     trainer.fit()
-    for optimizer in trainer.optimizers:
-        if hasattr(optimizer, "eval"):
-            optimizer.eval()
     (sae,) = trainer.saes.values()
 
     def rebuild(rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -84,20 +84,23 @@ class Comparison:
         return dataclasses.replace(best[0], exact=True) if best else None
 
     def wanted(self, tools: tuple[Tool, ...], results: Results) -> list[Task]:
-        """Tasks that can be begun, the short ones first; none when the comparison is complete."""
-        found = [task for steps in self.lengths for tool in tools for task in self._of(tool, steps, results)]
+        """Tasks that can be begun, the short ones first, then sweeps; none when the comparison is complete."""
+        found: list[Task] = []
+        for steps in self.lengths:
+            for tool in tools:
+                found += self._swept(tool, steps, results) if tool.swept(steps) else []
+            for tool in tools:
+                found += self.default(tool, steps) if tool.shipped else []
         return [task for task in found if results.get(task) is None]
 
-    def _of(self, tool: Tool, steps: int, results: Results) -> list[Task]:
-        default = self.default(tool, steps) if tool.shipped else []
-        if not tool.swept(steps):
-            return default
+    def _swept(self, tool: Tool, steps: int, results: Results) -> list[Task]:
+        """What the sweep tries next, or all seeds at what it found."""
         best = self.best(tool, steps, results)
         if best is None:
             rates = self._rates(tool, steps, results)
-            return [dataclasses.replace(self.default(tool, steps)[0], lr=rate) for rate in rates] + default
+            return [dataclasses.replace(self.default(tool, steps)[0], lr=rate) for rate in rates]
         exact = self.exact(tool, results) if steps == self.lengths[0] else None
-        return [*best, *([exact] if exact else []), *default]
+        return [*best, *([exact] if exact else [])]
 
     def _rates(self, tool: Tool, steps: int, results: Results) -> list[float]:
         """What the sweep tries next; one over a longer run begins below the best rate of the shorter."""

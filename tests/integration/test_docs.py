@@ -156,6 +156,7 @@ def test_defaults_in_the_readme_are_the_real_ones() -> None:
 def test_every_logged_figure_is_defined(tmp_path: Path, tiny_bert: str, tiny_gpt2: str, topics: list[str]) -> None:
     page = (ROOT / "docs" / "metrics.md").read_text()
     command = ["bert-base-uncased", "wikitext", "--k", "4", "--dead_window_tokens", "128", "--log_every", "1"]
+    command += ["--auxk_alpha", "0.03125"]
     with workplace(tmp_path, tiny_bert, tiny_gpt2, topics):
         main([*command, *SMALL, *LATENTS, "--run_name", "run"])
         lines = [json.loads(line) for line in (tmp_path / "output/run/metrics.jsonl").read_text().splitlines()]

@@ -187,7 +187,7 @@ def test_a_resumed_run_keeps_its_loss(
 def test_a_spike_ends_the_run_and_says_where_the_text_stood(
     tmp_path: Path, tiny_gpt2: str, topics_jsonl: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = f"{tiny_gpt2} {topics_jsonl} {TINY} --max_tokens 12800 --loss_fn kl --lr 3e4 --lr_warmup_steps 0"
+    words = f"{tiny_gpt2} {topics_jsonl} {TINY} --max_tokens 12800 --loss_fn kl --lr 1e30 --lr_warmup_steps 0"
     with pytest.raises(SystemExit) as caught:
         train(tmp_path, "run", f"{words} --max_grad_norm 0 --optimizer sgd")
     assert caught.value.code == 2

@@ -191,9 +191,9 @@ def test_variables_become_flags(calls: Callable[..., list[str]]) -> None:
     )
 
 
-def test_what_is_not_set_is_left_to_the_package(calls: Callable[..., list[str]]) -> None:
+def test_what_is_not_set_is_left_to_the_package_but_the_rate(calls: Callable[..., list[str]]) -> None:
     assert calls(TRAIN, N_GPUS="", EVAL_DATASET="e") == [
-        "-m saetrain m d --save_dir ./output --run_name m_sae",
+        "-m saetrain m d --lr auto --save_dir ./output --run_name m_sae",
         "-m saetrain evaluate ./output/m_sae --dataset e",
         "-m saetrain compare ./output/m_sae --out ./output/m_sae/summary.json",
     ]

@@ -337,7 +337,7 @@ def test_finetuning_knows_the_hookpoint_and_wants_one_seed(
 def test_a_useless_sae_is_said_to_be_useless(
     tmp_path: Path, tiny_bert: str, topics_jsonl: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train(tmp_path, "run", f"{tiny_bert} {topics_jsonl} {SIZES} --k 40 --max_tokens 256")
+    train(tmp_path, "run", f"{tiny_bert} {topics_jsonl} {SIZES} --k 40 --max_tokens 256 --lr 3")
     printed = capsys.readouterr()
     assert "--k 40 is no less than the width 32" in printed.err
     assert "WARNING: encoder.layer.0: worse than predicting the mean" in printed.out
