@@ -23,7 +23,7 @@ from saetrain.data.sequences import Sequences
 from saetrain.optim import OptimSettings, RunSize, resolve_lr, warmup_steps
 from saetrain.runs.kernels import choose_kernels, make_engine
 from saetrain.training.engine import KernelSettings
-from saetrain.training.firing import DeadSettings, FiringTracker
+from saetrain.training.firing import LIFT, DeadSettings, FiringTracker
 from saetrain.training.trainer import SaeTrainer, Trainer, TrainSettings
 from saetrain.types import Sequence, TokenKind
 
@@ -67,9 +67,9 @@ def make_trainer(
         firing,
         data_variance=normalizer.scaled_variance,
         raw_mse=normalizer.variance / coder.d_in,
-        lr=resolve_lr(optim, RunSize(coder.num_latents, coder.k, tokens, steps))[0],
+        lr=resolve_lr(optim, RunSize(coder.num_latents, coder.k, tokens, steps)),
         seed=seed,
-        lift=dead.dead_bias_lift,
+        lift=LIFT,
     )
 
 

@@ -130,7 +130,9 @@ for word in "$@"; do
       exit 0
       ;;
     --dry[-_]run | --dry[-_]run=true) planning=true ;;
-    --config | --config=*) from_file=true ;;
+    --config | --config=*) from_file=true own_rate= ;;
+    # A rate that is given, and runs that the rule is not for.
+    --lr | --lr=* | --optimizer* | --loss[-_]fn* | --finetune*) own_rate= ;;
   esac
 done
 
@@ -150,8 +152,6 @@ setting --num_latents "${NUM_LATENTS:-}"
 setting --batch_size "${BATCH_SIZE:-}"
 setting --grad_acc_steps "${GRAD_ACC_STEPS:-}"
 setting --ctx_len "${CTX_LEN:-}"
-# A file of settings, or a grid, has rates of its own.
-if [[ -z $from_file && -z ${rates_by_grid:-} ]]; then LR=${LR:-auto}; fi
-if [[ -z ${rates_by_grid:-} ]]; then setting --lr "${LR:-}"; fi
+if [[ -z ${rates_by_grid:-} ]]; then setting --lr "${LR:-${own_rate-auto}}"; fi
 setting --log_to_wandb "${LOG_TO_WANDB:-}"
 if [[ ${N_GPUS:-} == 0 ]]; then setting --device cpu; fi

@@ -99,27 +99,32 @@ def table(tasks: Iterable[Task], results: Results) -> str:
     return "\n".join([*rows, "", f"Within {ALLOWED} of the best fixed rate: {within} of {len(above)}{median}."])
 
 
-def main() -> None:
-    """Run what is lacking, and print the table."""
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    found = argparse.ArgumentParser(
         prog="python -m benchmarks.recipe.rule",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--sites", nargs="+", choices=list(SITES), default=list(SITES))
-    parser.add_argument("--latents", nargs="+", type=int, default=[512, 3072, 12288])
-    parser.add_argument("--k", nargs="+", type=int, default=[16, 32, 64])
-    parser.add_argument("--steps", nargs="+", type=int, default=[400, 4000])
-    parser.add_argument("--tokens", type=int, default=1024, help="activations a step")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--sweep_alone", action="store_true", help="leave the rule's own runs for later")
-    parser.add_argument("--train_tokens", type=int, default=TRAIN_TOKENS, help="of text, pass after pass")
-    parser.add_argument("--held_out_tokens", type=int, default=HELD_OUT_TOKENS, help="that all are scored on")
-    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="runs at a time")
-    parser.add_argument("--threads", type=int, default=1, help="of each run")
-    parser.add_argument("--folder", type=Path, default=ROOT / ".bench" / "recipe", help="for text and activations")
-    parser.add_argument("--out", type=Path, default=OUT, help="results file")
-    options = parser.parse_args()
+    found.add_argument("--sites", nargs="+", choices=list(SITES), default=list(SITES))
+    found.add_argument("--latents", nargs="+", type=int, default=[512, 3072, 12288])
+    found.add_argument("--k", nargs="+", type=int, default=[16, 32, 64])
+    found.add_argument("--steps", nargs="+", type=int, default=[400, 4000])
+    found.add_argument("--tokens", type=int, default=1024, help="activations a step")
+    found.add_argument("--seed", type=int, default=1)
+    found.add_argument("--sweep_alone", action="store_true", help="leave the rule's own runs for later")
+    found.add_argument("--train_tokens", type=int, default=TRAIN_TOKENS, help="of text, pass after pass")
+    found.add_argument("--held_out_tokens", type=int, default=HELD_OUT_TOKENS, help="that all are scored on")
+    found.add_argument("--processes", type=int, default=os.cpu_count(), help="runs at a time")
+    found.add_argument("--threads", type=int, default=1, help="of each run")
+    found.add_argument("--folder", type=Path, default=ROOT / ".bench" / "recipe", help="for text and activations")
+    found.add_argument("--out", type=Path, default=OUT, help="results file")
+    return found
+
+
+def main() -> None:
+    """Run what is lacking, and print the table."""
+    options = parser().parse_args()
     results, tasks = Results(options.out, "python -m benchmarks.recipe.rule"), cases(options)
     drop_stale(tasks, results)
     activations = functools.partial(

@@ -29,7 +29,7 @@ from saetrain.logs import LogSettings
 from saetrain.optim import OptimSettings
 from saetrain.training.checkpoint import CheckpointSettings
 from saetrain.training.engine import KernelSettings
-from saetrain.training.firing import DeadSettings
+from saetrain.training.firing import LIFT, DeadSettings
 from saetrain.training.parallel import ParallelSettings
 from saetrain.training.trainer import TrainSettings
 from saetrain.types import shown_default
@@ -71,6 +71,33 @@ class RunConfig:
     """Resolve everything, print what the run would be and cost, and stop."""
     debug: bool = False
     """Show the traceback of an error."""
+
+    def __post_init__(self) -> None:
+        if self.optim.lr == "auto" and not self.has_lr_rule:
+            raise SaetrainError(
+                "--lr auto: the rule is for adam, reconstruction and random initial weights; with --optimizer sgd, "
+                "--loss_fn ce or kl, and --finetune give a number (docs/recipe.md)"
+            )
+        if self.dead.dead_bias_lift and not self._can_lift:
+            raise SaetrainError(
+                f"--dead_bias_lift {self.dead.dead_bias_lift:g}: goes with --optimizer adam and --loss_fn mse or fvu; "
+                "leave it out, or switch AuxK on by --auxk_alpha"
+            )
+
+    @property
+    def has_lr_rule(self) -> bool:
+        """Whether `--lr auto` was fitted to runs of this kind."""
+        return self.optim.optimizer == "adam" and not self.train.end_to_end and self.finetune is None
+
+    @property
+    def _can_lift(self) -> bool:
+        return self.optim.optimizer == "adam" and not self.train.end_to_end
+
+    @property
+    def lift(self) -> float:
+        """Times the learning rate by which a step raises biases of dead latents."""
+        given = self.dead.dead_bias_lift
+        return given if given is not None else LIFT if self._can_lift else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

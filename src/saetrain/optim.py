@@ -35,11 +35,12 @@ class OptimSettings:
     optimizer: Literal["adam", "sgd"] = "adam"
     """`sgd` has momentum 0.9."""
     lr: float | Literal["auto"] = 0.001
-    """Peak learning rate, or `auto`: by a rule in latents, k, tokens a step and steps (docs/recipe.md)."""
+    """Peak learning rate, of which adam gives the encoder half; `auto`: by a rule in latents, k, tokens a step and
+    steps (docs/recipe.md)."""
     lr_warmup_steps: Annotated[int | None, shown_default("a twentieth of the run, at most 1000", "INT")] = None
     """Optimizer steps over which the learning rate rises."""
     weight_decay: float = 0.0
-    """Decoupled, on the encoder's weights alone; a share per step and unit of learning rate."""
+    """Decoupled, on the encoder's weights alone; a share per step and unit of the encoder's learning rate."""
     max_grad_norm: float = 1.0
     """Gradients of a larger norm are scaled down to it; 0 switches that off."""
 
@@ -60,8 +61,6 @@ class RunSize:
     k: int
     tokens_per_step: int
     steps: int
-    end_to_end: bool = False
-    """Whether the loss is the model's own, for which there is no rule."""
 
 
 def lr_rule(size: RunSize) -> float:
@@ -75,31 +74,29 @@ def lr_rule(size: RunSize) -> float:
     )
 
 
-def resolve_lr(settings: OptimSettings, size: RunSize) -> tuple[float, str | None]:
-    """(learning rate, a remark where the given one is far off the rule); SaetrainError where there is no rule."""
-    if settings.optimizer == "sgd":
-        if settings.lr == "auto":
-            raise SaetrainError("--lr auto: there is a rule for --optimizer adam alone; give sgd a number, such as 1")
-        small = f"--lr {settings.lr:g} hardly trains with --optimizer sgd: rates near {SGD_LR:g} do on this loss"
-        return settings.lr, small if settings.lr < SGD_LR / 10 else None
-    if size.end_to_end:
-        if settings.lr == "auto":
-            raise SaetrainError(
-                "--lr auto: there is a rule for reconstruction alone; give ce and kl a number, such as 3e-4"
-            )
-        return settings.lr, None
+def resolve_lr(settings: OptimSettings, size: RunSize) -> float:
+    """The peak learning rate: as given, or by the rule."""
+    return lr_rule(size) if settings.lr == "auto" else settings.lr
+
+
+def lr_remark(lr: float, size: RunSize) -> str | None:
+    """What to say of a learning rate that is far off the rule."""
     rule = lr_rule(size)
-    if settings.lr == "auto":
-        return rule, None
-    ratio = settings.lr / rule
+    ratio = lr / rule
     if 1 / FAR_OFF <= ratio <= FAR_OFF:
-        return settings.lr, None
+        return None
     far = f"{ratio:.1f} times" if ratio > 1 else f"1/{1 / ratio:.1f} of"
     return (
-        settings.lr,
-        f"--lr {settings.lr:g} is {far} the {rule:.2g} that --lr auto takes for {size.num_latents} latents, "
-        f"k = {size.k} and {size.steps} steps of {size.tokens_per_step} tokens",
+        f"--lr {lr:g} is {far} the {rule:.2g} that --lr auto takes for {size.num_latents} latents, k = {size.k} and "
+        f"{size.steps} steps of {size.tokens_per_step} tokens"
     )
+
+
+def sgd_remark(lr: float) -> str | None:
+    """What to say of a learning rate by which sgd hardly moves."""
+    if lr >= SGD_LR / 10:
+        return None
+    return f"--lr {lr:g} hardly trains with --optimizer sgd: rates near {SGD_LR:g} do on this loss"
 
 
 def warmup_steps(settings: OptimSettings, steps: int) -> int:
@@ -151,10 +148,12 @@ class Optimizer:
         self._project, self._renormalize = project, renormalize
         self._turned = {name for name, p in parameters.items() if in_memory_order(p) is not p}
         self._stored = {name: nn.Parameter(in_memory_order(p.detach())) for name, p in parameters.items()}
+        share = ENCODER_SHARE if settings.optimizer == "adam" else 1.0
         groups = [
-            {"params": [p for name, p in self._stored.items() if (name in ENCODER) is encoder], "share": share}
-            for encoder, share in ((False, 1.0), (True, ENCODER_SHARE))
+            {"params": [p for name, p in self._stored.items() if (name in ENCODER) is encoder], "share": part}
+            for encoder, part in ((False, 1.0), (True, share))
         ]
+        self._decay = share * settings.weight_decay
         self.torch = OPTIMIZERS[settings.optimizer](groups)
 
     def project(self) -> Tensor:
@@ -171,9 +170,9 @@ class Optimizer:
         # Scaling by one would read and write all gradients for nothing.
         if 0 < self._settings.max_grad_norm < float(norm):
             torch.nn.utils.clip_grads_with_norm_(self._parameters.values(), self._settings.max_grad_norm, norm)
-        if self._settings.weight_decay:
+        if self._decay:
             with torch.no_grad():
-                self._parameters["W_enc"].mul_(1 - ENCODER_SHARE * lr * self._settings.weight_decay)
+                self._parameters["W_enc"].mul_(1 - lr * self._decay)
         for name, parameter in self._parameters.items():
             self._stored[name].grad = None if parameter.grad is None else in_memory_order(parameter.grad)
         for group in self.torch.param_groups:

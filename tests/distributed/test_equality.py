@@ -13,7 +13,11 @@ import pytest
 from tests.distributed.conftest import STEPS, Launcher, ended, free_port, records, same_run, wait_for_step, workers
 
 CASES = {
-    "native-two-micro-steps": ("tiny_bert", "--layers 1 --kernels native --grad_acc_steps 2 --auxk_alpha 0.1", (2, 4)),
+    "native-two-micro-steps": (
+        "tiny_bert",
+        "--layers 1 --kernels native --grad_acc_steps 2 --auxk_alpha 0.1 --lr 0.01 --dead_window_tokens 600",
+        (2, 4),
+    ),
     "native-clipped": ("tiny_bert", "--layers 1 --kernels native --grad_acc_steps 2 --max_grad_norm 0.1", (2,)),
     "torch-two-layers-two-seeds": (
         "tiny_bert",
@@ -52,7 +56,10 @@ def test_n_ranks_equal_one(case: str, launcher: Launcher, topics_jsonl: str, req
     for world in worlds:
         several = launcher.run(world, f"of{world}", [*common, str(sequences // world)])
         same_run(one, several)
-        last = [line for line in records(several) if line["kind"] == "train"][-1]
+        train = [line for line in records(several) if line["kind"] == "train"]
+        dead = max(sae["dead_not_fired"] for line in train for sae in line["saes"].values())
+        assert dead > 0 or "--dead_window_tokens" not in words, "nothing was lifted"
+        last = train[-1]
         assert {f"rank{number}/waiting" for number in range(world)} <= last.keys()
 
 

@@ -188,7 +188,7 @@ def test_a_spike_on_one_rank_ends_all_with_one_message(
     parallel: str, launcher: Launcher, tiny_bert: str, topics_jsonl: str
 ) -> None:
     words = [tiny_bert, topics_jsonl, "--layers", "0", "1", "--parallel", parallel, "--batch_size", "2"]
-    words += ["--lr", "1e6", "--max_grad_norm", "0", *tokens(200)]
+    words += ["--lr", "1e30", "--max_grad_norm", "0", *tokens(200)]
     output = ended(launcher.start(2, "spiking", words), None)
     assert output.count("the batch's place is in") == 1, output
     place = json.loads((launcher.folder / "spiking" / "spike.json").read_text())

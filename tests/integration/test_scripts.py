@@ -199,6 +199,15 @@ def test_what_is_not_set_is_left_to_the_package_but_the_rate(calls: Callable[...
     ]
 
 
+@pytest.mark.parametrize(
+    "words",
+    ["--lr 0.1", "--lr=0.1", "--optimizer sgd", "--loss_fn kl", "--loss-fn=ce", "--finetune sae"],
+)
+def test_no_rate_is_chosen_for_a_run_that_the_rule_is_not_for(calls: Callable[..., list[str]], words: str) -> None:
+    train, *_ = calls(TRAIN, *words.split(), N_GPUS="")
+    assert "--lr auto" not in train
+
+
 def test_lists_span_a_grid(calls: Callable[..., list[str]]) -> None:
     *runs, last = calls(STUDY, AUXK_ALPHAS="0", LRS="1e-3 auto", KS="4 8", NUM_LATENTS_LIST="64", N_GPUS="1")
     names = [f"auxk_alpha0_lr{lr}_k{k}_num_latents64" for lr in ("1e-3", "auto") for k in (4, 8)]

@@ -120,6 +120,12 @@ def test_unknown_flags_suggest_the_nearest_wherever_they_stand(position: int) ->
         ("--auxk_alpha -1", "--auxk_alpha -1.0: must not be negative"),
         ("--lr 0", "--lr 0.0: must be a positive number, or auto"),
         ("--lr nan", "--lr nan"),
+        ("--lr auto --optimizer sgd", "--lr auto: the rule is for adam"),
+        ("--lr auto --loss_fn kl", "--lr auto: the rule is for adam, reconstruction"),
+        ("--lr auto --finetune folder", "--lr auto: the rule is for adam, reconstruction and random initial weights"),
+        ("--dead_bias_lift -1", "--dead_bias_lift -1.0: must not be negative"),
+        ("--dead_bias_lift 2 --optimizer sgd", "--dead_bias_lift 2: goes with --optimizer adam"),
+        ("--dead_bias_lift 2 --loss_fn ce", "--dead_bias_lift 2: goes with --optimizer adam and --loss_fn mse"),
         ("--weight_decay -1", "--weight_decay -1.0"),
         ("--lr_warmup_steps -1", "--lr_warmup_steps -1"),
         ("--ctx_len 2", "--ctx_len 2: must be at least 4"),
@@ -278,3 +284,12 @@ def test_module_and_script_are_the_same_command() -> None:
 def test_the_written_settings_are_plain_yaml(tmp_path: Path) -> None:
     write_yaml(tmp_path / "c.yaml", RunConfig(model="m", dataset=("d",)))
     assert yaml.safe_load((tmp_path / "c.yaml").read_text())["init_seeds"] == [42]
+
+
+@pytest.mark.parametrize(
+    ("words", "lift"),
+    [("", 4.0), ("--dead_bias_lift 0", 0.0), ("--dead_bias_lift 2.5", 2.5), ("--optimizer sgd", 0.0),
+     ("--loss_fn kl", 0.0), ("--loss_fn fvu --finetune folder", 4.0)],
+)  # fmt: skip
+def test_what_lifts_the_biases_of_dead_latents(words: str, lift: float) -> None:
+    assert parse([*BASE, *words.split()]).lift == lift

@@ -8,15 +8,16 @@ import pytest
 import torch
 
 from saetrain.coders.topk import TopK
-from saetrain.errors import SaetrainError
 from saetrain.optim import (
     ENCODER_SHARE,
     Optimizer,
     OptimSettings,
     RunSize,
     lr_factor,
+    lr_remark,
     lr_rule,
     resolve_lr,
+    sgd_remark,
     warmup_steps,
 )
 
@@ -152,7 +153,8 @@ SIZE = RunSize(num_latents=2**14, k=32, tokens_per_step=2048, steps=500)
 
 def test_the_rule_falls_with_width_and_length_and_rises_with_k() -> None:
     rule = lr_rule(SIZE)
-    assert resolve_lr(OptimSettings(lr="auto"), SIZE) == (rule, None)
+    assert resolve_lr(OptimSettings(lr="auto"), SIZE) == rule
+    assert resolve_lr(OptimSettings(lr=0.3), SIZE) == 0.3
     assert lr_rule(replace(SIZE, num_latents=2**16)) < rule < lr_rule(replace(SIZE, num_latents=2**12))
     assert lr_rule(replace(SIZE, steps=5000)) < rule < lr_rule(replace(SIZE, steps=50))
     assert lr_rule(replace(SIZE, k=16)) < rule < lr_rule(replace(SIZE, k=64))
@@ -162,14 +164,10 @@ def test_the_rule_falls_with_width_and_length_and_rises_with_k() -> None:
     ("factor", "said"), [(1.0, None), (2.9, None), (3.1, "3.1 times"), (0.32, "1/3.1 of"), (50.0, "50.0 times")]
 )
 def test_rates_far_off_the_rule_are_remarked(factor: float, said: str | None) -> None:
-    lr = factor * lr_rule(SIZE)
-    taken, remark = resolve_lr(OptimSettings(lr=lr), SIZE)
-    assert taken == lr
+    remark = lr_remark(factor * lr_rule(SIZE), SIZE)
     assert (remark is None) if said is None else (remark is not None and said in remark and "--lr auto" in remark)
 
 
-def test_sgd_has_no_rule_and_says_what_rates_train() -> None:
-    with pytest.raises(SaetrainError, match="--lr auto: there is a rule for --optimizer adam alone"):
-        resolve_lr(OptimSettings(optimizer="sgd", lr="auto"), SIZE)
-    assert "hardly trains with --optimizer sgd" in str(resolve_lr(OptimSettings(optimizer="sgd"), SIZE)[1])
-    assert resolve_lr(OptimSettings(optimizer="sgd", lr=1.0), SIZE) == (1.0, None)
+def test_sgd_says_what_rates_train() -> None:
+    assert "hardly trains with --optimizer sgd" in str(sgd_remark(0.001))
+    assert sgd_remark(1.0) is None

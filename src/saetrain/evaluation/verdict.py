@@ -225,11 +225,7 @@ def _dead(
         f"{value:.1%} of the latents fire on less than {shape.dead_rate:.3g} of the {shape.tokens:,} tokens scored "
         f"(--dead_percentage_threshold){_shown(others, '.1%')}"
     )
-    advice = (
-        ""
-        if status == "good"
-        else "more tokens, --lr auto or a lower lr, or a larger --dead_bias_lift leave fewer latents dead"
-    )
+    advice = "" if status == "good" else "more tokens or a lower --lr leave fewer latents dead"
     if status == "fail" and any(null > settings.max_dead for null in others.values()):
         reason += "; directions that have learned nothing are over the threshold too"
         advice += "; read it beside the random figure"

@@ -38,6 +38,8 @@ def build_trainer(run: Prepared, checkpoint: Checkpoint | None) -> tuple[Trainer
         saes[name] = make_sae(run, hookpoint, coder, normalizers[hookpoint], seed)
         if checkpoint is not None:
             saes[name].restore(checkpoint.tensors[name], checkpoint.values["losses"][name])
+            # Both follow the length of the run, which a resume may have changed.
+            saes[name].peak_lr, saes[name].firing.window = checkpoint.values["rates"][name]
     trainer = Trainer(
         saes,
         run.config.train,
@@ -122,10 +124,9 @@ def make_sae(run: Prepared, hookpoint: str, coder: TopK, normalizer: Normalizer,
     """The trainer of one coder."""
     config: RunConfig = run.config
     device: torch.device = run.model.device
-    lr, _ = resolve_lr(config.optim, run.plan.run_size(coder.num_latents, coder.k))
+    lr = resolve_lr(config.optim, run.plan.run_size(coder.num_latents, coder.k))
     kernels = choose_kernels(config.compute, config.optim, config.train.loss_fn, device)
     window = config.dead.window(config.train.max_tokens, coder.num_latents, coder.k)
-    lifted = config.optim.optimizer == "adam" and not config.train.end_to_end
     return SaeTrainer(
         hookpoint,
         coder,
@@ -136,5 +137,5 @@ def make_sae(run: Prepared, hookpoint: str, coder: TopK, normalizer: Normalizer,
         raw_mse=normalizer.variance / coder.d_in,
         lr=lr,
         seed=seed,
-        lift=config.dead.dead_bias_lift if lifted else 0.0,
+        lift=config.lift,
     )

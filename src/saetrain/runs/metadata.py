@@ -8,8 +8,9 @@ from typing import Any
 
 from saetrain import launch
 from saetrain.activations.model import DTYPES
+from saetrain.config import RunConfig
 from saetrain.logs.console import say
-from saetrain.optim import resolve_lr
+from saetrain.optim import RunSize, lr_remark, resolve_lr, sgd_remark
 from saetrain.runs.build import sae_names
 from saetrain.runs.kernels import choose_kernels
 from saetrain.runs.prepare import Prepared
@@ -89,10 +90,18 @@ def announce(run: Prepared, trainer: Trainer) -> None:
             f"--k {config.sae.k} is no less than the width {widths[0]} of the activations: such a code is hardly sparse"
         )
     for latents in sorted({sae.coder.num_latents for sae in trainer.saes.values()}):
-        remark = resolve_lr(config.optim, plan.run_size(latents, config.sae.k))[1]
+        remark = _remark(config, plan.run_size(latents, config.sae.k))
         if remark:
             say(remark)
         say_bound(config.sae.k, latents, config.dead.dead_percentage_threshold)
+
+
+def _remark(config: RunConfig, size: RunSize) -> str | None:
+    """What to say of the learning rate."""
+    lr = resolve_lr(config.optim, size)
+    if config.optim.optimizer == "sgd":
+        return sgd_remark(lr)
+    return lr_remark(lr, size) if config.has_lr_rule else None
 
 
 def say_bound(k: int, latents: int, threshold: float) -> None:

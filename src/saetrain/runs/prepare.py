@@ -47,8 +47,6 @@ class Plan:
     data_sets: tuple[str, ...]
     shares: tuple[float, ...]
     """Of each data set in the tokens that are trained on."""
-    end_to_end: bool
-    """Whether the loss is the model's own."""
     text_tokens: tuple[int | None, ...]
     """Training tokens of each data set that the token policy keeps; None where it is streamed."""
 
@@ -59,7 +57,7 @@ class Plan:
 
     def run_size(self, num_latents: int, k: int) -> RunSize:
         """What the rule for the learning rate asks about."""
-        return RunSize(num_latents, k, self.tokens_per_step, self.steps, self.end_to_end)
+        return RunSize(num_latents, k, self.tokens_per_step, self.steps)
 
     @property
     def train_tokens(self) -> int | None:
@@ -239,8 +237,7 @@ def make_plan(config: RunConfig, ctx_len: int, text_tokens: tuple[int | None, ..
             f"(batch_size {config.train.batch_size} x ctx_len {ctx_len} x grad_acc_steps "
             f"{config.train.grad_acc_steps} x {launch.world_size()} ranks)"
         )
-    shares = config.mixing.shares(len(config.dataset))
-    return Plan(per_step, steps, config.dataset, shares, config.train.end_to_end, text_tokens)
+    return Plan(per_step, steps, config.dataset, config.mixing.shares(len(config.dataset)), text_tokens)
 
 
 def read_sample(run: Prepared) -> Any:
@@ -274,7 +271,7 @@ def resolved(run: Prepared) -> RunConfig:
     if where.hookpoints is None:
         layers = tuple(int(name.rsplit(".", 1)[1]) for name in run.hookpoints)
         where = dataclasses.replace(where, layers=layers, layer_stride=None)
-    dead = config.dead
+    dead = dataclasses.replace(config.dead, dead_bias_lift=config.lift)
     dtype = next(name for name, dtype in DTYPES.items() if dtype is run.model.dtype)
     sae, optim = (
         config.sae,
@@ -285,7 +282,7 @@ def resolved(run: Prepared) -> RunConfig:
     if len(latents) == 1:
         (count,) = latents
         sae = dataclasses.replace(sae, num_latents=count)
-        optim = dataclasses.replace(optim, lr=resolve_lr(optim, run.plan.run_size(count, sae.k))[0])
+        optim = dataclasses.replace(optim, lr=resolve_lr(optim, run.plan.run_size(count, sae.k)))
         if dead.dead_feature_threshold is None:
             window = dead.window(config.train.max_tokens, count, sae.k)
             dead = dataclasses.replace(dead, dead_window_tokens=window)

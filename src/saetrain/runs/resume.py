@@ -57,7 +57,7 @@ OF_TEXT = frozenset({"split", "dataset_config", "text_column", "skip_bad_rows"})
 PER_RANK = frozenset({"save_dir", "device", "data_preprocessing_num_proc", "resume", "overwrite"})
 """Settings that may differ between processes."""
 BATCH = ("batch_size", "grad_acc_steps")
-DERIVED = ("lr", "lr_warmup_steps", "dead_window_tokens", "model_batch_tokens")
+DERIVED = ("lr_warmup_steps", "dead_window_tokens", "model_batch_tokens")
 """Settings that follow others, or the machine, where they are not given; a resumed run keeps the first start's."""
 
 
@@ -93,7 +93,9 @@ def reconcile(run: Prepared, checkpoint: Checkpoint) -> Prepared:
     if flat["max_tokens"] != before["max_tokens"]:
         _check_longer(flat["max_tokens"], before["max_tokens"])
     # Also where the tokens are the same: an earlier resume may have asked for more of them.
-    flat.update({name: before[name] for name in DERIVED if given[name] in (None, "auto")})
+    flat.update({name: before[name] for name in DERIVED if given[name] is None})
+    if given["lr"] == checkpoint.values["asked_lr"] == "auto":
+        flat["lr"] = before["lr"]
     flat.update(_kernels(given, before))
     settled = _settled(run, flat, before)
     if _sequences(flat, launch.world_size()) == _sequences(before, checkpoint.values["world_size"]):

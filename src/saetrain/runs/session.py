@@ -70,6 +70,7 @@ class Session:
         self._asked: distributed.Agreement | None = None
         batch = prepared.config.train
         self.asked_batch = checkpoint.values["asked_batch"] if checkpoint else [batch.batch_size, batch.grad_acc_steps]
+        self.asked_lr = checkpoint.values["asked_lr"] if checkpoint else prepared.config.optim.lr
         self.trainer, self.normalizers = trainer, normalizers
         self.config = prepared.config
         self.feed = make_feed(prepared, normalizers)
@@ -345,11 +346,15 @@ class Session:
             "settings": self.settings,
             "identity": identity(self.prepared),
             "normalizers": {name: value.constants() for name, value in self.normalizers.items()},
+            "rates": self.together.merged(
+                {name: [sae.peak_lr, sae.firing.window] for name, sae in self.trainer.saes.items()}
+            ),
             "losses": self.together.merged({name: sae.recent_losses() for name, sae in self.trainer.saes.items()}),
             "buffer": self.together.place(self.place),
             "logs": self.log.state(),
             "world_size": launch.world_size(),
             "asked_batch": self.asked_batch,
+            "asked_lr": self.asked_lr,
         }
         if self.first:
             with self.writing(), distributed.phase("writing a checkpoint"):

@@ -50,7 +50,7 @@ class CheckpointSettings:
             raise SaetrainError(f"--run_name {self.run_name!r}: must be a plain folder name without '/'")
 
 
-FORMAT = 3
+FORMAT = 4
 """Of what a checkpoint holds: raise it when a run could not go on from an older one."""
 
 

@@ -13,6 +13,8 @@ from saetrain.errors import SaetrainError
 from saetrain.types import shown_default
 
 DEFAULT_WINDOW = 10_000_000
+LIFT = 4.0
+"""Default of --dead_bias_lift."""
 WINDOW_SHARE = 0.01
 WINDOW_FIRINGS = 10
 """Times that a latent of the mean rate, k in num_latents, fires within the shortest window."""
@@ -29,9 +31,8 @@ class DeadSettings:
         int | None, shown_default("a hundredth of the run, from 10 x num_latents / k to 10000000", "INT")
     ] = None
     """Tokens without firing after which a latent is dead, which lifts its bias and gives it to AuxK."""
-    dead_bias_lift: float = 4.0
-    """Times the learning rate by which each step raises a dead latent's encoder bias; 0 switches it off. Not with
-    sgd, ce and kl."""
+    dead_bias_lift: Annotated[float | None, shown_default("4; none with sgd, ce and kl", "FLOAT")] = None
+    """Each step raises a dead latent's encoder bias by this times the learning rate; 0 switches that off."""
     dead_feature_threshold: Annotated[int | None, shown_default("unset", "INT")] = None
     """Deprecated, the older name of --dead_window_tokens."""
 
@@ -45,7 +46,7 @@ class DeadSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SaetrainError(f"--{name} {value}: must be at least 1 token")
-        if not 0 <= self.dead_bias_lift < float("inf"):
+        if self.dead_bias_lift is not None and not 0 <= self.dead_bias_lift < float("inf"):
             raise SaetrainError(f"--dead_bias_lift {self.dead_bias_lift}: must not be negative")
         if self.dead_window_tokens is not None and self.dead_feature_threshold is not None:
             raise SaetrainError(
