@@ -48,7 +48,8 @@ class Launcher:
 
         ``program`` stands in the place of ``-m saetrain``, ``agent`` in that of torchrun's own words.
         """
-        run = [*(program or ("-m", "saetrain")), *words, *SIZES.split()]
+        # Of a flag that is given twice the last one counts.
+        run = [*(program or ("-m", "saetrain")), *words[:2], *SIZES.split(), *words[2:]]
         run += ["--save_dir", str(self.folder), "--run_name", name]
         launch = ["-m", "torch.distributed.run", *(agent or ("--standalone", "--nproc_per_node", str(processes)))]
         command = [sys.executable, *(launch if processes > 1 else ())]
