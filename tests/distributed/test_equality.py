@@ -15,7 +15,8 @@ from tests.distributed.conftest import STEPS, Launcher, ended, free_port, record
 CASES = {
     "native-two-micro-steps": (
         "tiny_bert",
-        "--layers 1 --kernels native --grad_acc_steps 2 --auxk_alpha 0.1 --lr 0.01 --num_latents 512 --dead_window_tokens 600",
+        "--layers 1 --kernels native --grad_acc_steps 2 --auxk_alpha 0.1 --lr 0.01 --num_latents 512 "
+        "--dead_window_tokens 600",
         (2, 4),
     ),
     "native-clipped": ("tiny_bert", "--layers 1 --kernels native --grad_acc_steps 2 --max_grad_norm 0.1", (2,)),
