@@ -24,6 +24,8 @@ SGD_LR = 1.0
 1 at 0.14)."""
 LR, LR_LATENTS, LR_K, LR_TOKENS, LR_STEPS = 0.01, -0.4, 0.1, 0.25, -0.25
 """The rule: the best rate for 3072 latents, k = 32 and 400 steps of 1024 tokens, and its powers."""
+AUTO_DECAY = 0.1
+"""Weight decay beside the rule's rate."""
 FAR_OFF = 3.0
 """Factor off the rule from which the start says so."""
 
@@ -39,7 +41,7 @@ class OptimSettings:
     steps (docs/recipe.md)."""
     lr_warmup_steps: Annotated[int | None, shown_default("a twentieth of the run, at most 1000", "INT")] = None
     """Optimizer steps over which the learning rate rises."""
-    weight_decay: float = 0.0
+    weight_decay: Annotated[float | None, shown_default("0.1 with --lr auto, else 0", "FLOAT")] = None
     """Decoupled, on the encoder's weights alone; a share per step and unit of the encoder's learning rate."""
     max_grad_norm: float = 1.0
     """Gradients of a larger norm are scaled down to it; 0 switches that off."""
@@ -51,6 +53,13 @@ class OptimSettings:
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):
                 raise SaetrainError(f"--{name} {value}: must not be negative")
+
+    @property
+    def decay(self) -> float:
+        """The weight decay: as given, or what the rule for the learning rate was fitted with."""
+        if self.weight_decay is not None:
+            return self.weight_decay
+        return AUTO_DECAY if self.lr == "auto" else 0.0
 
 
 @dataclass(frozen=True)
@@ -114,6 +123,9 @@ def lr_factor(step: int, steps: int, warmup: int) -> float:
 Parameters = Mapping[str, nn.Parameter]
 Groups = list[dict[str, Any]]
 ENCODER = frozenset({"W_enc", "b_enc"})
+LATENT = ("W_enc", "b_enc", "W_dec")
+"""Parameters that have a row for each latent where they lie in memory."""
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def _adam(groups: Groups) -> torch.optim.Optimizer:
@@ -133,7 +145,8 @@ class Optimizer:
 
     Project, clip, step, renormalise: the projection needs unit rows, and clipping after it sees the gradient that
     is really applied. ``project`` takes the radial part out of the decoder's gradient, ``renormalize`` scales its
-    rows back to unit norm.
+    rows back to unit norm. Adam leaves a latent alone, weights and moments, on a step that gives its bias no gradient:
+    on one in which it does not fire (docs/recipe.md).
     """
 
     def __init__(
@@ -148,12 +161,13 @@ class Optimizer:
         self._project, self._renormalize = project, renormalize
         self._turned = {name for name, p in parameters.items() if in_memory_order(p) is not p}
         self._stored = {name: nn.Parameter(in_memory_order(p.detach())) for name, p in parameters.items()}
-        share = ENCODER_SHARE if settings.optimizer == "adam" else 1.0
+        self._lazy = settings.optimizer == "adam"
+        share = ENCODER_SHARE if self._lazy else 1.0
         groups = [
             {"params": [p for name, p in self._stored.items() if (name in ENCODER) is encoder], "share": part}
             for encoder, part in ((False, 1.0), (True, share))
         ]
-        self._decay = share * settings.weight_decay
+        self._decay = share * settings.decay
         self.torch = OPTIMIZERS[settings.optimizer](groups)
 
     def project(self) -> Tensor:
@@ -170,6 +184,7 @@ class Optimizer:
         # Scaling by one would read and write all gradients for nothing.
         if 0 < self._settings.max_grad_norm < float(norm):
             torch.nn.utils.clip_grads_with_norm_(self._parameters.values(), self._settings.max_grad_norm, norm)
+        idle = self._idle_rows() if self._lazy else []
         if self._decay:
             with torch.no_grad():
                 self._parameters["W_enc"].mul_(1 - lr * self._decay)
@@ -178,7 +193,27 @@ class Optimizer:
         for group in self.torch.param_groups:
             group["lr"] = group["share"] * lr
         self.torch.step()
+        with torch.no_grad():
+            for tensor, rows, before in idle:
+                tensor[rows] = before
         self._renormalize()
+
+    @torch.no_grad()
+    def _idle_rows(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """What a step must leave alone: tensors, rows of latents without a gradient, and what these hold now."""
+        bias = self._parameters["b_enc"].grad
+        rows = (bias == 0).nonzero().squeeze(1) if bias is not None else torch.empty(0, dtype=torch.long)
+        if len(rows) == 0:
+            return []
+        found = []
+        for name in LATENT:
+            own = self._stored[name]
+            moments = [self.torch.state[own][key] for key in MOMENTS if key in self.torch.state[own]]
+            # One latent alone lies in memory in both orders at once, and is not turned.
+            across = name == "W_enc" and name not in self._turned
+            tensors = [tensor.T if across else tensor for tensor in (own, *moments)]
+            found += [(tensor, rows, tensor[rows]) for tensor in tensors]
+        return found
 
     def drop(self) -> None:
         """Forget the gradients."""

@@ -27,7 +27,7 @@ DEFAULTS = {
     "num_latents": None,
     "optimizer": "adam",
     "lr": 0.001,
-    "weight_decay": 0.0,
+    "weight_decay": None,
     "loss_fn": "mse",
     "dead_percentage_threshold": 0.0005,
     "dead_feature_threshold": None,

@@ -9,6 +9,7 @@ import torch
 
 from saetrain.coders.topk import TopK
 from saetrain.optim import (
+    AUTO_DECAY,
     ENCODER_SHARE,
     Optimizer,
     OptimSettings,
@@ -25,7 +26,7 @@ D, F = 5, 9
 
 
 def make(latents: int = F, **settings: object) -> tuple[TopK, Optimizer]:
-    coder = TopK(D, latents, 2, seed=1)
+    coder = TopK(D, latents, min(2, latents), seed=1)
     optimizer = Optimizer(
         dict(coder.named_parameters()),
         OptimSettings(**settings),  # type: ignore[arg-type]
@@ -91,14 +92,47 @@ def test_the_projected_gradient_leaves_the_norm_alone() -> None:
 
 
 def test_weight_decay_shrinks_the_encoder_alone() -> None:
-    coder, optimizer = make(weight_decay=0.1)
-    before = {name: p.detach().clone() for name, p in coder.named_parameters()}
+    after = {}
+    for decay in (0.0, 0.1):
+        coder, optimizer = make(weight_decay=decay)
+        start = coder.W_enc.detach().clone()
+        give_gradients(coder)
+        optimizer.step(0.5, optimizer.project())
+        after[decay] = {name: p.detach().clone() for name, p in coder.named_parameters()}
+    expected = after[0.0].pop("W_enc") - ENCODER_SHARE * 0.5 * 0.1 * start
+    torch.testing.assert_close(after[0.1].pop("W_enc"), expected)
+    for name, value in after[0.0].items():
+        assert torch.equal(after[0.1][name], value), name
+
+
+@pytest.mark.parametrize("latents", [F, D, 1])
+def test_adam_leaves_latents_without_a_gradient_alone(latents: int) -> None:
+    coder, optimizer = make(latents, weight_decay=0.1)
+    idle = torch.arange(latents) % 3 == 1
+    for step in range(3):
+        give_gradients(coder, step)
+        if step == 2:
+            before = {key: value.clone() for key, value in {**optimizer.state(), **coder.state_dict()}.items()}
+            for name in ("W_enc", "W_dec", "b_enc"):
+                grad = getattr(coder, name).grad
+                (grad.T if name == "W_enc" else grad)[idle] = 0
+        optimizer.step(0.05, optimizer.project())
+    for key, value in {**optimizer.state(), **coder.state_dict()}.items():
+        if not key.startswith("b_dec") and not key.endswith(".step"):
+            new, old = (value.T, before[key].T) if key.startswith("W_enc") else (value, before[key])
+            torch.testing.assert_close(new[idle], old[idle], msg=key)
+            assert (new[~idle] != old[~idle]).reshape(int((~idle).sum()), -1).any(dim=1).all(), key
+
+
+def test_sgd_keeps_the_momentum_of_all_latents() -> None:
+    coder, optimizer = make(optimizer="sgd")
+    give_gradients(coder)
+    optimizer.step(0.05, optimizer.project())
+    before = coder.b_enc.detach().clone()
     for parameter in coder.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    optimizer.step(0.5, optimizer.project())
-    torch.testing.assert_close(coder.W_enc.detach(), before["W_enc"] * (1 - ENCODER_SHARE * 0.5 * 0.1))
-    for name in ("W_dec", "b_enc", "b_dec"):
-        torch.testing.assert_close(dict(coder.named_parameters())[name].detach(), before[name], msg=name)
+    optimizer.step(0.05, optimizer.project())
+    assert (coder.b_enc != before).all()
 
 
 @pytest.mark.parametrize("latents", [F, D])
@@ -129,6 +163,13 @@ def test_state_is_restored_on_the_parameters_device() -> None:
     )
     moved.restore(state)
     assert {value.device.type for value in moved.state().values()} == {"meta"}
+
+
+def test_weight_decay_comes_with_the_rule_unless_given() -> None:
+    assert OptimSettings().decay == 0.0
+    assert OptimSettings(lr="auto").decay == AUTO_DECAY > 0
+    assert OptimSettings(lr="auto", weight_decay=0.0).decay == 0.0
+    assert OptimSettings(weight_decay=0.02).decay == 0.02
 
 
 def test_schedule_rises_holds_and_falls_to_nothing() -> None:

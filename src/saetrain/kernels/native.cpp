@@ -475,8 +475,8 @@ struct Gradients {
 };
 
 // Each latent: both gradient rows, then what the mode asks for. MEASURE sums the squared norm; STORE puts the rows into
-// g_enc, g_dec, g_b, and ADD adds them to what is there; UPDATE projects, clips, steps and renormalises. Adds to
-// s->square and s->g_b_dec.
+// g_enc, g_dec, g_b, and ADD adds them to what is there; UPDATE projects, clips, steps and renormalises, where
+// the latent's bias has a gradient. Adds to s->square and s->g_b_dec.
 template <typename T>
 void latents(const SaetrainStep* s, const T* x, const T* residual, int mode, const Gradients& from, float* enc_norms) {
     const int64_t D = s->D;
@@ -559,6 +559,7 @@ void latents(const SaetrainStep* s, const T* x, const T* residual, int mode, con
                 square[me] += dot(ge, ge, D) + dot(gd, gd, D) + gb * gb;
             }
             if (mode == MEASURE) continue;
+            if (gb == 0) continue;  // a step on which a latent does not fire leaves it alone, its moments too
             float *me_ = s->m_enc + row, *ve = s->v_enc + row, *md = s->m_dec + row, *vd = s->v_dec + row;
             const float clip = s->clip, keep = 1 - s->encoder_lr * s->decay;
             float norm = 0, length = 0;

@@ -243,7 +243,7 @@ class NativeEngine(Engine):
         step, _ = self._here()
         self._step_count += 1
         beta1, beta2 = BETAS
-        step.lr, step.encoder_lr, step.decay = lr, ENCODER_SHARE * lr, self._settings.weight_decay
+        step.lr, step.encoder_lr, step.decay = lr, ENCODER_SHARE * lr, self._settings.decay
         step.beta1, step.beta2, step.eps = beta1, beta2, EPS
         step.correction1 = 1 - beta1**self._step_count
         step.correction2 = (1 - beta2**self._step_count) ** 0.5
