@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -62,7 +63,7 @@ def make_trainer(
     return SaeTrainer(
         hookpoint,
         coder,
-        normalizer,
+        partial(normalizer, half=chosen.compute_dtype == "bfloat16"),
         make_engine(coder, chosen, optim, alone=alone),
         firing,
         data_variance=normalizer.scaled_variance,

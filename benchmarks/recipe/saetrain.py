@@ -15,17 +15,18 @@ from saetrain.activations.normalize import calibrate
 from saetrain.activations.read import Activations
 from saetrain.coders.folding import folded
 from saetrain.coders.topk import TopKSettings
-from saetrain.optim import OptimSettings, warmup_steps
+from saetrain.optim import AUTO_DECAY, OptimSettings, warmup_steps
 from saetrain.runs.prepare import CALIBRATION_TOKENS
 from saetrain.training.trainer import Trainer, TrainSettings
 
 
 def fit(task: Task, batches: Batches) -> tuple[Rebuild, dict[str, Any]]:
-    """Train by `--lr auto`, or by the rate that the task gives."""
-    optim = OptimSettings(lr=task.lr or "auto")
+    """Train by `--lr auto`, or by the rate that the task gives and else alike; options are those of the SAE."""
+    options = {"weight_decay": AUTO_DECAY, **task.options}
+    optim = OptimSettings(lr=task.lr or "auto", weight_decay=options.pop("weight_decay"))
     sample = torch.cat([batches[step] for step in range(min(len(batches), -(-CALIBRATION_TOKENS // task.tokens)))])
     normalizer = calibrate(Activations({HOOKPOINT: sample}, np.zeros(len(sample), dtype=np.int64), 0), {})[HOOKPOINT]
-    settings = TopKSettings(k=task.k, num_latents=task.latents, **task.options)
+    settings = TopKSettings(k=task.k, num_latents=task.latents, **options)
     sae = make_trainer(
         HOOKPOINT, normalizer, settings, "auto", "auto", task.tokens, optim=optim, steps=task.steps, seed=task.seed
     )
@@ -37,7 +38,7 @@ def fit(task: Task, batches: Batches) -> tuple[Rebuild, dict[str, Any]]:
     )
     for _ in range(task.steps):
         trainer.train_step(lambda step: {HOOKPOINT: batches[step]})
-    coder = folded(sae.coder, normalizer.mean, normalizer.scale)
+    coder = folded(sae.coder, normalizer.mean, normalizer.scale, normalizer.axes)
 
     def rebuild(rows: Tensor) -> tuple[Tensor, Tensor]:
         codes = coder.encode(rows)

@@ -66,8 +66,8 @@ def main() -> None:
     chosen = Task(**json.loads(task))
     torch.set_num_threads(int(threads))
     torch.set_flush_denormal(True)
-    # "medium" makes products of fp32 tensors in bfloat16 where the CPU has them, as saetrain does by itself.
-    torch.set_float32_matmul_precision("highest" if chosen.exact else "medium")
+    # "medium" makes products of fp32 tensors in bfloat16 where the CPU has them; saetrain chooses by itself.
+    torch.set_float32_matmul_precision("highest" if chosen.exact or chosen.tool == "saetrain" else "medium")
     print("\n" + json.dumps(run(Path(activations), chosen)))
 
 

@@ -10,7 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.conftest import STEPS, Launcher, ended, free_port, records, same_run, wait_for_step, workers
+from tests.distributed.conftest import (
+    SIZES,
+    STEPS,
+    Launcher,
+    ended,
+    free_port,
+    records,
+    same_run,
+    wait_for_step,
+    workers,
+)
 
 CASES = {
     "native-two-micro-steps": (
@@ -120,6 +130,6 @@ def test_the_commands_of_the_page(
     shutil.copy(topics_jsonl, tmp_path / data / "train.jsonl")
     agent = [*shlex.split(before)[1:], "--nproc_per_node", "2"]
     monkeypatch.chdir(tmp_path)
-    small = ["--max_tokens", "2048", "--grad_acc_steps", "2"]
+    small = [*SIZES.split(), "--max_tokens", "2048", "--grad_acc_steps", "2"]
     output = ended(launcher.start(2, "page", [model, data, *rest, *small], agent=agent), 0)
     assert "2 processes, data parallel" in output

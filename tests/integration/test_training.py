@@ -120,16 +120,16 @@ def test_saved_sae_equals_the_trained_one_on_real_data(encoder_run: Path, topics
     checkpoint = sorted((encoder_run / "checkpoints").iterdir())[-1]
     state = json.loads((checkpoint / "state.json").read_text())
     raw = load_file(checkpoint / state["files"]["encoder.layer.3"])
-    mean = load_file(checkpoint / state["files"]["normalizer:encoder.layer.3"])["mean"]
+    mean, axes = map(load_file(checkpoint / state["files"]["normalizer:encoder.layer.3"]).get, ("mean", "axes"))
     scale = state["normalizers"]["encoder.layer.3"]["scale"]
     _, tokenizer, capture, _ = sae._base
     batch = tokenizer(topics[:3], return_tensors="pt", truncation=True, max_length=64, padding=True)
     x = capture(batch["input_ids"], batch["attention_mask"])["encoder.layer.3"].flatten(0, 1)
-    inner = (x - mean) / scale
+    inner = (x - mean) / scale @ axes
     pre = (inner - raw["coder.b_dec"]) @ raw["coder.W_enc"] + raw["coder.b_enc"]
     values, indices = pre.topk(sae.k, dim=1)
     code = torch.zeros_like(pre).scatter(1, indices, values.relu())
-    estimate = (code @ raw["coder.W_dec"] + raw["coder.b_dec"]) * scale + mean
+    estimate = (code @ raw["coder.W_dec"] + raw["coder.b_dec"]) @ axes.T * scale + mean
     assert (sae.decode(sae.encode(x)) - estimate).abs().max() < 1e-5 * x.pow(2).mean().sqrt() * 10
     torch.testing.assert_close(sae.encode(x).dense(), code * scale, rtol=1e-4, atol=1e-4 * scale)
 

@@ -177,10 +177,10 @@ def test_schedule_rises_holds_and_falls_to_nothing() -> None:
     factors = [lr_factor(step, steps, warmup) for step in range(steps)]
     assert factors[0] == pytest.approx(1 / 11)
     assert factors[:11] == sorted(factors[:11])
-    assert factors[10:40] == [1.0] * 30
-    assert factors[40:] == sorted(factors[40:], reverse=True)
-    assert factors[41] < 1
-    assert 0 < factors[99] < 0.06, "the last step is small, and not lost"
+    assert factors[10:20] == [1.0] * 10
+    assert factors[20:] == sorted(factors[20:], reverse=True)
+    assert factors[21] < 1
+    assert 0 < factors[99] < 0.02, "the last step is small, and not lost"
     assert lr_factor(0, 1, 0) > 0
 
 

@@ -1,8 +1,9 @@
-"""Constants of the inputs, measured before training: centre, scale, variance, and the limit of an outlier's norm."""
+"""Constants of the inputs, measured before training: centre, scale, principal axes, variance, limit of outliers."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -16,31 +17,43 @@ OUTLIER_FACTOR = 10.0
 
 @dataclass(frozen=True)
 class Normalizer:
-    """x' = (x - mean) / scale, with scale such that E‖x'‖² = D.
+    """x' = ((x - mean) / scale) axes, with scale such that E‖x'‖² = D.
 
-    ``mean`` (D,) fp32; ``scale`` fp32 scalar; ``variance`` E‖x - mean‖² in raw units; ``norm_limit`` largest raw
-    norm of a token that counts (inf: no limit).
+    ``mean`` (D,) fp32; ``scale`` fp32 scalar; ``axes`` (D, D) fp32, orthonormal columns: the principal axes, along
+    which Adam, that scales each coordinate by itself, trains better (docs/recipe.md); ``variance`` E‖x - mean‖² in raw
+    units; ``norm_limit`` largest raw norm of a token that counts (inf: no limit).
     """
 
     mean: Tensor
     scale: float
+    axes: Tensor
     variance: float
     norm_limit: float
 
-    def __call__(self, x_ND: Tensor) -> Tensor:
-        """Raw activations of any float dtype -> centred and scaled fp32."""
+    def __call__(self, x_ND: Tensor, *, half: bool = False) -> Tensor:
+        """Raw activations of any float dtype -> x' in fp32; ``half``: turned by a product in bf16."""
         wide = x_ND.float()
         # One pass over memory where they are wide already, and no second piece of memory where they were not.
         if wide is x_ND:
-            return torch.add(-self.mean / self.scale, wide, alpha=1 / self.scale)
-        return wide.sub_(self.mean).div_(self.scale)
+            centred = torch.add(-self.mean / self.scale, wide, alpha=1 / self.scale)
+        else:
+            centred = wide.sub_(self.mean).div_(self.scale)
+        return (centred.bfloat16() @ self._axes_half).float() if half else centred @ self.axes
+
+    @cached_property
+    def _axes_half(self) -> Tensor:
+        return self.axes.bfloat16()
 
     def undo(self, x_ND: Tensor) -> Tensor:
-        """Centred and scaled fp32 -> raw units, fp32; differentiable."""
-        return torch.add(self.mean, x_ND, alpha=self.scale)
+        """x' -> raw units, fp32; differentiable."""
+        return torch.add(self.mean, x_ND @ self.axes.T, alpha=self.scale)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The constants that are tensors."""
+        return {"mean": self.mean, "axes": self.axes}
 
     def constants(self) -> dict[str, float | None]:
-        """All but the mean, as JSON takes it."""
+        """The others, as JSON takes them."""
         limit = self.norm_limit if self.norm_limit != float("inf") else None
         return {"scale": self.scale, "variance": self.variance, "norm_limit": limit}
 
@@ -72,9 +85,11 @@ def calibrate(sample: Activations, limits: dict[str, float]) -> dict[str, Normal
     for name, value in sample.values.items():
         x = value[fine].double()
         mean = x.mean(dim=0)
-        variance = float((x - mean).pow(2).sum(dim=1).mean())
+        x -= mean
+        variance = float(x.pow(2).sum(dim=1).mean())
         if not variance > 0:
             raise SaetrainError(f"--hookpoints {name}: its activations are the same on every token; nothing to learn")
         scale = (variance / x.shape[1]) ** 0.5
-        out[name] = Normalizer(mean.float(), scale, variance, limits.get(name, float("inf")))
+        _, axes = torch.linalg.eigh(x.T @ x)
+        out[name] = Normalizer(mean.float(), scale, axes.float().contiguous(), variance, limits.get(name, float("inf")))
     return out

@@ -1,7 +1,8 @@
-"""Folding the inputs' centre and scale into a coder's biases, so that it takes raw activations.
+"""Folding the inputs' centre, scale and axes into a coder, so that it takes raw activations.
 
-With x' = (x - m) / s and a code f' of x': f = s f', W unchanged, b_enc = s b_enc', b_dec = s b_dec' + m. Exact for an
-encoder that subtracts b_dec and is positively homogeneous, as ReLU and TopK are.
+With x' = ((x - m) / s) A, A orthonormal, and a code f' of x': f = s f', W_enc = A W_enc', W_dec = W_dec' Aᵀ,
+b_enc = s b_enc', b_dec = s A b_dec' + m. Exact for an encoder that subtracts b_dec and is positively homogeneous, as
+ReLU and TopK are.
 """
 
 from __future__ import annotations
@@ -15,17 +16,24 @@ from saetrain.coders.base import SparseCoder
 
 
 @torch.no_grad()
-def folded(coder: SparseCoder, mean_D: Tensor, scale: float) -> SparseCoder:
-    """A coder of raw activations that shares ``coder``'s weights and has biases of its own."""
+def folded(coder: SparseCoder, mean_D: Tensor, scale: float, axes_DD: Tensor) -> SparseCoder:
+    """A coder of raw activations; ``coder`` stays as it is."""
     out = copy.copy(coder)
-    out._parameters = dict(coder._parameters)
-    out.b_enc = torch.nn.Parameter(coder.b_enc.detach() * scale, requires_grad=False)
-    out.b_dec = torch.nn.Parameter(coder.b_dec.detach() * scale + mean_D, requires_grad=False)
+    weights = {
+        # Stored one latent after the other, as the coder's own is.
+        "W_enc": (coder.W_enc.T @ axes_DD.T).T,
+        "W_dec": coder.W_dec @ axes_DD.T,
+        "b_enc": coder.b_enc * scale,
+        "b_dec": axes_DD @ coder.b_dec * scale + mean_D,
+    }
+    out._parameters = {name: torch.nn.Parameter(value, requires_grad=False) for name, value in weights.items()}
     return out
 
 
 @torch.no_grad()
-def unfold_(coder: SparseCoder, mean_D: Tensor, scale: float) -> None:
-    """Undo :func:`folded` in place: a coder of raw activations becomes one of centred and scaled ones."""
+def unfold_(coder: SparseCoder, mean_D: Tensor, scale: float, axes_DD: Tensor) -> None:
+    """Undo :func:`folded` in place: a coder of raw activations becomes one of centred, scaled and turned ones."""
+    coder.W_enc.copy_(axes_DD.T @ coder.W_enc)
+    coder.W_dec.copy_(coder.W_dec @ axes_DD)
     coder.b_enc.div_(scale)
-    coder.b_dec.sub_(mean_D).div_(scale)
+    coder.b_dec.copy_((coder.b_dec - mean_D) / scale @ axes_DD)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -70,8 +72,10 @@ def measure(run: Prepared) -> dict[str, Normalizer]:
     """Constants of each hookpoint's inputs, from the first training tokens; rank 0's hold everywhere."""
     normalizers = _measured(run) if launch.rank() == 0 else {}
     constants = distributed.first({name: value.constants() for name, value in normalizers.items()}, MEASURING)
-    means = distributed.tensors_of_first({name: value.mean for name, value in normalizers.items()}, MEASURING)
-    return _normalizers(run, constants, means)
+    parts = {(name, part): value for name, each in normalizers.items() for part, value in each.tensors().items()}
+    sent = distributed.tensors_of_first({":".join(key): value for key, value in parts.items()}, MEASURING)
+    tensors = {name: {part: sent[f"{name}:{part}"] for part in ("mean", "axes")} for name in run.hookpoints}
+    return _normalizers(run, constants, tensors)
 
 
 def _measured(run: Prepared) -> dict[str, Normalizer]:
@@ -90,24 +94,26 @@ def _measured(run: Prepared) -> dict[str, Normalizer]:
 
 def restored(run: Prepared, checkpoint: Checkpoint) -> dict[str, Normalizer]:
     """The constants that a checkpoint holds."""
-    means = {name: checkpoint.tensors[f"normalizer:{name}"]["mean"] for name in run.hookpoints}
-    return _normalizers(run, checkpoint.values["normalizers"], means)
+    tensors = {name: checkpoint.tensors[f"normalizer:{name}"] for name in run.hookpoints}
+    return _normalizers(run, checkpoint.values["normalizers"], tensors)
 
 
-def _normalizers(run: Prepared, constants: dict[str, Any], means: dict[str, Tensor]) -> dict[str, Normalizer]:
+def _normalizers(
+    run: Prepared, constants: dict[str, Any], tensors: Mapping[str, Mapping[str, Tensor]]
+) -> dict[str, Normalizer]:
     """The normalizers with these constants; sets the reader's norm limits."""
     normalizers = {}
     for name in run.hookpoints:
-        values, mean = constants[name], means[name].to(run.model.device)
+        values, own = constants[name], {part: value.to(run.model.device) for part, value in tensors[name].items()}
         limit = values["norm_limit"] if values["norm_limit"] is not None else float("inf")
-        normalizers[name] = Normalizer(mean, values["scale"], values["variance"], limit)
+        normalizers[name] = Normalizer(scale=values["scale"], variance=values["variance"], norm_limit=limit, **own)
     if run.config.buffer.exclude_sinks:
         run.reader.limits = {name: normalizer.norm_limit for name, normalizer in normalizers.items()}
     return normalizers
 
 
 def make_coder(run: Prepared, hookpoint: str, normalizer: Normalizer, seed: int, *, fresh: bool) -> TopK:
-    """A coder with initial weights, or with those of --finetune unfolded for centred and scaled inputs."""
+    """A coder with initial weights, or with those of --finetune unfolded for the normalizer's inputs."""
     settings, device = run.config.sae, run.model.device
     width = len(normalizer.mean)
     coder = TopK(width, settings.latents(width), settings.k, settings.auxk_alpha, seed).to(device)
@@ -116,7 +122,7 @@ def make_coder(run: Prepared, hookpoint: str, normalizer: Normalizer, seed: int,
         say(f"{hookpoint}: starts from the SAE in {run.config.finetune}")
         if remark:
             say(remark)
-        unfold_(coder, normalizer.mean, normalizer.scale)
+        unfold_(coder, normalizer.mean, normalizer.scale, normalizer.axes)
     return coder
 
 
@@ -130,7 +136,7 @@ def make_sae(run: Prepared, hookpoint: str, coder: TopK, normalizer: Normalizer,
     return SaeTrainer(
         hookpoint,
         coder,
-        normalizer,
+        partial(normalizer, half=kernels.compute_dtype == "bfloat16"),
         make_engine(coder, kernels, config.optim, alone=config.train.grad_acc_steps == 1 and not shared(run)),
         FiringTracker(coder.num_latents, window, config.dead.dead_percentage_threshold, device),
         data_variance=normalizer.scaled_variance,

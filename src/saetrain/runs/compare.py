@@ -40,6 +40,7 @@ SCORING = {field.name for of in (EvalSettings, ScoreSettings, HealthSettings) fo
 """Settings that say nothing of the figures, for a later evaluation may have had others: the assessment's count."""
 FOLLOW = {
     "lr_warmup_steps": ("max_tokens", "batch_size", "grad_acc_steps", "ctx_len"),
+    "weight_decay": ("lr",),
     "dead_window_tokens": ("max_tokens", "k", "num_latents", "expansion_factor"),
     "kernels": ("device", "optimizer", "loss_fn"),
     "compute_dtype": ("device", "kernels", "optimizer", "loss_fn"),

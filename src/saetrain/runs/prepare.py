@@ -273,10 +273,8 @@ def resolved(run: Prepared) -> RunConfig:
         where = dataclasses.replace(where, layers=layers, layer_stride=None)
     dead = dataclasses.replace(config.dead, dead_bias_lift=config.lift)
     dtype = next(name for name, dtype in DTYPES.items() if dtype is run.model.dtype)
-    sae, optim = (
-        config.sae,
-        dataclasses.replace(config.optim, lr_warmup_steps=warmup_steps(config.optim, run.plan.steps)),
-    )
+    sae, warmup = config.sae, warmup_steps(config.optim, run.plan.steps)
+    optim = dataclasses.replace(config.optim, lr_warmup_steps=warmup, weight_decay=config.optim.decay)
     latents = {sae.latents(width) for width in run.capture.widths.values()}
     # Where hookpoints differ in width, only the rules say what each of them gets.
     if len(latents) == 1:

@@ -57,7 +57,7 @@ OF_TEXT = frozenset({"split", "dataset_config", "text_column", "skip_bad_rows"})
 PER_RANK = frozenset({"save_dir", "device", "data_preprocessing_num_proc", "resume", "overwrite"})
 """Settings that may differ between processes."""
 BATCH = ("batch_size", "grad_acc_steps")
-DERIVED = ("lr_warmup_steps", "dead_window_tokens", "model_batch_tokens")
+DERIVED = ("lr_warmup_steps", "weight_decay", "dead_window_tokens", "model_batch_tokens")
 """Settings that follow others, or the machine, where they are not given; a resumed run keeps the first start's."""
 
 

@@ -291,14 +291,12 @@ class Session:
 
     def subjects(self) -> dict[str, Subject]:
         """The SAEs as they would be saved now: folded, for raw activations."""
-        return {
-            name: Subject(
-                sae.hookpoint,
-                folded(sae.coder, self.normalizers[sae.hookpoint].mean, self.normalizers[sae.hookpoint].scale),
-                self.normalizers[sae.hookpoint].mean,
-            )
-            for name, sae in self.trainer.saes.items()
-        }
+        found = {}
+        for name, sae in self.trainer.saes.items():
+            inputs = self.normalizers[sae.hookpoint]
+            coder = folded(sae.coder, inputs.mean, inputs.scale, inputs.axes)
+            found[name] = Subject(sae.hookpoint, coder, inputs.mean)
+        return found
 
     def evaluate(self, kind: Literal["eval", "final"]) -> dict[str, dict[str, float]]:
         """Held-out figures of all SAEs, logged."""
@@ -341,7 +339,7 @@ class Session:
         tensors = self.together.tensors(
             {name: sae.state() for name, sae in self.trainer.saes.items()}, "sending states"
         )
-        tensors.update({f"normalizer:{name}": {"mean": value.mean} for name, value in self.normalizers.items()})
+        tensors.update({f"normalizer:{name}": value.tensors() for name, value in self.normalizers.items()})
         values = {
             "settings": self.settings,
             "identity": identity(self.prepared),

@@ -36,6 +36,19 @@ def test_mean_variance_and_scale_are_numpy_s(values: np.ndarray) -> None:
     assert normalizer.mean_to_std == pytest.approx(np.linalg.norm(x.mean(0)) / variance**0.5, rel=1e-6)
 
 
+def test_coordinates_are_uncorrelated_and_can_be_turned_back(values: np.ndarray) -> None:
+    mixed = values @ np.random.default_rng(1).normal(size=(12, 12))
+    data = sample(mixed)
+    normalizer = calibrate(data, {})["h.0"]
+    torch.testing.assert_close(normalizer.axes.T @ normalizer.axes, torch.eye(12), atol=1e-6, rtol=0)
+    scaled = normalizer(data.values["h.0"])
+    covariance = np.cov(scaled.double().numpy().T)
+    np.testing.assert_allclose(covariance, np.diag(np.diag(covariance)), atol=1e-4)
+    np.testing.assert_allclose(normalizer.undo(scaled).numpy(), mixed, rtol=1e-4, atol=1e-4)
+    rough = normalizer(data.values["h.0"], half=True)
+    assert 0 < float((rough - scaled).norm() / scaled.norm()) < 0.01
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_normalized_activations_are_centred_with_mean_square_d(values: np.ndarray, dtype: torch.dtype) -> None:
     data = sample(values, dtype)

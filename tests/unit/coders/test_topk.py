@@ -147,17 +147,19 @@ def test_initial_weights_do_not_touch_the_global_generator() -> None:
 def test_folded_and_unfolded_agree_and_undo_each_other() -> None:
     coder = make(3)
     mean, scale = torch.randn(D, generator=torch.Generator().manual_seed(9)) * 20, 7.5
+    axes, _ = torch.linalg.qr(torch.randn(D, D, generator=torch.Generator().manual_seed(8)))
     raw = data() * scale + mean
-    outer = folded(coder, mean, scale)
-    inner_codes, outer_codes = coder.encode((raw - mean) / scale), outer.encode(raw)
+    before = {name: value.clone() for name, value in coder.state_dict().items()}
+    outer = folded(coder, mean, scale, axes)
+    inner_codes, outer_codes = coder.encode((raw - mean) / scale @ axes), outer.encode(raw)
     torch.testing.assert_close(outer_codes.dense(), inner_codes.dense() * scale, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(
-        outer.decode(outer_codes), coder.decode(inner_codes) * scale + mean, rtol=1e-4, atol=1e-4
+        outer.decode(outer_codes), coder.decode(inner_codes) @ axes.T * scale + mean, rtol=1e-4, atol=1e-4
     )
-    assert outer.W_dec is coder.W_dec
-    unfold_(outer, mean, scale)
-    for name in ("b_enc", "b_dec"):
-        torch.testing.assert_close(getattr(outer, name), getattr(coder, name), rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(value, before[name]) for name, value in coder.state_dict().items())
+    unfold_(outer, mean, scale, axes)
+    for name, value in before.items():
+        torch.testing.assert_close(getattr(outer, name), value, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("width", "expected"), [(768, 512), (384, 256), (512, 256), (2, 1), (1, 1)])

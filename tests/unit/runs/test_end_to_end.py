@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from saetrain.activations.normalize import Normalizer
+from saetrain.coders.folding import folded
 from saetrain.cli import parse
 from saetrain.coders.topk import TopK
 from saetrain.data.masking import masked_positions
@@ -79,7 +80,7 @@ def run_with(model: Any, hookpoint: str, ids: Tensor, replace: Callable[[Tensor]
 
 def rebuilt(weights: dict[str, Tensor], x: Tensor, normalizer: Normalizer, k: int) -> tuple[Tensor, Tensor]:
     """(reconstruction, what the coder sees) of raw activations (N, D), by dense products."""
-    inner = (x - normalizer.mean) / normalizer.scale
+    inner = (x - normalizer.mean) / normalizer.scale @ normalizer.axes
     pre = (inner - weights["b_dec"]) @ weights["W_enc"] + weights["b_enc"]
     values, indices = pre.topk(k, dim=1)
     code = torch.zeros_like(pre).scatter(1, indices, values.relu())
@@ -108,7 +109,7 @@ def loss_by_hand(ready: Ready, model: Any, weights: dict[str, Tensor], causal: b
             estimate, inner = rebuilt(weights, x[0][where].detach(), ready.normalizer, ready.sae.coder.k)  # type: ignore[arg-type]
             seen.append((inner - estimate).pow(2).sum())
             out = x.clone()
-            out[0, where] = estimate * ready.normalizer.scale + ready.normalizer.mean
+            out[0, where] = estimate @ ready.normalizer.axes.T * ready.normalizer.scale + ready.normalizer.mean
             return out
 
         logits = run_with(model, ready.hookpoint, ids, splice)
@@ -216,7 +217,12 @@ def test_masks_differ_between_passes_over_the_text(ready: Callable[..., Ready]) 
 def test_a_bfloat16_model_is_scored_in_float32(model: str, ready: Callable[..., Ready]) -> None:
     wide = ready(model, "--loss_fn", "kl")
     made = ready(model, "--loss_fn", "kl", "--dtype", "bfloat16")
+    # Their principal axes differ, so the same SAE has other weights there.
+    turn = made.normalizer.axes.T @ wide.normalizer.axes
+    same = folded(wide.sae.coder, torch.zeros(32), 1.0, turn)
+    made.sae.coder.load_state_dict(same.state_dict())
     found, expected = made.gradients(), wide.gradients()
+    found |= {"W_enc": turn.T @ found["W_enc"], "W_dec": found["W_dec"] @ turn, "b_dec": found["b_dec"] @ turn}
     assert made.sae.sums is not None
     assert made.sae.sums.losses["kl"].dtype == torch.float32
     for name, gradient in found.items():
