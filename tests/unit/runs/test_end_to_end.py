@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from saetrain.activations.normalize import Normalizer
-from saetrain.coders.folding import folded
 from saetrain.cli import parse
+from saetrain.coders.folding import folded
 from saetrain.coders.topk import TopK
 from saetrain.data.masking import masked_positions
 from saetrain.errors import SaetrainError
