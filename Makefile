@@ -5,7 +5,7 @@ INTEROP := .venv-interop
 BENCH := .bench
 PEERS := sparsify sae-lens dictionary_learning
 
-.PHONY: demo test test-soak check format test-interop bench bench-peers clean
+.PHONY: demo test test-soak check format test-interop bench bench-peers bench-recipe clean
 
 # The stamp makes an install happen once per change of what is installed.
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -68,6 +68,14 @@ $(BENCH)/%/installed: constraints.txt
 bench-peers: $(VENV)/installed-bench $(PEERS:%=$(BENCH)/%/installed)
 	$(BIN)/python -m benchmarks --peers
 	$(BIN)/python -m benchmarks.plot "$$(ls -t benchmarks/results/*.json | head -n 1)"
+
+# The cases whose model is beside the checkout are left out where it is not.
+bench-recipe: $(VENV)/installed-bench $(PEERS:%=$(BENCH)/%/installed)
+	$(BIN)/python -m benchmarks.recipe
+	$(BIN)/python -m benchmarks.recipe.rule
+	$(BIN)/python -m benchmarks.recipe.ablation
+	$(BIN)/python -m benchmarks.recipe.defaults
+	$(BIN)/python -m benchmarks.recipe.page
 
 clean:
 	rm -rf $(VENV) $(INTEROP) $(BENCH) demo output .pytest_cache .mypy_cache .ruff_cache

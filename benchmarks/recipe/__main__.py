@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import functools
 import os
+import sys
 from pathlib import Path
 
 from benchmarks.machine import ROOT
@@ -68,7 +69,7 @@ def main() -> None:
     make = functools.partial(Task, site=options.site, latents=options.latents, k=options.k, tokens=options.tokens)
     comparison = Comparison(make, tuple(sorted(options.steps)), tuple(options.seeds))
     tools = tuple(tool for tool in TOOLS if not options.tools or tool.name in options.tools)
-    results = Results(options.out, "python -m benchmarks.recipe")
+    results = Results(options.out, "benchmarks.recipe", sys.argv[1:])
     activations = functools.partial(
         cached, folder=options.folder, train=options.train_tokens, held_out=options.held_out_tokens
     )

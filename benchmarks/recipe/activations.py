@@ -81,7 +81,9 @@ def _train(run: Prepared, tokens: int) -> Tensor:
         sequences, _ = run.train.read(shard, run.train.start, -(-tokens // shards))
         (values,) = run.reader.read(sequences).values.values()
         rows.append(values.float())
-    return torch.cat(rows)[:tokens].contiguous()
+    found = torch.cat(rows)
+    assert len(found) >= tokens, (len(found), tokens)
+    return found[:tokens].contiguous()
 
 
 def _held_out(run: Prepared, tokens: int) -> Tensor:

@@ -29,6 +29,9 @@ def run(task: Task, activations: Path, threads: int) -> Result:
     variables = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     words = json.dumps(dataclasses.asdict(task))
     done = subprocess.run([*command, words], cwd=ROOT, env=variables, capture_output=True, text=True, check=False)
+    # One that was killed, by a full memory or a hand, says nothing about the tool.
+    if done.returncode < 0:
+        raise SystemExit(f"{words}: ended by signal {-done.returncode}; start again to go on")
     if done.returncode:
         return {"error": (done.stderr.strip().splitlines() or [f"ended with {done.returncode}"])[-1]}
     result: Result = json.loads(done.stdout.splitlines()[-1])

@@ -6,8 +6,10 @@ python -m benchmarks.recipe.defaults
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import os
+import sys
 from pathlib import Path
 
 from benchmarks.machine import ROOT
@@ -32,7 +34,7 @@ def tasks(site: str) -> list[Task]:
     assert lr != "auto"
     tokens = train.batch_size * train.grad_acc_steps * DEFAULT_CTX_LEN
     run = Task(OURS, site, sae.latents(WIDTH), sae.k, train.max_tokens // tokens, tokens, seed=1)
-    return [Task(**{**vars(run), "lr": lr}), run]
+    return [dataclasses.replace(run, lr=lr, options={"weight_decay": OptimSettings().decay}), run]
 
 
 def table(site: str, results: Results) -> str:
@@ -61,7 +63,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=ROOT / ".bench" / "recipe", help="for text and activations")
     parser.add_argument("--out", type=Path, default=OUT, help="results file")
     options = parser.parse_args()
-    results = Results(options.out, "python -m benchmarks.recipe.defaults")
+    results = Results(options.out, "benchmarks.recipe.defaults", sys.argv[1:])
     conduct(
         lambda: [task for task in tasks(options.site) if results.get(task) is None],
         results,

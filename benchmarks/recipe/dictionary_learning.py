@@ -18,6 +18,8 @@ def fit(task: Task, batches: Batches) -> tuple[Rebuild, dict[str, Any]]:
         if task.lr is None
         else {"lr": task.lr, "warmup_steps": task.steps // 10, "decay_start": task.steps - task.steps // 5}
     )
+    options = dict(task.options)
+    window = options.pop("dead_window", None)
     trainer = TopKTrainer(
         steps=task.steps,
         activation_dim=batches[0].shape[1],
@@ -28,8 +30,10 @@ def fit(task: Task, batches: Batches) -> tuple[Rebuild, dict[str, Any]]:
         seed=task.seed,
         device="cpu",
         **schedule,
-        **task.options,
+        **options,
     )
+    if window is not None:
+        trainer.dead_feature_threshold = window
     for step, batch in enumerate(batches):
         trainer.update(step, batch)
 

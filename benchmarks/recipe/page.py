@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 from benchmarks.machine import ROOT
-from benchmarks.recipe import defaults, rule
+from benchmarks.recipe import ablation, defaults, rule
 from benchmarks.recipe.report import plot, table
 from benchmarks.recipe.results import Results
 from benchmarks.recipe.sweep import Comparison
@@ -29,13 +29,14 @@ def sections() -> dict[str, str]:
     return {
         "defaults": defaults.table("minilm-3", read("recipe-defaults")),
         "comparison": table(COMPARISON, read("recipe")),
+        "ablation": ablation.table(read("recipe-ablation")),
         "rule": rule.table(cases, read("recipe-rule")),
     }
 
 
 def read(name: str) -> Results:
     """The file of results of that name."""
-    return Results(RESULTS / f"{name}.json", "")
+    return Results(RESULTS / f"{name}.json", "benchmarks.recipe.page")
 
 
 def filled(page: str) -> str:

@@ -71,8 +71,9 @@ def _verdicts(found: list[Row]) -> Iterator[str]:
         if ours and others:
             best = min(others, key=lambda row: row.mean("fvu"))
             gap = best.mean("fvu") - ours.mean("fvu")
+            where = f"{abs(gap):.4f} {'below' if gap > 0 else 'above'} the best of the others"
             yield (
-                f"{steps} steps: ours is {gap:.4f} below the best of the others ({best.name} at {best.rate}), "
+                f"{steps} steps: ours is {where} ({best.name} at {best.rate}), "
                 f"with {ours.mean('never_fired'):.1%} never firing where that has {best.mean('never_fired'):.1%}.\n"
             )
 
@@ -105,7 +106,7 @@ def plot(comparison: Comparison, results: Results, path: Path) -> None:
     from matplotlib import pyplot
 
     figure, panels = pyplot.subplots(1, len(comparison.lengths), figsize=(11, 4.5), squeeze=False)
-    markers = dict(zip((tool.name for tool in TOOLS), "osD^v", strict=True))
+    markers = dict(zip((tool.name for tool in TOOLS), "osD^vP", strict=True))
     for panel, steps in zip(panels[0], comparison.lengths, strict=True):
         for row in rows(comparison, results):
             if row.steps != steps or any("error" in result for result in row.seeds):

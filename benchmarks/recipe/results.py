@@ -1,10 +1,11 @@
-"""The file of results: one entry a run, rewritten after each, so that a conduct that was stopped goes on."""
+"""The file of results: one entry a run with its commit, rewritten after each, so that what was stopped goes on."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Collection
+import shlex
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,14 @@ Result = dict[str, Any]
 class Results:
     """Tasks with what they gave; ``timings`` {tool: wall seconds of runs that had the machine for themselves}."""
 
-    def __init__(self, path: Path, command: str) -> None:
+    def __init__(self, path: Path, module: str, arguments: Sequence[str] = ()) -> None:
         self._path = path
         stored = json.loads(path.read_text()) if path.exists() else {}
         self.runs: list[tuple[Task, Result]] = [
             (Task(**entry["task"]), entry["result"]) for entry in stored.get("runs", [])
         ]
         self.timings: dict[str, list[float]] = stored.get("seconds", {})
+        command = shlex.join(["python", "-m", module, *arguments])
         self._about = {"run": {**describe_run([]), "command": command}, "machine": describe_machine()}
 
     def get(self, task: Task) -> Result | None:
@@ -44,8 +46,8 @@ class Results:
         self.runs = [(task, result) for task, result in self.runs if task not in tasks]
 
     def add(self, task: Task, result: Result) -> None:
-        """Keep a result, on the disk too."""
-        self.runs.append((task, result))
+        """Keep a result, on the disk too, with the commit of the code that is here now."""
+        self.runs.append((task, {**result, "commit": describe_run([])["commit"]}))
         self.write()
 
     def write(self) -> None:

@@ -11,6 +11,7 @@ import argparse
 import functools
 import os
 import statistics
+import sys
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -19,26 +20,29 @@ from benchmarks.machine import ROOT
 from benchmarks.recipe.activations import HELD_OUT_TOKENS, SITES, TRAIN_TOKENS, cached
 from benchmarks.recipe.conduct import conduct
 from benchmarks.recipe.results import Results
-from benchmarks.recipe.sweep import FACTOR, OURS, best_rate, next_rates
+from benchmarks.recipe.sweep import FACTOR, OURS, best_rate, next_rates, settled
 from benchmarks.recipe.task import Task
 from saetrain.optim import RunSize, lr_rule
 
 OUT = ROOT / "benchmarks" / "results" / "recipe-rule.json"
 ALLOWED = 0.004
 """Of FVU above the best fixed rate's."""
+BATCHES_OF = 3072, 32, 400
+"""Latents, k and steps of the cases of other batch sizes."""
 ANCHOR = 0.01
 """A rate that every sweep's rates are powers of FACTOR from, so that they stay where the rule moves."""
 
 
 def cases(options: argparse.Namespace) -> list[Task]:
     """The rule's own task of each case, the short and narrow ones first."""
-    return [
+    grid = [
         Task(OURS, site, latents, k, steps, options.tokens, options.seed)
         for steps in sorted(options.steps)
         for latents in sorted(options.latents)
         for site in options.sites
         for k in options.k
     ]
+    return [*grid, *(Task(OURS, options.sites[0], *BATCHES_OF, tokens, options.seed) for tokens in options.batches)]
 
 
 def rule_of(task: Task) -> float:
@@ -79,19 +83,19 @@ def drop_stale(tasks: Iterable[Task], results: Results) -> None:
 
 def table(tasks: Iterable[Task], results: Results) -> str:
     """A row for each case that is complete, and how many are within what is allowed."""
-    rows = ["| site | F | k | steps | best fixed lr | FVU | never fired | rule | FVU | above | never fired |"]
-    rows.append("|---" * 11 + "|")
+    rows = ["| site | F | k | N | steps | best fixed lr | FVU | never fired | rule | FVU | above | never fired |"]
+    rows.append("|---" * 12 + "|")
     above: list[float] = []
     for task in tasks:
         tried, own = results.tried(task), results.get(task)
-        if own is None or next_rates(tried, 0.0):
+        if own is None or not settled(tried):
             continue
         best = results.get(replace(task, lr=best_rate(tried)))
         assert best is not None
         above.append(own["fvu"] - best["fvu"])
         rows.append(
-            f"| {task.site} | {task.latents} | {task.k} | {task.steps} | {best['lr']:.2g} | {best['fvu']:.4f} | "
-            f"{best['never_fired']:.1%} | {own['lr']:.2g} | {own['fvu']:.4f} | {above[-1]:+.4f} | "
+            f"| {task.site} | {task.latents} | {task.k} | {task.tokens} | {task.steps} | {best['lr']:.2g} | "
+            f"{best['fvu']:.4f} | {best['never_fired']:.1%} | {own['lr']:.2g} | {own['fvu']:.4f} | {above[-1]:+.4f} | "
             f"{own['never_fired']:.1%} |"
         )
     within = sum(gap <= ALLOWED for gap in above)
@@ -111,7 +115,9 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--k", nargs="+", type=int, default=[16, 32, 64])
     found.add_argument("--steps", nargs="+", type=int, default=[400, 4000])
     found.add_argument("--tokens", type=int, default=1024, help="activations a step")
+    found.add_argument("--batches", nargs="*", type=int, default=[256, 4096], help="other activations a step")
     found.add_argument("--seed", type=int, default=1)
+    found.add_argument("--again", action="store_true", help="measure these cases anew")
     found.add_argument("--sweep_alone", action="store_true", help="leave the rule's own runs for later")
     found.add_argument("--train_tokens", type=int, default=TRAIN_TOKENS, help="of text, pass after pass")
     found.add_argument("--held_out_tokens", type=int, default=HELD_OUT_TOKENS, help="that all are scored on")
@@ -122,11 +128,25 @@ def parser() -> argparse.ArgumentParser:
     return found
 
 
+def present(sites: Iterable[str]) -> list[str]:
+    """Those whose model is here; the others are named."""
+    found = []
+    for site in sites:
+        if SITES[site].model().exists():
+            found.append(site)
+        else:
+            print(f"{site} is left out: there is no {SITES[site].model()}")
+    return found
+
+
 def main() -> None:
     """Run what is lacking, and print the table."""
     options = parser().parse_args()
-    results, tasks = Results(options.out, "python -m benchmarks.recipe.rule"), cases(options)
+    options.sites = present(options.sites)
+    results, tasks = Results(options.out, "benchmarks.recipe.rule", sys.argv[1:]), cases(options)
     drop_stale(tasks, results)
+    if options.again:
+        results.drop([task for task, _ in results.runs if replace(task, lr=None) in tasks])
     activations = functools.partial(
         cached, folder=options.folder, train=options.train_tokens, held_out=options.held_out_tokens
     )

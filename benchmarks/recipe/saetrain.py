@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.ours import HOOKPOINT, make_trainer
+from benchmarks.recipe.pieces import DECAY, PIECES, kernels_without, normalizer_without
 from benchmarks.recipe.task import Batches, Task
 from benchmarks.recipe.worker import Rebuild
 from saetrain.activations.normalize import calibrate
@@ -21,14 +22,18 @@ from saetrain.training.trainer import Trainer, TrainSettings
 
 
 def fit(task: Task, batches: Batches) -> tuple[Rebuild, dict[str, Any]]:
-    """Train by `--lr auto`, or by the rate that the task gives and else alike; options are those of the SAE."""
-    options = {"weight_decay": AUTO_DECAY, **task.options}
-    optim = OptimSettings(lr=task.lr or "auto", weight_decay=options.pop("weight_decay"))
+    """Train by `--lr auto`, or by the task's rate and else alike; the option ``without`` names a piece to leave out."""
+    options = {"without": None, "weight_decay": AUTO_DECAY, **task.options}
+    without, decay = options.pop("without"), options.pop("weight_decay")
+    if without is not None:
+        PIECES[without]()
+    optim = OptimSettings(lr=task.lr or "auto", weight_decay=0.0 if without == DECAY else decay)
     sample = torch.cat([batches[step] for step in range(min(len(batches), -(-CALIBRATION_TOKENS // task.tokens)))])
-    normalizer = calibrate(Activations({HOOKPOINT: sample}, np.zeros(len(sample), dtype=np.int64), 0), {})[HOOKPOINT]
+    found = calibrate(Activations({HOOKPOINT: sample}, np.zeros(len(sample), dtype=np.int64), 0), {})[HOOKPOINT]
+    normalizer, kernels = normalizer_without(without, found), kernels_without(without)
     settings = TopKSettings(k=task.k, num_latents=task.latents, **options)
     sae = make_trainer(
-        HOOKPOINT, normalizer, settings, "auto", "auto", task.tokens, optim=optim, steps=task.steps, seed=task.seed
+        HOOKPOINT, normalizer, settings, kernels, "auto", task.tokens, optim=optim, steps=task.steps, seed=task.seed
     )
     trainer = Trainer(
         {HOOKPOINT: sae},

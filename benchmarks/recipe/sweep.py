@@ -23,6 +23,11 @@ def next_rates(tried: Mapping[float, float], first: float) -> list[float]:
     return [rate for rate in (_near(best * FACTOR), _near(best / FACTOR)) if rate not in tried]
 
 
+def settled(tried: Mapping[float, float]) -> bool:
+    """Whether the best rate's neighbours are known."""
+    return bool(tried) and not next_rates(tried, min(tried))
+
+
 def best_rate(tried: Mapping[float, float]) -> float:
     """The rate of the lowest FVU."""
     return min(tried, key=lambda rate: tried[rate])
@@ -57,6 +62,8 @@ TOOLS = (
     Tool("sparsify adam", 4e-3, (("optimizer", "adam"),), shipped=False),
     Tool("sae-lens", 4e-3),
     Tool("dictionary_learning", 4e-3),
+    # Its own window of 10 million tokens never ends in these runs, so that its auxiliary loss never acts.
+    Tool("dictionary_learning short window", 4e-3, (("dead_window", 4096),), shipped=False, longest_sweep=400),
 )
 
 
@@ -74,7 +81,7 @@ class Comparison:
         """A task for each seed at the best rate, once the sweep knows it."""
         tasks = self.default(tool, steps)
         tried = results.tried(tasks[0])
-        if not tried or next_rates(tried, 0.0):
+        if not settled(tried):
             return None
         return [dataclasses.replace(task, lr=best_rate(tried)) for task in tasks]
 

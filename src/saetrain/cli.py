@@ -154,7 +154,7 @@ def _without_rivals(values: dict[str, Any], words: Sequence[str]) -> dict[str, A
 
 DESCRIPTION = """Train TopK sparse autoencoders on the activations of a transformer.
 
-Example: saetrain bert-base-uncased wikitext --layers 6 --k 192 --expansion_factor 32
+Example: saetrain bert-base-uncased wikitext --layers 6 --k 192 --expansion_factor 32 --lr auto
 
 saetrain tokenize MODEL DATASET OUT writes the tokens of a large data set to a folder once (--help behind it).
 saetrain evaluate PATH scores finished SAEs on held-out text and gives a verdict.

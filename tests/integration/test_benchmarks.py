@@ -98,12 +98,12 @@ def test_a_quick_comparison_of_recipes(tmp_path: Path) -> None:
 
 
 def test_a_quick_look_at_the_rule(tmp_path: Path) -> None:
-    words = ["--sites", "minilm-3", "--latents", "96", "--k", "4", "--tokens", "256", "--steps", "12"]
+    words = ["--sites", "minilm-3", "--latents", "96", "--k", "4", "--tokens", "256", "--steps", "12", "--batches"]
     printed, results = recipe("benchmarks.recipe.rule", tmp_path, [*words, "--processes", "2"])
     rates = sorted(run["task"]["lr"] for run in results["runs"] if run["task"]["lr"])
     assert len(rates) >= 3
     assert all(b / a == pytest.approx(2) for a, b in pairwise(rates))
-    assert "| minilm-3 | 96 | 4 | 12 | " in printed
+    assert "| minilm-3 | 96 | 4 | 256 | 12 | " in printed
     assert "Within 0.004 of the best fixed rate: " in printed
 
 

@@ -79,7 +79,7 @@ def measure(run: Prepared) -> dict[str, Normalizer]:
 
 
 def _measured(run: Prepared) -> dict[str, Normalizer]:
-    say("measuring centre and scale of the activations")
+    say("measuring centre, scale and principal axes of the activations")
     sample = read_sample(run)
     normalizers = calibrate(sample, run.reader.limits)
     kept = len(sample)

@@ -1,0 +1,87 @@
+"""What each piece of the recipe is worth: the same runs with one of them switched off.
+
+    python -m benchmarks.recipe.ablation
+
+Over the shortest runs at half, once and twice the rule's rate, of which the best counts; over the longest at the
+rule's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import sys
+from pathlib import Path
+
+from benchmarks.machine import ROOT
+from benchmarks.recipe.activations import HELD_OUT_TOKENS, TRAIN_TOKENS, cached
+from benchmarks.recipe.conduct import conduct
+from benchmarks.recipe.pieces import PIECES
+from benchmarks.recipe.results import Result, Results
+from benchmarks.recipe.sweep import OURS
+from benchmarks.recipe.task import Task
+from saetrain.optim import RunSize, lr_rule
+
+OUT = ROOT / "benchmarks" / "results" / "recipe-ablation.json"
+SITE, LATENTS, K, TOKENS, SEED = "minilm-3", 3072, 32, 1024, 1
+FACTORS = {400: (0.5, 1.0, 2.0), 4000: (1.0,)}
+"""{steps: rates tried, as parts of the rule's}"""
+
+
+def tasks(piece: str | None, steps: int) -> list[Task]:
+    """The runs without ``piece``, one for each rate; None: with all of them."""
+    rule = lr_rule(RunSize(LATENTS, K, TOKENS, steps))
+    options = {"without": piece} if piece else {}
+    rates = [float(f"{factor * rule:.6g}") for factor in FACTORS[steps]]
+    return [Task(OURS, SITE, LATENTS, K, steps, TOKENS, SEED, lr, options=options) for lr in rates]
+
+
+def best(piece: str | None, steps: int, results: Results) -> Result | None:
+    """What its best rate gave, once all are done."""
+    found = [results.get(task) for task in tasks(piece, steps)]
+    done = [result for result in found if result is not None]
+    return min(done, key=lambda result: result["fvu"]) if len(done) == len(found) else None
+
+
+def table(results: Results) -> str:
+    """A row for each piece: FVU and never fired without it, over runs of both lengths."""
+    head = ["without", *(f"{what}, {steps} steps" for steps in FACTORS for what in ("best lr", "FVU", "never fired"))]
+    rows = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for piece in (None, *PIECES):
+        cells = []
+        for steps in FACTORS:
+            found = best(piece, steps, results)
+            shown = [f"{found['lr']:.2g}", f"{found['fvu']:.4f}", f"{found['never_fired']:.1%}"] if found else [""] * 3
+            cells += shown
+        rows.append(f"| {piece or '(all in place)'} | " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def main() -> None:
+    """Run what is lacking, and print the table."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.recipe.ablation",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--steps", nargs="+", type=int, choices=list(FACTORS), default=list(FACTORS))
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="runs at a time")
+    parser.add_argument("--threads", type=int, default=1, help="of each run")
+    parser.add_argument("--folder", type=Path, default=ROOT / ".bench" / "recipe", help="for text and activations")
+    parser.add_argument("--out", type=Path, default=OUT, help="results file")
+    options = parser.parse_args()
+    results = Results(options.out, "benchmarks.recipe.ablation", sys.argv[1:])
+    wanted = [task for steps in options.steps for piece in (None, *PIECES) for task in tasks(piece, steps)]
+    conduct(
+        lambda: [task for task in wanted if results.get(task) is None],
+        results,
+        functools.partial(cached, folder=options.folder, train=TRAIN_TOKENS, held_out=HELD_OUT_TOKENS),
+        processes=options.processes,
+        threads=options.threads,
+    )
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()

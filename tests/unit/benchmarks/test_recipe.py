@@ -1,0 +1,146 @@
+"""What the comparison of recipes computes and says, by hand: scores, verdicts, rows, and what is run anew."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.recipe import ablation, conduct, defaults, page, rule
+from benchmarks.recipe.pieces import AXES, IDLE, PIECES
+from benchmarks.recipe.report import plot, table
+from benchmarks.recipe.results import Results
+from benchmarks.recipe.sweep import TOOLS, Comparison, settled
+from benchmarks.recipe.task import Batches, Task
+from benchmarks.recipe.worker import score
+
+MAKE = functools.partial(Task, site="minilm-3", latents=96, k=4, tokens=16)
+TASK = MAKE(tool="saetrain", steps=8, seed=1)
+
+
+def results(folder: Path) -> Results:
+    return Results(folder / "results.json", "benchmarks.recipe", ["--seeds", "1"])
+
+
+def result(fvu: float, lr: float = 0.01, never_fired: float = 0.0) -> dict[str, Any]:
+    return {"fvu": fvu, "never_fired": never_fired, "dead_by_window": 0.25, "l0": 4.0, "seconds": 1.0, "lr": lr}
+
+
+def test_scores_are_those_of_the_definition() -> None:
+    """Rows are halved; latent 0 fires everywhere, 1 where the row's first entry is positive, 2 nowhere."""
+    held_out = torch.randn(3000, 5, generator=torch.Generator().manual_seed(0)) + 1
+
+    def rebuild(rows: Tensor) -> tuple[Tensor, Tensor]:
+        first = rows[:, 0] > 0
+        return rows / 2, torch.stack([torch.ones_like(first), first, torch.zeros_like(first)], dim=1)
+
+    found = score(rebuild, held_out, [-held_out.abs()[:7]])
+    error = (held_out / 2).double().square().sum()
+    variance = (held_out - held_out.double().mean(dim=0)).square().sum()
+    assert found["fvu"] == pytest.approx(float(error / variance))
+    assert found["never_fired"] == pytest.approx(1 / 3)
+    assert found["dead_by_window"] == pytest.approx(2 / 3), "latent 1 is silent on the last batches"
+    assert found["l0"] == pytest.approx(1 + float((held_out[:, 0] > 0).double().mean()))
+
+
+def test_batches_are_an_order_of_all_rows_pass_after_pass() -> None:
+    rows = torch.arange(50.0).unsqueeze(1)
+    batches = list(Batches(rows, dataclasses.replace(TASK, steps=6)))
+    passes = [torch.cat(batches[:3]), torch.cat(batches[3:])]
+    assert all(len(set(each.flatten().tolist())) == 48 for each in passes)
+    assert not torch.equal(*passes)
+    assert not torch.equal(batches[0], Batches(rows, dataclasses.replace(TASK, seed=2))[0])
+
+
+def filled(found: Results, gap: float) -> Comparison:
+    """A comparison of two seeds that is complete for ours and sparsify's Adam, and where sae-lens fails."""
+    comparison = Comparison(MAKE, (8,), (1, 2))
+    for task in comparison.default(TOOLS[0], 8):
+        found.add(task, result(0.1 + task.seed / 1000))
+    adam = next(tool for tool in TOOLS if tool.name == "sparsify adam")
+    for lr, fvu in ((0.004, 0.3), (0.008, 0.1 + gap), (0.016, 0.3)):
+        for task in comparison.default(adam, 8)[: 2 if lr == 0.008 else 1]:
+            found.add(dataclasses.replace(task, lr=lr), result(fvu + task.seed / 1000, lr, 0.5))
+    for task in comparison.default(next(tool for tool in TOOLS if tool.name == "sae-lens"), 8):
+        found.add(task, {"error": "ValueError: too short"})
+    return comparison
+
+
+@pytest.mark.parametrize("gap", [0.02, -0.02])
+def test_the_table_says_who_is_below_whom(tmp_path: Path, gap: float) -> None:
+    found = results(tmp_path)
+    text = table(filled(found, gap), found)
+    assert "| 8 | saetrain | 0.01, `--lr auto` | 0.1015 (0.1010 to 0.1020) |" in text
+    assert f"| 8 | sparsify adam | 0.008, best | {0.1015 + gap:.4f}" in text
+    assert "| 8 | sae-lens | none, default | fails: ValueError: too short |" in text
+    word = "below" if gap > 0 else "above"
+    assert f"8 steps: ours is 0.0200 {word} the best of the others (sparsify adam at 0.008, best), with 0.0%" in text
+
+
+def test_the_plot_has_a_panel_for_each_length(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    found = results(tmp_path)
+    plot(filled(found, 0.02), found, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_results_are_read_back_with_command_and_commit(tmp_path: Path) -> None:
+    first = results(tmp_path)
+    first.add(TASK, result(0.5))
+    (entry,) = results(tmp_path).runs
+    assert entry[0] == TASK
+    assert entry[1]["commit"]
+    assert '"python -m benchmarks.recipe --seeds 1"' in (tmp_path / "results.json").read_text()
+
+
+def test_the_rule_is_measured_anew_where_it_takes_another_rate(tmp_path: Path) -> None:
+    found, tasks = results(tmp_path), [TASK, dataclasses.replace(TASK, latents=192)]
+    found.add(tasks[0], result(0.5, rule.rule_of(tasks[0])))
+    found.add(tasks[1], result(0.5, 2 * rule.rule_of(tasks[1])))
+    rule.drop_stale(tasks, found)
+    assert [task for task, _ in found.runs] == [tasks[0]]
+
+
+def test_the_defaults_are_compared_with_the_rule_over_the_same_batches() -> None:
+    default, auto = defaults.tasks("minilm-3")
+    assert (default.lr, default.k, default.latents, default.tokens) == (0.001, 192, 12288, 2048)
+    assert default.options == {"weight_decay": 0.0}
+    assert auto == dataclasses.replace(default, lr=None, options={})
+
+
+def test_each_piece_of_the_recipe_has_a_row(tmp_path: Path) -> None:
+    found = results(tmp_path)
+    for steps in ablation.FACTORS:
+        for piece in (None, *PIECES):
+            for number, task in enumerate(ablation.tasks(piece, steps)):
+                found.add(task, result(0.2 - number / 100, task.lr or 0.0))
+    text = ablation.table(found)
+    assert {AXES, IDLE} <= PIECES.keys()
+    assert all(f"| {piece} | " in text for piece in ("(all in place)", *PIECES))
+    assert text.count("0.1800") == text.count("0.2000") == len(PIECES) + 1
+
+
+def test_a_sweep_is_settled_by_its_neighbours() -> None:
+    assert not settled({})
+    assert not settled({0.01: 0.2, 0.02: 0.1})
+    assert settled({0.01: 0.2, 0.02: 0.1, 0.04: 0.3})
+
+
+def test_the_page_holds_the_tables_of_the_results() -> None:
+    text = page.PAGE.read_text()
+    assert page.filled(text) == text
+
+
+def test_a_run_that_was_killed_leaves_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    killer = tmp_path / "python"
+    killer.write_text(f"#!{sys.executable}\nimport os\nos.kill(os.getpid(), 9)\n")
+    killer.chmod(0o755)
+    monkeypatch.setattr(conduct, "python_of", lambda tool: killer)
+    with pytest.raises(SystemExit, match="ended by signal 9"):
+        conduct.run(TASK, tmp_path, 1)
