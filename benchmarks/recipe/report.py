@@ -27,13 +27,14 @@ class Row:
         return statistics.mean(result[figure] for result in self.seeds)
 
     def cell(self, figure: str, form: str) -> str:
-        """Mean over the seeds, with the least and the largest where there are several."""
+        """Mean over the seeds, with the least and the largest where several are done."""
         values = [result[figure] for result in self.seeds]
-        return f"{self.mean(figure):{form}} ({min(values):{form}} to {max(values):{form}})"
+        spread = f"{min(values):{form}} to {max(values):{form}}" if len(values) > 1 else "one seed"
+        return f"{self.mean(figure):{form}} ({spread})"
 
 
 def rows(comparison: Comparison, results: Results) -> Iterator[Row]:
-    """The rows that are complete; a tool that failed has seeds with an ``error``."""
+    """The rows of which a seed is done; a tool that failed has seeds with an ``error``."""
     for steps in comparison.lengths:
         for tool in TOOLS:
             yield from _rows_of(comparison, results, tool, steps)
@@ -45,7 +46,7 @@ def _rows_of(comparison: Comparison, results: Results, tool: Tool, steps: int) -
     for what, tasks in (("default", default), ("best", best)):
         found = [results.get(task) for task in tasks or []]
         seeds = [result for result in found if result is not None]
-        if len(seeds) == len(comparison.seeds):
+        if seeds:
             lr = f"{seeds[0]['lr']:.2g}" if "lr" in seeds[0] else "none"
             yield Row(steps, tool.name, f"{lr}, {'`--lr auto`' if tool.name == OURS else what}", seeds)
 
