@@ -24,7 +24,7 @@ SGD_LR = 1.0
 1 at 0.14)."""
 LR, LR_LATENTS, LR_K, LR_TOKENS, LR_STEPS = 0.016, -0.4, 0.1, 0.25, -0.2
 """The rule: the best rate for 3072 latents, k = 32 and 400 steps of 1024 tokens, and its powers."""
-AUTO_DECAY = 0.1
+AUTO_DECAY = 0.15
 """Weight decay beside the rule's rate."""
 FAR_OFF = 3.0
 """Factor off the rule from which the start says so."""
@@ -41,7 +41,7 @@ class OptimSettings:
     steps (docs/recipe.md)."""
     lr_warmup_steps: Annotated[int | None, shown_default("a twentieth of the run, at most 1000", "INT")] = None
     """Optimizer steps over which the learning rate rises."""
-    weight_decay: Annotated[float | None, shown_default("0.1 with --lr auto, else 0", "FLOAT")] = None
+    weight_decay: Annotated[float | None, shown_default("0.15 with --lr auto, else 0", "FLOAT")] = None
     """Decoupled, on the encoder's weights alone; a share per step and unit of the encoder's learning rate."""
     max_grad_norm: float = 1.0
     """Gradients of a larger norm are scaled down to it; 0 switches that off."""
