@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks import ours
 from saetrain import optim
@@ -26,17 +27,17 @@ def _constants(*values: tuple[Any, str, Any]) -> Callable[[], None]:
     return switch_off
 
 
-def _no_idle_rows(self: optim.Optimizer) -> list[Any]:
-    return []
+def _all_latents(self: optim.Optimizer) -> Tensor:
+    return torch.arange(len(self._parameters["b_enc"]))
 
 
 AXES, IDLE, DECAY = "principal axes", "idle latents left alone", "weight decay"
 PIECES: dict[str, Callable[[], None]] = {
     AXES: _constants(),
-    IDLE: _constants((optim.Optimizer, "_idle_rows", _no_idle_rows)),
+    IDLE: _constants((optim.Optimizer, "_active_latents", _all_latents)),
     "encoder starts at 0.3": _constants((base, "ENCODER_SCALE", 1.0)),
-    "Adam's betas": _constants((native_engine, "BETAS", (0.9, 0.999))),
-    "encoder at half the rate": _constants((native_engine, "ENCODER_SHARE", 1.0)),
+    "Adam's betas": _constants((native_engine, "BETAS", (0.9, 0.999)), (optim, "BETAS", (0.9, 0.999))),
+    "encoder at half the rate": _constants((native_engine, "ENCODER_SHARE", 1.0), (optim, "ENCODER_SHARE", 1.0)),
     "decay over 80 %": _constants((optim, "DECAY_SHARE", 0.2)),
     DECAY: _constants(),
     "lift of dead latents": _constants((ours, "LIFT", 0.0)),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adam import adam
 
 from saetrain.errors import SaetrainError
 from saetrain.types import shown_default
@@ -121,22 +122,46 @@ def lr_factor(step: int, steps: int, warmup: int) -> float:
 
 
 Parameters = Mapping[str, nn.Parameter]
-Groups = list[dict[str, Any]]
 ENCODER = frozenset({"W_enc", "b_enc"})
 LATENT = ("W_enc", "b_enc", "W_dec")
 """Parameters that have a row for each latent where they lie in memory."""
-MOMENTS = ("exp_avg", "exp_avg_sq")
+PIECE = {"cpu": 1 << 17}
+"""Numbers of a tensor that Adam steps at once where rows are picked: few enough for a core's cache."""
+PIECE_ELSEWHERE = 1 << 24
 
 
-def _adam(groups: Groups) -> torch.optim.Optimizer:
-    return torch.optim.Adam(groups, lr=0.0, betas=BETAS, eps=EPS, fused=True)
+def _pieces(rows: Tensor, tensor: Tensor) -> Iterable[Tensor | slice]:
+    """Places of ``rows`` in ``tensor``, some at a time; slices, which need no copies, where they are all."""
+    size = max(1, PIECE.get(tensor.device.type, PIECE_ELSEWHERE) * len(tensor) // tensor.numel())
+    if len(rows) == len(tensor):
+        return [slice(at, at + size) for at in range(0, len(tensor), size)]
+    return rows.split(size)
 
 
-def _sgd(groups: Groups) -> torch.optim.Optimizer:
-    return torch.optim.SGD(groups, lr=0.0, momentum=0.9)
+def _adam_piece(tensors: Sequence[Tensor], piece: Tensor | slice, step: Tensor, rate: float, keep: float) -> None:
+    """Adam over ``piece`` of parameter, gradient and moments; ``keep`` is what weight decay leaves of the parameter."""
+    parameter, gradient, first, second = (tensor[piece] for tensor in tensors)
+    if keep != 1:
+        parameter.mul_(keep)
+    adam(
+        [parameter], [gradient], [first], [second], [], [step.clone()],
+        fused=True, amsgrad=False, beta1=BETAS[0], beta2=BETAS[1], lr=rate, weight_decay=0, eps=EPS, maximize=False,
+    )  # fmt: skip
+    if isinstance(piece, Tensor):
+        for tensor, value in zip((tensors[0], *tensors[2:]), (parameter, first, second), strict=True):
+            tensor[piece] = value
 
 
-OPTIMIZERS: dict[str, Callable[[Groups], torch.optim.Optimizer]] = {"adam": _adam, "sgd": _sgd}
+def _adam(parameters: list[Tensor]) -> torch.optim.Optimizer:
+    # It holds the moments; its steps, which are all of its rows, are not taken.
+    return torch.optim.Adam(parameters, lr=0.0, betas=BETAS, eps=EPS)
+
+
+def _sgd(parameters: list[Tensor]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.0, momentum=0.9)
+
+
+OPTIMIZERS: dict[str, Callable[[list[Tensor]], torch.optim.Optimizer]] = {"adam": _adam, "sgd": _sgd}
 """Name of ``--optimizer`` -> how it is built."""
 
 
@@ -145,8 +170,8 @@ class Optimizer:
 
     Project, clip, step, renormalise: the projection needs unit rows, and clipping after it sees the gradient that
     is really applied. ``project`` takes the radial part out of the decoder's gradient, ``renormalize`` scales its
-    rows back to unit norm. Adam leaves a latent alone, weights and moments, on a step that gives its bias no gradient:
-    on one in which it does not fire (docs/recipe.md).
+    rows, all or those at some places, back to unit norm. Adam leaves a latent alone, weights and moments, on a step
+    that gives its bias no gradient: on one in which it does not fire (docs/recipe.md).
     """
 
     def __init__(
@@ -155,20 +180,18 @@ class Optimizer:
         settings: OptimSettings,
         *,
         project: Callable[[], None],
-        renormalize: Callable[[], None],
+        renormalize: Callable[[Tensor | None], None],
     ) -> None:
         self._parameters, self._settings = dict(parameters), settings
         self._project, self._renormalize = project, renormalize
         self._turned = {name for name, p in parameters.items() if in_memory_order(p) is not p}
         self._stored = {name: nn.Parameter(in_memory_order(p.detach())) for name, p in parameters.items()}
         self._lazy = settings.optimizer == "adam"
-        share = ENCODER_SHARE if self._lazy else 1.0
-        groups = [
-            {"params": [p for name, p in self._stored.items() if (name in ENCODER) is encoder], "share": part}
-            for encoder, part in ((False, 1.0), (True, share))
-        ]
-        self._decay = share * settings.decay
-        self.torch = OPTIMIZERS[settings.optimizer](groups)
+        self.torch = OPTIMIZERS[settings.optimizer](list(self._stored.values()))
+        if self._lazy:
+            for own in self._stored.values():
+                moments = {key: torch.zeros_like(own, requires_grad=False) for key in ("exp_avg", "exp_avg_sq")}
+                self.torch.state[own] = {"step": torch.zeros((), device=own.device), **moments}
 
     def project(self) -> Tensor:
         """Project the gradients; gives their norm, before clipping."""
@@ -184,36 +207,45 @@ class Optimizer:
         # Scaling by one would read and write all gradients for nothing.
         if 0 < self._settings.max_grad_norm < float(norm):
             torch.nn.utils.clip_grads_with_norm_(self._parameters.values(), self._settings.max_grad_norm, norm)
-        idle = self._idle_rows() if self._lazy else []
-        if self._decay:
+        if self._lazy:
+            self._step_active(lr)
+            return
+        if self._settings.decay:
             with torch.no_grad():
-                self._parameters["W_enc"].mul_(1 - lr * self._decay)
+                self._parameters["W_enc"].mul_(1 - lr * self._settings.decay)
         for name, parameter in self._parameters.items():
             self._stored[name].grad = None if parameter.grad is None else in_memory_order(parameter.grad)
         for group in self.torch.param_groups:
-            group["lr"] = group["share"] * lr
+            group["lr"] = lr
         self.torch.step()
-        with torch.no_grad():
-            for tensor, rows, before in idle:
-                tensor[rows] = before
-        self._renormalize()
+        self._renormalize(None)
 
     @torch.no_grad()
-    def _idle_rows(self) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """What a step must leave alone: tensors, rows of latents without a gradient, and what these hold now."""
+    def _step_active(self, lr: float) -> None:
+        """Adam over the latents whose bias has a gradient, some at a time, and over ``b_dec``."""
+        rows = self._active_latents()
+        for name, parameter in self._parameters.items():
+            assert parameter.grad is not None
+            state = self.torch.state[self._stored[name]]
+            tensors = [parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"]]
+            if name == "W_enc":
+                tensors = [*(tensor.T for tensor in tensors[:2]), *(self._shown(name, each).T for each in tensors[2:])]
+            rate = lr * (ENCODER_SHARE if name in ENCODER else 1.0)
+            keep = 1 - rate * self._settings.decay if name == "W_enc" else 1.0
+            for piece in _pieces(rows, tensors[0]) if name in LATENT else [slice(None)]:
+                _adam_piece(tensors, piece, state["step"], rate, keep)
+            state["step"] += 1
+        self._renormalize(None if len(rows) == len(self._parameters["b_enc"]) else rows)
+
+    def _active_latents(self) -> Tensor:
+        """Places of those whose bias has a gradient."""
         bias = self._parameters["b_enc"].grad
-        rows = (bias == 0).nonzero().squeeze(1) if bias is not None else torch.empty(0, dtype=torch.long)
-        if len(rows) == 0:
-            return []
-        found = []
-        for name in LATENT:
-            own = self._stored[name]
-            moments = [self.torch.state[own][key] for key in MOMENTS if key in self.torch.state[own]]
-            # One latent alone lies in memory in both orders at once, and is not turned.
-            across = name == "W_enc" and name not in self._turned
-            tensors = [tensor.T if across else tensor for tensor in (own, *moments)]
-            found += [(tensor, rows, tensor[rows]) for tensor in tensors]
-        return found
+        assert bias is not None
+        return bias.nonzero().squeeze(1)
+
+    def _shown(self, name: str, stored: Tensor) -> Tensor:
+        """A tensor that lies in memory as the optimizer's does, in the parameter's shape."""
+        return stored.T if stored.dim() == 2 and name in self._turned else stored
 
     def drop(self) -> None:
         """Forget the gradients."""
@@ -224,7 +256,7 @@ class Optimizer:
     def state(self) -> dict[str, Tensor]:
         """The optimizer's tensors as ``{parameter.key: tensor}``."""
         return {
-            f"{name}.{key}": value.T if value.dim() == 2 and name in self._turned else value
+            f"{name}.{key}": self._shown(name, value)
             for name, own in self._stored.items()
             for key, value in self.torch.state[own].items()
             if isinstance(value, Tensor)

@@ -16,7 +16,7 @@ import torch
 
 from saetrain.cli import main
 from saetrain.files import sha256
-from saetrain.optim import lr_factor
+from saetrain.optim import DECAY_SHARE, lr_factor
 from saetrain.training.trainer import SaeTrainer
 from tests.integration.test_resume import (
     SETTINGS,
@@ -257,7 +257,7 @@ def test_more_tokens_go_on_and_the_consequence_is_said(
     run = tmp_path / "run"
     shutil.copytree(whole, run)
     resume(tmp_path, tiny_bert, topics_jsonl, "--max_tokens", str(2 * STEPS * 128))
-    assert "learning rate's last 60% of decay moves to the new end" in capfd.readouterr().err
+    assert f"learning rate's last {DECAY_SHARE:.0%} of decay moves to the new end" in capfd.readouterr().err
     train = [r for r in records(run) if r["kind"] == "train"]
     assert [r["step"] for r in train] == list(range(1, 2 * STEPS + 1))
     undone = train[STEPS]["saes"]["encoder.layer.0"]["lr"]

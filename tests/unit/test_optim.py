@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,13 @@ import torch
 from saetrain.coders.topk import TopK
 from saetrain.optim import (
     AUTO_DECAY,
+    DECAY_SHARE,
     ENCODER_SHARE,
+    LR,
+    LR_K,
+    LR_LATENTS,
+    LR_STEPS,
+    LR_TOKENS,
     Optimizer,
     OptimSettings,
     RunSize,
@@ -120,7 +127,7 @@ def test_adam_leaves_latents_without_a_gradient_alone(latents: int) -> None:
     for key, value in {**optimizer.state(), **coder.state_dict()}.items():
         if not key.startswith("b_dec") and not key.endswith(".step"):
             new, old = (value.T, before[key].T) if key.startswith("W_enc") else (value, before[key])
-            torch.testing.assert_close(new[idle], old[idle], msg=key)
+            assert torch.equal(new[idle], old[idle]), key
             assert (new[~idle] != old[~idle]).reshape(int((~idle).sum()), -1).any(dim=1).all(), key
 
 
@@ -190,6 +197,19 @@ def test_warmup_is_a_twentieth_of_the_run_at_most_1000() -> None:
 
 
 SIZE = RunSize(num_latents=2**14, k=32, tokens_per_step=2048, steps=500)
+
+
+def test_the_rule_by_hand() -> None:
+    assert lr_rule(RunSize(3072, 32, 1024, 400)) == pytest.approx(0.016)
+    assert lr_rule(RunSize(12288, 64, 4096, 4000)) == pytest.approx(0.016 * 4**-0.4 * 2**0.1 * 4**0.25 * 10**-0.2)
+
+
+def test_the_page_has_the_rule_of_the_code() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "recipe.md").read_text()
+    rule = f"{LR:g} · (F/3072)^{LR_LATENTS:g} · (k/32)^{LR_K:g} · (N/1024)^{LR_TOKENS:g} · (S/400)^{LR_STEPS:g}"
+    assert rule in page
+    assert f"linearly to zero over the last {100 * DECAY_SHARE:.0f} %" in page
+    assert f"| weight decay | {AUTO_DECAY:g} on" in page
 
 
 def test_the_rule_falls_with_width_and_length_and_rises_with_k() -> None:

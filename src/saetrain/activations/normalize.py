@@ -90,6 +90,16 @@ def calibrate(sample: Activations, limits: dict[str, float]) -> dict[str, Normal
         if not variance > 0:
             raise SaetrainError(f"--hookpoints {name}: its activations are the same on every token; nothing to learn")
         scale = (variance / x.shape[1]) ** 0.5
-        _, axes = torch.linalg.eigh(x.T @ x)
-        out[name] = Normalizer(mean.float(), scale, axes.float().contiguous(), variance, limits.get(name, float("inf")))
+        axes = principal_axes(x.T @ x).float().contiguous()
+        out[name] = Normalizer(mean.float(), scale, axes, variance, limits.get(name, float("inf")))
     return out
+
+
+def principal_axes(gram_DD: Tensor) -> Tensor:
+    """Eigenvectors (D, D), a column each, that rounding of ``gram_DD`` does not turn where eigenvalues are equal."""
+    width = len(gram_DD)
+    # A slope far below what matters decides among equals, as there are where tokens are fewer than D.
+    slope = torch.linspace(0, 1e-6, width, dtype=gram_DD.dtype, device=gram_DD.device)
+    _, axes = torch.linalg.eigh(gram_DD + (gram_DD.trace() / width * slope).diag())
+    largest = axes.abs().argmax(dim=0, keepdim=True)
+    return axes * axes.gather(0, largest).sign()

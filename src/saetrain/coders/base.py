@@ -72,6 +72,12 @@ class SparseCoder(nn.Module, ABC):
             grad.addcmul_((grad * weight).sum(dim=1, keepdim=True), weight, value=-1)
 
     @torch.no_grad()
-    def renormalize_decoder(self) -> None:
-        """Scale the rows of ``W_dec`` back to unit norm."""
-        self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny))
+    def renormalize_decoder(self, rows: Tensor | None = None) -> None:
+        """Scale the rows of ``W_dec``, all or those at ``rows`` int64, back to unit norm."""
+        tiny = torch.finfo(torch.float32).tiny
+        if rows is None:
+            self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True).clamp_min(tiny))
+            return
+        for piece in rows.split(ROWS):
+            weight = self.W_dec[piece]
+            self.W_dec[piece] = weight / weight.norm(dim=1, keepdim=True).clamp_min(tiny)

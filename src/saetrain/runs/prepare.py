@@ -271,7 +271,7 @@ def resolved(run: Prepared) -> RunConfig:
     if where.hookpoints is None:
         layers = tuple(int(name.rsplit(".", 1)[1]) for name in run.hookpoints)
         where = dataclasses.replace(where, layers=layers, layer_stride=None)
-    dead = dataclasses.replace(config.dead, dead_bias_lift=config.lift)
+    dead = config.dead
     dtype = next(name for name, dtype in DTYPES.items() if dtype is run.model.dtype)
     sae, warmup = config.sae, warmup_steps(config.optim, run.plan.steps)
     optim = dataclasses.replace(config.optim, lr_warmup_steps=warmup, weight_decay=config.optim.decay)

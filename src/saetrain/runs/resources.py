@@ -27,7 +27,7 @@ def sae_parameters(config: RunConfig, widths: dict[str, int]) -> int:
 
 
 def memory_needed(config: RunConfig, model: BaseModel, widths: dict[str, int], ctx_len: int, division: Division) -> int:
-    """Bytes beside the program: model, SAEs with gradients and two moments, mixing buffer, one micro-step's codes.
+    """Bytes beside the program: model, SAEs with gradients, moments and a copy to score, buffer, a micro-step's codes.
 
     Ranks that share the SAEs fill some pools of the buffer before they are needed.
 
@@ -35,7 +35,7 @@ def memory_needed(config: RunConfig, model: BaseModel, widths: dict[str, int], c
     """
     weights = sum(p.numel() * p.element_size() for p in model.module.parameters())
     own = {name: width for name, width in widths.items() if division.owned(name, launch.rank())}
-    saes = 4 * FLOAT * sae_parameters(config, own)
+    saes = 5 * FLOAT * sae_parameters(config, own)
     buffered = min(config.buffer.buffer_tokens, config.train.max_tokens) // launch.world_size()
     mixing = buffered * sum(widths.values()) * model.dtype.itemsize
     if launch.world_size() > 1 and not division.owners:

@@ -49,6 +49,14 @@ def test_coordinates_are_uncorrelated_and_can_be_turned_back(values: np.ndarray)
     assert 0 < float((rough - scaled).norm() / scaled.norm()) < 0.01
 
 
+def test_fewer_tokens_than_coordinates_have_axes_that_rounding_leaves_alone(values: np.ndarray) -> None:
+    data = sample(values[:7])
+    axes = calibrate(data, {})["h.0"].axes
+    nearly = calibrate(sample(values[:7] * (1 + 1e-7 * np.random.default_rng(2).normal(size=(7, 12)))), {})["h.0"].axes
+    torch.testing.assert_close(nearly, axes, atol=0.02, rtol=0)
+    torch.testing.assert_close(axes.T @ axes, torch.eye(12), atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_normalized_activations_are_centred_with_mean_square_d(values: np.ndarray, dtype: torch.dtype) -> None:
     data = sample(values, dtype)

@@ -12,13 +12,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks import ours
 from benchmarks.recipe import ablation, conduct, defaults, page, rule
 from benchmarks.recipe.pieces import AXES, IDLE, PIECES
 from benchmarks.recipe.report import plot, table
 from benchmarks.recipe.results import Results
+from benchmarks.recipe.saetrain import fit
 from benchmarks.recipe.sweep import TOOLS, Comparison, settled
 from benchmarks.recipe.task import Batches, Task
 from benchmarks.recipe.worker import score
+from saetrain import optim
+from saetrain.coders import base
+from saetrain.training import native_engine
 
 MAKE = functools.partial(Task, site="minilm-3", latents=96, k=4, tokens=16)
 TASK = MAKE(tool="saetrain", steps=8, seed=1)
@@ -124,6 +129,27 @@ def test_each_piece_of_the_recipe_has_a_row(tmp_path: Path) -> None:
     assert {AXES, IDLE} <= PIECES.keys()
     assert all(f"| {piece} | " in text for piece in ("(all in place)", *PIECES))
     assert text.count("0.1800") == text.count("0.2000") == len(PIECES) + 1
+
+
+@pytest.mark.parametrize("piece", PIECES)
+def test_each_piece_can_be_switched_off(piece: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = torch.randn(200, 6, generator=torch.Generator().manual_seed(0)) * torch.arange(1.0, 7.0)
+    for module, names in (
+        (optim, ("BETAS", "ENCODER_SHARE", "DECAY_SHARE")),
+        (native_engine, ("BETAS", "ENCODER_SHARE")),
+        (base, ("ENCODER_SCALE",)),
+        (ours, ("LIFT",)),
+        (optim.Optimizer, ("_active_latents",)),
+    ):
+        for name in names:
+            # What is switched off in this process is switched on again behind the test.
+            monkeypatch.setattr(module, name, getattr(module, name))
+    task = dataclasses.replace(TASK, latents=100, k=2, steps=80, lr=0.01)
+    found = []
+    for options in ({}, {"without": piece}):
+        rebuild, _ = fit(dataclasses.replace(task, options=options), Batches(rows, task))
+        found.append(rebuild(rows)[0])
+    assert not torch.allclose(*found, rtol=1e-3, atol=1e-3)
 
 
 def test_a_sweep_is_settled_by_its_neighbours() -> None:
