@@ -6,7 +6,7 @@
 # The runs lie in SAVE_DIR/RUN_NAME, one folder each, with the table in comparison.json. Lists span the grid:
 #
 #   AUXK_ALPHAS       weights of the loss that revives dead latents ("0 0.03125")
-#   LRS               learning rates (LR, else "0.001 auto")
+#   LRS               learning rates (LR, else "0.001 auto"; "0.001 0.004" with sgd, ce, kl and --finetune)
 #   KS                active latents per token (K alone)
 #   NUM_LATENTS_LIST  numbers of latents (NUM_LATENTS or EXPANSION_FACTOR alone)
 set -euo pipefail
@@ -32,7 +32,9 @@ vary() {
 
 grid=("")
 vary --auxk_alpha "${AUXK_ALPHAS:-0 0.03125}"
-vary --lr "${LRS:-${LR:-0.001 auto}}"
+# The rule is for runs of one kind; the others are studied at fixed rates.
+if [[ -n ${no_rule:-} ]]; then rates="0.001 0.004"; else rates="0.001 auto"; fi
+vary --lr "${LRS:-${LR:-$rates}}"
 vary --k "${KS:-}"
 vary --num_latents "${NUM_LATENTS_LIST:-}"
 

@@ -121,6 +121,7 @@ compare_to() {
   if [[ -z $planning ]]; then saetrain compare "$@" --out "$file"; fi
 }
 
+before=
 for word in "$@"; do
   case $word in
     -h | --help)
@@ -131,10 +132,16 @@ for word in "$@"; do
       ;;
     --dry[-_]run | --dry[-_]run=true) planning=true ;;
     --config | --config=*) from_file=true own_rate= ;;
-    # A rate that is given, and runs that the rule is not for.
-    --lr | --lr=* | --optimizer* | --loss[-_]fn* | --finetune*) own_rate= ;;
+    --lr | --lr=*) own_rate= ;;
+    --finetune | --finetune=*) no_rule=true ;;
   esac
+  # A flag and its value come as one word or as two.
+  case $before=$word in
+    *--optimizer=sgd | *--loss[-_]fn=ce | *--loss[-_]fn=kl) no_rule=true ;;
+  esac
+  before=$word
 done
+if [[ -n ${no_rule:-} ]]; then own_rate=; fi
 
 reserve save_dir SAVE_DIR "$@"
 reserve run_name RUN_NAME "$@"

@@ -73,8 +73,7 @@ def main() -> None:
     activations = functools.partial(
         cached, folder=options.folder, train=options.train_tokens, held_out=options.held_out_tokens
     )
-    if options.again:
-        results.drop([task for task, _ in results.runs if task.tool in {tool.name for tool in tools}])
+    results.renew([task for task, _ in results.runs if task.tool in {tool.name for tool in tools}], options.again)
     conduct(
         lambda: comparison.wanted(tools, results),
         results,

@@ -66,6 +66,7 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--steps", nargs="+", type=int, choices=list(FACTORS), default=list(FACTORS))
+    parser.add_argument("--again", action="store_true", help="measure them anew")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="runs at a time")
     parser.add_argument("--threads", type=int, default=1, help="of each run")
     parser.add_argument("--folder", type=Path, default=ROOT / ".bench" / "recipe", help="for text and activations")
@@ -73,6 +74,7 @@ def main() -> None:
     options = parser.parse_args()
     results = Results(options.out, "benchmarks.recipe.ablation", sys.argv[1:])
     wanted = [task for steps in options.steps for piece in (None, *PIECES) for task in tasks(piece, steps)]
+    results.renew(wanted, options.again)
     conduct(
         lambda: [task for task in wanted if results.get(task) is None],
         results,

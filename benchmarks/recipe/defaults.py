@@ -58,12 +58,14 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--site", choices=[site for site in SITES if "minilm" in site], default="minilm-3")
+    parser.add_argument("--again", action="store_true", help="measure them anew")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="runs at a time")
     parser.add_argument("--threads", type=int, default=1, help="of each run")
     parser.add_argument("--folder", type=Path, default=ROOT / ".bench" / "recipe", help="for text and activations")
     parser.add_argument("--out", type=Path, default=OUT, help="results file")
     options = parser.parse_args()
     results = Results(options.out, "benchmarks.recipe.defaults", sys.argv[1:])
+    results.renew(tasks(options.site), options.again)
     conduct(
         lambda: [task for task in tasks(options.site) if results.get(task) is None],
         results,

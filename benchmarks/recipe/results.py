@@ -41,6 +41,16 @@ class Results:
             if task.lr is not None and dataclasses.replace(task, lr=like.lr) == like
         }
 
+    def renew(self, tasks: Collection[Task], again: bool) -> None:
+        """Forget what these gave where it is to be measured ``again``; else say where other code gave it."""
+        if again:
+            self.drop(tasks)
+            return
+        now = describe_run([])["commit"]
+        others = {str(result.get("commit")) for task, result in self.runs if task in tasks} - {now}
+        if others:
+            print(f"some results are of other code ({', '.join(sorted(others))}; now {now}): --again measures anew")
+
     def drop(self, tasks: Collection[Task]) -> None:
         """Forget what these gave."""
         self.runs = [(task, result) for task, result in self.runs if task not in tasks]

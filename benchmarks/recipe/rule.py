@@ -145,8 +145,7 @@ def main() -> None:
     options.sites = present(options.sites)
     results, tasks = Results(options.out, "benchmarks.recipe.rule", sys.argv[1:]), cases(options)
     drop_stale(tasks, results)
-    if options.again:
-        results.drop([task for task, _ in results.runs if replace(task, lr=None) in tasks])
+    results.renew([task for task, _ in results.runs if replace(task, lr=None) in tasks], options.again)
     activations = functools.partial(
         cached, folder=options.folder, train=options.train_tokens, held_out=options.held_out_tokens
     )

@@ -208,6 +208,19 @@ def test_no_rate_is_chosen_for_a_run_that_the_rule_is_not_for(calls: Callable[..
     assert "--lr auto" not in train
 
 
+@pytest.mark.parametrize("words", ["--optimizer adam", "--loss_fn=mse", "--loss_fn fvu", "--run_name_like sgd"])
+def test_the_rule_is_taken_where_it_holds(calls: Callable[..., list[str]], words: str) -> None:
+    train, *_ = calls(TRAIN, *words.split(), N_GPUS="")
+    assert "--lr auto" in train
+
+
+@pytest.mark.parametrize("words", ["", "--optimizer sgd", "--loss-fn=ce", "--finetune sae"])
+def test_a_study_tries_the_rule_where_it_holds(calls: Callable[..., list[str]], words: str) -> None:
+    *runs, _ = calls(STUDY, *words.split(), AUXK_ALPHAS="0", N_GPUS="1")
+    rates = [call.split("--lr ")[1].split()[0] for call in runs]
+    assert rates == (["0.001", "0.004"] if words else ["0.001", "auto"])
+
+
 def test_lists_span_a_grid(calls: Callable[..., list[str]]) -> None:
     *runs, last = calls(STUDY, AUXK_ALPHAS="0", LRS="1e-3 auto", KS="4 8", NUM_LATENTS_LIST="64", N_GPUS="1")
     names = [f"auxk_alpha0_lr{lr}_k{k}_num_latents64" for lr in ("1e-3", "auto") for k in (4, 8)]

@@ -89,6 +89,8 @@ def announce(run: Prepared, trainer: Trainer) -> None:
         say(
             f"--k {config.sae.k} is no less than the width {widths[0]} of the activations: such a code is hardly sparse"
         )
+    if not config.lift and not config.sae.auxk_alpha:
+        say("nothing revives latents that die in this run; --auxk_alpha 0.03125 switches a loss on that does")
     for latents in sorted({sae.coder.num_latents for sae in trainer.saes.values()}):
         remark = _remark(config, plan.run_size(latents, config.sae.k))
         if remark:

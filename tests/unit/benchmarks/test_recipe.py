@@ -112,6 +112,16 @@ def test_the_rule_is_measured_anew_where_it_takes_another_rate(tmp_path: Path) -
     assert [task for task, _ in found.runs] == [tasks[0]]
 
 
+def test_results_of_other_code_are_named_or_measured_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = results(tmp_path)
+    found.runs.append((TASK, {**result(0.5), "commit": "abcdef0"}))
+    found.renew([TASK], again=False)
+    assert "some results are of other code (abcdef0; now" in capsys.readouterr().out
+    assert found.get(TASK)
+    found.renew([TASK], again=True)
+    assert found.get(TASK) is None
+
+
 def test_the_defaults_are_compared_with_the_rule_over_the_same_batches() -> None:
     default, auto = defaults.tasks("minilm-3")
     assert (default.lr, default.k, default.latents, default.tokens) == (0.001, 192, 12288, 2048)
