@@ -39,7 +39,7 @@ def tasks(site: str) -> list[Task]:
 
 def table(site: str, results: Results) -> str:
     """A row for each rate that is done."""
-    rows = ["| `--lr` | learning rate | FVU | never fired | dead by the window |", "|---" * 5 + "|"]
+    rows = ["| `--lr` | learning rate | FVU | never fired | silent in the last 50 batches |", "|---" * 5 + "|"]
     for task in tasks(site):
         found = results.get(task)
         if found is not None:

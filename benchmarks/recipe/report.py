@@ -10,7 +10,7 @@ from pathlib import Path
 from benchmarks.recipe.results import Result, Results
 from benchmarks.recipe.sweep import OURS, TOOLS, Comparison, Tool
 
-HEAD = ["steps", "tool", "learning rate", "FVU", "never fired", "dead by the window"]
+HEAD = ["steps", "tool", "learning rate", "FVU", "never fired", "silent in the last 50 batches"]
 
 
 @dataclass(frozen=True)

@@ -257,7 +257,10 @@ def test_more_tokens_go_on_and_the_consequence_is_said(
     run = tmp_path / "run"
     shutil.copytree(whole, run)
     resume(tmp_path, tiny_bert, topics_jsonl, "--max_tokens", str(2 * STEPS * 128))
-    assert f"learning rate's last {DECAY_SHARE:.0%} of decay moves to the new end" in capfd.readouterr().err
+    assert (
+        f"the decay of the learning rate moves to the last {DECAY_SHARE:.0%} of the longer run"
+        in capfd.readouterr().err
+    )
     train = [r for r in records(run) if r["kind"] == "train"]
     assert [r["step"] for r in train] == list(range(1, 2 * STEPS + 1))
     undone = train[STEPS]["saes"]["encoder.layer.0"]["lr"]

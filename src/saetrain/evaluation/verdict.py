@@ -225,7 +225,11 @@ def _dead(
         f"{value:.1%} of the latents fire on less than {shape.dead_rate:.3g} of the {shape.tokens:,} tokens scored "
         f"(--dead_percentage_threshold){_shown(others, '.1%')}"
     )
-    advice = "" if status == "good" else "more tokens or a lower --lr leave fewer latents dead"
+    advice = (
+        ""
+        if status == "good"
+        else "more tokens or fewer latents leave fewer of them dead, as does a lower --lr at the price of a higher FVU"
+    )
     if status == "fail" and any(null > settings.max_dead for null in others.values()):
         reason += "; directions that have learned nothing are over the threshold too"
         advice += "; read it beside the random figure"

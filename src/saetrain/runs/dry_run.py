@@ -9,6 +9,7 @@ import torch
 
 from saetrain import launch
 from saetrain.activations.normalize import Normalizer
+from saetrain.optim import warmup_steps
 from saetrain.runs.build import sae_names
 from saetrain.runs.feed import make_feed
 from saetrain.runs.kernels import choose_kernels
@@ -33,6 +34,12 @@ def report(run: Prepared, trainer: Trainer, normalizers: dict[str, Normalizer]) 
             f"SAE         {name}: width {sae.coder.d_in}, {sae.coder.num_latents:,} latents, k {run.config.sae.k}, "
             f"{count:,} parameters"
         )
+    rates = sorted({sae.peak_lr for sae in trainer.saes.values()})
+    auto = " (--lr auto)" if run.config.optim.lr == "auto" else ""
+    _print(
+        f"rate        {' and '.join(f'{lr:.3g}' for lr in rates)}{auto}, {warmup_steps(run.config.optim, plan.steps)} "
+        f"steps of warm-up, weight decay {run.config.optim.decay:g}"
+    )
     elsewhere = len(sae_names(run)) - len(trainer.saes)
     if elsewhere:
         _print(f"            and {elsewhere} more in other processes")

@@ -73,7 +73,7 @@ def announce(run: Prepared, trainer: Trainer) -> None:
     say(
         f"training {count} SAE{'s' if count > 1 else ''} for {plan.steps} steps of "
         f"{plan.tokens_per_step:,} tokens ({plan.tokens:,} in all; {rest:,} of --max_tokens left over), "
-        f"{plan.passes()}, at lr {' and '.join(rates)}"
+        f"{plan.passes()}, at lr {' and '.join(rates)}{' (--lr auto)' if config.optim.lr == 'auto' else ''}"
     )
     if config.train.end_to_end:
         say(

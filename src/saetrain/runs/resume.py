@@ -202,6 +202,7 @@ def _check_longer(now: int, before: int) -> None:
             "only more can be asked for"
         )
     say(
-        f"--max_tokens {now:,} instead of {before:,}: the learning rate's last {DECAY_SHARE:.0%} of decay moves to the "
-        "new end, so the result is not that of a run that was this long from the start"
+        f"--max_tokens {now:,} instead of {before:,}: the decay of the learning rate moves to the last "
+        f"{DECAY_SHARE:.0%} of the longer run, and a rate of --lr auto stays that of the shorter, so the result is not "
+        "that of a run that was this long from the start"
     )
