@@ -65,8 +65,8 @@ def ours(tmp_path_factory: pytest.TempPathFactory, language_model: str, topics_j
     """The figures of ``saetrain evaluate`` with all positions replaced and no token left out."""
     out = tmp_path_factory.mktemp("run")
     main(
-        f"{language_model} {topics_jsonl} --layers 2 --k 16 --num_latents 1024 --max_tokens 40000 --batch_size 8 "
-        f"--ctx_len {CTX_LEN} --eval_tokens 1000 --assess false --save_dir {out} --run_name run".split()
+        f"{language_model} {topics_jsonl} --layers 2 --k 16 --num_latents 1024 --max_tokens 40000 --lr auto "
+        f"--batch_size 8 --ctx_len {CTX_LEN} --eval_tokens 1000 --assess false --save_dir {out} --run_name run".split()
     )
     folder = out / "run" / "sae" / "h.2"
     scoring = ScoreSettings(splice_positions="all", bootstrap=0, loss_tokens=6000, fit_tokens=2000)
