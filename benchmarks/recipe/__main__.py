@@ -17,7 +17,7 @@ from pathlib import Path
 
 from benchmarks.machine import ROOT
 from benchmarks.recipe.activations import HELD_OUT_TOKENS, SITES, TRAIN_TOKENS, cached
-from benchmarks.recipe.conduct import conduct, run
+from benchmarks.recipe.conduct import add_options, conduct, run
 from benchmarks.recipe.report import plot, table
 from benchmarks.recipe.results import Results
 from benchmarks.recipe.sweep import TOOLS, Comparison, Tool
@@ -39,15 +39,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, nargs="+", default=[400, 4000], help="lengths of the runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--tools", nargs="+", choices=[tool.name for tool in TOOLS], help="run these alone")
-    parser.add_argument("--again", action="store_true", help="measure them anew")
     parser.add_argument("--time", action="store_true", help="time the shortest runs, one at a time on all cores")
     parser.add_argument("--plot", type=Path, help="write a picture as well (needs the extra bench)")
     parser.add_argument("--train_tokens", type=int, default=TRAIN_TOKENS, help="of text, pass after pass")
     parser.add_argument("--held_out_tokens", type=int, default=HELD_OUT_TOKENS, help="that all are scored on")
-    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="runs at a time")
-    parser.add_argument("--threads", type=int, default=1, help="of each run")
-    parser.add_argument("--folder", type=Path, default=ROOT / ".bench" / "recipe", help="for text and activations")
-    parser.add_argument("--out", type=Path, default=OUT, help="results file")
+    add_options(parser, OUT)
     return parser.parse_args()
 
 

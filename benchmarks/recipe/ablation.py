@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import argparse
 import functools
-import os
 import sys
-from pathlib import Path
 
 from benchmarks.machine import ROOT
 from benchmarks.recipe.activations import HELD_OUT_TOKENS, TRAIN_TOKENS, cached
-from benchmarks.recipe.conduct import conduct
+from benchmarks.recipe.conduct import add_options, conduct
 from benchmarks.recipe.pieces import PIECES
 from benchmarks.recipe.results import Result, Results
 from benchmarks.recipe.sweep import OURS
@@ -66,11 +64,7 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--steps", nargs="+", type=int, choices=list(FACTORS), default=list(FACTORS))
-    parser.add_argument("--again", action="store_true", help="measure them anew")
-    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="runs at a time")
-    parser.add_argument("--threads", type=int, default=1, help="of each run")
-    parser.add_argument("--folder", type=Path, default=ROOT / ".bench" / "recipe", help="for text and activations")
-    parser.add_argument("--out", type=Path, default=OUT, help="results file")
+    add_options(parser, OUT)
     options = parser.parse_args()
     results = Results(options.out, "benchmarks.recipe.ablation", sys.argv[1:])
     wanted = [task for steps in options.steps for piece in (None, *PIECES) for task in tasks(piece, steps)]

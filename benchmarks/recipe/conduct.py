@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import os
@@ -15,6 +16,15 @@ from benchmarks.machine import ROOT
 from benchmarks.recipe.results import Result, Results
 from benchmarks.recipe.sweep import OURS
 from benchmarks.recipe.task import Task
+
+
+def add_options(parser: argparse.ArgumentParser, out: Path) -> None:
+    """What every conduct can be told."""
+    parser.add_argument("--again", action="store_true", help="measure anew what is there")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="runs at a time")
+    parser.add_argument("--threads", type=int, default=1, help="of each run")
+    parser.add_argument("--folder", type=Path, default=ROOT / ".bench" / "recipe", help="for text and activations")
+    parser.add_argument("--out", type=Path, default=out, help="results file")
 
 
 def python_of(tool: str) -> Path:

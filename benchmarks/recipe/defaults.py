@@ -8,13 +8,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import os
 import sys
-from pathlib import Path
 
 from benchmarks.machine import ROOT
 from benchmarks.recipe.activations import HELD_OUT_TOKENS, SITES, TRAIN_TOKENS, cached
-from benchmarks.recipe.conduct import conduct
+from benchmarks.recipe.conduct import add_options, conduct
 from benchmarks.recipe.results import Results
 from benchmarks.recipe.sweep import OURS
 from benchmarks.recipe.task import Task
@@ -58,11 +56,7 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--site", choices=[site for site in SITES if "minilm" in site], default="minilm-3")
-    parser.add_argument("--again", action="store_true", help="measure them anew")
-    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="runs at a time")
-    parser.add_argument("--threads", type=int, default=1, help="of each run")
-    parser.add_argument("--folder", type=Path, default=ROOT / ".bench" / "recipe", help="for text and activations")
-    parser.add_argument("--out", type=Path, default=OUT, help="results file")
+    add_options(parser, OUT)
     options = parser.parse_args()
     results = Results(options.out, "benchmarks.recipe.defaults", sys.argv[1:])
     results.renew(tasks(options.site), options.again)

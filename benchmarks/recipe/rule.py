@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import argparse
 import functools
-import os
 import statistics
 import sys
 from collections.abc import Iterable
 from dataclasses import replace
-from pathlib import Path
 
 from benchmarks.machine import ROOT
 from benchmarks.recipe.activations import HELD_OUT_TOKENS, SITES, TRAIN_TOKENS, cached
-from benchmarks.recipe.conduct import conduct
+from benchmarks.recipe.conduct import add_options, conduct
 from benchmarks.recipe.results import Results
 from benchmarks.recipe.sweep import FACTOR, OURS, best_rate, next_rates, settled
 from benchmarks.recipe.task import Task
@@ -117,14 +115,10 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--tokens", type=int, default=1024, help="activations a step")
     found.add_argument("--batches", nargs="*", type=int, default=[256, 4096], help="other activations a step")
     found.add_argument("--seed", type=int, default=1)
-    found.add_argument("--again", action="store_true", help="measure these cases anew")
     found.add_argument("--sweep_alone", action="store_true", help="leave the rule's own runs for later")
     found.add_argument("--train_tokens", type=int, default=TRAIN_TOKENS, help="of text, pass after pass")
     found.add_argument("--held_out_tokens", type=int, default=HELD_OUT_TOKENS, help="that all are scored on")
-    found.add_argument("--processes", type=int, default=os.cpu_count(), help="runs at a time")
-    found.add_argument("--threads", type=int, default=1, help="of each run")
-    found.add_argument("--folder", type=Path, default=ROOT / ".bench" / "recipe", help="for text and activations")
-    found.add_argument("--out", type=Path, default=OUT, help="results file")
+    add_options(found, OUT)
     return found
 
 
