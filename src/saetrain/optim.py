@@ -125,14 +125,14 @@ Parameters = Mapping[str, nn.Parameter]
 ENCODER = frozenset({"W_enc", "b_enc"})
 LATENT = ("W_enc", "b_enc", "W_dec")
 """Parameters that have a row for each latent where they lie in memory."""
-PIECE = {"cpu": 1 << 17}
-"""Numbers of a tensor that Adam steps at once where rows are picked: few enough for a core's cache."""
-PIECE_ELSEWHERE = 1 << 24
+PIECE, PIECE_ELSEWHERE = 1 << 17, 1 << 24
+"""Numbers of a tensor that Adam steps at once: on a CPU few enough for a core's cache."""
 
 
 def _pieces(rows: Tensor, tensor: Tensor) -> Iterable[Tensor | slice]:
     """Places of ``rows`` in ``tensor``, some at a time; slices, which need no copies, where they are all."""
-    size = max(1, PIECE.get(tensor.device.type, PIECE_ELSEWHERE) * len(tensor) // tensor.numel())
+    numbers = PIECE if tensor.device.type == "cpu" else PIECE_ELSEWHERE
+    size = max(1, numbers * len(tensor) // tensor.numel())
     if len(rows) == len(tensor):
         return [slice(at, at + size) for at in range(0, len(tensor), size)]
     return rows.split(size)

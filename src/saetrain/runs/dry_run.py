@@ -13,6 +13,7 @@ from saetrain.optim import warmup_steps
 from saetrain.runs.build import sae_names
 from saetrain.runs.feed import make_feed
 from saetrain.runs.kernels import choose_kernels
+from saetrain.runs.metadata import rates
 from saetrain.runs.prepare import Prepared
 from saetrain.runs.resources import FLOAT, gib, memory_needed, memory_there, sae_parameters
 from saetrain.training.checkpoint import KEPT
@@ -34,15 +35,14 @@ def report(run: Prepared, trainer: Trainer, normalizers: dict[str, Normalizer]) 
             f"SAE         {name}: width {sae.coder.d_in}, {sae.coder.num_latents:,} latents, k {run.config.sae.k}, "
             f"{count:,} parameters"
         )
-    rates = sorted({sae.peak_lr for sae in trainer.saes.values()})
-    auto = " (--lr auto)" if run.config.optim.lr == "auto" else ""
-    _print(
-        f"rate        {' and '.join(f'{lr:.3g}' for lr in rates)}{auto}, {warmup_steps(run.config.optim, plan.steps)} "
-        f"steps of warm-up, weight decay {run.config.optim.decay:g}"
-    )
     elsewhere = len(sae_names(run)) - len(trainer.saes)
     if elsewhere:
         _print(f"            and {elsewhere} more in other processes")
+    optim = run.config.optim
+    _print(
+        f"rate        {rates(run.config, trainer)}, {warmup_steps(optim, plan.steps)} steps of warm-up, weight decay "
+        f"{optim.decay:g}"
+    )
     each = " in each process" if launch.world_size() > 1 else ""
     needed = memory_needed(run.config, run.model, run.capture.widths, run.framing.ctx_len, run.division)
     _print(f"memory      {gib(needed)}{each} beside the program itself, {gib(memory_there(run.model.device))} there")

@@ -68,12 +68,11 @@ def announce(run: Prepared, trainer: Trainer) -> None:
     rest = config.train.max_tokens - plan.tokens
     if trainer.step:
         say(f"{trainer.steps - trainer.step} steps of {trainer.steps} are left")
-    rates = sorted({f"{sae.peak_lr:.3g}" for sae in trainer.saes.values()})
     count = len(sae_names(run))
     say(
         f"training {count} SAE{'s' if count > 1 else ''} for {plan.steps} steps of "
         f"{plan.tokens_per_step:,} tokens ({plan.tokens:,} in all; {rest:,} of --max_tokens left over), "
-        f"{plan.passes()}, at lr {' and '.join(rates)}{' (--lr auto)' if config.optim.lr == 'auto' else ''}"
+        f"{plan.passes()}, at lr {rates(config, trainer)}"
     )
     if config.train.end_to_end:
         say(
@@ -96,6 +95,12 @@ def announce(run: Prepared, trainer: Trainer) -> None:
         if remark:
             say(remark)
         say_bound(config.sae.k, latents, config.dead.dead_percentage_threshold)
+
+
+def rates(config: RunConfig, trainer: Trainer) -> str:
+    """The peak learning rates of the SAEs here, and whether the rule gave them."""
+    found = sorted({f"{sae.peak_lr:.3g}" for sae in trainer.saes.values()})
+    return " and ".join(found) + (" (--lr auto)" if config.optim.lr == "auto" else "")
 
 
 def _remark(config: RunConfig, size: RunSize) -> str | None:
