@@ -1,0 +1,396 @@
+"""The TopK step's kernels in Triton: the k largest of each token, decode, and the update of each latent.
+
+N tokens, D width, F latents, K active. Encoder and decoder are (F, D), one latent after the other, in fp32, with
+optional bf16 copies for the products. No atomics: sums over tokens run in a fixed order within a latent, so that the
+same inputs give the same bits. Nothing here waits for the device or asks it for a size.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _key(value):
+    """Unsigned integers in the order of the floats; above 0 for every float."""
+    bits = value.to(tl.uint32, bitcast=True)
+    return tl.where(bits >= 0x80000000, ~bits, bits | 0x80000000)
+
+
+@triton.jit
+def _value(key):
+    """The floats again."""
+    bits = tl.where(key >= 0x80000000, key & 0x7FFFFFFF, ~key)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _row_keys(pre, bias, row, columns, F):
+    """Keys of the row's pre-activations in these columns, 0 behind the last."""
+    inside = columns < F
+    value = tl.load(pre + row * F + columns, mask=inside, other=0.0).to(tl.float32)
+    value += tl.load(bias + columns, mask=inside, other=0.0)
+    return tl.where(inside, _key(value), 0)
+
+
+@triton.jit
+def _kth(keys, K: tl.constexpr):
+    """The K-th largest of a block of keys, bit by bit from the top."""
+    least = tl.zeros((), tl.uint32)
+    for bit in range(32):
+        higher = least | (tl.full((), 0x80000000, tl.uint32) >> bit)
+        count = tl.sum((keys >= higher).to(tl.int32), axis=0)
+        least = tl.where(count >= K, higher, least)
+    return least
+
+
+@triton.jit
+def _kth_of_row(pre, bias, row, F, K: tl.constexpr, BLOCK: tl.constexpr):
+    """The same over a whole row, read once for each bit."""
+    least = tl.zeros((), tl.uint32)
+    for bit in range(32):
+        higher = least | (tl.full((), 0x80000000, tl.uint32) >> bit)
+        count = tl.zeros((), tl.int32)
+        for at in range(0, F, BLOCK):
+            keys = _row_keys(pre, bias, row, at + tl.arange(0, BLOCK), F)
+            count += tl.sum((keys >= higher).to(tl.int32), axis=0)
+        least = tl.where(count >= K, higher, least)
+    return least
+
+
+@triton.jit
+def _hand_out(keys, indices, bound, room, placed, values_out, indices_out, K: tl.constexpr):
+    """Write what exceeds ``bound`` and the first ``room`` of its equals behind ``placed``; gives how many of each."""
+    equal = keys == bound
+    take = (keys > bound) | (equal & (tl.cumsum(equal.to(tl.int32), axis=0) <= room))
+    place = placed + tl.cumsum(take.to(tl.int32), axis=0) - 1
+    fits = take & (place < K)
+    tl.store(values_out + place, tl.maximum(_value(keys), 0.0, propagate_nan=tl.PropagateNan.ALL), mask=fits)
+    tl.store(indices_out + place, indices, mask=fits)
+    return tl.sum(equal.to(tl.int32), axis=0), tl.sum(take.to(tl.int32), axis=0)
+
+
+@triton.jit
+def select(
+    pre,  # (n, F) in the products' format
+    bias,  # (F,)
+    values,  # (n, K) out: ReLU of the K largest of pre + bias, in the order of their latents
+    indices,  # (n, K) int32 out
+    candidate_keys,  # (n, C) uint32
+    candidates,  # (n, C) int32
+    F,
+    K: tl.constexpr,
+    GROUPS: tl.constexpr,
+    CAPACITY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The K-th largest of GROUPS maxima bounds the K-th largest of all from below: only what reaches it is searched."""
+    row = tl.program_id(0).to(tl.int64)
+    group = tl.arange(0, GROUPS)
+    maxima = tl.zeros((GROUPS,), tl.uint32)
+    for at in range(0, F, GROUPS):
+        maxima = tl.maximum(maxima, _row_keys(pre, bias, row, at + group, F))
+    bound = _kth(maxima, K)
+    found = tl.zeros((), tl.int32)
+    for at in range(0, F, BLOCK):
+        columns = at + tl.arange(0, BLOCK)
+        keys = _row_keys(pre, bias, row, columns, F)
+        hit = keys >= bound
+        place = found + tl.cumsum(hit.to(tl.int32), axis=0) - 1
+        kept = hit & (place < CAPACITY)
+        tl.store(candidate_keys + row * CAPACITY + place, keys, mask=kept)
+        tl.store(candidates + row * CAPACITY + place, columns, mask=kept)
+        found += tl.sum(hit.to(tl.int32), axis=0)
+    # What other threads of the program have stored is read below.
+    tl.debug_barrier()
+    if found <= CAPACITY:
+        at_candidate = tl.arange(0, CAPACITY)
+        kept = at_candidate < found
+        keys = tl.load(candidate_keys + row * CAPACITY + at_candidate, mask=kept, other=0)
+        column = tl.load(candidates + row * CAPACITY + at_candidate, mask=kept, other=0)
+        bound = _kth(keys, K)
+        room = K - tl.sum((keys > bound).to(tl.int32), axis=0)
+        _hand_out(keys, column, bound, room, 0, values + row * K, indices + row * K, K)
+    else:
+        bound = _kth_of_row(pre, bias, row, F, K, BLOCK)
+        above = tl.zeros((), tl.int32)
+        for at in range(0, F, BLOCK):
+            keys = _row_keys(pre, bias, row, at + tl.arange(0, BLOCK), F)
+            above += tl.sum((keys > bound).to(tl.int32), axis=0)
+        room = K - above
+        placed = tl.zeros((), tl.int32)
+        for at in range(0, F, BLOCK):
+            columns = at + tl.arange(0, BLOCK)
+            keys = _row_keys(pre, bias, row, columns, F)
+            equals, taken = _hand_out(keys, columns, bound, room, placed, values + row * K, indices + row * K, K)
+            room = tl.maximum(room - equals, 0)
+            placed += taken
+
+
+@triton.jit
+def reconstruct(
+    x,  # (N, D) fp32
+    b_dec,  # (D,)
+    W_dec,  # (F, D) in the products' format
+    values,  # (N, K)
+    indices,  # (N, K) int32
+    scale,  # scalar: the loss is scale / 2 times the squared residual
+    residual,  # (N, D) fp32 out
+    residual_copy,  # (N, D) out, in the products' format
+    slopes,  # (N, K) out: the loss' gradient by each pre-activation
+    norms,  # (N,) out: the residual's
+    D,
+    K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Decode, residual and the latents' gradients of one token."""
+    token = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    inside = d < D
+    decoded = tl.zeros((BLOCK_D,), tl.float32)
+    for at in range(0, K, BLOCK_K):
+        active = at + tl.arange(0, BLOCK_K)
+        mask = active < K
+        value = tl.load(values + token * K + active, mask=mask, other=0.0)
+        latent = tl.load(indices + token * K + active, mask=mask, other=0).to(tl.int64)
+        rows = tl.load(W_dec + latent[:, None] * D + d[None, :], mask=mask[:, None] & inside[None, :], other=0.0)
+        decoded += tl.sum(value[:, None] * rows.to(tl.float32), axis=0)
+    centre = tl.load(b_dec + d, mask=inside, other=0.0)
+    left = tl.where(inside, tl.load(x + token * D + d, mask=inside, other=0.0) - centre - decoded, 0.0)
+    tl.store(residual + token * D + d, left, mask=inside)
+    tl.store(residual_copy + token * D + d, left.to(residual_copy.dtype.element_ty), mask=inside)
+    tl.store(norms + token, tl.sqrt(tl.sum(left * left, axis=0)))
+    factor = -tl.load(scale)
+    for at in range(0, K, BLOCK_K):
+        active = at + tl.arange(0, BLOCK_K)
+        mask = active < K
+        value = tl.load(values + token * K + active, mask=mask, other=0.0)
+        latent = tl.load(indices + token * K + active, mask=mask, other=0).to(tl.int64)
+        rows = tl.load(W_dec + latent[:, None] * D + d[None, :], mask=mask[:, None] & inside[None, :], other=0.0)
+        slope = factor * tl.sum(rows.to(tl.float32) * left[None, :], axis=1)
+        tl.store(slopes + token * K + active, tl.where(value > 0, slope, 0.0), mask=mask)
+
+
+@triton.jit
+def bound_norms(
+    starts,  # (F + 1,) int64: where a latent's pairs begin
+    pair_token,  # (P,) int32
+    pair_value,  # (P,)
+    pair_slope,  # (P,)
+    x_norms,  # (N,)
+    residual_norms,  # (N,)
+    scale,
+    bias,  # (F,) out: the gradient of b_enc
+    squares,  # (F,) out: at least the squared norm of the latent's gradients
+    BLOCK: tl.constexpr,
+):
+    """A sum of rows is no longer than the sum of their lengths, which needs no row."""
+    latent = tl.program_id(0)
+    first = tl.load(starts + latent)
+    stop = tl.load(starts + latent + 1)
+    dec = tl.zeros((BLOCK,), tl.float32)
+    enc = tl.zeros((BLOCK,), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for at in range(first, stop, BLOCK):
+        pair = at + tl.arange(0, BLOCK)
+        mask = pair < stop
+        token = tl.load(pair_token + pair, mask=mask, other=0)
+        slope = tl.load(pair_slope + pair, mask=mask, other=0.0)
+        dec += tl.load(pair_value + pair, mask=mask, other=0.0) * tl.load(residual_norms + token, mask=mask, other=0.0)
+        enc += tl.abs(slope) * tl.load(x_norms + token, mask=mask, other=0.0)
+        total += slope
+    scaled = tl.load(scale) * tl.sum(dec, axis=0)
+    length = tl.sum(enc, axis=0)
+    gradient = tl.sum(total, axis=0)
+    tl.store(bias + latent, gradient)
+    tl.store(squares + latent, scaled * scaled + length * length + gradient * gradient)
+
+
+@triton.jit
+def _rows_of(
+    first, stop, pair_token, pair_value, pair_slope, x, residual, factor, D, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr
+):
+    """Gradient rows (encoder, decoder) of pairs first … stop, in their order."""
+    d = tl.arange(0, BLOCK_D)
+    inside = d < D
+    enc = tl.zeros((BLOCK_D,), tl.float32)
+    dec = tl.zeros((BLOCK_D,), tl.float32)
+    for at in range(first, stop, BLOCK_P):
+        pair = at + tl.arange(0, BLOCK_P)
+        mask = pair < stop
+        token = tl.load(pair_token + pair, mask=mask, other=0).to(tl.int64)
+        slope = tl.load(pair_slope + pair, mask=mask, other=0.0)
+        value = factor * tl.load(pair_value + pair, mask=mask, other=0.0)
+        place = token[:, None] * D + d[None, :]
+        here = mask[:, None] & inside[None, :]
+        enc += tl.sum(slope[:, None] * tl.load(x + place, mask=here, other=0.0).to(tl.float32), axis=0)
+        dec += tl.sum(value[:, None] * tl.load(residual + place, mask=here, other=0.0).to(tl.float32), axis=0)
+    return enc, dec
+
+
+@triton.jit
+def partial(
+    segment_latent,  # (S,) int32: whose segment this is; -1 where there is none
+    segment_first,  # (S,) int64: its first pair
+    starts,
+    pair_token,
+    pair_value,
+    pair_slope,
+    x,  # (N, D) what the encoder multiplies, in the products' format
+    residual,  # (N, D) in the products' format
+    scale,
+    part_enc,  # (S, D) out
+    part_dec,  # (S, D) out
+    D,
+    SEGMENT: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """Gradient rows of a segment of the pairs of a latent that fires often: one program alone would take too long."""
+    segment = tl.program_id(0).to(tl.int64)
+    latent = tl.load(segment_latent + segment)
+    if latent >= 0:
+        first = tl.load(segment_first + segment)
+        stop = tl.minimum(first + SEGMENT, tl.load(starts + latent + 1))
+        factor = -tl.load(scale)
+        enc, dec = _rows_of(
+            first, stop, pair_token, pair_value, pair_slope, x, residual, factor, D, BLOCK_D, BLOCK_P
+        )
+        d = tl.arange(0, BLOCK_D)
+        tl.store(part_enc + segment * D + d, enc, mask=d < D)
+        tl.store(part_dec + segment * D + d, dec, mask=d < D)
+
+
+@triton.jit
+def _gradient(
+    latent, starts, pair_token, pair_value, pair_slope, segments, part_enc, part_dec, x, residual, scale,
+    extra_row, extra_enc, extra_dec, D, EXTRA: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """Both gradient rows of a latent, from its pairs or from the parts of its segments."""
+    d = tl.arange(0, BLOCK_D)
+    inside = d < D
+    first = tl.load(starts + latent)
+    stop = tl.load(starts + latent + 1)
+    part = tl.load(segments + latent)
+    last = tl.load(segments + latent + 1)
+    # No pairs are left to the loop where there are parts.
+    stop = tl.where(last > part, first, stop)
+    enc, dec = _rows_of(
+        first, stop, pair_token, pair_value, pair_slope, x, residual, -tl.load(scale), D, BLOCK_D, BLOCK_P
+    )
+    for number in range(part, last):
+        enc += tl.load(part_enc + number * D + d, mask=inside, other=0.0)
+        dec += tl.load(part_dec + number * D + d, mask=inside, other=0.0)
+    if EXTRA:
+        row = tl.load(extra_row + latent).to(tl.int64)
+        has = inside & (d * 0 + row >= 0)
+        enc += tl.load(extra_enc + row * D + d, mask=has, other=0.0)
+        dec += tl.load(extra_dec + row * D + d, mask=has, other=0.0)
+    return enc, dec
+
+
+@triton.jit
+def _adam(m, v, gradient, beta1, beta2, eps, root):
+    """New moments and the step at rate 1, before the first correction."""
+    m += (1 - beta1) * (gradient - m)
+    v = beta2 * v + (1 - beta2) * gradient * gradient
+    return m, v, m / (tl.sqrt(v) * root + eps)
+
+
+MEASURE = tl.constexpr(0)
+STORE = tl.constexpr(1)
+ADD = tl.constexpr(2)
+UPDATE = tl.constexpr(3)
+
+
+@triton.jit
+def latents(
+    gate,  # scalar int32: nothing is done where it is 0
+    starts, pair_token, pair_value, pair_slope,
+    segments,  # (F + 1,) int64: where a latent's parts begin; it has none where one program sums its pairs
+    part_enc, part_dec,  # (S, D)
+    x, residual,  # (N, D) in the products' format
+    scale,
+    extra_row,  # (F,) int32 row of further gradients (AuxK), or -1
+    extra_enc, extra_dec,
+    bias,  # (F,) the gradient of b_enc, the further ones in it
+    grad_enc, grad_dec,  # (F, D) in memory: written by STORE and ADD, read with STORED
+    W_enc, W_dec, b_enc, half_enc, half_dec,
+    m_enc, v_enc, m_dec, v_dec, m_b, v_b,
+    squares,  # (F,) out: of the projected gradient
+    rates,  # (7,): the decoder's, the encoder's, 1 - decay, 1 / root of the second correction, beta1, beta2, eps
+    clip,  # scalar that gradients are multiplied with
+    D,
+    MODE: tl.constexpr,
+    STORED: tl.constexpr,
+    EXTRA: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """Both gradient rows of a latent, then what the mode asks for: their norm, to keep them, or the whole update."""
+    if tl.load(gate) == 0:
+        return
+    latent = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    inside = d < D
+    at = latent * D + d
+    if STORED:
+        enc = tl.load(grad_enc + at, mask=inside, other=0.0)
+        dec = tl.load(grad_dec + at, mask=inside, other=0.0)
+    else:
+        enc, dec = _gradient(
+            latent, starts, pair_token, pair_value, pair_slope, segments, part_enc, part_dec, x, residual, scale,
+            extra_row, extra_enc, extra_dec, D, EXTRA, BLOCK_D, BLOCK_P,
+        )  # fmt: skip
+    if MODE == STORE or MODE == ADD:
+        if MODE == ADD:
+            enc += tl.load(grad_enc + at, mask=inside, other=0.0)
+            dec += tl.load(grad_dec + at, mask=inside, other=0.0)
+        tl.store(grad_enc + at, enc, mask=inside)
+        tl.store(grad_dec + at, dec, mask=inside)
+    else:
+        w_dec = tl.load(W_dec + at, mask=inside, other=0.0)
+        dec -= tl.sum(dec * w_dec, axis=0) * w_dec
+        b = tl.load(bias + latent)
+        tl.store(squares + latent, tl.sum(enc * enc, axis=0) + tl.sum(dec * dec, axis=0) + b * b)
+        # A step on which a latent does not fire leaves it alone, its moments too.
+        if MODE == UPDATE and b != 0:
+            _update(
+                latent, at, inside, enc, dec, b, w_dec, W_enc, W_dec, b_enc, half_enc, half_dec,
+                m_enc, v_enc, m_dec, v_dec, m_b, v_b, rates, tl.load(clip), HALF,
+            )  # fmt: skip
+
+
+@triton.jit
+def _update(
+    latent, at, inside, enc, dec, b, w_dec, W_enc, W_dec, b_enc, half_enc, half_dec,
+    m_enc, v_enc, m_dec, v_dec, m_b, v_b, rates, clip, HALF: tl.constexpr,
+):  # fmt: skip
+    """Adam over one latent, and its decoder row back to unit norm."""
+    rate, encoder_rate, keep = tl.load(rates), tl.load(rates + 1), tl.load(rates + 2)
+    root, beta1, beta2, eps = tl.load(rates + 3), tl.load(rates + 4), tl.load(rates + 5), tl.load(rates + 6)
+    m = tl.load(m_dec + at, mask=inside, other=0.0)
+    v = tl.load(v_dec + at, mask=inside, other=0.0)
+    m, v, move = _adam(m, v, clip * dec, beta1, beta2, eps, root)
+    tl.store(m_dec + at, m, mask=inside)
+    tl.store(v_dec + at, v, mask=inside)
+    w_dec = tl.where(inside, w_dec - rate * move, 0.0)
+    w_dec /= tl.maximum(tl.sqrt(tl.sum(w_dec * w_dec, axis=0)), 1.17549435e-38)
+    tl.store(W_dec + at, w_dec, mask=inside)
+    m = tl.load(m_enc + at, mask=inside, other=0.0)
+    v = tl.load(v_enc + at, mask=inside, other=0.0)
+    m, v, move = _adam(m, v, clip * enc, beta1, beta2, eps, root)
+    tl.store(m_enc + at, m, mask=inside)
+    tl.store(v_enc + at, v, mask=inside)
+    w_enc = keep * tl.load(W_enc + at, mask=inside, other=0.0) - encoder_rate * move
+    tl.store(W_enc + at, w_enc, mask=inside)
+    if HALF:
+        tl.store(half_dec + at, w_dec.to(tl.bfloat16), mask=inside)
+        tl.store(half_enc + at, w_enc.to(tl.bfloat16), mask=inside)
+    m, v, move = _adam(tl.load(m_b + latent), tl.load(v_b + latent), clip * b, beta1, beta2, eps, root)
+    tl.store(m_b + latent, m)
+    tl.store(v_b + latent, v)
+    tl.store(b_enc + latent, tl.load(b_enc + latent) - encoder_rate * move)
