@@ -1,0 +1,167 @@
+"""Steps by Triton's kernels are the reference's: whole steps, added-up micro-batches, clipping, AuxK, resume."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from saetrain.coders.topk import TopK
+from saetrain.kernels import gpu_step
+from saetrain.optim import OptimSettings
+from saetrain.training.engine import Engine
+from saetrain.training.triton_engine import TritonEngine
+from saetrain.types import Progress
+from tests.unit.kernels.conftest import DEVICE
+from tests.unit.training.test_engines import data, progress, reference, relative
+
+Shape = tuple[int, int, int, int, int]
+SHAPES: list[Shape] = [(17, 7, 16, 16, 3), (1, 8, 16, 1, 0), (30, 33, 47, 5, 0), (20, 12, 60, 3, 7)]
+
+
+@pytest.fixture(autouse=True)
+def _short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that some latents have several."""
+    monkeypatch.setattr(gpu_step, "SEGMENT", 4)
+
+
+def make(shape: Shape, *, half: bool = False, fused: bool = True, by: str = "triton", **settings: object) -> tuple[TopK, Engine]:
+    _, width, latents, k, _ = shape
+    coder = TopK(width, latents, k, auxk_alpha=1 / 32, seed=1)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        coder.b_enc.copy_(torch.randn(latents, generator=generator) * 0.3)
+        coder.b_dec.copy_(torch.randn(width, generator=generator) * 0.3)
+    coder.to(DEVICE)
+    optim = OptimSettings(**settings)  # type: ignore[arg-type]
+    return coder, reference(coder, optim) if by == "reference" else TritonEngine(coder, optim, half=half, fused=fused)
+
+
+def here(about: Progress) -> Progress:
+    dead = None if about.dead is None else about.dead.to(DEVICE)
+    return Progress(
+        about.step, about.n_tokens, dead, about.data_variance.to(DEVICE), about.residual_variance.to(DEVICE)
+    )
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("limit", [1.0, 0.01, 0.0])
+@pytest.mark.parametrize("fused", [True, False])
+def test_whole_steps_are_the_reference_s(fused: bool, limit: float, shape: Shape) -> None:
+    settings = {"max_grad_norm": limit, "weight_decay": 0.1}
+    plain, one = make(shape, by="reference", **settings)
+    coder, two = make(shape, fused=fused, **settings)
+    start = {key: p.detach().clone() for key, p in plain.named_parameters()}
+    for step in range(3):
+        x, about = data(shape[0], shape[1], step).to(DEVICE), here(progress(shape, step=step))
+        expected, found = one.micro_step(x, about), two.micro_step(x, about)
+        assert torch.equal(found.fired, expected.fired)
+        assert found.losses.keys() == expected.losses.keys()
+        for key, loss in expected.losses.items():
+            torch.testing.assert_close(found.losses[key], loss.detach(), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(found.residual_sum, expected.residual_sum, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(found.residual_square, expected.residual_square, rtol=1e-4, atol=1e-5)
+        bound = two.norm_bound()
+        one.norm_bound()
+        wanted, norm = one.apply(1e-2), two.apply(1e-2)
+        torch.testing.assert_close(norm, wanted.detach(), rtol=1e-3, atol=1e-7)
+        assert bound >= float(norm) * 0.9999
+    for key, p in plain.named_parameters():
+        moved = dict(coder.named_parameters())[key].detach() - start[key]
+        assert relative(moved, p.detach() - start[key]) < 0.02, key
+    for key, value in one.state().items():
+        torch.testing.assert_close(two.state()[key], value, rtol=1e-2, atol=1e-6, msg=key)
+
+
+def test_products_in_bfloat16_are_near() -> None:
+    shape = (30, 33, 47, 5, 0)
+    plain, one = make(shape, by="reference")
+    coder, two = make(shape, half=True)
+    start = plain.W_dec.detach().clone()
+    x, about = data(30, 33).to(DEVICE), here(progress(shape))
+    for engine in (one, two):
+        engine.micro_step(x, about)
+        engine.norm_bound()
+        engine.apply(1e-2)
+    assert relative(coder.W_dec.detach() - start, plain.W_dec.detach() - start) < 0.3
+    # The interpreter cuts off where a GPU rounds.
+    for copy, weights in zip(two._halves.values(), (coder.W_enc.T, coder.W_dec), strict=True):  # type: ignore[attr-defined]
+        torch.testing.assert_close(copy.float(), weights.detach(), rtol=2**-7, atol=0)
+
+
+def test_micro_batches_add_up_to_one_batch() -> None:
+    shape = (24, 12, 30, 3, 5)
+    (_, one), (_, two) = make(shape, fused=False), make(shape, fused=False)
+    x, about = data(24, 12).to(DEVICE), here(progress(shape))
+    one.micro_step(x, about)
+    for part in x.chunk(3):
+        two.micro_step(part, about)
+    for whole, added in zip(one.gradients()[:-1], two.gradients()[:-1], strict=True):
+        torch.testing.assert_close(added, whole, rtol=1e-3, atol=1e-5)
+    assert two.norm_bound() >= float(one.apply(0.0)) * 0.9999
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_state_goes_on_to_the_bit(fused: bool) -> None:
+    shape = (20, 12, 30, 3, 4)
+    (whole, one), (later, two) = make(shape, fused=fused), make(shape, fused=fused)
+    for step in range(4):
+        x, about = data(20, 12, step).to(DEVICE), here(progress(shape, step=step))
+        if step == 2:
+            later.load_state_dict(whole.state_dict())
+            two.restore({key: value.clone() for key, value in one.state().items()})
+        for engine in (one, two) if step >= 2 else (one,):
+            engine.micro_step(x, about)
+            engine.norm_bound()
+            engine.apply(1e-2)
+    for key, p in whole.named_parameters():
+        assert torch.equal(dict(later.named_parameters())[key], p), key
+
+
+def test_a_latent_that_does_not_fire_is_left_alone() -> None:
+    shape = (20, 12, 40, 4, 0)
+    coder, engine = make(shape, weight_decay=0.1)
+    before: dict[str, torch.Tensor] = {}
+    for step in range(3):
+        if step == 2:
+            with torch.no_grad():
+                coder.b_enc[:15] = -100.0
+            before = {key: value.clone() for key, value in {**engine.state(), **coder.state_dict()}.items()}
+        fired = engine.micro_step(data(20, 12, step).to(DEVICE), here(progress(shape))).fired
+        engine.apply(1e-2)
+    assert (fired[:15] == 0).all()
+    for key, value in {**engine.state(), **coder.state_dict()}.items():
+        if not key.startswith("b_dec") and not key.endswith(".step"):
+            rows, old = (value.T, before[key].T) if key.startswith("W_enc") else (value, before[key])
+            assert torch.equal((rows == old).reshape(40, -1).all(dim=1), fired == 0), key
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_what_is_not_finite_changes_no_weight(fused: bool) -> None:
+    shape = (20, 12, 30, 3, 0)
+    coder, engine = make(shape, fused=fused)
+    x = data(20, 12).to(DEVICE)
+    x[3, 2] = float("nan")
+    before = {key: value.clone() for key, value in coder.state_dict().items()}
+    loss = engine.micro_step(x, here(progress(shape))).losses["recon"]
+    assert not loss.isfinite()
+    assert not torch.tensor(engine.norm_bound()).isfinite()
+    engine.apply(1e-2)
+    for key, value in coder.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+def test_a_dropped_step_leaves_no_trace() -> None:
+    shape = (20, 12, 30, 3, 0)
+    results = []
+    for dropped in (False, True):
+        coder, engine = make(shape, fused=False)
+        if dropped:
+            engine.micro_step(data(20, 12, 9).to(DEVICE), here(progress(shape)))
+            engine.drop()
+        engine.micro_step(data(20, 12).to(DEVICE), here(progress(shape)))
+        engine.norm_bound()
+        engine.apply(1e-2)
+        results.append(coder.W_dec.detach().clone())
+    assert torch.equal(*results)
