@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
+import os
+from functools import partial
 
 import torch
 
@@ -18,6 +21,9 @@ from saetrain.training.torch_engine import TorchEngine
 from saetrain.training.trainer import END_TO_END
 
 
+LANGUAGE = {"native": "C++", "triton": "Triton"}
+
+
 @functools.cache
 def choose_kernels(
     settings: KernelSettings, optim: OptimSettings, loss_fn: str, device: torch.device
@@ -31,17 +37,17 @@ def choose_kernels(
                 "needs those through the model; leave the flag out, and --kernels reference is taken"
             )
         name = "reference"
-    problem = _against_native(optim, device)
-    if name == "native" and problem:
-        raise SaetrainError(f"--kernels native: {problem}; use --kernels torch")
-    if name in ("auto", "native") and not problem:
-        problem = _build_problem()
-        if problem and name == "native":
-            raise SaetrainError(f"--kernels native: the C++ kernels can't be built: {problem}; use --kernels torch")
-    if name == "auto" and problem and device.type == "cpu":
-        say(f"--kernels auto: the C++ kernels are not used: {problem}; PyTorch's are")
+    problems = {"native": partial(_against_native, optim, device), "triton": partial(_against_triton, optim, device)}
+    if name in problems:
+        problem = problems[name]()
+        if problem:
+            raise SaetrainError(f"--kernels {name}: {problem}; use --kernels torch")
     if name == "auto":
-        name = "torch" if problem else "native"
+        fast = "native" if device.type == "cpu" else "triton"
+        problem = problems[fast]()
+        if problem:
+            say(f"--kernels auto: the {LANGUAGE[fast]} kernels are not used: {problem}; PyTorch's are")
+        name = "torch" if problem else fast
     if name == "reference" and dtype == "bfloat16":
         raise SaetrainError("--compute_dtype bfloat16: --kernels reference computes in float32 alone")
     if dtype == "auto":
@@ -50,19 +56,27 @@ def choose_kernels(
 
 
 def _against_native(optim: OptimSettings, device: torch.device) -> str | None:
+    """Why the C++ kernels can't be taken, or None."""
     if device.type != "cpu":
         return f"it runs on a CPU, not on {device}"
     if optim.optimizer != "adam":
         return f"it steps by adam alone, not by --optimizer {optim.optimizer}"
-    return None
-
-
-def _build_problem() -> str | None:
-    """Why the C++ kernels can't be had, or None."""
     try:
         native.library()
     except OSError as error:
-        return str(error)
+        return f"they can't be built: {error}"
+    return None
+
+
+def _against_triton(optim: OptimSettings, device: torch.device) -> str | None:
+    """Why Triton's kernels can't be taken, or None."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device.type != "cuda" and not interpreted:
+        return f"it runs on a GPU, not on {device}"
+    if optim.optimizer != "adam":
+        return f"it steps by adam alone, not by --optimizer {optim.optimizer}"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
     return None
 
 
@@ -74,6 +88,10 @@ def make_engine(coder: TopK, kernels: KernelSettings, optim: OptimSettings, *, a
     half = kernels.compute_dtype == "bfloat16"
     if kernels.kernels == "native":
         return NativeEngine(coder, optim, half=half, fused=alone)
+    if kernels.kernels == "triton":
+        from saetrain.training.triton_engine import TritonEngine
+
+        return TritonEngine(coder, optim, half=half, fused=alone)
     optimizer = Optimizer(
         dict(coder.named_parameters()),
         optim,
