@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass, field
 from enum import IntFlag
 from typing import Any
 
 import numpy as np
 import torch
-import tyro
 from torch import Tensor
 
 
 def shown_default(text: str, metavar: str) -> Any:
     """Annotation for a setting whose unset value is worked out later: what ``--help`` shows in its place."""
+    # The step itself needs no command line: it is timed where nothing but torch is installed.
+    if importlib.util.find_spec("tyro") is None:
+        return text
+    import tyro
+
     return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {text})")
 
 
