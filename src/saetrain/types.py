@@ -108,6 +108,8 @@ class Progress:
     """Mean squared distance of a token from the mean, summed over the width; fixed before training."""
     residual_variance: Tensor
     """The same of the residual, measured on the previous optimizer step."""
+    dead_at_most: int | None = None
+    """No fewer than are dead, where the host is not to ask the device how many are."""
 
 
 @dataclass

@@ -130,8 +130,7 @@ def select(
 
 @triton.jit
 def reconstruct(
-    x,  # (N, D) fp32
-    b_dec,  # (D,)
+    x,  # (N, D) fp32, less the decoder's bias
     W_dec,  # (F, D) in the products' format
     values,  # (N, K)
     indices,  # (N, K) int32
@@ -157,8 +156,7 @@ def reconstruct(
         latent = tl.load(indices + token * K + active, mask=mask, other=0).to(tl.int64)
         rows = tl.load(W_dec + latent[:, None] * D + d[None, :], mask=mask[:, None] & inside[None, :], other=0.0)
         decoded += tl.sum(value[:, None] * rows.to(tl.float32), axis=0)
-    centre = tl.load(b_dec + d, mask=inside, other=0.0)
-    left = tl.where(inside, tl.load(x + token * D + d, mask=inside, other=0.0) - centre - decoded, 0.0)
+    left = tl.where(inside, tl.load(x + token * D + d, mask=inside, other=0.0) - decoded, 0.0)
     tl.store(residual + token * D + d, left, mask=inside)
     tl.store(residual_copy + token * D + d, left.to(residual_copy.dtype.element_ty), mask=inside)
     tl.store(norms + token, tl.sqrt(tl.sum(left * left, axis=0)))
@@ -292,11 +290,11 @@ def _gradient(
 
 
 @triton.jit
-def _adam(m, v, gradient, beta1, beta2, eps, root):
+def _adam(m, v, gradient, root, BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr):
     """New moments and the step at rate 1, before the first correction."""
-    m += (1 - beta1) * (gradient - m)
-    v = beta2 * v + (1 - beta2) * gradient * gradient
-    return m, v, m / (tl.sqrt(v) * root + eps)
+    m += (1 - BETA1) * (gradient - m)
+    v = BETA2 * v + (1 - BETA2) * gradient * gradient
+    return m, v, m / (tl.sqrt(v) * root + EPS)
 
 
 MEASURE = tl.constexpr(0)
@@ -320,9 +318,12 @@ def latents(
     W_enc, W_dec, b_enc, half_enc, half_dec,
     m_enc, v_enc, m_dec, v_dec, m_b, v_b,
     squares,  # (F,) out: of the projected gradient
-    rates,  # (7,): the decoder's, the encoder's, 1 - decay, 1 / root of the second correction, beta1, beta2, eps
+    rates,  # (4,): the decoder's, the encoder's, 1 - decay, 1 / root of the second correction
     clip,  # scalar that gradients are multiplied with
     D,
+    BETA1: tl.constexpr,
+    BETA2: tl.constexpr,
+    EPS: tl.constexpr,
     MODE: tl.constexpr,
     STORED: tl.constexpr,
     EXTRA: tl.constexpr,
@@ -360,21 +361,21 @@ def latents(
         if MODE == UPDATE and b != 0:
             _update(
                 latent, at, inside, enc, dec, b, w_dec, W_enc, W_dec, b_enc, half_enc, half_dec,
-                m_enc, v_enc, m_dec, v_dec, m_b, v_b, rates, tl.load(clip), HALF,
+                m_enc, v_enc, m_dec, v_dec, m_b, v_b, rates, tl.load(clip), BETA1, BETA2, EPS, HALF,
             )  # fmt: skip
 
 
 @triton.jit
 def _update(
     latent, at, inside, enc, dec, b, w_dec, W_enc, W_dec, b_enc, half_enc, half_dec,
-    m_enc, v_enc, m_dec, v_dec, m_b, v_b, rates, clip, HALF: tl.constexpr,
+    m_enc, v_enc, m_dec, v_dec, m_b, v_b, rates, clip,
+    BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """Adam over one latent, and its decoder row back to unit norm."""
-    rate, encoder_rate, keep = tl.load(rates), tl.load(rates + 1), tl.load(rates + 2)
-    root, beta1, beta2, eps = tl.load(rates + 3), tl.load(rates + 4), tl.load(rates + 5), tl.load(rates + 6)
+    rate, encoder_rate, keep, root = tl.load(rates), tl.load(rates + 1), tl.load(rates + 2), tl.load(rates + 3)
     m = tl.load(m_dec + at, mask=inside, other=0.0)
     v = tl.load(v_dec + at, mask=inside, other=0.0)
-    m, v, move = _adam(m, v, clip * dec, beta1, beta2, eps, root)
+    m, v, move = _adam(m, v, clip * dec, root, BETA1, BETA2, EPS)
     tl.store(m_dec + at, m, mask=inside)
     tl.store(v_dec + at, v, mask=inside)
     w_dec = tl.where(inside, w_dec - rate * move, 0.0)
@@ -382,7 +383,7 @@ def _update(
     tl.store(W_dec + at, w_dec, mask=inside)
     m = tl.load(m_enc + at, mask=inside, other=0.0)
     v = tl.load(v_enc + at, mask=inside, other=0.0)
-    m, v, move = _adam(m, v, clip * enc, beta1, beta2, eps, root)
+    m, v, move = _adam(m, v, clip * enc, root, BETA1, BETA2, EPS)
     tl.store(m_enc + at, m, mask=inside)
     tl.store(v_enc + at, v, mask=inside)
     w_enc = keep * tl.load(W_enc + at, mask=inside, other=0.0) - encoder_rate * move
@@ -390,7 +391,7 @@ def _update(
     if HALF:
         tl.store(half_dec + at, w_dec.to(tl.bfloat16), mask=inside)
         tl.store(half_enc + at, w_enc.to(tl.bfloat16), mask=inside)
-    m, v, move = _adam(tl.load(m_b + latent), tl.load(v_b + latent), clip * b, beta1, beta2, eps, root)
+    m, v, move = _adam(tl.load(m_b + latent), tl.load(v_b + latent), clip * b, root, BETA1, BETA2, EPS)
     tl.store(m_b + latent, m)
     tl.store(v_b + latent, v)
     tl.store(b_enc + latent, tl.load(b_enc + latent) - encoder_rate * move)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from saetrain.kernels import gpu
+from saetrain.kernels.plain import power_of_two
 
 CHUNK_BYTES = 512 << 20
 """Pre-activations that are held at once."""
@@ -36,14 +37,9 @@ class Pairs:
     segment_first: Tensor
 
 
-def power(number: int) -> int:
-    """The power of two that is not below."""
-    return 1 << max(number - 1, 0).bit_length()
-
-
 def rows_at_once(width: int) -> int:
     """Rows of ``width`` that fit a program's tile."""
-    return max(1, min(16, TILE // power(width)))
+    return max(1, min(16, TILE // power_of_two(width)))
 
 
 def topk_relu(x_ND: Tensor, W_FD: Tensor, b_F: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -52,7 +48,7 @@ def topk_relu(x_ND: Tensor, W_FD: Tensor, b_F: Tensor, k: int) -> tuple[Tensor, 
     ``x_ND`` and ``W_FD`` in the products' format; among equals the lower index is taken.
     """
     tokens, latents = len(x_ND), len(W_FD)
-    groups = min(power(latents), max(power(4 * k), 256))
+    groups = min(power_of_two(latents), max(power_of_two(4 * k), 256))
     rows = min(tokens, max(16, CHUNK_BYTES // (latents * x_ND.element_size())))
     pre = x_ND.new_empty(rows, latents)
     values, indices = b_F.new_empty(tokens, k), b_F.new_empty(tokens, k, dtype=torch.int32)
@@ -63,22 +59,25 @@ def topk_relu(x_ND: Tensor, W_FD: Tensor, b_F: Tensor, k: int) -> tuple[Tensor, 
         chunk = torch.mm(x_ND[start:stop], W_FD.T, out=pre[: stop - start])
         gpu.select[(stop - start,)](
             chunk, b_F, values[start:stop], indices[start:stop], keys, candidates, latents, k,
-            GROUPS=groups, CAPACITY=groups, BLOCK=min(BLOCK, power(latents)),
+            GROUPS=groups, CAPACITY=groups, BLOCK=min(BLOCK, power_of_two(latents)),
         )  # fmt: skip
     return values, indices
 
 
 def reconstruct(
-    x_ND: Tensor, b_D: Tensor, W_FD: Tensor, values_NK: Tensor, indices_NK: Tensor, scale: Tensor
+    x_ND: Tensor, W_FD: Tensor, values_NK: Tensor, indices_NK: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Residual (N, D) in fp32 and in the format of ``W_FD``, the latents' gradients (N, K), the residual's norms (N,)."""
+    """Residual (N, D) in fp32 and in the format of ``W_FD``, the latents' gradients (N, K), the residual's norms (N,).
+
+    ``x_ND`` is what the encoder sees, the decoder's bias taken off; the loss is ``scale`` / 2 times the squared residual.
+    """
     tokens, width = x_ND.shape
     k = values_NK.shape[1]
     residual, slopes, norms = torch.empty_like(x_ND), torch.empty_like(values_NK), x_ND.new_empty(tokens)
     copy = residual if W_FD.dtype == torch.float32 else torch.empty_like(x_ND, dtype=W_FD.dtype)
     gpu.reconstruct[(tokens,)](
-        x_ND, b_D, W_FD, values_NK, indices_NK, scale, residual, copy, slopes, norms, width, k,
-        BLOCK_D=power(width), BLOCK_K=rows_at_once(width),
+        x_ND, W_FD, values_NK, indices_NK, scale, residual, copy, slopes, norms, width, k,
+        BLOCK_D=power_of_two(width), BLOCK_K=rows_at_once(width),
     )  # fmt: skip
     return residual, copy, slopes, norms
 
@@ -125,6 +124,6 @@ def parts(pairs: Pairs, x_ND: Tensor, residual_ND: Tensor, scale: Tensor) -> tup
     gpu.partial[(count,)](
         pairs.segment_latent, pairs.segment_first, pairs.starts, pairs.token, pairs.value, pairs.slope,
         x_ND, residual_ND, scale, *found, width,
-        SEGMENT=SEGMENT, BLOCK_D=power(width), BLOCK_P=rows_at_once(width),
+        SEGMENT=SEGMENT, BLOCK_D=power_of_two(width), BLOCK_P=rows_at_once(width),
     )  # fmt: skip
     return found[0], found[1]

@@ -19,3 +19,8 @@ def topk_relu(pre_NF: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def sparse_decode(values_NK: Tensor, indices_NK: Tensor, W_dec_FD: Tensor) -> Tensor:
     """Σ_k values · W_dec[indices], (N, D), without an (N, K, D) in between; differentiable in values and weight."""
     return embedding_bag(indices_NK, W_dec_FD, per_sample_weights=values_NK, mode="sum")
+
+
+def power_of_two(number: int) -> int:
+    """The smallest that is not below ``number``, and at least 1."""
+    return 1 << max(number - 1, 0).bit_length()

@@ -144,4 +144,5 @@ def make_sae(run: Prepared, hookpoint: str, coder: TopK, normalizer: Normalizer,
         lr=lr,
         seed=seed,
         lift=config.lift,
+        halts=config.train.on_spike == "stop",
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import time
+from collections import deque
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,8 @@ from saetrain.runs.resume import identity
 from saetrain.runs.together import Together
 from saetrain.training.checkpoint import MAX_MINUTES, Checkpoint, save_checkpoint, set_aside_suspect
 from saetrain.training.stop import Stopped, StopWish
-from saetrain.training.trainer import Batch, Spike, Throughput, Trainer
+from saetrain.training.spikes import Spike
+from saetrain.training.trainer import LAG, Batch, Throughput, Trainer
 
 MOST_LEFT_OUT = 10
 """Steps in a row that --on_spike skip leaves out before the run is given up."""
@@ -78,6 +80,7 @@ class Session:
             self.feed.restore(checkpoint.values["buffer"])
             say(f"resumed from {checkpoint.path} at step {self.trainer.step} of {self.trainer.steps}")
         self.place = self.feed.state()
+        self._places: deque[tuple[int, State]] = deque(maxlen=LAG + 1)
         self.settings = to_flat(resolved(prepared))
         info = RunInfo(
             directory=directory,
@@ -92,7 +95,7 @@ class Session:
             self.log = Log(self.config.logs, info, nothing=not self.first)
         distributed.on_loss(lambda: self.log.close(failed=True))
         self.ranks = RankFigures()
-        self.left_out = 0
+        self._left_out, self._last_left_out = 0, -1
         self.stop = StopWish()
         prepared.train.interrupt_by(self._check)
         self.line = ProgressLine(self.trainer.steps, self.trainer.step)
@@ -151,19 +154,19 @@ class Session:
                     break
                 line.update(trainer.step, self._log_step(speed))
                 if self._every(self.config.evaluation.eval_every) and trainer.step < trainer.steps:
+                    self._hear(self.trainer.settle())
                     self.evaluate("eval")
-                due = self._every(self.config.output.save_every) or trainer.step == trainer.steps or self._overdue()
-                # Behind a step that was left out the weights may be ruined, which only a good step disproves.
-                if due and not self.left_out:
-                    self.save()
+                if self._every(self.config.output.save_every) or trainer.step == trainer.steps or self._overdue():
+                    self._save_if_good()
         finally:
             line.close()
         if trainer.step == trainer.steps:
             return True
-        if self.saved_step != trainer.step and not self.left_out:
-            self.save()
+        if self.saved_step != trainer.step:
+            self._save_if_good()
         self.stop.signal = self.stop.signal or signal.Signals(self.agreed.signal)
-        saved = "everything is saved" if not self.left_out else f"saved is step {self.saved_step or 0}"
+        good = self.saved_step == trainer.step
+        saved = "everything is saved" if good else f"saved is step {self.saved_step or 0}"
         say(f"stopped by {self.stop.signal.name} after step {trainer.step}; {saved}, --resume goes on")
         return False
 
@@ -171,19 +174,33 @@ class Session:
         """One optimizer step; False when it was dropped because of a signal."""
         trainer = self.trainer
         self.prepared.reader.between_batches = self.stop.check
+        place = trainer.step + 1, self.place
         try:
-            spikes = self.together.spikes(trainer.train_step(self._micro_batch, self._heed, self._meanwhile))
+            spikes = trainer.train_step(self._micro_batch, self._heed, self._meanwhile)
         except Stopped:
             assert self._asked is None, "the ranks wait for an answer"
             trainer.drop_step()
             return False
         finally:
             self.prepared.reader.between_batches = None
+        self._places.append(place)
+        self.place = self.feed.state()
+        self._hear(spikes)
+        return True
+
+    def _hear(self, own: list[Spike]) -> None:
+        """Act on the spikes of this rank's SAEs and the others'."""
+        spikes = sorted(self.together.spikes(own), key=lambda spike: spike.step)
         if spikes and self.config.train.on_spike == "stop":
             raise self._stopped_by(spikes[0])
-        self.place = self.feed.state()
         self._leave_out(spikes)
-        return True
+
+    def _save_if_good(self) -> None:
+        """A checkpoint, unless the last step was left out."""
+        self._hear(self.trainer.settle())
+        # Behind such a step the weights may be ruined, which only a good step disproves.
+        if self._last_left_out != self.trainer.step:
+            self.save()
 
     def _micro_batch(self, number: int) -> Batch:
         """Micro-batch ``number``, or :class:`Stopped` on every rank where one of them has dropped the step."""
@@ -227,9 +244,11 @@ class Session:
         """Say which SAEs' step was left out; SaetrainError after too many in a row."""
         for spike in spikes:
             say(f"{spike}; the step is left out (--on_spike skip)")
-        self.left_out = self.left_out + 1 if spikes else 0
-        if self.left_out == MOST_LEFT_OUT:
-            before = self.trainer.step - self.left_out
+            if spike.step != self._last_left_out:
+                self._left_out = self._left_out + 1 if spike.step == self._last_left_out + 1 else 1
+                self._last_left_out = spike.step
+        if spikes and self._left_out >= MOST_LEFT_OUT:
+            before = self._last_left_out - self._left_out
             kept = distributed.on_first("looking for a good checkpoint", lambda: self._last_good(before))
             raise SaetrainError(
                 f"{spikes[0]}; {MOST_LEFT_OUT} steps in a row were left out, so the weights themselves are ruined. "
@@ -238,7 +257,7 @@ class Session:
 
     def _stopped_by(self, spike: Spike) -> SaetrainError:
         """The batch's place is written down, and the message says what to do."""
-        place = self.together.place(self.place)
+        place = self.together.place(dict(self._places)[spike.step])
         return SaetrainError(distributed.on_first("writing down the spike", lambda: self._write_spike(spike, place)))
 
     def _write_spike(self, spike: Spike, place: State) -> str:
@@ -246,7 +265,7 @@ class Session:
         with self.writing():
             write_json(path, {**spike.facts, "shards": self.feed.shown(place)})
         return (
-            f"{spike}; the batch's place is in {path}. {self._last_good(self.trainer.step - 1)}: start again with "
+            f"{spike}; the batch's place is in {path}. {self._last_good(spike.step - 1)}: start again with "
             "--resume --on_spike skip, or with a lower --lr under another --run_name"
         )
 

@@ -14,7 +14,8 @@ from saetrain.optim import in_memory_order
 from saetrain.runs.build import sae_names, shared
 from saetrain.runs.feed import State
 from saetrain.runs.prepare import Prepared
-from saetrain.training.trainer import Spike, Trainer
+from saetrain.training.spikes import Spike
+from saetrain.training.trainer import Trainer
 
 
 def require_same(values: Mapping[str, Any]) -> None:

@@ -73,14 +73,14 @@ class MicroStep:
         row = [part.reshape(-1).double() for part in parts]
         return torch.cat([*row, row[0].new_full((1,), self.tokens)])
 
-    def unpacked(self, row: Tensor) -> MicroStep:
-        """What ``row``, made by :meth:`packed` of one with the same names, holds."""
+    def unpacked(self, row: Tensor, tokens: int | None = None) -> MicroStep:
+        """What ``row``, made by :meth:`packed` of one with the same names, holds; asks the device unless ``tokens``."""
         latents, width = len(self.fired), len(self.residual_sum)
         fired, residual_sum, rest = row.split([latents, width, len(row) - latents - width])
-        square, *losses, tokens = rest.unbind()
+        square, *losses, count = rest.unbind()
         return MicroStep(
             fired.long(),
-            int(tokens),
+            int(count) if tokens is None else tokens,
             {name: loss.float() for name, loss in zip(self.losses, losses, strict=True)},
             residual_sum.float(),
             square.float(),
@@ -99,7 +99,7 @@ class Engine(ABC):
         """The gradients as they add up, to be summed over ranks in place before :meth:`norm_bound`."""
 
     @abstractmethod
-    def norm_bound(self) -> float:
+    def norm_bound(self) -> Tensor | float:
         """At least the norm of the projected gradient, and not finite where that is not."""
 
     @abstractmethod
@@ -117,6 +117,18 @@ class Engine(ABC):
     @abstractmethod
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Take back what :meth:`state` gave; the coder's parameters are restored before."""
+
+
+class DeviceEngine(Engine):
+    """One whose steps never ask the device for a number, so that the host can run ahead of it."""
+
+    @abstractmethod
+    def norm_bound(self) -> Tensor:
+        """As a scalar on the device."""
+
+    @abstractmethod
+    def apply(self, lr: float, gate: Tensor | None = None) -> Tensor:
+        """Update where ``gate``, a bool on the device, allows it; gives the projected gradient's norm."""
 
 
 class AutogradEngine(Engine):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from saetrain.errors import SaetrainError
+from saetrain.training.delayed import Delayed
 from saetrain.types import shown_default
 
 DEFAULT_WINDOW = 10_000_000
@@ -108,9 +109,13 @@ class FiringTracker:
         self._step.zero_()
         self._step_tokens = 0
 
+    def silent(self) -> Tensor:
+        """(F,) bool, latents that have not fired within the window."""
+        return self.since_fired >= self.window
+
     def dead(self) -> Tensor | None:
-        """(F,) bool, latents that have not fired within the window; None when all have."""
-        mask = self.since_fired >= self.window
+        """The same; None when all have fired, which the device is asked for."""
+        mask = self.silent()
         return mask if bool(mask.any()) else None
 
     def rates(self) -> tuple[Tensor, int]:
@@ -124,7 +129,7 @@ class FiringTracker:
         return {
             "dead_below_threshold": int((rates < self.threshold).sum()) / len(rates),
             "dead_below_threshold_tokens": tokens,
-            "dead_not_fired": int((self.since_fired >= self.window).sum()) / len(rates),
+            "dead_not_fired": int(self.silent().sum()) / len(rates),
             "dead_not_fired_tokens": self.window,
         }
 
@@ -144,3 +149,32 @@ class FiringTracker:
         self._current.copy_(state["current"])
         self._previous.copy_(state["previous"])
         self._current_tokens, self._previous_tokens = (int(v) for v in state["tokens"])
+
+
+class DeadAhead:
+    """How many latents can be dead at most, known to the host without waiting for the device.
+
+    Who is dead ``lag`` steps later has by now been silent for at least the window less the tokens of those steps, and
+    how many have is copied while they run.
+    """
+
+    def __init__(self, firing: FiringTracker, lag: int) -> None:
+        self._firing, self._lag, self._counts = firing, lag, Delayed(lag)
+        self._step = 0
+        self._most: int | None = None
+
+    def _close(self, tokens: int) -> Tensor:
+        return (self._firing.since_fired >= self._firing.window - self._lag * tokens).sum().unsqueeze(0)
+
+    def most(self, tokens: int) -> int:
+        """Of the step that comes, of ``tokens`` like those around it; the first time the device is asked."""
+        if self._most is None:
+            self._most = int(self._close(tokens))
+        return self._most
+
+    def after_step(self, tokens: int) -> None:
+        """Count, behind a step of ``tokens``."""
+        self._step += 1
+        self._counts.put(self._step, self._close(tokens))
+        for _, (count,) in self._counts.ready():
+            self._most = int(count)

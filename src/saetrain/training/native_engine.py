@@ -13,7 +13,7 @@ from saetrain.coders.topk import TopK
 from saetrain.kernels import native
 from saetrain.kernels.processor import dense_limit
 from saetrain.optim import BETAS, ENCODER_SHARE, EPS, OptimSettings
-from saetrain.training.auxk import auxk_step
+from saetrain.training.auxk import DeadLatents, auxk_step
 from saetrain.training.engine import Engine, MicroStep, Objective
 from saetrain.types import Progress
 
@@ -162,10 +162,9 @@ class NativeEngine(Engine):
         """Hand AuxK's gradient rows of the dead latents to the kernels; gives the weighted loss."""
         assert progress.dead is not None
         step, work = self._here()
-        dead = progress.dead.nonzero().squeeze(1)
+        dead = DeadLatents.of(progress.dead)
         found = auxk_step(self._coder, self._weights, work["x_enc"], work["residual"], dead, progress)
-        rows = torch.full((self._coder.num_latents,), -1, dtype=torch.int32)
-        rows[dead] = torch.arange(len(dead), dtype=torch.int32)
+        rows = dead.places(self._coder.num_latents)
         extra = {"extra_row": rows, "extra_enc": found.W_enc, "extra_dec": found.W_dec, "extra_b": found.b_enc}
         self._kept.update(extra)
         native.point(step, **extra)

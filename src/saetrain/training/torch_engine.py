@@ -12,7 +12,7 @@ from saetrain.coders.topk import TopK
 from saetrain.kernels import sparse
 from saetrain.kernels.processor import DENSE, dense_limit
 from saetrain.optim import Optimizer
-from saetrain.training.auxk import auxk_step
+from saetrain.training.auxk import DeadLatents, auxk_step
 from saetrain.training.engine import AutogradEngine, MicroStep, Objective
 from saetrain.types import Progress
 
@@ -126,12 +126,12 @@ class TorchEngine(AutogradEngine):
         """Add AuxK's gradients to the rows of the dead latents; gives the weighted loss."""
         assert progress.dead is not None
         coder, grads = self._topk, self._gradients()
-        dead = progress.dead.nonzero().squeeze(1)
+        dead = DeadLatents.of(progress.dead)
         found = auxk_step(coder, self._weights, product_ND, residual_ND, dead, progress)
-        grads["enc"].index_add_(0, dead, found.W_enc)
-        grads["dec"].index_add_(0, dead, found.W_dec)
+        grads["enc"].index_add_(0, dead.rows, found.W_enc)
+        grads["dec"].index_add_(0, dead.rows, found.W_dec)
         assert coder.b_enc.grad is not None
-        coder.b_enc.grad.index_add_(0, dead, found.b_enc)
+        coder.b_enc.grad.index_add_(0, dead.rows, found.b_enc)
         return found.loss
 
     def apply(self, lr: float) -> Tensor:

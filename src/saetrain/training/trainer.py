@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import math
-import statistics
 import time
-from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,8 +14,9 @@ from saetrain.coders.base import SparseCoder
 from saetrain.distributed import Reduction
 from saetrain.errors import SaetrainError, is_out_of_memory
 from saetrain.optim import lr_factor
-from saetrain.training.engine import Engine, MicroStep, SplicedBatch
-from saetrain.training.firing import FiringTracker
+from saetrain.training.engine import DeviceEngine, Engine, MicroStep, SplicedBatch
+from saetrain.training.firing import DeadAhead, FiringTracker
+from saetrain.training.spikes import DeviceJudge, HostJudge, Spike
 from saetrain.types import Progress
 
 Batch = Mapping[str, Tensor] | Mapping[str, SplicedBatch]
@@ -26,11 +24,8 @@ Batch = Mapping[str, Tensor] | Mapping[str, SplicedBatch]
 
 END_TO_END = ("ce", "kl")
 """Losses of the model's own outputs, with the SAE spliced in."""
-SPIKE_FACTOR = 100.0
-SPIKE_WINDOW = 101
-"""Steps that the running median is taken of."""
-SPIKE_MIN = 5
-"""Steps before which a jump is not judged."""
+LAG = 2
+"""Steps behind which the host hears of what the device has found, where it does not wait for it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,30 +80,12 @@ class TrainSettings:
         return self.loss_fn in END_TO_END
 
 
-class Spike:
-    """A loss that is not finite or has jumped; ``facts`` say where, the text says how."""
-
-    def __init__(self, sae: str, step: int, loss: float, median: float | None) -> None:
-        self.facts = {"sae": sae, "step": step, "loss": repr(loss), "running_median": median}
-        usual = f", {loss / median:.0f} times its running median {median:.4g}" if median and math.isfinite(loss) else ""
-        gradient = "" if usual or not math.isfinite(loss) else ", and its gradient is not finite"
-        self._text = f"{sae}: the loss of step {step} is {loss:.4g}{usual}{gradient}"
-
-    @classmethod
-    def of(cls, facts: Mapping[str, Any]) -> Spike:
-        """The spike of another rank, by its facts."""
-        return cls(facts["sae"], facts["step"], float(facts["loss"]), facts["running_median"])
-
-    def __str__(self) -> str:
-        return self._text
-
-
 class SaeTrainer:
     """One SAE with its inputs' constants, the engine that steps it, and firing counters.
 
     ``inputs`` maps raw activations (N, D) to what the coder sees; ``data_variance`` is E‖x‖² of that, and
     ``raw_mse`` the factor from FVU to mean squared error per element in raw units; ``lift`` times the learning rate
-    is added to the encoder bias of dead latents at every step.
+    is added to the encoder bias of dead latents at every step; ``halts``: a spike ends the run.
     """
 
     def __init__(
@@ -124,6 +101,7 @@ class SaeTrainer:
         lr: float,
         seed: int,
         lift: float = 0.0,
+        halts: bool = True,
     ) -> None:
         device = coder.W_dec.device
         self.hookpoint, self.coder, self.inputs, self.seed = hookpoint, coder, inputs, seed
@@ -133,7 +111,11 @@ class SaeTrainer:
         self.residual_variance = self.data_variance.clone()
         self.sums: MicroStep | None = None
         self._row: Tensor | None = None
-        self._recent: deque[float] = deque(maxlen=SPIKE_WINDOW)
+        # Where no step waits for the device, it judges by itself, and the host hears of it later.
+        runs_ahead = isinstance(engine, DeviceEngine)
+        self._judge = DeviceJudge(device, LAG, halts=halts) if runs_ahead else HostJudge()
+        self._dead_ahead = DeadAhead(firing, LAG) if runs_ahead and coder.auxk_alpha else None
+        self._floor = 1e-6 * data_variance
         self.grad_norm = torch.zeros((), device=device)
 
     def micro_step(self, batch: Tensor | SplicedBatch, progress: Progress) -> None:
@@ -151,51 +133,72 @@ class SaeTrainer:
         self._row = self.sums.packed()
         reduction.add([*self.engine.gradients(), self._row])
 
-    def added_up(self) -> None:
-        """The sums are there."""
+    def added_up(self, tokens: int) -> None:
+        """The sums over all ranks' ``tokens`` are there."""
         assert self.sums is not None
         assert self._row is not None
-        self.sums, self._row = self.sums.unpacked(self._row), None
+        known = tokens if isinstance(self.engine, DeviceEngine) else None
+        self.sums, self._row = self.sums.unpacked(self._row, known), None
 
-    def spike(self, name: str, step: int) -> Spike | None:
-        """What is wrong with the loss or gradient of the step, before it is applied."""
+    def progress(self, step: int, tokens: int) -> Progress:
+        """What the coder's loss may know of step ``step`` over ``tokens``."""
+        ahead = self._dead_ahead
+        most = None if ahead is None else ahead.most(tokens)
+        dead = None
+        if self.coder.auxk_alpha:
+            dead = self.firing.dead() if most is None else self.firing.silent() if most else None
+        return Progress(step, tokens, dead, self.data_variance, self.residual_variance, most)
+
+    def finish(self, name: str, step: int, lr: float) -> None:
+        """Judge the step and apply it, or leave it out for a spike."""
         assert self.sums is not None
-        bound = self.engine.norm_bound()
-        loss = float(sum(self.sums.losses.values()))
-        median = statistics.median(self._recent) if len(self._recent) >= SPIKE_MIN else None
-        if not math.isfinite(loss) or not math.isfinite(bound):
-            return Spike(name, step, loss, median)
-        if median is not None and loss > SPIKE_FACTOR * median:
-            return Spike(name, step, loss, median)
-        self._recent.append(loss)
-        return None
+        loss, bound = torch.stack(list(self.sums.losses.values())).sum(), self.engine.norm_bound()
+        if isinstance(self._judge, DeviceJudge):
+            assert isinstance(self.engine, DeviceEngine)
+            assert isinstance(bound, Tensor)
+            gate = self._judge.gate(step, loss, bound)
+            self._finish_step(self.engine.apply(lr, gate), lr, gate)
+        elif self._judge.fine(name, step, float(loss), float(bound)):
+            self._finish_step(self.engine.apply(lr), lr)
+        else:
+            self.engine.drop()
+
+    def spikes(self, name: str, *, settle: bool) -> list[Spike]:
+        """What has left out a step, of those judged by now, or with ``settle`` of all, since the last call."""
+        return self._judge.spikes(name, settle=settle)
 
     def recent_losses(self) -> list[float]:
         """The losses that the running median is taken of."""
-        return list(self._recent)
+        return self._judge.recent()
 
     def drop_step(self) -> None:
         """Forget the step's gradients."""
         self.engine.drop()
 
-    def finish_step(self, lr: float) -> None:
-        """Apply the gradients, close the firing counts, and hand the residual's variance to the next step."""
+    def _finish_step(self, norm: Tensor, lr: float, gate: Tensor | None = None) -> None:
+        """Close the firing counts, and hand the residual's variance to the next step.
+
+        Where ``gate`` is false the step was left out; its tokens count all the same.
+        """
         assert self.sums is not None
-        self.grad_norm = self.engine.apply(lr)
+        self.grad_norm = norm
         self.firing.observe(self.sums.fired, self.sums.tokens)
         self.firing.finish_step()
-        self._lift_dead(lr)
+        if self._dead_ahead is not None:
+            self._dead_ahead.after_step(self.sums.tokens)
+        self._lift_dead(lr, gate)
         tokens = max(self.sums.tokens, 1)
         mean = self.sums.residual_sum / tokens
         variance = self.sums.residual_square / tokens - mean.pow(2).sum()
         # A perfect reconstruction must not make AuxK's loss explode.
-        self.residual_variance = variance.clamp_min(1e-6 * float(self.data_variance))
+        variance = variance.clamp_min(self._floor)
+        self.residual_variance = variance if gate is None else torch.where(gate, variance, self.residual_variance)
 
     @torch.no_grad()
-    def _lift_dead(self, lr: float) -> None:
+    def _lift_dead(self, lr: float, gate: Tensor | None) -> None:
         """Bring latents that have not fired within the window nearer to the top k, until they do."""
         if self._lift:
-            silent = self.firing.since_fired >= self.firing.window
+            silent = self.firing.silent() if gate is None else self.firing.silent() & gate
             self.coder.b_enc.add_(silent, alpha=self._lift * lr)
 
     def metrics(self, loss_fn: str) -> dict[str, float]:
@@ -229,7 +232,7 @@ class SaeTrainer:
     @torch.no_grad()
     def restore(self, state: Mapping[str, Tensor], recent_losses: list[float]) -> None:
         """Take back what :meth:`state` and :meth:`recent_losses` gave."""
-        self._recent.extend(recent_losses)
+        self._judge.restore(recent_losses)
         parts: dict[str, dict[str, Tensor]] = {"coder": {}, "optimizer": {}, "firing": {}}
         for name, value in state.items():
             if "." in name:
@@ -239,6 +242,8 @@ class SaeTrainer:
             parameter.copy_(parts["coder"][name])
         self.engine.restore(parts["optimizer"])
         self.firing.restore(parts["firing"])
+        if self._dead_ahead is not None:
+            self._dead_ahead = DeadAhead(self.firing, LAG)
         self.residual_variance.copy_(state["residual_variance"])
 
 
@@ -279,13 +284,13 @@ class Trainer:
         """One optimizer step of every SAE. ``micro_batches(i)`` gives micro-batch i of the run.
 
         ``before_sums`` is called before sums over the ranks begin, and may raise to leave the step; ``meanwhile`` while
-        they travel. Gives the spikes that left an SAE's step out.
+        they travel. Gives the spikes that left out an SAE's step: this one's, or where the host runs ahead of the
+        device that of LAG steps before.
         """
-        progress = {name: self._progress(sae) for name, sae in self.saes.items()}
+        progress = {name: sae.progress(self.step, self.tokens_per_step) for name, sae in self.saes.items()}
         factor = lr_factor(self.step, self.steps, self._warmup)
         for sae in self.saes.values():
             sae.sums = None
-        spikes: list[Spike] = []
         reduction, first = Reduction(), next(iter(self.saes.values()), None)
         for micro in range(self.settings.grad_acc_steps):
             batch = micro_batches(self.step * self.settings.grad_acc_steps + micro)
@@ -295,7 +300,7 @@ class Trainer:
                     continue
                 # Each ends its step before the next begins, so that they can use the same memory in turn.
                 if not self.shared:
-                    spikes.extend(self._finish(name, sae.peak_lr * factor))
+                    sae.finish(name, self.step + 1, sae.peak_lr * factor)
                     continue
                 if sae is first:
                     before_sums()
@@ -303,28 +308,20 @@ class Trainer:
         if self.shared:
             reduction.launch()
             meanwhile()
-            spikes = self._finish_shared(reduction, factor)
+            reduction.wait()
+            for name, sae in self.saes.items():
+                sae.added_up(self.tokens_per_step)
+                sae.finish(name, self.step + 1, sae.peak_lr * factor)
         self.step += 1
-        return spikes
+        return self._spikes(settle=False)
 
-    def _finish_shared(self, reduction: Reduction, factor: float) -> list[Spike]:
-        """End the step of every SAE with the sums over the ranks, which are the same on each."""
-        reduction.wait()
-        spikes: list[Spike] = []
-        for name, sae in self.saes.items():
-            sae.added_up()
-            spikes.extend(self._finish(name, sae.peak_lr * factor))
-        return spikes
+    def settle(self) -> list[Spike]:
+        """The spikes of steps whose verdict has not been given yet; waits for the device."""
+        return self._spikes(settle=True)
 
-    def _finish(self, name: str, lr: float) -> list[Spike]:
-        """Apply the SAE's step, or leave it out for a spike, which is then given."""
-        sae = self.saes[name]
-        spike = sae.spike(name, self.step + 1)
-        if spike is None:
-            sae.finish_step(lr)
-            return []
-        sae.drop_step()
-        return [spike]
+    def _spikes(self, *, settle: bool) -> list[Spike]:
+        found = [spike for name, sae in self.saes.items() for spike in sae.spikes(name, settle=settle)]
+        return sorted(found, key=lambda spike: spike.step)
 
     def _micro_step(self, name: str, batch: Tensor | SplicedBatch, progress: Progress) -> None:
         try:
@@ -342,15 +339,6 @@ class Trainer:
         """Forget what the step under way has added up."""
         for sae in self.saes.values():
             sae.drop_step()
-
-    def _progress(self, sae: SaeTrainer) -> Progress:
-        return Progress(
-            step=self.step,
-            n_tokens=self.tokens_per_step,
-            dead=sae.firing.dead() if sae.coder.auxk_alpha else None,
-            data_variance=sae.data_variance,
-            residual_variance=sae.residual_variance,
-        )
 
     def metrics(self) -> dict[str, dict[str, float]]:
         """{SAE: figures} of the step just done."""

@@ -77,13 +77,13 @@ def test_what_is_not_a_number_is_handed_on() -> None:
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize(("tokens", "width", "latents", "k"), [(5, 33, 77, 7), (3, 1, 4, 4), (2, 1500, 20, 3)])
 def test_residual_and_slopes(tokens: int, width: int, latents: int, k: int, half: bool) -> None:
-    x, b, W = numbers(tokens, width), numbers(width, seed=1), numbers(latents, width, seed=2)
+    x, W = numbers(tokens, width), numbers(latents, width, seed=2)
     W = W.bfloat16() if half else W
     values = numbers(tokens, k, seed=3).relu()
     indices = torch.stack([torch.randperm(latents)[:k] for _ in range(tokens)]).int().to(DEVICE)
     scale = torch.tensor(0.7, device=DEVICE)
-    residual, copy, slopes, norms = gpu_step.reconstruct(x, b, W, values, indices, scale)
-    expected = x - b - torch.einsum("nk,nkd->nd", values, W.float()[indices.long()])
+    residual, copy, slopes, norms = gpu_step.reconstruct(x, W, values, indices, scale)
+    expected = x - torch.einsum("nk,nkd->nd", values, W.float()[indices.long()])
     torch.testing.assert_close(residual, expected, rtol=1e-4, atol=1e-4)
     # The interpreter cuts off where a GPU rounds.
     torch.testing.assert_close(copy.float(), residual, rtol=2**-7 if half else 0, atol=0)

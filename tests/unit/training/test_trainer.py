@@ -93,7 +93,7 @@ def test_ranks_are_heard_before_sums_begin_and_other_work_is_done_behind() -> No
     sae = trainer.saes["h"]
     add_up, added_up = sae.add_up, sae.added_up
     sae.add_up = lambda reduction: (order.append("begin"), add_up(reduction))[1]  # type: ignore[method-assign,func-returns-value]
-    sae.added_up = lambda: (order.append("end"), added_up())[1]  # type: ignore[method-assign,func-returns-value]
+    sae.added_up = lambda tokens: (order.append("end"), added_up(tokens))[1]  # type: ignore[method-assign,func-returns-value]
 
     def micro_batch(number: int) -> dict[str, torch.Tensor]:
         order.append(f"batch {number}")

@@ -26,7 +26,9 @@ def _short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_step, "SEGMENT", 4)
 
 
-def make(shape: Shape, *, half: bool = False, fused: bool = True, by: str = "triton", **settings: object) -> tuple[TopK, Engine]:
+def make(
+    shape: Shape, *, half: bool = False, fused: bool = True, by: str = "triton", products: str = "sparse", **settings: object
+) -> tuple[TopK, Engine]:
     _, width, latents, k, _ = shape
     coder = TopK(width, latents, k, auxk_alpha=1 / 32, seed=1)
     generator = torch.Generator().manual_seed(5)
@@ -35,7 +37,9 @@ def make(shape: Shape, *, half: bool = False, fused: bool = True, by: str = "tri
         coder.b_dec.copy_(torch.randn(width, generator=generator) * 0.3)
     coder.to(DEVICE)
     optim = OptimSettings(**settings)  # type: ignore[arg-type]
-    return coder, reference(coder, optim) if by == "reference" else TritonEngine(coder, optim, half=half, fused=fused)
+    if by == "reference":
+        return coder, reference(coder, optim)
+    return coder, TritonEngine(coder, optim, half=half, fused=fused, products=products)  # type: ignore[arg-type]
 
 
 def here(about: Progress) -> Progress:
@@ -48,10 +52,11 @@ def here(about: Progress) -> Progress:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("limit", [1.0, 0.01, 0.0])
 @pytest.mark.parametrize("fused", [True, False])
-def test_whole_steps_are_the_reference_s(fused: bool, limit: float, shape: Shape) -> None:
+@pytest.mark.parametrize("products", ["sparse", "dense"])
+def test_whole_steps_are_the_reference_s(products: str, fused: bool, limit: float, shape: Shape) -> None:
     settings = {"max_grad_norm": limit, "weight_decay": 0.1}
     plain, one = make(shape, by="reference", **settings)
-    coder, two = make(shape, fused=fused, **settings)
+    coder, two = make(shape, fused=fused, products=products, **settings)
     start = {key: p.detach().clone() for key, p in plain.named_parameters()}
     for step in range(3):
         x, about = data(shape[0], shape[1], step).to(DEVICE), here(progress(shape, step=step))
