@@ -146,7 +146,9 @@ def end_to_end(work: Work) -> dict[str, Any]:
     ids = token_ids(work, work.tokens // work.ctx_len).cuda()
     kept: list[torch.Tensor] = []
     blocks = module.encoder.layer if work.model == "bert" else module.h
-    blocks[work.layers[0]].register_forward_hook(lambda _m, _i, out: kept.append(out[0] if isinstance(out, tuple) else out))
+    blocks[work.layers[0]].register_forward_hook(
+        lambda _m, _i, out: kept.append(out[0] if isinstance(out, tuple) else out)
+    )
     shape = Shape(work.width, work.latents, work.k, work.tokens)
     forward = statistics.median(milliseconds(lambda: (kept.clear(), module(ids))))
     found: dict[str, Any] = {"model": work.model, "forward_ms": forward}

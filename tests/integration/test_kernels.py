@@ -46,7 +46,8 @@ def test_without_a_compiler_pytorch_s_are_taken_and_it_is_said(
 ) -> None:
     done = without_compiler(tmp_path, tiny_bert, topics_jsonl)
     assert done.returncode == 0, done.stderr
-    said = "--kernels auto: the C++ kernels are not used: they can't be built: the compiler false (named by CXX) does not run"
+    said = "--kernels auto: the C++ kernels are not used: they can't be built: "
+    said += "the compiler false (named by CXX) does not run"
     assert done.stderr.count(said) == 1
     assert about(tmp_path / "out")["kernels"] == "torch"
     done = without_compiler(tmp_path, tiny_bert, topics_jsonl, "--kernels", "native", "--run_name", "other")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated
@@ -47,7 +48,7 @@ class TopKSettings:
 
 def auxk_size(d_in: int) -> int:
     """Dead latents that AuxK uses per token: the power of two nearest to d_in / 2 (Gao et al. §A.2)."""
-    return int(2 ** round(torch.log2(torch.tensor(max(d_in / 2, 1.0))).item()))
+    return int(2 ** round(math.log2(max(d_in / 2, 1.0))))
 
 
 class TopK(SparseCoder):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from saetrain.kernels import gpu
+from saetrain.kernels import gpu, gpu_search
 from saetrain.kernels.plain import power_of_two
 
 CHUNK_BYTES = 512 << 20
@@ -42,6 +42,14 @@ def rows_at_once(width: int) -> int:
     return max(1, min(16, TILE // power_of_two(width)))
 
 
+def over_rows(width: int) -> dict[str, int | bool]:
+    """How a program over rows of ``width`` is launched: with as many warps as keep what it holds in registers.
+
+    Products and sums are fused, which is Triton's default so far.
+    """
+    return {"BLOCK_D": power_of_two(width), "num_warps": 8 if width <= 1024 else 16, "enable_fp_fusion": True}
+
+
 def topk_relu(x_ND: Tensor, W_FD: Tensor, b_F: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """(values fp32, indices int32), both (N, k): ReLU of the k largest of ``x Wᵀ + b``, in the order of their latents.
 
@@ -57,9 +65,9 @@ def topk_relu(x_ND: Tensor, W_FD: Tensor, b_F: Tensor, k: int) -> tuple[Tensor, 
     for start in range(0, tokens, rows):
         stop = min(start + rows, tokens)
         chunk = torch.mm(x_ND[start:stop], W_FD.T, out=pre[: stop - start])
-        gpu.select[(stop - start,)](
+        gpu_search.select[(stop - start,)](
             chunk, b_F, values[start:stop], indices[start:stop], keys, candidates, latents, k,
-            GROUPS=groups, CAPACITY=groups, BLOCK=min(BLOCK, power_of_two(latents)),
+            GROUPS=groups, CAPACITY=groups, BLOCK=min(BLOCK, power_of_two(latents)), enable_fp_fusion=True,
         )  # fmt: skip
     return values, indices
 
@@ -69,7 +77,7 @@ def reconstruct(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Residual (N, D) in fp32 and in the format of ``W_FD``, the latents' gradients (N, K), the residual's norms (N,).
 
-    ``x_ND`` is what the encoder sees, the decoder's bias taken off; the loss is ``scale`` / 2 times the squared residual.
+    ``x_ND`` has the decoder's bias taken off; the loss is ``scale`` / 2 times the squared residual.
     """
     tokens, width = x_ND.shape
     k = values_NK.shape[1]
@@ -77,7 +85,7 @@ def reconstruct(
     copy = residual if W_FD.dtype == torch.float32 else torch.empty_like(x_ND, dtype=W_FD.dtype)
     gpu.reconstruct[(tokens,)](
         x_ND, W_FD, values_NK, indices_NK, scale, residual, copy, slopes, norms, width, k,
-        BLOCK_D=power_of_two(width), BLOCK_K=rows_at_once(width),
+        BLOCK_K=rows_at_once(width), **over_rows(width),
     )  # fmt: skip
     return residual, copy, slopes, norms
 
@@ -112,18 +120,28 @@ def bounds(pairs: Pairs, x_norms: Tensor, residual_norms: Tensor, scale: Tensor)
     latents = len(pairs.starts) - 1
     bias, squares = x_norms.new_empty(latents), x_norms.new_empty(latents)
     gpu.bound_norms[(latents,)](
-        pairs.starts, pairs.token, pairs.value, pairs.slope, x_norms, residual_norms, scale, bias, squares, BLOCK=128
+        pairs.starts,
+        pairs.token,
+        pairs.value,
+        pairs.slope,
+        x_norms,
+        residual_norms,
+        scale,
+        bias,
+        squares,
+        BLOCK=128,
+        enable_fp_fusion=True,
     )
     return bias, squares
 
 
 def parts(pairs: Pairs, x_ND: Tensor, residual_ND: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradient rows (S, D) of the segments of latents that fire often; ``x_ND`` and the residual as products take them."""
+    """Gradient rows (S, D) of the segments of latents that fire often; both inputs in the products' format."""
     width, count = x_ND.shape[1], len(pairs.segment_latent)
     found = [torch.empty(count, width, device=x_ND.device) for _ in range(2)]
     gpu.partial[(count,)](
         pairs.segment_latent, pairs.segment_first, pairs.starts, pairs.token, pairs.value, pairs.slope,
         x_ND, residual_ND, scale, *found, width,
-        SEGMENT=SEGMENT, BLOCK_D=power_of_two(width), BLOCK_P=rows_at_once(width),
+        SEGMENT=SEGMENT, BLOCK_P=rows_at_once(width), **over_rows(width),
     )  # fmt: skip
     return found[0], found[1]

@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import os
 from functools import partial
+from typing import Literal
 
 import torch
 
@@ -19,7 +20,6 @@ from saetrain.training.engine import AutogradEngine, Engine, KernelSettings
 from saetrain.training.native_engine import NativeEngine
 from saetrain.training.torch_engine import TorchEngine
 from saetrain.training.trainer import END_TO_END
-
 
 LANGUAGE = {"native": "C++", "triton": "Triton"}
 
@@ -43,7 +43,7 @@ def choose_kernels(
         if problem:
             raise SaetrainError(f"--kernels {name}: {problem}; use --kernels torch")
     if name == "auto":
-        fast = "native" if device.type == "cpu" else "triton"
+        fast: Literal["native", "triton"] = "native" if device.type == "cpu" else "triton"
         problem = problems[fast]()
         if problem:
             say(f"--kernels auto: the {LANGUAGE[fast]} kernels are not used: {problem}; PyTorch's are")
@@ -77,7 +77,12 @@ def _against_triton(optim: OptimSettings, device: torch.device) -> str | None:
         return f"it steps by adam alone, not by --optimizer {optim.optimizer}"
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
-    return None
+    if device.type != "cuda":
+        return None
+    from saetrain.training.triton_check import fault
+
+    # Seconds, at the first start on a machine: a compiler or a GPU that nobody has tried is not taken on trust.
+    return fault(device)
 
 
 def make_engine(coder: TopK, kernels: KernelSettings, optim: OptimSettings, *, alone: bool) -> Engine:

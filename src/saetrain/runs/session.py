@@ -33,8 +33,8 @@ from saetrain.runs.ranks import RankFigures
 from saetrain.runs.resume import identity
 from saetrain.runs.together import Together
 from saetrain.training.checkpoint import MAX_MINUTES, Checkpoint, save_checkpoint, set_aside_suspect
-from saetrain.training.stop import Stopped, StopWish
 from saetrain.training.spikes import Spike
+from saetrain.training.stop import Stopped, StopWish
 from saetrain.training.trainer import LAG, Batch, Throughput, Trainer
 
 MOST_LEFT_OUT = 10
@@ -73,8 +73,7 @@ class Session:
         batch = prepared.config.train
         self.asked_batch = checkpoint.values["asked_batch"] if checkpoint else [batch.batch_size, batch.grad_acc_steps]
         self.asked_lr = checkpoint.values["asked_lr"] if checkpoint else prepared.config.optim.lr
-        self.trainer, self.normalizers = trainer, normalizers
-        self.config = prepared.config
+        self.trainer, self.normalizers, self.config = trainer, normalizers, prepared.config
         self.feed = make_feed(prepared, normalizers)
         if checkpoint is not None:
             self.feed.restore(checkpoint.values["buffer"])
@@ -141,8 +140,7 @@ class Session:
 
     def _loop(self) -> bool:
         """Whether all steps were done; False when a signal stopped it, with everything saved."""
-        trainer = self.trainer
-        line = self.line
+        trainer, line = self.trainer, self.line
         opening = self.feed.opening()
         if opening is not None:
             say(opening)
@@ -299,6 +297,8 @@ class Session:
         trainer = self.trainer
         if not self.agreed.asked:
             return None
+        # Its figures are waited for, so its verdict costs no further wait.
+        self._hear(trainer.settle())
         rate = speed.read(trainer.tokens)
         ranks = self.ranks.read(trainer.tokens / launch.world_size(), self.prepared.model.device)
         saes = self.together.merged(trainer.metrics())

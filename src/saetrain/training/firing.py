@@ -92,10 +92,16 @@ class FiringTracker:
         self._step += fired
         self._step_tokens += tokens
 
-    def finish_step(self) -> None:
-        """Close the optimizer step: all its tokens count at once."""
-        self.since_fired += self._step_tokens
-        self.since_fired.masked_fill_(self._step > 0, 0)
+    def finish_step(self, gate: Tensor | None = None) -> None:
+        """Close the optimizer step: all its tokens count at once.
+
+        Where ``gate``, a bool on the device, is false the step was left out: no latent has fired or been silent in it.
+        """
+        since = (self.since_fired + self._step_tokens).masked_fill_(self._step > 0, 0)
+        if gate is not None:
+            since = torch.where(gate, since, self.since_fired)
+            self._step *= gate
+        self.since_fired.copy_(since)
         if self._current_tokens >= self._block:
             self._previous, self._previous_tokens = self._current.clone(), self._current_tokens
             self._current.zero_()

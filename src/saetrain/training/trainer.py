@@ -176,14 +176,11 @@ class SaeTrainer:
         self.engine.drop()
 
     def _finish_step(self, norm: Tensor, lr: float, gate: Tensor | None = None) -> None:
-        """Close the firing counts, and hand the residual's variance to the next step.
-
-        Where ``gate`` is false the step was left out; its tokens count all the same.
-        """
+        """Close the firing counts, and hand the residual's variance to the next step, unless ``gate`` is false."""
         assert self.sums is not None
         self.grad_norm = norm
         self.firing.observe(self.sums.fired, self.sums.tokens)
-        self.firing.finish_step()
+        self.firing.finish_step(gate)
         if self._dead_ahead is not None:
             self._dead_ahead.after_step(self.sums.tokens)
         self._lift_dead(lr, gate)

@@ -12,7 +12,6 @@ from torch import Tensor
 from saetrain.coders.topk import TopK
 from saetrain.kernels import gpu, gpu_step
 from saetrain.kernels.graphs import Recorded
-from saetrain.kernels.plain import power_of_two
 from saetrain.optim import BETAS, ENCODER_SHARE, EPS, OptimSettings
 from saetrain.training.auxk import DeadLatents, auxk_step
 from saetrain.training.engine import DeviceEngine, MicroStep, Objective
@@ -208,7 +207,7 @@ class TritonEngine(DeviceEngine):
             *(self._moments[name] for name in ("m_enc", "v_enc", "m_dec", "v_dec", "m_b", "v_b")),
             self._squares, unused if rates is None else rates, unused if clip is None else clip, width,
             BETA1=BETAS[0], BETA2=BETAS[1], EPS=EPS, MODE=mode, STORED=stored, EXTRA=bool(extra),
-            HALF=self._half, BLOCK_D=power_of_two(width), BLOCK_P=gpu_step.rows_at_once(width),
+            HALF=self._half, BLOCK_P=gpu_step.rows_at_once(width), **gpu_step.over_rows(width),
         )  # fmt: skip
 
     def gradients(self) -> list[Tensor]:

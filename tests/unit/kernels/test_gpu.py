@@ -1,4 +1,4 @@
-"""Triton's kernels against plain PyTorch: by its interpreter where there is no GPU, on the device where there is one."""
+"""Triton's kernels against plain PyTorch: on the GPU, or by its interpreter where there is none."""
 
 from __future__ import annotations
 
@@ -110,7 +110,9 @@ def test_pairs_lie_latent_by_latent_and_in_segments(segment: int, monkeypatch: p
         pieces = [i for i, owner in enumerate(pairs.segment_latent.tolist()) if owner == latent]
         assert len(pieces) == (-(-len(own) // segment) if len(own) > segment else 0)
         assert pieces == list(range(int(pairs.segments[latent]), int(pairs.segments[latent + 1])))
-        assert [int(pairs.segment_first[i]) for i in pieces] == [starts[latent] + segment * i for i in range(len(pieces))]
+        assert [int(pairs.segment_first[i]) for i in pieces] == [
+            starts[latent] + segment * i for i in range(len(pieces))
+        ]
 
 
 @pytest.mark.parametrize("segment", [2, 256])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from saetrain.training.firing import DeadSettings, FiringTracker, alive_bound
+from saetrain.training.firing import DeadAhead, DeadSettings, FiringTracker, alive_bound
 from saetrain.types import Codes
 
 F, K = 13, 3
@@ -117,3 +117,24 @@ def test_the_window_follows_the_run_and_the_rate_at_which_latents_can_fire() -> 
     assert DeadSettings().window(100_000, 12_288, 16) == 7_680
     assert DeadSettings().window(10, 100, 3) == 334
     assert DeadSettings(dead_feature_threshold=77).window(1_000_000, 3072, 32) == 77
+
+
+@pytest.mark.parametrize("lag", [0, 2])
+def test_no_more_are_dead_than_was_foreseen(lag: int) -> None:
+    tracker = FiringTracker(F, window=40, threshold=0.1, device=torch.device("cpu"))
+    ahead = DeadAhead(tracker, lag)
+    most, dead = [], []
+    for step in range(30):
+        if step == 11:
+            # As behind a resume.
+            ahead = DeadAhead(tracker, lag)
+        most.append(ahead.most(10))
+        dead.append(int(tracker.silent().sum()))
+        codes = batch(10, step if step < 15 else step % 2)
+        observe(tracker, codes)
+        tracker.finish_step()
+        ahead.after_step(10)
+    assert all(count <= bound for count, bound in zip(dead, most, strict=True))
+    assert max(dead) > 0
+    assert most[0] == 0
+    assert most == dead if lag == 0 else most != dead

@@ -1,4 +1,4 @@
-"""The step's own bookkeeping: normalisers that come from the step before, and spikes."""
+"""The step's own bookkeeping: normalisers that come from the step before, and who waits for whom."""
 
 from __future__ import annotations
 

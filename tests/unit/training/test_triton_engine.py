@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
 from saetrain.coders.topk import TopK
 from saetrain.kernels import gpu_step
 from saetrain.optim import OptimSettings
-from saetrain.training.engine import Engine
+from saetrain.training.firing import FiringTracker
+from saetrain.training.trainer import SaeTrainer, Trainer, TrainSettings
 from saetrain.training.triton_engine import TritonEngine
 from saetrain.types import Progress
 from tests.unit.kernels.conftest import DEVICE
@@ -27,8 +31,14 @@ def _short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make(
-    shape: Shape, *, half: bool = False, fused: bool = True, by: str = "triton", products: str = "sparse", **settings: object
-) -> tuple[TopK, Engine]:
+    shape: Shape,
+    *,
+    half: bool = False,
+    fused: bool = True,
+    by: str = "triton",
+    products: str = "sparse",
+    **settings: object,
+) -> tuple[TopK, Any]:
     _, width, latents, k, _ = shape
     coder = TopK(width, latents, k, auxk_alpha=1 / 32, seed=1)
     generator = torch.Generator().manual_seed(5)
@@ -44,8 +54,9 @@ def make(
 
 def here(about: Progress) -> Progress:
     dead = None if about.dead is None else about.dead.to(DEVICE)
+    most = None if dead is None else int(dead.sum()) + 2
     return Progress(
-        about.step, about.n_tokens, dead, about.data_variance.to(DEVICE), about.residual_variance.to(DEVICE)
+        about.step, about.n_tokens, dead, about.data_variance.to(DEVICE), about.residual_variance.to(DEVICE), most
     )
 
 
@@ -79,10 +90,11 @@ def test_whole_steps_are_the_reference_s(products: str, fused: bool, limit: floa
         torch.testing.assert_close(two.state()[key], value, rtol=1e-2, atol=1e-6, msg=key)
 
 
-def test_products_in_bfloat16_are_near() -> None:
-    shape = (30, 33, 47, 5, 0)
+@pytest.mark.parametrize("products", ["sparse", "dense"])
+def test_products_in_bfloat16_are_near(products: str) -> None:
+    shape = (30, 33, 47, 5, 3)
     plain, one = make(shape, by="reference")
-    coder, two = make(shape, half=True)
+    coder, two = make(shape, half=True, products=products)
     start = plain.W_dec.detach().clone()
     x, about = data(30, 33).to(DEVICE), here(progress(shape))
     for engine in (one, two):
@@ -91,7 +103,7 @@ def test_products_in_bfloat16_are_near() -> None:
         engine.apply(1e-2)
     assert relative(coder.W_dec.detach() - start, plain.W_dec.detach() - start) < 0.3
     # The interpreter cuts off where a GPU rounds.
-    for copy, weights in zip(two._halves.values(), (coder.W_enc.T, coder.W_dec), strict=True):  # type: ignore[attr-defined]
+    for copy, weights in zip(two._halves.values(), (coder.W_enc.T, coder.W_dec), strict=True):
         torch.testing.assert_close(copy.float(), weights.detach(), rtol=2**-7, atol=0)
 
 
@@ -151,7 +163,7 @@ def test_what_is_not_finite_changes_no_weight(fused: bool) -> None:
     before = {key: value.clone() for key, value in coder.state_dict().items()}
     loss = engine.micro_step(x, here(progress(shape))).losses["recon"]
     assert not loss.isfinite()
-    assert not torch.tensor(engine.norm_bound()).isfinite()
+    assert not engine.norm_bound().isfinite()
     engine.apply(1e-2)
     for key, value in coder.state_dict().items():
         assert torch.equal(value, before[key]), key
@@ -170,3 +182,84 @@ def test_a_dropped_step_leaves_no_trace() -> None:
         engine.apply(1e-2)
         results.append(coder.W_dec.detach().clone())
     assert torch.equal(*results)
+
+
+class Asked(TorchDispatchMode):
+    """Notes the operations whose result or shape the host has to wait for."""
+
+    WAITS = ("_local_scalar_dense", "nonzero", "item", "is_nonzero", "equal", "unique", "masked_select", "bincount")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run it."""
+        name = func.__name__.split(".")[0]
+        booleans = name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1])
+        if name in self.WAITS or booleans:
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def trainer(by: str = "triton", *, halts: bool = False, products: str = "sparse", auxk: float = 1 / 32) -> Trainer:
+    """A coder whose latents die within two steps, clipped at every step."""
+    coder, engine = make((12, 8, 24, 2, 0), by=by, products=products, max_grad_norm=1e-3)
+    coder.auxk_alpha = auxk
+    firing = FiringTracker(24, 20, 0.01, torch.device(DEVICE))
+    about = {"data_variance": 8.0, "raw_mse": 1.0, "lr": 0.01, "seed": 0, "lift": 2.0}
+    sae = SaeTrainer("h", coder, lambda x: x, engine, firing, **about, halts=halts)  # type: ignore[arg-type]
+    settings = TrainSettings(max_tokens=1200, on_spike="stop" if halts else "skip")
+    return Trainer({"h": sae}, settings, tokens=12, warmup=0)
+
+
+def batch(step: int, factor: float = 1.0) -> dict[str, torch.Tensor]:
+    return {"h": factor * data(12, 8, step).to(DEVICE)}
+
+
+@pytest.mark.parametrize("products", ["sparse", "dense"])
+def test_no_step_asks_the_device(products: str) -> None:
+    """Nor does it for AuxK, for clipping, or to look for spikes."""
+    own, plain = trainer(products=products), trainer("reference")
+    for each in (own, plain):
+        for step in range(3):
+            each.train_step(lambda micro, at=step: batch(at))  # type: ignore[misc]
+    assert own.saes["h"].firing.dead() is not None
+    for each, expected in ((own, False), (plain, True)):
+        with Asked() as asked:
+            each.train_step(lambda micro: batch(3))
+            each.train_step(lambda micro: batch(4))
+        assert bool(asked.names) == expected, asked.names
+    assert own.saes["h"].metrics("fvu")["loss_auxk"] == pytest.approx(
+        plain.saes["h"].metrics("fvu")["loss_auxk"], rel=1e-3
+    )
+
+
+def test_a_step_with_a_spike_is_left_out_without_waiting() -> None:
+    """As the reference does it, which waits."""
+    own, plain = trainer(auxk=0.0), trainer("reference", auxk=0.0)
+    said: dict[Trainer, list[str]] = {own: [], plain: []}
+    for step in range(10):
+        factor = {6: float("nan"), 7: 1000.0}.get(step, 1.0)
+        for each in (own, plain):
+            said[each].extend(map(str, each.train_step(lambda micro, at=step, by=factor: batch(at, by))))  # type: ignore[misc]
+    said[own].extend(map(str, own.settle()))
+    assert [text.split(" is ")[0] for text in said[own]] == ["h: the loss of step 7", "h: the loss of step 8"]
+    assert [text.split(" is ")[0] for text in said[plain]] == [text.split(" is ")[0] for text in said[own]]
+    state, expected = own.saes["h"].state(), plain.saes["h"].state()
+    assert state["optimizer.W_dec.step"] == expected["optimizer.W_dec.step"] == 8
+    for name in ("coder.W_dec", "coder.b_dec", "optimizer.W_enc.exp_avg", "residual_variance"):
+        torch.testing.assert_close(state[name], expected[name].detach(), rtol=2e-2, atol=1e-5, msg=name)
+
+
+def test_behind_a_spike_that_stops_the_run_weights_stay() -> None:
+    own = trainer(halts=True, auxk=0.0)
+    for step in range(5):
+        assert own.train_step(lambda micro, at=step: batch(at)) == []  # type: ignore[misc]
+    before = {name: value.clone() for name, value in own.saes["h"].state().items() if name.startswith(("coder", "opt"))}
+    assert own.train_step(lambda micro: batch(5, float("inf"))) == []
+    assert own.train_step(lambda micro: batch(6)) == []
+    (spike,) = own.train_step(lambda micro: batch(7))
+    assert spike.step == 6
+    for name, value in before.items():
+        assert torch.equal(own.saes["h"].state()[name], value), name

@@ -1,0 +1,73 @@
+"""Triton's compiler takes every kernel, for a Hopper and an Ampere GPU, and keeps what a program holds in registers."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+PROGRAM = """
+import re, subprocess, sys, tempfile
+from pathlib import Path
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from saetrain.kernels import gpu, gpu_search, gpu_step
+from saetrain.optim import BETAS, EPS
+
+DUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+TYPES = {
+    "pre": "bf16", "W_dec": "bf16", "x": "bf16", "residual": "bf16", "residual_copy": "bf16", "half_enc": "bf16",
+    "half_dec": "bf16", "indices": "i32", "candidates": "i32", "candidate_keys": "u32", "pair_token": "i32",
+    "segment_latent": "i32", "extra_row": "i32", "gate": "i32", "starts": "i64", "segments": "i64",
+    "segment_first": "i64",
+}
+
+def compiled(kernel, target, constants, num_warps=4, enable_fp_fusion=True, **types):
+    types = {**TYPES, **types}
+    signature = {
+        name: "constexpr" if name in constants else "i32" if name in "DF" else "*" + types.get(name, "fp32")
+        for name in kernel.arg_names
+    }
+    places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    options = {"num_warps": num_warps, "enable_fp_fusion": enable_fp_fusion}
+    made = triton.compile(ASTSource(kernel, signature, places), target=GPUTarget("cuda", target, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(made.asm["cubin"])
+        said = subprocess.run([DUMP, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    (stack,) = re.findall(r"STACK:(\\d+)", said.stdout)
+    print(target, kernel.__name__, constants.get("BLOCK_D"), stack, flush=True)
+
+for target, widths in ((90, (768, 4096)), (80, (768,))):
+    for k, groups in ((64, 256), (192, 1024)):
+        compiled(gpu_search.select, target, {"K": k, "GROUPS": groups, "CAPACITY": groups, "BLOCK": gpu_step.BLOCK})
+    compiled(gpu.bound_norms, target, {"BLOCK": 128})
+    for width in widths:
+        launch = gpu_step.over_rows(width)
+        options = {name: launch.pop(name) for name in ("num_warps", "enable_fp_fusion")}
+        rows = gpu_step.rows_at_once(width)
+        single = {"x": "fp32", "residual": "fp32"}
+        compiled(gpu.reconstruct, target, {"K": 64, "BLOCK_K": rows, **launch}, **options, **single)
+        compiled(gpu.partial, target, {"SEGMENT": gpu_step.SEGMENT, "BLOCK_P": rows, **launch}, **options)
+        adam = {"BETA1": BETAS[0], "BETA2": BETAS[1], "EPS": EPS}
+        ways = ((0, False, False), (1, False, True), (2, False, False), (3, True, False), (3, False, True))
+        for mode, stored, extra in ways:
+            way = {"MODE": mode, "STORED": stored, "EXTRA": extra, "HALF": True, "BLOCK_P": rows}
+            compiled(gpu.latents, target, {**adam, **way, **launch}, **options)
+"""
+STACK = 64
+"""Bytes of what does not fit registers that do no harm."""
+
+
+def test_every_kernel_compiles_without_spills() -> None:
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=False, env=env)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines()]
+    assert len(rows) == 2 * 3 + 3 * 7
+    assert {row[1] for row in rows} == {"select", "bound_norms", "reconstruct", "partial", "latents"}
+    assert [row for row in rows if int(row[3]) > STACK] == []
