@@ -24,7 +24,19 @@ STEPS = 12
 
 def words(out: Path, model: str, text: str, name: str, kernels: str, *more: str) -> list[str]:
     device = ["--device", "cuda" if torch.cuda.is_available() else "cpu"]
-    return [model, text, *SMALL.split(), *device, "--kernels", kernels, "--save_dir", str(out), "--run_name", name, *more]
+    return [
+        model,
+        text,
+        *SMALL.split(),
+        *device,
+        "--kernels",
+        kernels,
+        "--save_dir",
+        str(out),
+        "--run_name",
+        name,
+        *more,
+    ]
 
 
 def stopped(command: list[str]) -> None:
@@ -72,7 +84,11 @@ def test_a_spike_stops_the_run_where_the_other_kernels_do(
 
 
 def test_a_spike_that_is_skipped_leaves_the_same_behind(
-    tmp_path: Path, tiny_bert: str, topics_jsonl: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    tiny_bert: str,
+    topics_jsonl: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     for kernels in ("triton", "torch"):
         poisoned(monkeypatch, 7, math.nan)

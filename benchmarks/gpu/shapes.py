@@ -1,0 +1,20 @@
+"""What is timed."""
+
+from __future__ import annotations
+
+from benchmarks.cases import Work
+from saetrain.training.triton_check import Shape
+
+SHAPES = [
+    Shape(width, latents, k, tokens)
+    for width, latents, k in ((768, 24576, 32), (768, 24576, 192), (2304, 65536, 64), (4096, 131072, 64))
+    for tokens in (4096, 16384)
+]
+SMALL = Shape(768, 3072, 32, 4096)
+"""One whose launches take about as long as what they launch, with and without CUDA graphs."""
+HOOK = 6
+MODELS = [
+    Work("end_to_end", tokens=8192, model=name, model_dtype="bf16", latents=24576, blocks=HOOK + 1, layers=(HOOK,))
+    for name in ("bert", "gpt2")
+]
+"""Models as deep as the hook, for a run stops there; widths and heads are BERT-base's and GPT-2's."""

@@ -1,0 +1,68 @@
+"""Times by device events, what the device can do at best, and what a step costs at the least."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from saetrain.training.triton_check import Shape
+
+WARM_UP = 6
+"""Calls before the first sample: compiling, and the recording of CUDA graphs."""
+LEAST, MOST = 5, 25
+"""Samples."""
+SECONDS = 4.0
+"""Of samples, above LEAST of them."""
+COPY, PRODUCT = 1 << 30, 8192
+"""Bytes of the large copy; rows and columns of the large product."""
+
+
+def milliseconds(run: Callable[[], Any], inner: int = 4) -> list[float]:
+    """Of a call: samples by device events, each the mean of ``inner`` calls in a row."""
+    for _ in range(WARM_UP):
+        run()
+    samples: list[float] = []
+    while len(samples) < LEAST or (len(samples) < MOST and sum(samples) * inner < 1e3 * SECONDS):
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(inner):
+            run()
+        stop.record()
+        stop.synchronize()
+        samples.append(start.elapsed_time(stop) / inner)
+    return samples
+
+
+def ceilings() -> dict[str, float]:
+    """Bytes a second of a large copy (read and written), and operations a second of a large bf16 product."""
+    source = torch.randint(255, (COPY,), dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    copy = statistics.median(milliseconds(lambda: target.copy_(source)))
+    # Of random numbers, for a product of zeros draws less power and runs faster.
+    a, b = (torch.randn(PRODUCT, PRODUCT, device="cuda").bfloat16() for _ in range(2))
+    product = statistics.median(milliseconds(lambda: a @ b))
+    return {"bytes_per_s": 2e3 * COPY / copy, "flops_per_s": 2e3 * PRODUCT**3 / product}
+
+
+def floor(shape: Shape, limits: dict[str, float]) -> float:
+    """Milliseconds of the encoder's product and one fused optimizer pass, at the ceilings.
+
+    The pass reads and writes both weights and their two moments in fp32 and writes the bf16 copies, of every latent:
+    ours leaves out those that did not fire, so that it can come out below.
+    """
+    numbers = 2 * shape.width * shape.latents
+    product = shape.tokens * numbers / limits["flops_per_s"]
+    return 1e3 * (product + numbers * (6 * 4 + 2) / limits["bytes_per_s"])
+
+
+def samples_of(run: Callable[[], Any]) -> dict[str, Any]:
+    """Median and samples in milliseconds, and peak memory in bytes; or why there are none."""
+    torch.cuda.reset_peak_memory_stats()
+    try:
+        samples = milliseconds(run)
+    except torch.cuda.OutOfMemoryError as error:
+        return {"failed": f"out of memory: {error}".splitlines()[0]}
+    return {"ms": statistics.median(samples), "samples": samples, "peak_bytes": torch.cuda.max_memory_allocated()}

@@ -1,0 +1,76 @@
+"""The GPU suite where there is no GPU, and the peer's step that it holds ours against."""
+
+from __future__ import annotations
+
+import os
+import site
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import linear
+
+pytest.importorskip("triton")
+
+from benchmarks.gpu.steps import PATHS, coder_of
+from benchmarks.gpu.timing import floor
+from benchmarks.peers import sparsify_gpu
+from saetrain.training.triton_check import Shape
+
+ROOT = Path(__file__).parents[3]
+ABSENT = ("tyro", "datasets", "pyarrow", "pandas", "wandb", "tensorboard", "rich", "psutil", "matplotlib", "pytest")
+SMALL = Shape(12, 40, 3, 50)
+
+
+def test_without_a_gpu_it_checks_says_what_it_would_time_and_ends_well(tmp_path: Path) -> None:
+    """With no more installed than torch, transformers, triton, numpy, safetensors and what they need."""
+    for folder in {*site.getsitepackages(), *sys.path}:
+        for path in Path(folder).glob("*") if Path(folder).name == "site-packages" else []:
+            hidden = path.name.startswith(("__editable__", "_", *ABSENT)) or path.suffix == ".pth"
+            if not hidden and not (tmp_path / path.name).exists():
+                (tmp_path / path.name).symlink_to(path)
+    env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "PYTHONPATH": str(tmp_path)}
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
+    python.chmod(0o755)
+    done = subprocess.run(
+        ["benchmarks/gpu.sh", "--quick", "--out", str(tmp_path / "gpu.json")],
+        cwd=ROOT, env={**env, "PYTHON": str(python)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("update in fp32 against autograd") == 4
+    assert "no GPU: nothing is timed" in done.stdout
+    assert "step D=768 F=3072 k=32 N=4096: triton, torch, sparsify (written out)" in done.stdout
+    assert not (tmp_path / "gpu.json").exists()
+
+
+def test_the_floor_counts_the_product_and_the_weights() -> None:
+    shape = Shape(100, 1000, 3, 50)
+    assert floor(shape, {"flops_per_s": 1e9, "bytes_per_s": 1e30}) == pytest.approx(2 * 50 * 100 * 1000 / 1e6)
+    assert floor(shape, {"flops_per_s": 1e30, "bytes_per_s": 1e9}) == pytest.approx(200_000 * 26 / 1e6)
+
+
+def test_the_peer_s_gradients_are_those_of_autograd() -> None:
+    coder = coder_of(SMALL, "cpu")
+    x = torch.randn(50, 12, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    weight, bias = coder.W_enc.detach().T.contiguous().requires_grad_(), coder.b_enc.detach().clone().requires_grad_()
+    values, indices = sparsify_gpu.Encode.apply(x, weight, bias, 3)
+    values.pow(2).sum().backward()
+    grads = [each.grad for each in (x, weight, bias)]
+    for each in (x, weight, bias):
+        each.grad = None
+    linear(x, weight, bias).relu().gather(1, indices).pow(2).sum().backward()
+    for found, each in zip(grads, (x, weight, bias), strict=True):
+        torch.testing.assert_close(found, each.grad)
+
+
+def test_every_path_trains() -> None:
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(50, 3, generator=generator) @ torch.randn(3, 12, generator=generator)
+    peer = sparsify_gpu.Step(coder_of(SMALL, "cpu"), None)
+    fvu = [peer(x) for _ in range(200)]
+    assert fvu[-1] < 0.7 * fvu[0]
+    for name in ("triton", "torch"):
+        PATHS[name](SMALL, "cpu")(x)
