@@ -7,8 +7,13 @@ same inputs give the same bits. Nothing here waits for the device or asks it for
 
 from __future__ import annotations
 
+import subprocess
+
 import triton
 import triton.language as tl
+
+BUILD_ERRORS = (triton.TritonError, RuntimeError, OSError, subprocess.SubprocessError)
+"""What Triton raises where a kernel can't be compiled, loaded or launched."""
 
 
 @triton.jit

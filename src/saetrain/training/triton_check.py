@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from saetrain.coders.topk import TopK
+from saetrain.kernels import gpu
 from saetrain.optim import Optimizer, OptimSettings
 from saetrain.training.engine import AutogradEngine, Engine
 from saetrain.training.triton_engine import TritonEngine
@@ -83,7 +84,7 @@ def fault(device: torch.device) -> str | None:
     """What is wrong with the kernels on ``device``, or None."""
     try:
         found = movements(SMALL, device)
-    except Exception as error:  # a compiler may fail in any way
+    except gpu.BUILD_ERRORS as error:
         return f"they can't be built: {type(error).__name__}: {error}"
     for name, distance in found.items():
         if not distance <= TOLERANCE:
