@@ -139,7 +139,7 @@ def records(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def same_run(one: Path, several: Path, tolerance: float = 1e-5) -> None:
+def same_run(one: Path, several: Path, tolerance: float = 1e-5, steps: int = STEPS) -> None:
     """Weights to a relative ``tolerance``, and every figure of every step."""
     expected, found = weights(one), weights(several)
     assert expected.keys() == found.keys()
@@ -147,7 +147,7 @@ def same_run(one: Path, several: Path, tolerance: float = 1e-5) -> None:
         error = float((found[name] - value).norm() / value.norm())
         assert error < tolerance, (name, error)
     lines = list(zip(records(one), records(several), strict=True))
-    assert len(lines) > STEPS // 2
+    assert len(lines) > steps // 2
     for before, after in lines:
         assert [before[key] for key in ("kind", "step", "tokens")] == [after[key] for key in ("kind", "step", "tokens")]
         for sae, figures in before["saes"].items():

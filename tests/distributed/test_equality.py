@@ -74,6 +74,29 @@ def test_n_ranks_equal_one(case: str, launcher: Launcher, topics_jsonl: str, req
         assert {f"rank{number}/waiting" for number in range(world)} <= last.keys()
 
 
+def test_two_ranks_by_triton_s_kernels_equal_one(launcher: Launcher, topics_jsonl: str, tiny_bert: str) -> None:
+    """Few steps, for without a GPU they are interpreted."""
+    pytest.importorskip("triton")
+    launcher.environment |= {"TRITON_INTERPRET": "1"}
+    words = [
+        tiny_bert,
+        topics_jsonl,
+        "--layers",
+        "1",
+        "--kernels",
+        "triton",
+        "--device",
+        "cpu",
+        "--grad_acc_steps",
+        "2",
+    ]
+    words += ["--auxk_alpha", "0.1", "--num_latents", "30", "--k", "2", "--ctx_len", "8", "--dead_window_tokens", "40"]
+    words += ["--max_tokens", "256", "--batch_size"]
+    one, several = launcher.run(1, "one", [*words, "2"]), launcher.run(2, "two", [*words, "1"])
+    same_run(one, several, steps=8)
+    assert any(line["saes"]["encoder.layer.1"]["loss_auxk"] > 0 for line in records(several) if line["kind"] == "train")
+
+
 def test_micro_steps_and_ranks_share_a_batch_alike(launcher: Launcher, topics_jsonl: str, tiny_bert: str) -> None:
     common = [tiny_bert, topics_jsonl, "--layers", "1", "--kernels", "native", "--max_tokens", str(STEPS * 256)]
     one = launcher.run(1, "one", [*common, "--batch_size", "8"])
