@@ -56,7 +56,8 @@ def topk_relu(x_ND: Tensor, W_FD: Tensor, b_F: Tensor, k: int) -> tuple[Tensor, 
     ``x_ND`` and ``W_FD`` in the products' format; among equals the lower index is taken.
     """
     tokens, latents = len(x_ND), len(W_FD)
-    groups = min(power_of_two(latents), max(power_of_two(4 * k), 256))
+    # No fewer than a program reads at once, for what is read at once hides the wait for memory.
+    groups = min(power_of_two(latents), max(power_of_two(4 * k), BLOCK))
     rows = min(tokens, max(16, CHUNK_BYTES // (latents * x_ND.element_size())))
     pre = x_ND.new_empty(rows, latents)
     values, indices = b_F.new_empty(tokens, k), b_F.new_empty(tokens, k, dtype=torch.int32)

@@ -30,7 +30,12 @@ def product(pre: Tensor) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("rows", "latents", "k"), [(5, 77, 1), (3, 77, 77), (4, 1300, 5), (3, 600, 100), (1, 1, 1)])
-def test_the_k_largest_in_the_order_of_their_latents(rows: int, latents: int, k: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("block", [32, 1024])
+def test_the_k_largest_in_the_order_of_their_latents(
+    block: int, rows: int, latents: int, k: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``block``: small, many latents share a group."""
+    monkeypatch.setattr(gpu_step, "BLOCK", block)
     pre, bias = numbers(rows, latents).to(dtype), 0.3 * numbers(latents, seed=1)
     values, indices = gpu_step.topk_relu(*product(pre), bias, k)
     expected, wanted = topk_of(pre.float() + bias, k)

@@ -43,7 +43,7 @@ def compiled(kernel, target, constants, num_warps=4, enable_fp_fusion=True, **ty
     print(target, kernel.__name__, constants.get("BLOCK_D"), stack, flush=True)
 
 for target, widths in ((90, (768, 4096)), (80, (768,))):
-    for k, groups in ((64, 256), (192, 1024)):
+    for k, groups in ((64, 1024), (512, 2048)):
         compiled(gpu_search.select, target, {"K": k, "GROUPS": groups, "CAPACITY": groups, "BLOCK": gpu_step.BLOCK})
     compiled(gpu.bound_norms, target, {"BLOCK": 128})
     for width in widths:
