@@ -9,7 +9,7 @@ import saetrain
 
 ROOT = Path(saetrain.__file__).parent
 LEVELS = [
-    {"errors", "types", "distributed", "launch", "meeting", "watch", "files", "hub"},
+    {"errors", "types", "distributed", "launch", "meeting", "watch", "files", "hub", "transfer"},
     {"losses", "metrics", "kernels"},
     {"data", "activations", "coders", "optim", "logs", "report"},
     {"training", "evaluation", "interop"},

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from saetrain.activations.model import BaseModel
 from saetrain.errors import SaetrainError
+from saetrain.transfer import send
 from saetrain.types import Sequence
 
 PROBE_TOKENS = 8
@@ -93,7 +94,7 @@ def pad_batch(sequences: list[Sequence], device: torch.device) -> tuple[Tensor, 
     for row, sequence in enumerate(sequences):
         ids[row, : len(sequence)] = sequence.ids
         mask[row, : len(sequence)] = 1
-    return torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
+    return send(ids, device), send(mask, device)
 
 
 def length_batches(sequences: list[Sequence], tokens: int) -> list[list[int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from saetrain.activations.capture import ActivationCapture, length_batches, pad_batch
 from saetrain.errors import SaetrainError, is_out_of_memory
+from saetrain.transfer import Arriving, send
 from saetrain.types import PART_BITS, Sequence, TokenKind
 
 Keep = Callable[[Sequence], np.ndarray]
@@ -96,20 +98,29 @@ class ActivationReader:
         self.limits: dict[str, float] = {}
         self.between_batches: Callable[[], None] | None = None
         """Called before each model batch; may raise to give up."""
+        self.ahead = 1 if capture.model.device.type == "cuda" else 0
+        """Model batches that are begun before the norms of the one before them are looked at."""
 
     def batches(self, sequences: list[Sequence]) -> Iterator[Activations]:
         """One :class:`Activations` per model batch; SaetrainError when an activation is not finite."""
+        looked_at: deque[tuple[dict[str, Tensor], np.ndarray, Arriving]] = deque()
         for chosen, captured in self._forward(sequences):
             keep = np.concatenate([self.keep(sequence) for sequence in chosen])
             docs = np.concatenate([sequence.doc for sequence in chosen])[keep]
             values = self._pick(captured, chosen, keep)
             # Whoever takes batches one at a time would else hold the whole of each meanwhile.
             del captured
-            fine = self.within_limits(values, docs)
-            if fine.all():
-                yield Activations(values, docs, 0)
-                continue
-            yield Activations(self._rows(values, np.flatnonzero(fine)), docs[fine], int((~fine).sum()))
+            looked_at.append((values, docs, Arriving(self._norms(values))))
+            if len(looked_at) > self.ahead:
+                yield self._passed(*looked_at.popleft())
+        while looked_at:
+            yield self._passed(*looked_at.popleft())
+
+    def _passed(self, values: dict[str, Tensor], docs: np.ndarray, norms: Arriving) -> Activations:
+        fine = self._judged(list(values), docs, norms.get().numpy())
+        if fine.all():
+            return Activations(values, docs, 0)
+        return Activations(self._rows(values, np.flatnonzero(fine)), docs[fine], int((~fine).sum()))
 
     def labelled(self, sequences: list[Sequence]) -> Iterator[Labelled]:
         """All tokens of each model batch but padding, with what each is.
@@ -125,7 +136,7 @@ class ActivationReader:
             kept = np.flatnonzero(keep)
             place[kept[~self.within_limits(self._rows(values, kept), docs[kept])]] = Place.OUTLIER
             # Training never sees the other tokens, so an overflow there is no reason to refuse.
-            fine = np.flatnonzero(keep | _finite(values))
+            fine = np.flatnonzero(keep | np.isfinite(self._norms(values).cpu().numpy()).all(axis=0))
             values = values if len(fine) == len(docs) else self._rows(values, fine)
             yield Labelled(values, docs[fine], place[fine].astype(np.uint8))
 
@@ -141,11 +152,11 @@ class ActivationReader:
         """The kept tokens' activations, of ``keep`` over all tokens of ``chosen`` without padding."""
         longest = max(map(len, chosen))
         real = np.concatenate([row * longest + np.arange(len(sequence)) for row, sequence in enumerate(chosen)])
-        picked = torch.from_numpy(real[keep]).to(self.capture.model.device)
+        picked = send(real[keep], self.capture.model.device)
         return {name: value.flatten(0, 1).index_select(0, picked) for name, value in captured.items()}
 
     def _rows(self, values: dict[str, Tensor], numbers: np.ndarray) -> dict[str, Tensor]:
-        rows = torch.from_numpy(numbers).to(self.capture.model.device)
+        rows = send(numbers, self.capture.model.device)
         return {name: value[rows] for name, value in values.items()}
 
     def _capture(self, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
@@ -168,18 +179,26 @@ class ActivationReader:
 
     def within_limits(self, values: dict[str, Tensor], docs: np.ndarray) -> np.ndarray:
         """(n,) bool of kept tokens from data set rows ``docs``; SaetrainError when an activation is not finite."""
-        fine = torch.ones(len(docs), dtype=torch.bool, device=self.capture.model.device)
-        for name, value in values.items():
-            norms = value.float().norm(dim=1)
-            if not bool(torch.isfinite(norms).all()):
-                rows = self._name_rows(docs[(~torch.isfinite(norms)).cpu().numpy()])
+        return self._judged(list(values), docs, self._norms(values).cpu().numpy())
+
+    def _norms(self, values: dict[str, Tensor]) -> Tensor:
+        """(hookpoints, n) fp32."""
+        return torch.stack([value.float().norm(dim=1) for value in values.values()])
+
+    def _judged(self, names: list[str], docs: np.ndarray, norms: np.ndarray) -> np.ndarray:
+        """As :meth:`within_limits`, by the ``norms`` (hookpoints, n)."""
+        fine = np.ones(len(docs), dtype=bool)
+        for name, own in zip(names, norms, strict=True):
+            finite = np.isfinite(own)
+            if not finite.all():
+                rows = self._name_rows(docs[~finite])
                 raise SaetrainError(
                     f"the model's activations at {name} are not finite on data set rows {rows}; "
                     "a wider --dtype (float32 or bfloat16) usually mends it"
                 )
             if name in self.limits:
-                fine &= norms <= self.limits[name]
-        return np.asarray(fine.cpu().numpy())
+                fine &= own <= self.limits[name]
+        return fine
 
     def _name_rows(self, docs: np.ndarray) -> str:
         """The first few rows, with their data set where several are mixed."""
@@ -187,9 +206,3 @@ class ActivationReader:
         if len(self._data_sets) < 2:
             return ", ".join(map(str, rows))
         return ", ".join(f"{row % (1 << PART_BITS)} of {self._data_sets[row >> PART_BITS]}" for row in rows)
-
-
-def _finite(values: dict[str, Tensor]) -> np.ndarray:
-    """(n,) bool: finite at every hookpoint."""
-    norms = [value.float().norm(dim=1) for value in values.values()]
-    return np.asarray(torch.stack(norms).isfinite().all(dim=0).cpu().numpy())

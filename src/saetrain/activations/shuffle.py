@@ -16,6 +16,7 @@ from torch import Tensor
 from saetrain.activations.ahead import ReadAhead, SequenceSource
 from saetrain.activations.read import ActivationReader, Activations, Reading
 from saetrain.errors import SaetrainError
+from saetrain.transfer import send
 from saetrain.types import Cursor
 
 EARLY_POOLS = 2
@@ -220,4 +221,4 @@ class MixingBuffer:
         self.tokens_read += len(activations) + activations.n_outliers
         order = np.random.default_rng([self._seed, shard, state.pool]).permutation(len(activations))
         device = next(iter(activations.values.values())).device
-        return _Pool(activations, torch.from_numpy(order).to(device), cursor)
+        return _Pool(activations, send(order, device), cursor)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import deque
 
-import torch
 from torch import Tensor
+
+from saetrain.transfer import Arriving
 
 
 class Delayed:
@@ -13,16 +14,11 @@ class Delayed:
 
     def __init__(self, lag: int) -> None:
         self._lag = lag
-        self._waiting: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
+        self._waiting: deque[tuple[int, Arriving]] = deque()
 
     def put(self, step: int, value: Tensor) -> None:
         """Send the figures of a step on their way; nothing waits."""
-        host = value.to("cpu", non_blocking=True)
-        event = None
-        if value.is_cuda:
-            event = torch.cuda.Event()
-            event.record()
-        self._waiting.append((step, host, event))
+        self._waiting.append((step, Arriving(value)))
 
     def ready(self) -> list[tuple[int, list[float]]]:
         """(step, figures) of those that are due, the oldest first."""
@@ -35,8 +31,6 @@ class Delayed:
     def _take(self, left: int) -> list[tuple[int, list[float]]]:
         found = []
         while len(self._waiting) > left:
-            step, host, event = self._waiting.popleft()
-            if event is not None:
-                event.synchronize()
-            found.append((step, host.tolist()))
+            step, figures = self._waiting.popleft()
+            found.append((step, figures.get().tolist()))
         return found

@@ -78,6 +78,27 @@ def test_a_token_beyond_the_limit_at_one_hookpoint_is_dropped_at_all(bert: BaseM
         torch.testing.assert_close(found.values[name], everything.values[name][fine], rtol=0, atol=0)
 
 
+def test_a_reader_that_runs_ahead_gives_the_same(bert: BaseModel, sequences: Make) -> None:
+    """As on a GPU, where the next batch is begun before the norms of the last are looked at."""
+    rows = sequences(30, 20, 12, 5)
+    behind, ahead = reader(bert, NAMES, 32), reader(bert, NAMES, 32)
+    ahead.ahead = 1
+    everything = behind.read(rows).values[NAMES[0]].norm(dim=1)
+    for read in (behind, ahead):
+        read.limits = {NAMES[0]: float(everything.quantile(0.8))}
+    expected, found = list(behind.batches(rows)), list(ahead.batches(rows))
+    assert len(expected) == len(found) == 3
+    for one, other in zip(expected, found, strict=True):
+        assert one.n_outliers == other.n_outliers
+        assert one.doc.tolist() == other.doc.tolist()
+        for name in NAMES:
+            assert torch.equal(one.values[name], other.values[name])
+    begun: list[int] = []
+    ahead.between_batches = lambda: begun.append(len(begun))
+    next(ahead.batches(rows))
+    assert begun == [0, 1]
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_activations_that_are_not_finite_name_their_rows(gpt2: BaseModel, sequences: Make, bad: float) -> None:
     rows = sequences(8, 8, 8)

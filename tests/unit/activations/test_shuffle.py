@@ -247,7 +247,7 @@ def test_an_error_of_a_later_pool_is_raised_where_the_pool_is_needed(
     def broken(*_: Any) -> Any:
         raise SaetrainError("row 7 is broken")
 
-    monkeypatch.setattr(ActivationReader, "within_limits", broken)
+    monkeypatch.setattr(ActivationReader, "_judged", broken)
     _wait_for_text(buffer)
     buffer._credit = 1000
     buffer.work_ahead()
