@@ -19,13 +19,13 @@ class DeadLatents:
     """``rows`` (A,) int64: dead latents, and behind the ``count`` of them any others, which take no part."""
 
     rows: Tensor
-    count: Tensor
+    count: Tensor | int
 
     @classmethod
     def of(cls, mask_F: Tensor) -> DeadLatents:
         """Exactly those of the mask; how many is a shape, so the device is asked."""
         rows = mask_F.nonzero().squeeze(1)
-        return cls(rows, torch.tensor(len(rows), device=mask_F.device))
+        return cls(rows, len(rows))
 
     @classmethod
     def at_most(cls, most: int, mask_F: Tensor) -> DeadLatents:
@@ -60,7 +60,9 @@ def auxk_step(
     """
     wanted, size = auxk_size(coder.d_in), len(dead.rows)
     tiny = torch.finfo(torch.float32).tiny
-    weight = coder.auxk_alpha * (dead.count / wanted).clamp_max(1.0) / progress.n_tokens
+    share = dead.count / wanted
+    share = share.clamp_max(1.0) if isinstance(share, Tensor) else min(share, 1.0)
+    weight = coder.auxk_alpha * share / progress.n_tokens
     # Those that take no part are below all others, and what ReLU makes 0 has no gradient.
     outside = torch.arange(size, device=dead.rows.device) >= dead.count
     return auxk_gradients(

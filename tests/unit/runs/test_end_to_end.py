@@ -46,7 +46,7 @@ class Ready:
         self.sae.coder.zero_grad()
         for number in range(2):
             batch: Any = self.feed.micro_batch(number)[self.hookpoint]
-            self.sae.micro_step(batch, self.trainer._progress(self.sae))
+            self.sae.micro_step(batch, self.sae.progress(0, self.trainer.tokens_per_step))
         return {name: p.grad.clone() for name, p in self.sae.coder.named_parameters() if p.grad is not None}
 
     def sequences(self) -> list[Sequence]:
