@@ -12,8 +12,8 @@ import subprocess
 import triton
 import triton.language as tl
 
-BUILD_ERRORS = (triton.TritonError, RuntimeError, OSError, subprocess.SubprocessError)
-"""What Triton raises where a kernel can't be compiled, loaded or launched."""
+BUILD_ERRORS = (triton.TritonError, RuntimeError, ValueError, OSError, subprocess.SubprocessError)
+"""What Triton raises where a kernel can't be compiled, loaded or launched; a GPU that fails raises some of it too."""
 
 
 @triton.jit
@@ -231,6 +231,11 @@ def latents(
     if tl.load(gate) == 0:
         return
     latent = tl.program_id(0).to(tl.int64)
+    b = tl.load(bias + latent)
+    # A step on which a latent does not fire leaves it alone, its moments too.
+    if (MODE == MEASURE or MODE == UPDATE) and b == 0:  # noqa: SIM109
+        tl.store(squares + latent, 0.0)
+        return
     d = tl.arange(0, BLOCK_D)
     inside = d < D
     at = latent * D + d
@@ -252,10 +257,8 @@ def latents(
     else:
         w_dec = tl.load(W_dec + at, mask=inside, other=0.0)
         dec -= tl.sum(dec * w_dec, axis=0) * w_dec
-        b = tl.load(bias + latent)
         tl.store(squares + latent, tl.sum(enc * enc, axis=0) + tl.sum(dec * dec, axis=0) + b * b)
-        # A step on which a latent does not fire leaves it alone, its moments too.
-        if MODE == UPDATE and b != 0:
+        if MODE == UPDATE:
             _update(
                 latent, at, inside, enc, dec, b, w_dec, W_enc, W_dec, b_enc, half_enc, half_dec,
                 m_enc, v_enc, m_dec, v_dec, m_b, v_b, rates, tl.load(clip), BETA1, BETA2, EPS, HALF,
@@ -273,10 +276,11 @@ def _update(
     m = tl.load(m_dec + at, mask=inside, other=0.0)
     v = tl.load(v_dec + at, mask=inside, other=0.0)
     m, v, move = _adam(m, v, clip * dec, root, BETA1, BETA2, EPS)
-    tl.store(m_dec + at, m, mask=inside)
-    tl.store(v_dec + at, v, mask=inside)
     w_dec = tl.where(inside, w_dec - rate * move, 0.0)
     w_dec /= tl.maximum(tl.sqrt(tl.sum(w_dec * w_dec, axis=0)), 1.17549435e-38)
+    # Only behind the sum, to which warps with a copy of the row may come late and must find the old moments.
+    tl.store(m_dec + at, m, mask=inside)
+    tl.store(v_dec + at, v, mask=inside)
     tl.store(W_dec + at, w_dec, mask=inside)
     m = tl.load(m_enc + at, mask=inside, other=0.0)
     v = tl.load(v_enc + at, mask=inside, other=0.0)

@@ -12,8 +12,8 @@ from saetrain.kernels.plain import power_of_two
 
 CHUNK_BYTES = 512 << 20
 """Pre-activations that are held at once."""
-TILE = 4096
-"""Numbers of gathered rows that a program holds at once."""
+TILE, WIDE_TILE = 4096, 8192
+"""Numbers of gathered rows that a program holds at once, up to and above a width of 1024."""
 SEGMENT = 256
 """Pairs of a latent that one program sums; those of a latent that fires on every token would keep it for long."""
 BLOCK = 1024
@@ -39,15 +39,17 @@ class Pairs:
 
 def rows_at_once(width: int) -> int:
     """Rows of ``width`` that fit a program's tile."""
-    return max(1, min(16, TILE // power_of_two(width)))
+    return max(1, min(16, (TILE if width <= 1024 else WIDE_TILE) // power_of_two(width)))
 
 
 def over_rows(width: int) -> dict[str, int | bool]:
-    """How a program over rows of ``width`` is launched: with as many warps as keep what it holds in registers.
+    """How a program over rows of ``width`` is launched: with as many warps as keep what it holds in 64 registers each.
 
-    Products and sums are fused, which is Triton's default so far.
+    No more than have numbers of their own; products and sums are fused, which is Triton's default so far.
     """
-    return {"BLOCK_D": power_of_two(width), "num_warps": 8 if width <= 1024 else 16, "enable_fp_fusion": True}
+    block = power_of_two(width)
+    warps = min(8 if width <= 1024 else 16, max(1, block // 32))
+    return {"BLOCK_D": block, "num_warps": warps, "enable_fp_fusion": True}
 
 
 def topk_relu(x_ND: Tensor, W_FD: Tensor, b_F: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from functools import cache
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,14 +14,21 @@ WARM_UP = 3
 """Calls before the recording, in which kernels are compiled and libraries allocate what they keep."""
 
 
-class Recorded(Generic[Result]):
-    """``function`` of tensors whose shapes never change, and that asks the device for nothing.
+@cache
+def _memory() -> Any:
+    """What all recordings work in: they are replayed one after the other, in the order in which they were recorded."""
+    return torch.cuda.graph_pool_handle()
 
-    Each call gives the same tensors as the one before, with new content.
+
+class Recorded(Generic[Result]):
+    """One function of tensors whose shapes never change, and that asks the device for nothing.
+
+    Each call gives the same tensors as the one before, with new content, which lasts until a recording that was made
+    before this one is replayed.
     """
 
-    def __init__(self, function: Callable[..., Result]) -> None:
-        self._function, self._calls = function, 0
+    def __init__(self) -> None:
+        self._calls = 0
         self._graph: torch.cuda.CUDAGraph | None = None
         self._inputs: list[Tensor] = []
         self._result: Result | None = None
@@ -29,18 +37,22 @@ class Recorded(Generic[Result]):
         """Whether the first input has the shape that was recorded, if one was."""
         return not self._inputs or self._inputs[0].shape == first.shape
 
-    def __call__(self, *inputs: Tensor) -> Result:
-        """Run it."""
+    def __call__(self, function: Callable[..., Result], *inputs: Tensor) -> Result:
+        """Run ``function``, the same each time; it is not kept, for it may keep whoever calls."""
         self._calls += 1
         if self._calls <= WARM_UP:
-            return self._function(*inputs)
+            return function(*inputs)
         if self._graph is None:
-            self._graph = torch.cuda.CUDAGraph()
-            self._inputs = [value.clone() for value in inputs]
-            with torch.cuda.graph(self._graph):
-                self._result = self._function(*self._inputs)
+            self._record(function, inputs)
         for own, given in zip(self._inputs, inputs, strict=True):
             own.copy_(given)
-        self._graph.replay()
+        assert self._graph is not None
         assert self._result is not None
+        self._graph.replay()
         return self._result
+
+    def _record(self, function: Callable[..., Result], inputs: tuple[Tensor, ...]) -> None:
+        graph, own = torch.cuda.CUDAGraph(), [value.clone() for value in inputs]
+        with torch.cuda.graph(graph, pool=_memory()):
+            self._result = function(*own)
+        self._graph, self._inputs = graph, own

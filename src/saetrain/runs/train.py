@@ -63,6 +63,9 @@ def run(config: RunConfig) -> None:
 def _choose_kernels(config: RunConfig) -> None:
     """One process of each host builds what has to be built; all must come to the same kernels."""
     device = resolve_device(config.base.device)
+    if device.type == "cuda" and device.index is not None:
+        # Triton launches where torch stands, whatever device its inputs are on.
+        torch.cuda.set_device(device)
     asked = (config.compute, config.optim, config.train.loss_fn, device)
     chosen = distributed.turns("building the kernels", lambda: choose_kernels(*asked))
     together.require_same({"the kind of --device": device.type})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -85,7 +86,9 @@ class FiringTracker:
         zeros = torch.zeros(num_latents, dtype=torch.long, device=device)
         self.since_fired = zeros.clone()
         self._step, self._current, self._previous = zeros.clone(), zeros.clone(), zeros.clone()
-        self._step_tokens = self._current_tokens = self._previous_tokens = 0
+        self._step_tokens = self._block_tokens = 0
+        # Current and previous block; the host's count of the current one has steps in it that were left out.
+        self._counted = torch.zeros(2, dtype=torch.long, device=device)
 
     def observe(self, fired: Tensor, tokens: int) -> None:
         """Count a micro-batch of ``tokens``, on ``fired`` (F,) int64 of which each latent was active."""
@@ -102,12 +105,15 @@ class FiringTracker:
             since = torch.where(gate, since, self.since_fired)
             self._step *= gate
         self.since_fired.copy_(since)
-        if self._current_tokens >= self._block:
-            self._previous, self._previous_tokens = self._current.clone(), self._current_tokens
+        if self._block_tokens >= self._block:
+            self._previous = self._current.clone()
             self._current.zero_()
-            self._current_tokens = 0
+            self._counted = self._counted.roll(1)
+            self._counted[0] = 0
+            self._block_tokens = 0
         self._current += self._step
-        self._current_tokens += self._step_tokens
+        self._counted[0] += self._step_tokens if gate is None else self._step_tokens * gate
+        self._block_tokens += self._step_tokens
         self.drop_step()
 
     def drop_step(self) -> None:
@@ -126,7 +132,7 @@ class FiringTracker:
 
     def rates(self) -> tuple[Tensor, int]:
         """((F,) share of tokens on which each latent fired, tokens that it is measured on)."""
-        tokens = self._current_tokens + self._previous_tokens
+        tokens = int(self._counted.sum())
         return (self._current + self._previous) / max(tokens, 1), tokens
 
     def metrics(self) -> dict[str, float]:
@@ -141,12 +147,11 @@ class FiringTracker:
 
     def state(self) -> dict[str, Tensor]:
         """Counters between two steps, as tensors."""
-        tokens = torch.tensor([self._current_tokens, self._previous_tokens])
         return {
             "since_fired": self.since_fired,
             "current": self._current,
             "previous": self._previous,
-            "tokens": tokens,
+            "tokens": torch.tensor([*self._counted.tolist(), self._block_tokens]),
         }
 
     def restore(self, state: dict[str, Tensor]) -> None:
@@ -154,7 +159,10 @@ class FiringTracker:
         self.since_fired.copy_(state["since_fired"])
         self._current.copy_(state["current"])
         self._previous.copy_(state["previous"])
-        self._current_tokens, self._previous_tokens = (int(v) for v in state["tokens"])
+        # Checkpoints of version 0.1 hold no count of the host's own.
+        current, previous, *block = state["tokens"].tolist()
+        self._counted.copy_(torch.tensor([current, previous]))
+        (self._block_tokens,) = block or (current,)
 
 
 class DeadAhead:
@@ -184,3 +192,20 @@ class DeadAhead:
         self._counts.put(self._step, self._close(tokens))
         for _, (count,) in self._counts.ready():
             self._most = int(count)
+
+    def state(self) -> Tensor:
+        """What it knows and what is on its way, so that a resumed run works in the same sizes to the same bits."""
+        waiting = [count for _, (count,) in self._counts.settle()]
+        self._again(waiting)
+        return torch.tensor([-1 if self._most is None else self._most, *waiting], dtype=torch.long)
+
+    def restore(self, state: Tensor) -> None:
+        """Take back what :meth:`state` gave."""
+        most, *waiting = state.tolist()
+        self._most = None if most < 0 else most
+        self._counts.settle()
+        self._again(waiting)
+
+    def _again(self, waiting: Sequence[float]) -> None:
+        for count in waiting:
+            self._counts.put(self._step, torch.tensor([count]))

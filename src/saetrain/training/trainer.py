@@ -224,6 +224,7 @@ class SaeTrainer:
             **{f"optimizer.{name}": value for name, value in self.engine.state().items()},
             **{f"firing.{name}": value for name, value in self.firing.state().items()},
             "residual_variance": self.residual_variance,
+            **({} if self._dead_ahead is None else {"dead_ahead": self._dead_ahead.state()}),
         }
 
     @torch.no_grad()
@@ -239,8 +240,9 @@ class SaeTrainer:
             parameter.copy_(parts["coder"][name])
         self.engine.restore(parts["optimizer"])
         self.firing.restore(parts["firing"])
-        if self._dead_ahead is not None:
-            self._dead_ahead = DeadAhead(self.firing, LAG)
+        # A run that began with other kernels has none.
+        if self._dead_ahead is not None and "dead_ahead" in state:
+            self._dead_ahead.restore(state["dead_ahead"])
         self.residual_variance.copy_(state["residual_variance"])
 
 

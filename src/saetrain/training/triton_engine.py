@@ -74,7 +74,7 @@ class TritonEngine(DeviceEngine):
     ) -> None:
         self._coder, self._settings, self._half, self._fused = coder, settings, half, fused
         self._dense = coder.num_latents <= DENSE * coder.k if products == "auto" else products == "dense"
-        self._record, self._recordings = recorded, (Recorded(self._compute), Recorded(self._update))
+        self._record, self._computing, self._updating = recorded, Recorded[Found](), Recorded[Tensor]()
         # Both stored one latent after the other; the coder's W_enc is a transposed view of the first.
         self._W = {"enc": coder.W_enc.detach().T, "dec": coder.W_dec.detach()}
         self._b = {"enc": coder.b_enc.detach(), "dec": coder.b_dec.detach()}
@@ -103,8 +103,8 @@ class TritonEngine(DeviceEngine):
         assert objective is None, "gradients are written out for the coder's own loss alone"
         self._about, x_ND = progress, x_ND.contiguous()
         self._replayed = self._may_replay(x_ND, progress)
-        compute = self._recordings[0] if self._replayed else self._compute
-        found = compute(x_ND, progress.data_variance)
+        given = x_ND, progress.data_variance
+        found = self._computing(self._compute, *given) if self._replayed else self._compute(*given)
         self._batch = found.batch
         if self._coder.auxk_alpha and progress.dead is not None:
             self._auxk(found, progress)
@@ -113,7 +113,7 @@ class TritonEngine(DeviceEngine):
 
     def _may_replay(self, x_ND: Tensor, progress: Progress) -> bool:
         """Whether every step launches the same, which must be known without a look at the device."""
-        if not self._fused or not x_ND.is_cuda or progress.dead is not None or not self._recordings[0].fits(x_ND):
+        if not self._fused or not x_ND.is_cuda or progress.dead is not None or not self._computing.fits(x_ND):
             return False
         return x_ND.numel() * self._coder.num_latents <= RECORDED_WORK if self._record is None else self._record
 
@@ -166,12 +166,13 @@ class TritonEngine(DeviceEngine):
         dead = DeadLatents.at_most(most, progress.dead)
         aux = auxk_step(self._coder, self._weights, batch.x, found.residual, dead, progress)
         found.step.losses["auxk"] = aux.loss
-        found.bias.index_add_(0, dead.rows, aux.b_enc)
+        place = dead.places(latents)
+        found.bias += _spread(aux.b_enc, place)
         if self._dense:
-            batch.grads["enc"].index_add_(0, dead.rows, aux.W_enc)
-            batch.grads["dec"].index_add_(0, dead.rows, aux.W_dec)
+            batch.grads["enc"] += _spread(aux.W_enc, place)
+            batch.grads["dec"] += _spread(aux.W_dec, place)
         else:
-            batch.extra = {"row": dead.places(latents), "enc": aux.W_enc.contiguous(), "dec": aux.W_dec.contiguous()}
+            batch.extra = {"row": place, "enc": aux.W_enc.contiguous(), "dec": aux.W_dec.contiguous()}
         norm = torch.stack([value.square().sum() for value in (aux.W_enc, aux.W_dec, aux.b_enc)]).sum().sqrt()
         found.bound = found.bound + norm
 
@@ -179,7 +180,10 @@ class TritonEngine(DeviceEngine):
         """Take the micro-batch's small gradients, and unless it is alone its rows too."""
         if not self._fused and self._dense:
             for name, value in found.batch.grads.items():
-                self._sums[name] = self._sums[name].copy_(value) if self._empty else self._sums[name].add_(value)
+                if self._empty:
+                    self._sums[name].copy_(value)
+                else:
+                    self._sums[name].add_(value)
         elif not self._fused:
             self._latents(gpu.STORE if self._empty else gpu.ADD, self._always)
         # No sum of gradients is longer than their lengths together, whatever rank they come from.
@@ -223,8 +227,8 @@ class TritonEngine(DeviceEngine):
     def apply(self, lr: float, gate: Tensor | None = None) -> Tensor:
         """Gradients, projection, clipping, Adam and renormalisation; a gradient that is not finite changes nothing."""
         self._lr.fill_(lr)
-        update = self._recordings[1] if self._replayed else self._update
-        norm = update(self._always if gate is None else gate)
+        gate = self._always if gate is None else gate
+        norm = self._updating(self._update, gate) if self._replayed else self._update(gate)
         self.drop()
         return norm
 
@@ -276,3 +280,9 @@ class TritonEngine(DeviceEngine):
         self._count.copy_(state["W_dec.step"])
         for name, copy in self._halves.items():
             copy.copy_(self._W[name])
+
+
+def _spread(rows: Tensor, place: Tensor) -> Tensor:
+    """``rows`` at their places, 0 where the place is -1; by reading, for adding at places is atomic on a GPU."""
+    # The last of these is what -1 names.
+    return torch.cat([rows, torch.zeros_like(rows[:1])])[place]

@@ -15,8 +15,11 @@ from tests.unit.kernels.conftest import DEVICE
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter is slow."""
+    triton_check.fault.cache_clear()
     if DEVICE == "cpu":
-        monkeypatch.setattr(triton_check, "SMALL", triton_check.Shape(5, 12, 2, 8))
+        monkeypatch.setattr(triton_check, "SMALL", triton_check.Shape(5, 12, 4, 8))
+        monkeypatch.setattr(gpu_step, "SEGMENT", 4)
+        monkeypatch.setattr(triton_check, "WAYS", [triton_check.Way("sparse"), triton_check.Way("dense", parts=2)])
 
 
 def test_what_is_right_passes() -> None:
@@ -28,7 +31,7 @@ def test_slopes_of_other_latents_are_found(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(gpu_step, "sort_pairs", lambda v, i, s, n: right(v, i, s.roll(1, dims=1), n))
     fault = triton_check.fault(torch.device(DEVICE))
     assert fault is not None
-    assert "of a step away from autograd's (sparse products" in fault
+    assert "of a step away from autograd's (sparse products in fp32)" in fault
 
 
 def test_what_is_not_a_number_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,3 +51,18 @@ def test_a_compiler_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(gpu_step, "topk_relu", fail)
     assert triton_check.fault(torch.device(DEVICE)) == "they can't be built: OSError: no ptxas"
+
+
+@pytest.mark.parametrize("way", triton_check.WAYS, ids=str)
+def test_every_way_is_near_autograd(way: triton_check.Way, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_check, "WAYS", [way])
+    assert triton_check.beyond(triton_check.SMALL, torch.device(DEVICE)) == {}
+
+
+def test_an_exception_of_the_gpu_itself_is_not_taken_for_a_compiler_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*given: object) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(gpu_step, "topk_relu", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        triton_check.fault(torch.device(DEVICE))
