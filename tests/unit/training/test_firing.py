@@ -126,7 +126,7 @@ def test_no_more_are_dead_than_was_foreseen(lag: int) -> None:
     most, dead = [], []
     for step in range(30):
         if step == 11:
-            # As behind a resume.
+            # As behind a resume, from a checkpoint of other kernels.
             ahead = DeadAhead(tracker, lag)
         most.append(ahead.most(10))
         dead.append(int(tracker.silent().sum()))
@@ -138,3 +138,38 @@ def test_no_more_are_dead_than_was_foreseen(lag: int) -> None:
     assert max(dead) > 0
     assert most[0] == 0
     assert most == dead if lag == 0 else most != dead
+
+
+@pytest.mark.parametrize("done", [0, 1, 5])
+def test_what_is_foreseen_is_the_same_behind_a_resume(done: int) -> None:
+    tracker = FiringTracker(F, window=40, threshold=0.1, device=torch.device("cpu"))
+    whole, later = DeadAhead(tracker, 2), DeadAhead(tracker, 2)
+    foreseen: list[tuple[int, int]] = []
+    for step in range(12):
+        if step == done:
+            state = whole.state()
+            assert torch.equal(whole.state(), state)
+            later.restore(state)
+        foreseen.append((whole.most(10), later.most(10) if step >= done else whole.most(10)))
+        observe(tracker, batch(10, step % 2))
+        tracker.finish_step()
+        whole.after_step(10)
+        if step >= done:
+            later.after_step(10)
+    assert all(one == other for one, other in foreseen)
+    assert len({one for one, _ in foreseen}) > 1
+
+
+def test_counts_go_on_where_they_were_and_older_ones_are_read() -> None:
+    whole = FiringTracker(F, window=40, threshold=0.1, device=torch.device("cpu"))
+    for step in range(6):
+        observe(whole, batch(20_000, step))
+        whole.finish_step(torch.tensor(step != 4))
+    state = {name: value.clone() for name, value in whole.state().items()}
+    assert state["tokens"].tolist() == [40_000, 60_000, 60_000]
+    later = FiringTracker(F, window=40, threshold=0.1, device=torch.device("cpu"))
+    later.restore(state)
+    assert torch.equal(later.rates()[0], whole.rates()[0])
+    assert later.rates()[1] == whole.rates()[1] == 100_000
+    later.restore({**state, "tokens": state["tokens"][:2]})
+    assert later.state()["tokens"].tolist() == [40_000, 60_000, 40_000]

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
 from saetrain.coders.topk import TopK
-from saetrain.kernels import gpu_step
+from saetrain.kernels import gpu, gpu_search, gpu_step
 from saetrain.optim import OptimSettings
+from saetrain.training import delayed
 from saetrain.training.firing import FiringTracker
 from saetrain.training.trainer import SaeTrainer, Trainer, TrainSettings
 from saetrain.training.triton_engine import TritonEngine
@@ -184,24 +184,6 @@ def test_a_dropped_step_leaves_no_trace() -> None:
     assert torch.equal(*results)
 
 
-class Asked(TorchDispatchMode):
-    """Notes the operations whose result or shape the host has to wait for."""
-
-    WAITS = ("_local_scalar_dense", "nonzero", "item", "is_nonzero", "equal", "unique", "masked_select", "bincount")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run it."""
-        name = func.__name__.split(".")[0]
-        booleans = name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1])
-        if name in self.WAITS or booleans:
-            self.names.append(name)
-        return func(*args, **(kwargs or {}))
-
-
 def trainer(by: str = "triton", *, halts: bool = False, products: str = "sparse", auxk: float = 1 / 32) -> Trainer:
     """A coder whose latents die within two steps, clipped at every step."""
     coder, engine = make((12, 8, 24, 2, 0), by=by, products=products, max_grad_norm=1e-3)
@@ -218,21 +200,72 @@ def batch(step: int, factor: float = 1.0) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("products", ["sparse", "dense"])
-def test_no_step_asks_the_device(products: str) -> None:
-    """Nor does it for AuxK, for clipping, or to look for spikes."""
+def test_dead_latents_are_counted_ahead_and_trained_by_auxk(products: str) -> None:
     own, plain = trainer(products=products), trainer("reference")
     for each in (own, plain):
-        for step in range(3):
+        for step in range(5):
             each.train_step(lambda micro, at=step: batch(at))  # type: ignore[misc]
     assert own.saes["h"].firing.dead() is not None
-    for each, expected in ((own, False), (plain, True)):
-        with Asked() as asked:
-            each.train_step(lambda micro: batch(3))
-            each.train_step(lambda micro: batch(4))
-        assert bool(asked.names) == expected, asked.names
-    assert own.saes["h"].metrics("fvu")["loss_auxk"] == pytest.approx(
-        plain.saes["h"].metrics("fvu")["loss_auxk"], rel=1e-3
-    )
+    losses = [each.saes["h"].metrics("fvu")["loss_auxk"] for each in (own, plain)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+class Launch:
+    """In a kernel's place: takes tensors without content."""
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda *given, **named: [1 / (t.device.type == "meta") for t in given if isinstance(t, torch.Tensor)]
+
+
+class OnItsWay:
+    """In the place of figures that are copied to the host beside the step."""
+
+    def __init__(self, value: torch.Tensor) -> None:
+        self._length = len(value)
+
+    def get(self) -> torch.Tensor:
+        return torch.ones(self._length)
+
+
+@pytest.fixture
+def without_content(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors may have shapes alone: whoever asks for a number, or for a shape that depends on one, fails."""
+    for module, name in [(gpu, "reconstruct"), (gpu, "bound_norms"), (gpu, "partial"), (gpu, "latents")]:
+        monkeypatch.setattr(module, name, Launch())
+    monkeypatch.setattr(gpu_search, "select", Launch())
+    monkeypatch.setattr(delayed, "Arriving", OnItsWay)
+
+
+def meta_trainer(products: Any, micro_steps: int) -> Trainer:
+    coder = TopK(8, 24, 2, auxk_alpha=1 / 32, seed=1).to("meta")
+    fused = micro_steps == 1
+    engine = TritonEngine(coder, OptimSettings(max_grad_norm=0.1), half=True, fused=fused, products=products)
+    firing = FiringTracker(24, 20, 0.01, torch.device("meta"))
+    about: Any = {"data_variance": 8.0, "raw_mse": 1.0, "lr": 0.01, "seed": 0, "lift": 2.0}
+    sae = SaeTrainer("h", coder, lambda x: x, engine, firing, **about)
+    assert sae._dead_ahead is not None
+    sae._dead_ahead._most = 5
+    return Trainer({"h": sae}, TrainSettings(max_tokens=1200, grad_acc_steps=micro_steps), tokens=12, warmup=0)
+
+
+@pytest.mark.parametrize("micro_steps", [1, 2])
+@pytest.mark.parametrize("products", ["sparse", "dense"])
+@pytest.mark.usefixtures("without_content")
+def test_no_step_asks_the_device(products: str, micro_steps: int) -> None:
+    """Nor does it for AuxK, for clipping, or to look for spikes."""
+    own, x = meta_trainer(products, micro_steps), torch.empty(12, 8, device="meta")
+    for _ in range(4):
+        assert own.train_step(lambda micro: {"h": x}) == []
+
+
+@pytest.mark.parametrize("ask", [torch.Tensor.tolist, torch.Tensor.cpu, torch.Tensor.nonzero, float, bool])
+@pytest.mark.usefixtures("without_content")
+def test_a_step_that_asks_would_fail(ask: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, x = meta_trainer("sparse", 1), torch.empty(12, 8, device="meta")
+    right = FiringTracker.silent
+    monkeypatch.setattr(FiringTracker, "silent", lambda self: (ask(self.since_fired[0]), right(self))[1])
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        own.train_step(lambda micro: {"h": x})
 
 
 def test_a_step_with_a_spike_is_left_out_without_waiting() -> None:
@@ -248,6 +281,9 @@ def test_a_step_with_a_spike_is_left_out_without_waiting() -> None:
     assert [text.split(" is ")[0] for text in said[plain]] == [text.split(" is ")[0] for text in said[own]]
     state, expected = own.saes["h"].state(), plain.saes["h"].state()
     assert state["optimizer.W_dec.step"] == expected["optimizer.W_dec.step"] == 8
+    for name in ("firing.since_fired", "firing.current"):
+        assert torch.equal(state[name], expected[name]), name
+    assert state["firing.tokens"].tolist()[:2] == expected["firing.tokens"].tolist()[:2] == [8 * 12, 0]
     for name in ("coder.W_dec", "coder.b_dec", "optimizer.W_enc.exp_avg", "residual_variance"):
         torch.testing.assert_close(state[name], expected[name].detach(), rtol=2e-2, atol=1e-5, msg=name)
 
