@@ -6,6 +6,7 @@ import datetime
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -37,9 +38,11 @@ def describe_machine() -> dict[str, Any]:
 
 def describe_run(arguments: list[str]) -> dict[str, Any]:
     """When, of which code, by which command."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
-    ).stdout.strip()
+    commit = ""
+    # A machine that is lent for a benchmark may have neither git nor the history.
+    if shutil.which("git") is not None:
+        described = ["git", "describe", "--always", "--dirty"]
+        commit = subprocess.run(described, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
     return {
         "command": shlex.join(["python", "-m", "benchmarks", *arguments]),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

@@ -1,14 +1,14 @@
-"""``benchmarks/gpu.sh``: correctness, ceilings, steps and whole runs, into a file and as tables."""
+"""``benchmarks/gpu.sh``: correctness, ceilings, steps and whole passes, into a file and as lines."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
-import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -23,70 +23,77 @@ if not torch.cuda.is_available():
 from benchmarks.cases import Work
 from benchmarks.gpu.correct import correct
 from benchmarks.gpu.shapes import HOOK, MODELS, SHAPES, SMALL
-from benchmarks.gpu.steps import PATHS, batches_of, in_turn, paths_of
-from benchmarks.gpu.timing import ceilings, floor, milliseconds, samples_of
-from benchmarks.inputs import token_ids, transformer
+from benchmarks.gpu.steps import PATHS, SKEWED, batches_of, in_turn, paths_of
+from benchmarks.gpu.timing import ceilings, floor, samples_of
+from benchmarks.gpu.whole import Forward
 from benchmarks.machine import describe_machine, describe_run
 from saetrain.training.triton_check import Shape
 
 OUT = Path(__file__).parents[1] / "results" / "gpu.json"
-MINUTES = 7.5
-"""After which nothing more is begun."""
+MINUTES = 8.0
+"""After which no path is begun."""
+Found = dict[str, Any]
 
 
-def steps(shape: Shape, limits: dict[str, float]) -> dict[str, Any]:
-    """Times of each path at a shape, beside the floor."""
-    lowest = floor(shape, limits)
-    batches = batches_of(shape, "cuda")
-    found: dict[str, Any] = {"shape": asdict(shape), "floor_ms": lowest, "paths": {}}
+def steps(shape: Shape, limits: dict[str, float]) -> Iterator[tuple[str, Callable[[], Found]]]:
+    """(name, what times it) of each path at a shape."""
     for name, make in paths_of(shape, SMALL).items():
-        torch.cuda.empty_cache()
-        result = samples_of(in_turn(make(shape, "cuda"), batches))
-        if "ms" in result:
-            result["of_floor"] = lowest / result["ms"]
-        found["paths"][name] = result
-    return found
+
+        def timed(name: str = name, make: Any = make) -> Found:
+            batches, kept = batches_of(shape, "cuda", skewed=name == SKEWED), []
+
+            def build() -> Callable[[], None]:
+                kept.append(make(shape, "cuda"))
+                return in_turn(kept[0], batches)
+
+            result = samples_of(build)
+            if "ms" in result:
+                result.update(kept[0].check())
+                result["of_floor"] = floor(shape, limits) / result["ms"]
+                if "fired" in result:
+                    result["of_floor_of_fired"] = floor(shape, limits, result["fired"]) / result["ms"]
+            return result
+
+        yield name, timed
 
 
-@torch.no_grad()
-def end_to_end(work: Work) -> dict[str, Any]:
-    """The model's forward to the hook alone, and with the SAE's step behind it."""
-    module = transformer(work).cuda()
-    ids = token_ids(work, 4 * work.tokens // work.ctx_len).cuda().chunk(4)
-    number = 0
+def whole(work: Work) -> Iterator[tuple[str, Callable[[], Found]]]:
+    """The model's forward to the hook alone, then with each path's step behind it."""
+    forward = Forward(work)
+    alone: list[float] = []
 
-    def forward() -> torch.Tensor:
-        nonlocal number
-        number += 1
-        out: torch.Tensor = module(ids[number % len(ids)]).last_hidden_state
-        return out.flatten(0, 1)
+    def only() -> Found:
+        result = samples_of(lambda: forward)
+        alone.append(result.get("ms", math.nan))
+        return result
 
-    alone = statistics.median(milliseconds(forward))
+    yield "forward alone", only
     shape = Shape(work.width, work.latents, work.k, work.tokens)
-    found: dict[str, Any] = {"model": work.model, "shape": asdict(shape), "forward_ms": alone, "paths": {}}
     for name in ("triton", "torch"):
-        step = PATHS[name](shape, "cuda")
-        result = samples_of(lambda step=step: step(forward()))  # type: ignore[misc]
-        if "ms" in result:
-            result["of_forward"] = alone / result["ms"]
-            result["tokens_per_s"] = 1e3 * work.tokens / result["ms"]
-        found["paths"][name] = result
-    return found
+
+        def timed(name: str = name) -> Found:
+            kept = []
+
+            def build() -> Callable[[], object]:
+                kept.append(PATHS[name](shape, "cuda"))
+                return lambda: kept[0](forward())
+
+            result = samples_of(build)
+            if "ms" in result:
+                result.update(kept[0].check())
+                result["of_forward"], result["tokens_per_s"] = alone[0] / result["ms"], 1e3 * work.tokens / result["ms"]
+            return result
+
+        yield name, timed
 
 
-def show(result: dict[str, Any]) -> None:
-    """One line for each path."""
-    about = result.get("model", "step")
-    known = ", ".join(f"{key} {result[key]:.3f}" for key in ("floor_ms", "forward_ms") if key in result)
-    print(f"{about} {result['shape']}: {known}")
-    own = result["paths"].get("triton", {}).get("ms")
-    for name, path in result["paths"].items():
-        if "failed" in path:
-            print(f"  {name}: {path['failed']}")
-            continue
-        shares = "".join(f", {path[k]:.0%} {k.replace('_', ' ')}" for k in ("of_floor", "of_forward") if k in path)
-        ratio = f", {path['ms'] / own:.2f}x triton's time" if own else ""
-        print(f"  {name}: {path['ms']:.3f} ms{shares}{ratio}, {path['peak_bytes'] / 2**30:.1f} GiB")
+def line(name: str, path: Found) -> str:
+    """What is said of a path."""
+    if "failed" in path:
+        return f"  {name}: {path['failed']}"
+    kinds = ("of_floor", "of_floor_of_fired", "of_forward", "fired")
+    shares = "".join(f", {path[kind]:.0%} {kind.replace('_', ' ')}" for kind in kinds if kind in path)
+    return f"  {name}: {path['ms']:.3f} ms{shares}, {path['peak_bytes'] / 2**30:.1f} GiB"
 
 
 def announce(shapes: list[Shape], models: list[Work]) -> None:
@@ -94,9 +101,32 @@ def announce(shapes: list[Shape], models: list[Work]) -> None:
     print("no GPU: nothing is timed. With one, these are, beside a large copy and a large bf16 product:")
     for shape in shapes:
         sizes = f"D={shape.width} F={shape.latents} k={shape.k} N={shape.tokens}"
-        print(f"  step {sizes}: {', '.join(paths_of(shape, SMALL))}")
+        print(f"  step {sizes}: {'; '.join(paths_of(shape, SMALL))}")
     for work in models:
         print(f"  end to end: {work.model} to block {HOOK}, {work.tokens} tokens a step, F={work.latents}, k={work.k}")
+
+
+def timings(shapes: list[Shape], models: list[Work], results: Found, out: Path, until: float) -> None:
+    """Time every path while there is time, and write the results behind each."""
+    tasks: list[tuple[str, Found, Iterator[tuple[str, Callable[[], Found]]]]] = []
+    tasks += [("end_to_end", {"model": work.model, **asdict(work)}, whole(work)) for work in models]
+    limits = results["ceilings"]
+    tasks[1:1] = [
+        ("steps", {"shape": asdict(shape), "floor_ms": floor(shape, limits)}, steps(shape, limits)) for shape in shapes
+    ]
+    for key, about, paths in tasks:
+        print(about)
+        results[key].append({**about, "paths": {}})
+        for name, timed in paths:
+            found: Found = {"failed": "left out for want of time"}
+            if time.monotonic() < until:
+                try:
+                    found = timed()
+                except AssertionError as error:
+                    found = {"failed": str(error)}
+            results[key][-1]["paths"][name] = found
+            print(line(name, found), flush=True)
+            out.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def main() -> None:
@@ -104,40 +134,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="benchmarks/gpu.sh", description=__doc__)
     parser.add_argument("--out", type=Path, default=OUT, help="the results file (benchmarks/results/gpu.json)")
     parser.add_argument("--quick", action="store_true", help="the small shape and BERT alone")
-    parser.add_argument("--minutes", type=float, default=MINUTES, help="after which nothing more is begun")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="after which no path is begun")
     options = parser.parse_args()
-    began, device = time.monotonic(), "cuda" if torch.cuda.is_available() else "cpu"
+    until, device = time.monotonic() + 60 * options.minutes, "cuda" if torch.cuda.is_available() else "cpu"
     shapes, models = ([SMALL], MODELS[:1]) if options.quick else ([SMALL, *SHAPES], MODELS)
     checked = correct(device, quick=options.quick)
     for check in checked:
-        print(f"{check['what']}, {check['shape']}: {check['distance']:.1e}")
+        print(f"{'' if check['fine'] else 'WRONG: '}{check['what']}, {check['shape']}: {check['distance']:.1e}")
     if device == "cpu":
         announce(shapes, models)
-        return
-    results: dict[str, Any] = {
-        "run": {**describe_run([]), "command": "benchmarks/gpu.sh " + " ".join(sys.argv[1:])},
-        "machine": describe_machine(),
-        "device": torch.cuda.get_device_name(),
-        "versions": {"torch": torch.__version__, "cuda": torch.version.cuda, "triton": version("triton")},
-        "ceilings": ceilings(),
-        "correct": checked,
-        "steps": [],
-        "end_to_end": [],
-        "left_out": [],
-    }
-    print(f"{results['device']}: {results['ceilings']}")
-    tasks: list[tuple[str, Callable[..., dict[str, Any]], tuple[Any, ...]]]
-    tasks = [("end_to_end", end_to_end, (work,)) for work in models]
-    tasks[1:1] = [("steps", steps, (shape, results["ceilings"])) for shape in shapes]
-    for key, run, given in tasks:
-        if time.monotonic() - began > 60 * options.minutes:
-            results["left_out"].append(str(given[0]))
-            continue
-        results[key].append(run(*given))
-        show(results[key][-1])
-        options.out.write_text(json.dumps(results, indent=1) + "\n")
-    if results["left_out"]:
-        print("left out for want of time:", *results["left_out"], sep="\n  ")
+    else:
+        results: Found = {
+            "run": {**describe_run([]), "command": "benchmarks/gpu.sh " + " ".join(sys.argv[1:])},
+            "machine": describe_machine(),
+            "device": torch.cuda.get_device_name(),
+            "versions": {"torch": torch.__version__, "cuda": torch.version.cuda, "triton": version("triton")},
+            "correct": checked,
+            "ceilings": ceilings(),
+            "steps": [],
+            "end_to_end": [],
+        }
+        print(f"{results['device']}: {results['ceilings']}")
+        timings(shapes, models, results, options.out, until)
+    if not all(check["fine"] for check in checked):
+        sys.exit("the kernels do not compute what they should")
 
 
 if __name__ == "__main__":

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.cases import Work
-from benchmarks.inputs import SEED, STEPS, activations
+from benchmarks.inputs import BATCHES, SEED, STEPS, activations
 from benchmarks.peers import sparsify_gpu
+from saetrain.activations.normalize import Normalizer
 from saetrain.coders.topk import TopK
 from saetrain.optim import Optimizer, OptimSettings
 from saetrain.training.engine import Engine
@@ -23,40 +24,75 @@ from saetrain.training.triton_check import Shape
 from saetrain.training.triton_engine import TritonEngine
 
 LR = 1e-3
-Step = Callable[[Tensor], object]
+SKEWED = "triton (skewed inputs)"
+"""Over inputs as those of the CPU's benchmarks, in which few latents fire often and most hardly do."""
 
 
 @lru_cache(maxsize=1)
-def _initial(width: int, latents: int, k: int, device: str) -> TopK:
+def _initial(width: int, latents: int, k: int) -> TopK:
     """Kept, for making a wide one takes long."""
-    return TopK(width, latents, k, seed=SEED).to(device)
+    return TopK(width, latents, k, seed=SEED)
 
 
 def coder_of(shape: Shape, device: str) -> TopK:
     """A fresh coder."""
-    return copy.deepcopy(_initial(shape.width, shape.latents, shape.k, device))
+    return copy.deepcopy(_initial(shape.width, shape.latents, shape.k)).to(device)
 
 
-def batches_of(shape: Shape, device: str) -> list[Tensor]:
-    """Activations in turn, so that none is in the cache from the step before."""
-    work = Work("step", tokens=shape.tokens, width=shape.width, latents=shape.latents, k=shape.k)
-    return [batch.to(device) for batch in activations(work)]
+def batches_of(shape: Shape, device: str, *, skewed: bool = False) -> list[Tensor]:
+    """Activations in turn, so that none is in the cache from the step before; unless skewed, all latents fire alike."""
+    if skewed:
+        work = Work("step", tokens=shape.tokens, width=shape.width, latents=shape.latents, k=shape.k)
+        return [batch.to(device) for batch in activations(work)]
+    generator = torch.Generator().manual_seed(SEED)
+    return [torch.randn(shape.tokens, shape.width, generator=generator).to(device) for _ in range(BATCHES)]
 
 
-def through_trainer(build: Callable[[TopK], Engine]) -> Callable[[Shape, str], Step]:
-    """Our whole step as in a run: spikes, counters and the lifting of dead latents are in it."""
+class Ours:
+    """Our whole step as in a run: turning the inputs, spikes, counters and the lifting of dead latents are in it."""
 
-    def make(shape: Shape, device: str) -> Step:
+    def __init__(self, build: Callable[[TopK], Engine], shape: Shape, device: str) -> None:
         coder = coder_of(shape, device)
         window = DeadSettings().window(STEPS * shape.tokens, shape.latents, shape.k)
         firing = FiringTracker(shape.latents, window, DeadSettings().dead_percentage_threshold, torch.device(device))
-        about: dict[str, Any] = {"data_variance": float(shape.width), "raw_mse": 1.0, "lr": LR, "seed": SEED}
-        sae = SaeTrainer("x", coder, Tensor.float, build(coder), firing, **about, lift=LIFT)
+        axes, variance = torch.eye(shape.width, device=device), float(shape.width)
+        normalizer = Normalizer(torch.zeros(shape.width, device=device), 1.0, axes, variance, float("inf"))
+        about: dict[str, Any] = {"data_variance": variance, "raw_mse": 1.0, "lr": LR, "seed": SEED, "lift": LIFT}
+        self._sae = SaeTrainer("x", coder, partial(normalizer, half=True), build(coder), firing, **about)
         settings = TrainSettings(max_tokens=STEPS * shape.tokens)
-        trainer = Trainer({"x": sae}, settings, tokens=shape.tokens, warmup=0)
-        return lambda x: trainer.train_step(lambda _: {"x": x})
+        self._trainer = Trainer({"x": self._sae}, settings, tokens=shape.tokens, warmup=0)
 
-    return make
+    def __call__(self, x: Tensor) -> None:
+        """One step."""
+        self._trainer.train_step(lambda _: {"x": x})
+
+    def check(self) -> dict[str, float]:
+        """The share of the latents that fired in the last step; AssertionError where a step was left out."""
+        left_out = self._trainer.settle()
+        assert not left_out, str(left_out[0])
+        count = int(self._sae.engine.state()["W_dec.step"])
+        assert count == self._trainer.step, f"{count} of {self._trainer.step} steps were applied"
+        assert self._sae.sums is not None
+        return {"fired": float((self._sae.sums.fired > 0).float().mean())}
+
+
+class Theirs:
+    """sparsify's; ``package``: with the package's own modules."""
+
+    def __init__(self, package: sparsify_gpu.Package | None, shape: Shape, device: str) -> None:
+        self._step = sparsify_gpu.Step(coder_of(shape, device), package)
+
+    def __call__(self, x: Tensor) -> None:
+        """One step."""
+        self._fvu = self._step(x)
+
+    def check(self) -> dict[str, float]:
+        """Nothing but that the loss is a number."""
+        assert self._fvu == self._fvu, "the loss is not a number"
+        return {}
+
+
+Path = Callable[[Shape, str], "Ours | Theirs"]
 
 
 def triton(coder: TopK, **how: Any) -> Engine:
@@ -76,42 +112,32 @@ def plain(coder: TopK) -> Engine:
     return TorchEngine(coder, optimizer, torch.bfloat16)
 
 
-def sparsify(own: bool) -> Callable[[Shape, str], Step]:
-    """Their step; ``own``: with the package's own modules."""
-
-    def make(shape: Shape, device: str) -> Step:
-        return sparsify_gpu.Step(coder_of(shape, device), sparsify_gpu.package() if own else None)
-
-    return make
-
-
-PATHS: dict[str, Callable[[Shape, str], Step]] = {
-    "triton": through_trainer(triton),
-    "torch": through_trainer(plain),
-    "sparsify (written out)": sparsify(own=False),
+PATHS: dict[str, Path] = {
+    "triton": partial(Ours, triton),
+    "torch": partial(Ours, plain),
+    "sparsify (without its kernels)": partial(Theirs, None),
 }
-OTHER_PRODUCTS = {
-    "triton (sparse)": through_trainer(lambda coder: triton(coder, products="sparse")),
-    "triton (dense)": through_trainer(lambda coder: triton(coder, products="dense")),
+OTHER_PRODUCTS: dict[str, Path] = {
+    "triton (sparse)": partial(Ours, partial(triton, products="sparse")),
+    "triton (dense)": partial(Ours, partial(triton, products="dense")),
 }
 """Where the choice between them is near."""
-GRAPHS = {
-    "triton (no graphs)": through_trainer(lambda coder: triton(coder, recorded=False)),
-    "triton (graphs)": through_trainer(lambda coder: triton(coder, recorded=True)),
-}
 
 
-def paths_of(shape: Shape, small: Shape) -> dict[str, Callable[[Shape, str], Step]]:
+def paths_of(shape: Shape, small: Shape) -> dict[str, Path]:
     """What is timed at a shape."""
     found = dict(PATHS)
-    if sparsify_gpu.package() is not None:
-        found["sparsify (its own modules)"] = sparsify(own=True)
+    package = sparsify_gpu.package()
+    if package is not None:
+        found["sparsify"] = partial(Theirs, package)
     if shape == small:
-        return {**found, **GRAPHS}
-    return {**found, **OTHER_PRODUCTS} if shape.latents <= 256 * shape.k else found
+        found["triton (no graphs)"] = partial(Ours, partial(triton, recorded=False))
+    elif shape.latents <= 256 * shape.k:
+        found |= OTHER_PRODUCTS
+    return {**found, SKEWED: PATHS["triton"]}
 
 
-def in_turn(step: Step, batches: Sequence[Tensor]) -> Callable[[], None]:
+def in_turn(step: Callable[[Tensor], object], batches: Sequence[Tensor]) -> Callable[[], None]:
     """The step, each time over the next batch."""
     number = 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -47,22 +48,25 @@ def ceilings() -> dict[str, float]:
     return {"bytes_per_s": 2e3 * COPY / copy, "flops_per_s": 2e3 * PRODUCT**3 / product}
 
 
-def floor(shape: Shape, limits: dict[str, float]) -> float:
-    """Milliseconds of the encoder's product and one fused optimizer pass, at the ceilings.
+def floor(shape: Shape, limits: dict[str, float], share: float = 1.0) -> float:
+    """Milliseconds of the encoder's product and a fused optimizer pass over ``share`` of the latents, at the ceilings.
 
-    The pass reads and writes both weights and their two moments in fp32 and writes the bf16 copies, of every latent:
-    ours leaves out those that did not fire, so that it can come out below.
+    The pass reads and writes both weights and their two moments in fp32 and writes the bf16 copies. Ours leaves out
+    latents that did not fire, so it is held to the share that did.
     """
     numbers = 2 * shape.width * shape.latents
     product = shape.tokens * numbers / limits["flops_per_s"]
-    return 1e3 * (product + numbers * (6 * 4 + 2) / limits["bytes_per_s"])
+    return 1e3 * (product + share * numbers * (6 * 4 + 2) / limits["bytes_per_s"])
 
 
-def samples_of(run: Callable[[], Any]) -> dict[str, Any]:
-    """Median and samples in milliseconds, and peak memory in bytes; or why there are none."""
+def samples_of(build: Callable[[], Callable[[], Any]]) -> dict[str, Any]:
+    """Median and samples in milliseconds, and peak memory in bytes, of what ``build`` makes; or why there are none."""
+    # What the path before has left would count as this one's.
+    gc.collect()
+    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     try:
-        samples = milliseconds(run)
-    except torch.cuda.OutOfMemoryError as error:
-        return {"failed": f"out of memory: {error}".splitlines()[0]}
+        samples = milliseconds(build())
+    except (RuntimeError, ValueError, AssertionError) as error:
+        return {"failed": f"{type(error).__name__}: {error}".splitlines()[0]}
     return {"ms": statistics.median(samples), "samples": samples, "peak_bytes": torch.cuda.max_memory_allocated()}

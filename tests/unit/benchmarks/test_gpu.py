@@ -14,7 +14,7 @@ from torch.nn.functional import linear
 
 pytest.importorskip("triton")
 
-from benchmarks.gpu.steps import PATHS, coder_of
+from benchmarks.gpu.steps import PATHS, SKEWED, coder_of, paths_of
 from benchmarks.gpu.timing import floor
 from benchmarks.peers import sparsify_gpu
 from saetrain.training.triton_check import Shape
@@ -42,9 +42,9 @@ def test_without_a_gpu_it_checks_says_what_it_would_time_and_ends_well(tmp_path:
         cwd=ROOT, env={**env, "PYTHON": str(python)}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("update in fp32 against autograd") == 4
+    assert done.stdout.count("update against autograd") == 8
     assert "no GPU: nothing is timed" in done.stdout
-    assert "step D=768 F=3072 k=32 N=4096: triton, torch, sparsify (written out)" in done.stdout
+    assert "step D=768 F=3072 k=32 N=4096: triton; torch; sparsify (without its kernels)" in done.stdout
     assert not (tmp_path / "gpu.json").exists()
 
 
@@ -74,5 +74,18 @@ def test_every_path_trains() -> None:
     peer = sparsify_gpu.Step(coder_of(SMALL, "cpu"), None)
     fvu = [peer(x) for _ in range(200)]
     assert fvu[-1] < 0.7 * fvu[0]
-    for name in ("triton", "torch"):
-        PATHS[name](SMALL, "cpu")(x)
+    for name in paths_of(SMALL, SMALL):
+        if name != SKEWED:
+            step = paths_of(SMALL, SMALL)[name](SMALL, "cpu")
+            step(x)
+            step(x)
+            assert 0 < step.check().get("fired", 1) <= 1
+
+
+def test_a_step_that_was_left_out_is_not_timed_for_one() -> None:
+    step = PATHS["torch"](SMALL, "cpu")
+    x = torch.randn(50, 12)
+    step(x)
+    step(x * float("nan"))
+    with pytest.raises(AssertionError, match="1 of 2 steps were applied"):
+        step.check()
