@@ -217,15 +217,9 @@ def latents(
     rates,  # (4,): the decoder's, the encoder's, 1 - decay, 1 / root of the second correction
     clip,  # scalar that gradients are multiplied with
     D,
-    BETA1: tl.constexpr,
-    BETA2: tl.constexpr,
-    EPS: tl.constexpr,
-    MODE: tl.constexpr,
-    STORED: tl.constexpr,
-    EXTRA: tl.constexpr,
-    HALF: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_P: tl.constexpr,
+    BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr,
+    MODE: tl.constexpr, STORED: tl.constexpr, EXTRA: tl.constexpr, HALF: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """Both gradient rows of a latent, then what the mode asks for: their norm, to keep them, or the whole update."""
     if tl.load(gate) == 0:
