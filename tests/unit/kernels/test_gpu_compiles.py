@@ -27,6 +27,8 @@ TYPES = {
     "segment_first": "i64",
 }
 
+PAIRS = ("starts", "pair_token", "segments", "extra_row")
+
 def compiled(kernel, target, constants, launch={}, **types):
     types = {**TYPES, **types}
     signature = {
@@ -59,8 +61,12 @@ for target, widths in ((90, (768, 4096)), (80, (768,))):
         adam = {"BETA1": BETAS[0], "BETA2": BETAS[1], "EPS": EPS}
         ways = ((0, False, False), (1, False, True), (2, False, False), (3, True, False), (3, False, True))
         for mode, stored, extra in ways:
-            way = {"MODE": mode, "STORED": stored, "EXTRA": extra, "HALF": True, "BLOCK_P": rows}
-            compiled(gpu.latents, target, {**adam, **way, **block}, given)
+            way = {"MODE": mode, "STORED": stored, "EXTRA": extra, "BLOCK_P": rows}
+            # What is not read is handed over as any other tensor.
+            unread = dict.fromkeys(PAIRS, "fp32") if stored else {}
+            compiled(gpu.latents, target, {**adam, **way, "HALF": True, **block}, given, **unread)
+        single |= {"half_enc": "fp32", "half_dec": "fp32"}
+        compiled(gpu.latents, target, {**adam, **way, "HALF": False, **block}, given, **single)
 """
 
 STACK = 16
@@ -72,6 +78,6 @@ def test_every_kernel_compiles_without_spills() -> None:
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=False, env=env)
     assert done.returncode == 0, done.stderr
     rows = [line.split() for line in done.stdout.splitlines()]
-    assert len(rows) == 2 * 3 + 3 * 7
+    assert len(rows) == 2 * 3 + 3 * 8
     assert {row[1] for row in rows} == {"select", "bound_norms", "reconstruct", "partial", "latents"}
     assert [row for row in rows if int(row[3]) > STACK] == []
