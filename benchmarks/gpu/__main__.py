@@ -1,4 +1,4 @@
-"""``benchmarks/gpu.sh``: correctness, ceilings, steps and whole passes, into a file and as lines."""
+"""The GPU suite: correctness, ceilings, steps and whole passes, into a file and as lines; see benchmarks/gpu.sh."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from benchmarks.gpu.steps import PATHS, SKEWED, batches_of, in_turn, paths_of
 from benchmarks.gpu.timing import ceilings, floor, samples_of
 from benchmarks.gpu.whole import Forward
 from benchmarks.machine import describe_machine, describe_run
+from benchmarks.peers.sparsify_gpu import PLACE, package
 from saetrain.training.triton_check import Shape
 
 OUT = Path(__file__).parents[1] / "results" / "gpu.json"
@@ -132,15 +133,32 @@ def timings(shapes: list[Shape], models: list[Work], results: Found, out: Path, 
 def main() -> None:
     """All of it."""
     parser = argparse.ArgumentParser(prog="benchmarks/gpu.sh", description=__doc__)
-    parser.add_argument("--out", type=Path, default=OUT, help="the results file (benchmarks/results/gpu.json)")
+    parser.add_argument("--out", type=Path, default=OUT, help="the results file; default: benchmarks/results/gpu.json")
     parser.add_argument("--quick", action="store_true", help="the small shape and BERT alone")
-    parser.add_argument("--minutes", type=float, default=MINUTES, help="after which no path is begun")
+    parser.add_argument(
+        "--minutes", type=float, default=MINUTES, help="after which nothing more is begun; default: %(default)s"
+    )
     options = parser.parse_args()
+    if not options.out.parent.is_dir():
+        parser.error(f"--out {options.out}: there is no folder {options.out.parent}")
+    if not options.minutes > 0:
+        parser.error(f"--minutes {options.minutes}: must be positive")
+    try:
+        package()
+    except OSError as error:
+        parser.error(f"SPARSIFY={os.environ[PLACE]}: {error}; name the folder sparsify or the wheel of eai-sparsify")
     until, device = time.monotonic() + 60 * options.minutes, "cuda" if torch.cuda.is_available() else "cpu"
     shapes, models = ([SMALL], MODELS[:1]) if options.quick else ([SMALL, *SHAPES], MODELS)
+    print(
+        f"checking the kernels {'on the GPU' if device == 'cuda' else 'by the interpreter of Triton, slowly'}",
+        flush=True,
+    )
     checked = correct(device, quick=options.quick)
     for check in checked:
-        print(f"{'' if check['fine'] else 'WRONG: '}{check['what']}, {check['shape']}: {check['distance']:.1e}")
+        verdict = "right" if check["fine"] else "WRONG"
+        print(
+            f"  {verdict}: {check['what']}, {check['shape']}: {check['distance']:.1e} (at most {check['allowed']:.0e})"
+        )
     if device == "cpu":
         announce(shapes, models)
     else:

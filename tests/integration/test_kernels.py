@@ -143,6 +143,6 @@ def test_a_run_of_native_kernels_goes_on_without_a_compiler(tmp_path: Path, tiny
     main([*words, *BASE.split(), "--save_dir", str(tmp_path / "out"), "--kernels", "native"])
     done = without_compiler(tmp_path, *words, "--resume")
     assert done.returncode == 2
-    assert "use --kernels torch" in done.stderr
+    assert "a run that began with them goes on with --kernels torch" in done.stderr
     done = without_compiler(tmp_path, *words, "--resume", "--kernels", "torch")
     assert done.returncode == 0, done.stderr

@@ -20,6 +20,7 @@ from tests.integration.test_resume import fingerprint, last_checkpoint, records
 SMALL = "--k 2 --num_latents 24 --batch_size 1 --ctx_len 16 --eval_tokens 100 --buffer_tokens 64 --assess false "
 SMALL += "--max_tokens 192 --log_every 100 --compute_dtype float32 --dead_window_tokens 30 --auxk_alpha 0.03"
 STEPS = 12
+HALF = ("--compute_dtype", "bfloat16")
 
 
 def words(out: Path, model: str, text: str, name: str, kernels: str, *more: str) -> list[str]:
@@ -52,9 +53,9 @@ def last(run: Path) -> dict[str, float]:
 def test_a_run_and_its_second_half_alone(tmp_path: Path, tiny_bert: str, topics_jsonl: str) -> None:
     """The same figures as by PyTorch's kernels, and resumed the same bits."""
     for name, kernels in (("triton", "triton"), ("torch", "torch")):
-        main(words(tmp_path, tiny_bert, topics_jsonl, name, kernels, "--save_every", "6"))
+        main(words(tmp_path, tiny_bert, topics_jsonl, name, kernels, "--save_every", "6", *HALF))
     own, plain = last(tmp_path / "triton"), last(tmp_path / "torch")
-    assert own["fvu"] == pytest.approx(plain["fvu"], rel=1e-3)
+    assert own["fvu"] == pytest.approx(plain["fvu"], rel=1e-2)
     assert own["l0"] == plain["l0"]
     whole = fingerprint(tmp_path / "triton")
     for path in (tmp_path / "triton" / "checkpoints").glob(f"step_*{STEPS}"):
@@ -62,7 +63,7 @@ def test_a_run_and_its_second_half_alone(tmp_path: Path, tiny_bert: str, topics_
             file.unlink()
         path.rmdir()
     assert last_checkpoint(tmp_path / "triton") == 6
-    main(words(tmp_path, tiny_bert, topics_jsonl, "triton", "triton", "--save_every", "6", "--resume"))
+    main(words(tmp_path, tiny_bert, topics_jsonl, "triton", "triton", "--save_every", "6", "--resume", *HALF))
     assert fingerprint(tmp_path / "triton") == whole
 
 

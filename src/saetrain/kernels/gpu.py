@@ -17,6 +17,14 @@ BUILD_ERRORS = (triton.TritonError, RuntimeError, ValueError, OSError, subproces
 
 
 @triton.jit
+def _half(value):
+    """In bf16, rounded to nearest even as torch does: the interpreter would cut off."""
+    bits = value.to(tl.float32).to(tl.uint32, bitcast=True)
+    bits = tl.where(value == value, bits + 0x7FFF + ((bits >> 16) & 1), bits)
+    return ((bits >> 16) << 16).to(tl.float32, bitcast=True).to(tl.bfloat16)
+
+
+@triton.jit
 def reconstruct(
     x,  # (N, D) fp32, less the decoder's bias
     W_dec,  # (F, D) in the products' format
@@ -46,7 +54,8 @@ def reconstruct(
         decoded += tl.sum(value[:, None] * rows.to(tl.float32), axis=0)
     left = tl.where(inside, tl.load(x + token * D + d, mask=inside, other=0.0) - decoded, 0.0)
     tl.store(residual + token * D + d, left, mask=inside)
-    tl.store(residual_copy + token * D + d, left.to(residual_copy.dtype.element_ty), mask=inside)
+    if residual_copy.dtype.element_ty == tl.bfloat16:
+        tl.store(residual_copy + token * D + d, _half(left), mask=inside)
     tl.store(norms + token, tl.sqrt(tl.sum(left * left, axis=0)))
     factor = -tl.load(scale)
     for at in range(0, K, BLOCK_K):
@@ -284,8 +293,8 @@ def _update(
     w_enc = keep * tl.load(W_enc + at, mask=inside, other=0.0) - encoder_rate * move
     tl.store(W_enc + at, w_enc, mask=inside)
     if HALF:
-        tl.store(half_dec + at, w_dec.to(tl.bfloat16), mask=inside)
-        tl.store(half_enc + at, w_enc.to(tl.bfloat16), mask=inside)
+        tl.store(half_dec + at, _half(w_dec), mask=inside)
+        tl.store(half_enc + at, _half(w_enc), mask=inside)
     m, v, move = _adam(tl.load(m_b + latent), tl.load(v_b + latent), clip * b, root, BETA1, BETA2, EPS)
     tl.store(m_b + latent, m)
     tl.store(v_b + latent, v)

@@ -13,13 +13,13 @@ import triton.language as tl
 def _key(value):
     """Unsigned integers in the order of the floats; above 0 for every float."""
     bits = value.to(tl.uint32, bitcast=True)
-    return tl.where(bits >= 0x80000000, ~bits, bits | 0x80000000)
+    return tl.where(bits >= 0x80000000, bits ^ 0xFFFFFFFF, bits | 0x80000000)
 
 
 @triton.jit
 def _value(key):
     """The floats again."""
-    bits = tl.where(key >= 0x80000000, key & 0x7FFFFFFF, ~key)
+    bits = tl.where(key >= 0x80000000, key & 0x7FFFFFFF, key ^ 0xFFFFFFFF)
     return bits.to(tl.float32, bitcast=True)
 
 

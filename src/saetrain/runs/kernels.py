@@ -41,7 +41,10 @@ def choose_kernels(
     if name in problems:
         problem = problems[name]()
         if problem:
-            raise SaetrainError(f"--kernels {name}: {problem}; use --kernels torch")
+            raise SaetrainError(
+                f"--kernels {name}: {problem}; leave the flag out, and the fastest that runs here is taken; a run that "
+                "began with them goes on with --kernels torch"
+            )
     if name == "auto":
         fast: Literal["native", "triton"] = "native" if device.type == "cpu" else "triton"
         problem = problems[fast]()
@@ -57,10 +60,10 @@ def choose_kernels(
 
 def _against_native(optim: OptimSettings, device: torch.device) -> str | None:
     """Why the C++ kernels can't be taken, or None."""
-    if device.type != "cpu":
-        return f"it runs on a CPU, not on {device}"
     if optim.optimizer != "adam":
         return f"it steps by adam alone, not by --optimizer {optim.optimizer}"
+    if device.type != "cpu":
+        return f"it runs on a CPU, not on {device}"
     try:
         native.library()
     except OSError as error:
@@ -71,13 +74,14 @@ def _against_native(optim: OptimSettings, device: torch.device) -> str | None:
 def _against_triton(optim: OptimSettings, device: torch.device) -> str | None:
     """Why Triton's kernels can't be taken, or None."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if device.type != "cuda" and not interpreted:
-        return f"it runs on a GPU, not on {device}"
     if optim.optimizer != "adam":
         return f"it steps by adam alone, not by --optimizer {optim.optimizer}"
+    if device.type != "cuda" and not interpreted:
+        return f"it runs on a GPU, not on {device}"
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     if device.type != "cuda":
+        say("--kernels triton: interpreted, as TRITON_INTERPRET=1 says: for tests, and thousands of times slower")
         return None
     from saetrain.training.triton_check import fault
 

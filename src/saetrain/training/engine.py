@@ -20,8 +20,8 @@ class KernelSettings:
     """Kernels: how the SAE's step is computed."""
 
     kernels: Literal["auto", "reference", "torch", "native", "triton"] = "auto"
-    """`native`: C++ for CPUs, built at first use; `triton`: for NVIDIA's GPUs; `torch`: PyTorch, anywhere; `reference`:
-    plain autograd; `auto`: the fastest of them that runs here."""
+    """`native`: C++ for CPUs, built at first use; `triton`: for NVIDIA's GPUs, not measured on one so far; both step by
+    adam alone; `torch`: PyTorch, anywhere; `reference`: plain autograd; `auto`: the fastest of them that runs here."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Number format of the SAE's products; weights and sums are float32. `auto`: bfloat16 where the hardware has it."""
 

@@ -89,3 +89,33 @@ def test_a_step_that_was_left_out_is_not_timed_for_one() -> None:
     step(x * float("nan"))
     with pytest.raises(AssertionError, match="1 of 2 steps were applied"):
         step.check()
+
+
+@pytest.mark.parametrize(
+    ("words", "environment", "said"),
+    [
+        ("--out nowhere/gpu.json", {}, "--out nowhere/gpu.json: there is no folder nowhere"),
+        ("--minutes 0", {}, "--minutes 0.0: must be positive"),
+        ("--quick", {"SPARSIFY": "nowhere"}, "SPARSIFY=nowhere: "),
+        ("--shapes", {}, "unrecognized arguments: --shapes"),
+    ],
+)
+def test_mistakes_are_said_before_anything_is_run(
+    words: str, environment: dict[str, str], said: str, tmp_path: Path
+) -> None:
+    env = {**os.environ, **environment, "PYTHON": sys.executable}
+    command = [str(ROOT / "benchmarks" / "gpu.sh"), *words.split()]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_python_without_the_packages_is_named(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -S -I "$@"\n')
+    python.chmod(0o755)
+    command, env = [str(ROOT / "benchmarks" / "gpu.sh")], {**os.environ, "PYTHON": str(python)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "lacks torch transformers triton numpy safetensors; PYTHON names another" in done.stderr

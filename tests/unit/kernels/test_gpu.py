@@ -90,8 +90,7 @@ def test_residual_and_slopes(tokens: int, width: int, latents: int, k: int, half
     residual, copy, slopes, norms = gpu_step.reconstruct(x, W, values, indices, scale)
     expected = x - torch.einsum("nk,nkd->nd", values, W.float()[indices.long()])
     torch.testing.assert_close(residual, expected, rtol=1e-4, atol=1e-4)
-    # The interpreter cuts off where a GPU rounds.
-    torch.testing.assert_close(copy.float(), residual, rtol=2**-7 if half else 0, atol=0)
+    assert torch.equal(copy, residual.to(W.dtype))
     torch.testing.assert_close(norms, residual.norm(dim=1))
     wanted = -0.7 * torch.einsum("nd,nkd->nk", residual, W.float()[indices.long()]) * (values > 0)
     torch.testing.assert_close(slopes, wanted, rtol=1e-4, atol=1e-4)
