@@ -14,10 +14,11 @@ from torch.nn.functional import linear
 
 pytest.importorskip("triton")
 
+from benchmarks.gpu import correct
 from benchmarks.gpu.steps import PATHS, SKEWED, coder_of, paths_of
 from benchmarks.gpu.timing import floor
 from benchmarks.peers import sparsify_gpu
-from saetrain.training.triton_check import Shape
+from saetrain.training.triton_check import Shape, Way
 
 ROOT = Path(__file__).parents[3]
 ABSENT = ("tyro", "datasets", "pyarrow", "pandas", "wandb", "tensorboard", "rich", "psutil", "matplotlib", "pytest")
@@ -42,10 +43,18 @@ def test_without_a_gpu_it_checks_says_what_it_would_time_and_ends_well(tmp_path:
         cwd=ROOT, env={**env, "PYTHON": str(python)}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("update against autograd") == 8
+    assert done.stdout.count("  right: update against autograd") == 8
+    assert done.stdout.count("(at most 1e-03)") == 6
+    assert done.stdout.count("(at most 5e-02)") == 2
     assert "no GPU: nothing is timed" in done.stdout
     assert "step D=768 F=3072 k=32 N=4096: triton; torch; sparsify (without its kernels)" in done.stdout
     assert not (tmp_path / "gpu.json").exists()
+
+
+def test_an_update_that_is_off_is_called_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    off = {Way("sparse"): 2e-3, Way("dense"): float("nan"), Way("dense", half=True): 2e-3}
+    monkeypatch.setattr(correct, "distances", lambda *_, **__: off)
+    assert [check["fine"] for check in correct.correct("cpu", quick=True)] == [False, False, True]
 
 
 def test_the_floor_counts_the_product_and_the_weights() -> None:
