@@ -87,6 +87,21 @@ class MicroStep:
         )
 
 
+def adam_state(moments: Mapping[str, Tensor], step: Tensor) -> dict[str, Tensor]:
+    """What torch's Adam would hold, by its names.
+
+    ``moments`` {`m_` and `v_` of `enc`, `dec` (F, D), `b` (F,), `b_dec` (D,)}; the encoder's come in the shape of
+    ``W_enc`` (D, F), all of them as views; ``step`` a scalar.
+    """
+    out = {}
+    for parameter, what in (("W_enc", "enc"), ("W_dec", "dec"), ("b_enc", "b"), ("b_dec", "b_dec")):
+        for key, name in (("exp_avg", "m"), ("exp_avg_sq", "v")):
+            value = moments[f"{name}_{what}"]
+            out[f"{parameter}.{key}"] = value.T if what == "enc" else value
+        out[f"{parameter}.step"] = step.clone()
+    return out
+
+
 class Engine(ABC):
     """Steps one coder; micro-batches add up until :meth:`apply` or :meth:`drop`."""
 

@@ -14,7 +14,7 @@ from saetrain.kernels import native
 from saetrain.kernels.processor import dense_limit
 from saetrain.optim import BETAS, ENCODER_SHARE, EPS, OptimSettings
 from saetrain.training.auxk import DeadLatents, auxk_step
-from saetrain.training.engine import Engine, MicroStep, Objective
+from saetrain.training.engine import Engine, MicroStep, Objective, adam_state
 from saetrain.types import Progress
 
 MARGIN, MARGIN_HALF = 1.001, 1.01
@@ -273,13 +273,7 @@ class NativeEngine(Engine):
 
     def state(self) -> dict[str, Tensor]:
         """As torch's Adam names it, the encoder's moments in the shape of ``W_enc`` (D, F)."""
-        out = {}
-        for parameter, what in (("W_enc", "enc"), ("W_dec", "dec"), ("b_enc", "b"), ("b_dec", "b_dec")):
-            for key, name in (("exp_avg", "m"), ("exp_avg_sq", "v")):
-                value = self._moments[f"{name}_{what}"]
-                out[f"{parameter}.{key}"] = value.T if what == "enc" else value
-            out[f"{parameter}.step"] = torch.tensor(float(self._step_count))
-        return out
+        return adam_state(self._moments, torch.tensor(float(self._step_count)))
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Take back moments and count, and copy the coder's weights anew."""

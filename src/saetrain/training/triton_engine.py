@@ -14,7 +14,7 @@ from saetrain.kernels import gpu, gpu_step
 from saetrain.kernels.graphs import Recorded
 from saetrain.optim import BETAS, ENCODER_SHARE, EPS, OptimSettings
 from saetrain.training.auxk import DeadLatents, auxk_step
-from saetrain.training.engine import DeviceEngine, MicroStep, Objective
+from saetrain.training.engine import DeviceEngine, MicroStep, Objective, adam_state
 from saetrain.types import Progress
 
 MARGIN = 1.01
@@ -264,13 +264,7 @@ class TritonEngine(DeviceEngine):
 
     def state(self) -> dict[str, Tensor]:
         """As torch's Adam names it, the encoder's moments in the shape of ``W_enc`` (D, F)."""
-        out = {}
-        for parameter, what in (("W_enc", "enc"), ("W_dec", "dec"), ("b_enc", "b"), ("b_dec", "b_dec")):
-            for key, name in (("exp_avg", "m"), ("exp_avg_sq", "v")):
-                value = self._moments[f"{name}_{what}"]
-                out[f"{parameter}.{key}"] = value.T if what == "enc" else value
-            out[f"{parameter}.step"] = self._count.float().cpu()
-        return out
+        return adam_state(self._moments, self._count.float().cpu())
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Take back moments and count, and copy the coder's weights anew."""
