@@ -13,8 +13,8 @@ import torch
 pytest.importorskip("triton")
 
 from saetrain.cli import main
-from tests.integration.test_interrupted import poisoned
 from tests.integration.test_resume import fingerprint, last_checkpoint, records
+from tests.integration.test_spikes import poisoned
 
 # Small, for the interpreter is slow.
 SMALL = "--k 2 --num_latents 24 --batch_size 1 --ctx_len 16 --eval_tokens 100 --buffer_tokens 64 --assess false "

@@ -43,7 +43,7 @@ def rows_at_once(width: int) -> int:
 
 
 def over_rows(width: int) -> dict[str, int | bool]:
-    """How a program over rows of ``width`` is launched: with as many warps as keep what it holds in 64 registers each.
+    """How a program over rows of ``width`` is launched: with as many warps as keep what it holds in registers.
 
     No more than have numbers of their own; products and sums are fused, which is Triton's default so far.
     """

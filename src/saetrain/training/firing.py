@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -159,7 +158,7 @@ class FiringTracker:
         self.since_fired.copy_(state["since_fired"])
         self._current.copy_(state["current"])
         self._previous.copy_(state["previous"])
-        # Checkpoints of version 0.1 hold no count of the host's own.
+        # Older checkpoints hold no count of the host's own.
         current, previous, *block = state["tokens"].tolist()
         self._counted.copy_(torch.tensor([current, previous]))
         (self._block_tokens,) = block or (current,)
@@ -174,7 +173,6 @@ class DeadAhead:
 
     def __init__(self, firing: FiringTracker, lag: int) -> None:
         self._firing, self._lag, self._counts = firing, lag, Delayed(lag)
-        self._step = 0
         self._most: int | None = None
 
     def _close(self, tokens: int) -> Tensor:
@@ -188,15 +186,15 @@ class DeadAhead:
 
     def after_step(self, tokens: int) -> None:
         """Count, behind a step of ``tokens``."""
-        self._step += 1
-        self._counts.put(self._step, self._close(tokens))
+        self._send(self._close(tokens))
         for _, (count,) in self._counts.ready():
             self._most = int(count)
 
     def state(self) -> Tensor:
         """What it knows and what is on its way, so that a resumed run works in the same sizes to the same bits."""
         waiting = [count for _, (count,) in self._counts.settle()]
-        self._again(waiting)
+        for count in waiting:
+            self._send(torch.tensor([count]))
         return torch.tensor([-1 if self._most is None else self._most, *waiting], dtype=torch.long)
 
     def restore(self, state: Tensor) -> None:
@@ -204,8 +202,9 @@ class DeadAhead:
         most, *waiting = state.tolist()
         self._most = None if most < 0 else most
         self._counts.settle()
-        self._again(waiting)
-
-    def _again(self, waiting: Sequence[float]) -> None:
         for count in waiting:
-            self._counts.put(self._step, torch.tensor([count]))
+            self._send(torch.tensor([count]))
+
+    def _send(self, count: Tensor) -> None:
+        # Their order says of which step they are.
+        self._counts.put(0, count)

@@ -143,7 +143,7 @@ def _flat(tensors: dict[str, Tensor]) -> Tensor:
 
 @functools.cache
 def fault(device: torch.device) -> str | None:
-    """What is wrong with the kernels on ``device``, or None; of an exception of the GPU itself it lets go."""
+    """What is wrong with the kernels on ``device``, or None; what the GPU itself raises is raised."""
     try:
         # Triton launches where torch stands, whatever device its inputs are on.
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():

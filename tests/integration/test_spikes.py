@@ -1,0 +1,101 @@
+"""Runs in which a loss jumps or is not finite: stopped, or gone on with, and what is kept."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from saetrain.cli import main
+from saetrain.training.trainer import SaeTrainer
+from tests.integration.test_interrupted import short_run
+from tests.integration.test_resume import last_checkpoint, records
+
+
+def poisoned(monkeypatch: pytest.MonkeyPatch, step: int, factor: float) -> None:
+    """Make the activations of one step large (or not finite) behind the buffer, as a broken model run would."""
+    take, calls = SaeTrainer.micro_step, iter(range(1, 10_000))
+
+    def micro_step(self: SaeTrainer, raw_ND: torch.Tensor, progress: Any) -> None:
+        take(self, raw_ND * factor if next(calls) == step else raw_ND, progress)
+
+    monkeypatch.setattr(SaeTrainer, "micro_step", micro_step)
+
+
+@pytest.mark.parametrize("factor", [50.0, float("nan"), float("inf")])
+def test_a_spike_stops_the_run_and_keeps_the_last_checkpoint(
+    factor: float,
+    tmp_path: Path,
+    tiny_bert: str,
+    topics_jsonl: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    poisoned(monkeypatch, 17, factor)
+    words = short_run(tmp_path, tiny_bert, topics_jsonl)
+    with pytest.raises(SystemExit) as caught:
+        main([*words, "--save_every", "10"])
+    assert caught.value.code == 2
+    assert "the loss of step 17 is" in capsys.readouterr().err
+    facts = json.loads((tmp_path / "run" / "spike.json").read_text())
+    assert (facts["step"], facts["sae"]) == (17, "encoder.layer.0")
+    assert len(facts["shards"]) == 16
+    assert last_checkpoint(tmp_path / "run") == 10
+    assert [r["step"] for r in records(tmp_path / "run")] == list(range(1, 17))
+
+
+def test_weights_that_are_ruined_end_the_run_and_are_not_saved(
+    tmp_path: Path, tiny_bert: str, topics_jsonl: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A learning rate far too high ruins the weights in one update, which the next loss shows."""
+    words = short_run(tmp_path, tiny_bert, topics_jsonl)
+    words += ["--save_every", "1", "--lr", "1e30", "--lr_warmup_steps", "0"]
+    with pytest.raises(SystemExit) as caught:
+        main(words)
+    assert caught.value.code == 2
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        main([*words, "--resume", "--on_spike", "skip"])
+    assert caught.value.code == 2
+    said = capsys.readouterr().err
+    assert "10 steps in a row were left out, so the weights themselves are ruined" in said
+    assert "Traceback" not in said
+    assert not list((tmp_path / "run").glob("sae/*/cfg.json"))
+    left = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step_*"))
+    assert left
+    assert left[-1] <= "step_000000002", "nothing is saved behind a step that was left out"
+
+
+def test_of_two_checkpoints_the_one_before_a_spike_goes(
+    tmp_path: Path,
+    tiny_bert: str,
+    topics_jsonl: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    poisoned(monkeypatch, 17, float("nan"))
+    words = short_run(tmp_path, tiny_bert, topics_jsonl)
+    with pytest.raises(SystemExit):
+        main([*words, "--save_every", "8"])
+    assert "The checkpoint of step 16, which may be what ruined it, is set aside" in capsys.readouterr().err
+    assert last_checkpoint(tmp_path / "run") == 8
+    assert (tmp_path / "run" / "checkpoints" / "suspect_step_000000016").exists()
+
+
+def test_a_spike_can_be_skipped(
+    tmp_path: Path,
+    tiny_bert: str,
+    topics_jsonl: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    poisoned(monkeypatch, 17, 50.0)
+    words = short_run(tmp_path, tiny_bert, topics_jsonl)
+    main([*words, "--on_spike", "skip"])
+    assert "the step is left out" in capfd.readouterr().err
+    fvu = {r["step"]: r["saes"]["encoder.layer.0"]["fvu"] for r in records(tmp_path / "run") if r["kind"] == "train"}
+    assert fvu[17] > 100
+    assert fvu[18] < 1.5, "the weights did not take the step"
