@@ -151,10 +151,7 @@ def figures(samples: dict[str, list[dict[str, float]]], work: Work, exchange: fl
             "over_one": statistics.median(speed),
             "over_one_range": [min(speed), max(speed)],
         }
-    alone = out["alone"]["seconds"]
     out["exchange_seconds"] = exchange
-    # The model of benchmarks/predict.py with the figures of this machine: nothing of the exchange is hidden.
-    out["predicted_weak"] = ranks * alone / (alone + exchange)
     # Gradients of both matrices in float32: what data parallel training can't do without.
     out["bound_bytes"] = 2 * work.width * work.latents * 4
     return out
@@ -177,12 +174,6 @@ def table(found: dict[str, dict[str, Any]]) -> str:
                 f"{high:.2f}) | {row['waiting']:.1%} | {row['calls']:.0f}, "
                 f"{row['control_calls']:.0f} | {row['bytes'] / 1e6:.2f} MB{share} |"
             )
-    lines.append("")
-    for precision, variants in found.items():
-        lines.append(
-            f"{precision}: summing the gradients alone takes {variants['exchange_seconds'] * 1e3:.0f} ms, so the model "
-            f"predicts {variants['predicted_weak']:.2f} for weak."
-        )
     return "\n".join(lines)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import predict, ranks
+from benchmarks import ranks
 from benchmarks.recipe.sweep import next_rates
 from benchmarks.report import BEGIN, END, fill, report
 from benchmarks.rows import rows
@@ -69,7 +69,6 @@ def test_a_quick_run_of_several_processes(tmp_path: Path) -> None:
 def test_the_page_of_several_processes_holds_what_was_measured() -> None:
     page = (ROOT / "docs" / "distributed.md").read_text()
     assert ranks.table(json.loads((ROOT / "benchmarks" / "results" / "ranks.json").read_text())["figures"]) in page
-    assert predict.table() in page
 
 
 def test_a_sweep_ends_when_the_best_rates_neighbours_are_known() -> None:
