@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import GROUPS, PATHS, Case, Tool
-from benchmarks.conduct import Plan, conduct
 from benchmarks.machine import ROOT, describe_machine, describe_run
+from benchmarks.measure import Plan, conduct
 from benchmarks.report import report
 
 OWN_GROUPS = ("step", "precision", "dead", "end_to_end", "floors")

@@ -66,7 +66,12 @@ class Case:
 def ours(kernels: str, compute_dtype: str, **changes: Any) -> Tool:
     """Our trainer by path."""
     name = f"ours {kernels} {compute_dtype}"
-    return Tool(name, "benchmarks.ours", options={"kernels": kernels, "compute_dtype": compute_dtype}, changes=changes)
+    return Tool(
+        name,
+        "benchmarks.saetrain_runner",
+        options={"kernels": kernels, "compute_dtype": compute_dtype},
+        changes=changes,
+    )
 
 
 PATHS: dict[str, tuple[Tool, ...]] = {

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.cases import Work
 from benchmarks.inputs import SEED, hookpoint, sequences_per_step, token_ids
-from benchmarks.ours import base_model
+from benchmarks.saetrain_runner import base_model
 from saetrain.activations.capture import ActivationCapture
 
 CHUNK = 256

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from benchmarks.cases import AUTOCAST, STEP_SHAPES
-from benchmarks.rows import Record, Row, named, rival, rows
+from benchmarks.summary import Record, Row, named, rival, rows
 
 Against = Literal["fastest peer", "fastest peer with an fp32 model", "sae-lens with both autocast options", "floor"]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import matplotlib
 
-from benchmarks.rows import Row, rows
+from benchmarks.summary import Row, rows
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -23,7 +23,14 @@ import transformers
 from benchmarks.cases import Work
 from benchmarks.inputs import SEED, STEPS, hookpoint
 from benchmarks.machine import ROOT, describe_machine, describe_run
-from benchmarks.ours import BUFFER_BATCHES, CALIBRATION_BATCHES, CPU, RandomSequences, base_model, make_trainer
+from benchmarks.saetrain_runner import (
+    BUFFER_BATCHES,
+    CALIBRATION_BATCHES,
+    CPU,
+    RandomSequences,
+    base_model,
+    make_trainer,
+)
 from saetrain import distributed, launch
 from saetrain.activations.capture import ActivationCapture
 from saetrain.activations.model import ModelSettings

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from benchmarks import goals
 from benchmarks.cases import AUTOCAST
-from benchmarks.rows import Record, Row, named, rival, rows
+from benchmarks.summary import Record, Row, named, rival, rows
 
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
 

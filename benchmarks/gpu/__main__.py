@@ -21,11 +21,11 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from benchmarks.cases import Work
-from benchmarks.gpu.correct import correct
+from benchmarks.gpu.kernel_checks import correct
+from benchmarks.gpu.model_forward import Forward
 from benchmarks.gpu.shapes import HOOK, MODELS, SHAPES, SMALL
 from benchmarks.gpu.steps import PATHS, SKEWED, batches_of, in_turn, paths_of
 from benchmarks.gpu.timing import ceilings, floor, samples_of
-from benchmarks.gpu.whole import Forward
 from benchmarks.machine import describe_machine, describe_run
 from benchmarks.peers.sparsify_gpu import PLACE, package
 from saetrain.training.triton_check import Shape

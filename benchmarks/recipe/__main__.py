@@ -17,11 +17,11 @@ from pathlib import Path
 
 from benchmarks.machine import ROOT
 from benchmarks.recipe.activations import HELD_OUT_TOKENS, SITES, TRAIN_TOKENS, cached
-from benchmarks.recipe.conduct import add_options, conduct, run
 from benchmarks.recipe.report import plot, table
 from benchmarks.recipe.results import Results
 from benchmarks.recipe.sweep import TOOLS, Comparison, Tool
 from benchmarks.recipe.task import Task
+from benchmarks.recipe.task_runner import add_options, conduct, run
 
 OUT = ROOT / "benchmarks" / "results" / "recipe.json"
 ROUNDS = 3

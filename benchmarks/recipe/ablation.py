@@ -14,11 +14,11 @@ import sys
 
 from benchmarks.machine import ROOT
 from benchmarks.recipe.activations import HELD_OUT_TOKENS, TRAIN_TOKENS, cached
-from benchmarks.recipe.conduct import add_options, conduct
-from benchmarks.recipe.pieces import PIECES
+from benchmarks.recipe.components import PIECES
 from benchmarks.recipe.results import Result, Results
 from benchmarks.recipe.sweep import OURS
 from benchmarks.recipe.task import Task
+from benchmarks.recipe.task_runner import add_options, conduct
 from saetrain.optim import RunSize, lr_rule
 
 OUT = ROOT / "benchmarks" / "results" / "recipe-ablation.json"

@@ -12,10 +12,10 @@ import sys
 
 from benchmarks.machine import ROOT
 from benchmarks.recipe.activations import HELD_OUT_TOKENS, SITES, TRAIN_TOKENS, cached
-from benchmarks.recipe.conduct import add_options, conduct
 from benchmarks.recipe.results import Results
 from benchmarks.recipe.sweep import OURS
 from benchmarks.recipe.task import Task
+from benchmarks.recipe.task_runner import add_options, conduct
 from saetrain.coders.topk import TopKSettings
 from saetrain.data.tokenize import DEFAULT_CTX_LEN
 from saetrain.optim import OptimSettings

@@ -16,10 +16,10 @@ from dataclasses import replace
 
 from benchmarks.machine import ROOT
 from benchmarks.recipe.activations import HELD_OUT_TOKENS, SITES, TRAIN_TOKENS, cached
-from benchmarks.recipe.conduct import add_options, conduct
 from benchmarks.recipe.results import Results
 from benchmarks.recipe.sweep import FACTOR, OURS, best_rate, next_rates, settled
 from benchmarks.recipe.task import Task
+from benchmarks.recipe.task_runner import add_options, conduct
 from saetrain.optim import RunSize, lr_rule
 
 OUT = ROOT / "benchmarks" / "results" / "recipe-rule.json"

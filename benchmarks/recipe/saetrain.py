@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.ours import HOOKPOINT, make_trainer
-from benchmarks.recipe.pieces import DECAY, PIECES, kernels_without, normalizer_without
+from benchmarks.recipe.components import DECAY, PIECES, kernels_without, normalizer_without
 from benchmarks.recipe.task import Batches, Task
 from benchmarks.recipe.worker import Rebuild
+from benchmarks.saetrain_runner import HOOKPOINT, make_trainer
 from saetrain.activations.normalize import calibrate
 from saetrain.activations.read import Activations
 from saetrain.coders.folding import folded

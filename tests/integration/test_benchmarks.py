@@ -16,7 +16,7 @@ import pytest
 from benchmarks import ranks
 from benchmarks.recipe.sweep import next_rates
 from benchmarks.report import BEGIN, END, fill, report
-from benchmarks.rows import rows
+from benchmarks.summary import rows
 
 ROOT = Path(__file__).parents[2]
 
@@ -67,7 +67,7 @@ def test_a_quick_run_of_several_processes(tmp_path: Path) -> None:
 
 
 def test_the_page_of_several_processes_holds_what_was_measured() -> None:
-    page = (ROOT / "docs" / "distributed.md").read_text()
+    page = (ROOT / "benchmarks" / "distributed.md").read_text()
     assert ranks.table(json.loads((ROOT / "benchmarks" / "results" / "ranks.json").read_text())["figures"]) in page
 
 

@@ -14,7 +14,7 @@ from torch.nn.functional import linear
 
 pytest.importorskip("triton")
 
-from benchmarks.gpu import correct
+from benchmarks.gpu import kernel_checks
 from benchmarks.gpu.steps import PATHS, SKEWED, coder_of, paths_of
 from benchmarks.gpu.timing import floor
 from benchmarks.peers import sparsify_gpu
@@ -53,8 +53,8 @@ def test_without_a_gpu_it_checks_says_what_it_would_time_and_ends_well(tmp_path:
 
 def test_an_update_that_is_off_is_called_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     off = {Way("sparse"): 2e-3, Way("dense"): float("nan"), Way("dense", half=True): 2e-3}
-    monkeypatch.setattr(correct, "distances", lambda *_, **__: off)
-    assert [check["fine"] for check in correct.correct("cpu", quick=True)] == [False, False, True]
+    monkeypatch.setattr(kernel_checks, "distances", lambda *_, **__: off)
+    assert [check["fine"] for check in kernel_checks.correct("cpu", quick=True)] == [False, False, True]
 
 
 def test_the_floor_counts_the_product_and_the_weights() -> None:

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import ours
-from benchmarks.recipe import ablation, conduct, defaults, page, rule
-from benchmarks.recipe.pieces import AXES, IDLE, PIECES
+from benchmarks import saetrain_runner
+from benchmarks.recipe import ablation, defaults, page, rule, task_runner
+from benchmarks.recipe.components import AXES, IDLE, PIECES
 from benchmarks.recipe.report import plot, table
 from benchmarks.recipe.results import Results
 from benchmarks.recipe.saetrain import fit
@@ -148,7 +148,7 @@ def test_each_piece_can_be_switched_off(piece: str, monkeypatch: pytest.MonkeyPa
         (optim, ("BETAS", "ENCODER_SHARE", "DECAY_SHARE")),
         (native_engine, ("BETAS", "ENCODER_SHARE")),
         (base, ("ENCODER_SCALE",)),
-        (ours, ("LIFT",)),
+        (saetrain_runner, ("LIFT",)),
         (optim.Optimizer, ("_active_latents",)),
     ):
         for name in names:
@@ -177,6 +177,6 @@ def test_a_run_that_was_killed_leaves_no_result(tmp_path: Path, monkeypatch: pyt
     killer = tmp_path / "python"
     killer.write_text(f"#!{sys.executable}\nimport os\nos.kill(os.getpid(), 9)\n")
     killer.chmod(0o755)
-    monkeypatch.setattr(conduct, "python_of", lambda tool: killer)
+    monkeypatch.setattr(task_runner, "python_of", lambda tool: killer)
     with pytest.raises(SystemExit, match="ended by signal 9"):
-        conduct.run(TASK, tmp_path, 1)
+        task_runner.run(TASK, tmp_path, 1)

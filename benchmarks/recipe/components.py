@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import ours
+from benchmarks import saetrain_runner
 from saetrain import optim
 from saetrain.activations.normalize import Normalizer
 from saetrain.coders import base
@@ -40,7 +40,7 @@ PIECES: dict[str, Callable[[], None]] = {
     "encoder at half the rate": _constants((native_engine, "ENCODER_SHARE", 1.0), (optim, "ENCODER_SHARE", 1.0)),
     "decay over 80 %": _constants((optim, "DECAY_SHARE", 0.2)),
     DECAY: _constants(),
-    "lift of dead latents": _constants((ours, "LIFT", 0.0)),
+    "lift of dead latents": _constants((saetrain_runner, "LIFT", 0.0)),
 }
 """{piece: what switches it off}; what takes its place is the usual value of other tools, or nothing."""
 
