@@ -3,9 +3,9 @@
 #
 #   MODEL=bert-base-uncased DATASET=wikitext LAYERS="6 8" scripts/Train_sae_script.sh --save_every 500
 #
-# The run lies in SAVE_DIR/RUN_NAME, with its summary in summary.json.
+# The run is written to SAVE_DIR/RUN_NAME, and its summary to summary.json in that folder.
 #
-#   EVAL_DATASET      another data set to score the SAEs on as well
+#   EVAL_DATASET      another data set on which the SAEs are also scored
 set -euo pipefail
 # shellcheck source=scripts/settings.sh
 source "$(dirname "${BASH_SOURCE[0]}")/settings.sh"

@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# Study dead latents: train and assess an SAE for each point of a small grid, and print one table of all.
+# Study dead latents: train and assess SAEs for each point of a small grid, and print one table of all runs.
 #
 #   MODEL=bert-base-uncased DATASET=wikitext LRS="0.001 auto" KS="32 192" scripts/Train_sae_scripts_experiment.sh
 #
-# The runs lie in SAVE_DIR/RUN_NAME, one folder each, with the table in comparison.json. Lists span the grid:
+# Each run has a folder in SAVE_DIR/RUN_NAME. The table is written to comparison.json in SAVE_DIR/RUN_NAME. These lists
+# define the grid:
 #
-#   AUXK_ALPHAS       weights of the loss that revives dead latents ("0 0.03125")
-#   LRS               learning rates (LR, else "0.001 auto"; "0.001 0.004" with sgd, ce, kl and --finetune)
-#   KS                active latents per token (K alone)
-#   NUM_LATENTS_LIST  numbers of latents (NUM_LATENTS or EXPANSION_FACTOR alone)
+#   AUXK_ALPHAS       weights of the AuxK loss, which revives dead latents (default: "0 0.03125")
+#   LRS               learning rates (default: LR, else "0.001 auto"; "0.001 0.004" with sgd, ce, kl and --finetune)
+#   KS                active latents per token (default: K only)
+#   NUM_LATENTS_LIST  numbers of latents (default: NUM_LATENTS or EXPANSION_FACTOR only)
 set -euo pipefail
 rates_by_grid=true
 # shellcheck source=scripts/settings.sh
@@ -18,7 +19,7 @@ RUN_NAME=${RUN_NAME:-$(basename "$MODEL")_dead_latents}
 study=$SAVE_DIR/$RUN_NAME
 export WANDB_RUN_GROUP=${WANDB_RUN_GROUP:-$RUN_NAME}
 
-# vary FLAG VALUES: each point of the grid so far, once with every value.
+# vary FLAG VALUES: combine each point of the grid with every value.
 vary() {
   local -a values before=("${grid[@]}")
   local point value
@@ -32,7 +33,7 @@ vary() {
 
 grid=("")
 vary --auxk_alpha "${AUXK_ALPHAS:-0 0.03125}"
-# The rule is for runs of one kind; the others are studied at fixed rates.
+# --lr auto supports only Adam, reconstruction losses and random initial weights. Other studies use fixed rates.
 if [[ -n ${no_rule:-} ]]; then rates="0.001 0.004"; else rates="0.001 auto"; fi
 vary --lr "${LRS:-${LR:-$rates}}"
 vary --k "${KS:-}"

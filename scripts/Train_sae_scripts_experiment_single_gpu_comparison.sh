@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# Train the same SAE in one process and in several on the same global batch, and set figures and speed side by side.
+# Train the same SAEs in one process and in several, with the same global batch, and compare metrics and speed.
 #
 #   MODEL=bert-base-uncased DATASET=wikitext N_GPUS=4 BATCH_SIZE=16 \
 #     scripts/Train_sae_scripts_experiment_single_gpu_comparison.sh
 #
-# The runs lie in SAVE_DIR/RUN_NAME, in one_process and several_processes, with the table in comparison.json.
+# The runs are written to SAVE_DIR/RUN_NAME, in the folders one_process and several_processes. The table is written to
+# comparison.json in SAVE_DIR/RUN_NAME.
 #
-#   N_GPUS            processes, one per GPU (as many as there are; 0: on the CPU)
-#   PROCESSES         processes where there is no GPU (2)
+#   N_GPUS            number of processes, one per GPU (default: all GPUs; 0 uses the CPU)
+#   PROCESSES         number of processes without a GPU (default: 2)
 set -euo pipefail
 # shellcheck source=scripts/settings.sh
 source "$(dirname "${BASH_SOURCE[0]}")/settings.sh"
@@ -20,7 +21,7 @@ reserve grad_acc_steps GRAD_ACC_STEPS "$@"
 count=$(processes)
 share "$count" > /dev/null
 if [[ $count == 1 ]]; then
-  echo "${0##*/}: one process on both sides, for N_GPUS or PROCESSES asks for no more: this shows torchrun alone" >&2
+  echo "${0##*/}: both runs use one process; set N_GPUS or PROCESSES to 2 or more" >&2
 fi
 
 saetrain "${settings[@]}" --save_dir "$study" --run_name one_process "$@"

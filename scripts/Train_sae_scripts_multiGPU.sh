@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Train SAEs in one process per GPU (without a GPU, in several on the CPU), assess them, and print a summary.
+# Train SAEs with one process per GPU (without a GPU: several processes on the CPU), assess them, and print a summary.
 #
 #   MODEL=bert-base-uncased DATASET=wikitext N_GPUS=4 BATCH_SIZE=16 scripts/Train_sae_scripts_multiGPU.sh
 #
-# The run lies in SAVE_DIR/RUN_NAME, with its summary in summary.json. BATCH_SIZE and GRAD_ACC_STEPS are those of the
-# whole step, which the processes share, so that their number does not change what is computed.
+# The run is written to SAVE_DIR/RUN_NAME, and its summary to summary.json in that folder. BATCH_SIZE and GRAD_ACC_STEPS
+# define the global batch, which the processes share. The number of processes changes the result only by rounding.
 #
-#   N_GPUS            processes, one per GPU (as many as there are; 0: on the CPU)
-#   PROCESSES         processes where there is no GPU (2)
+#   N_GPUS            number of processes, one per GPU (default: all GPUs; 0 uses the CPU)
+#   PROCESSES         number of processes without a GPU (default: 2)
 set -euo pipefail
 # shellcheck source=scripts/settings.sh
 source "$(dirname "${BASH_SOURCE[0]}")/settings.sh"

@@ -1,23 +1,23 @@
 #!/usr/bin/env bash
-# Settings of all four pipelines are environment variables; one that is not set leaves saetrain's own default.
+# Environment variables set the options of all four pipelines. Unset variables keep saetrain's default.
 #
-#   MODEL             hub id or local folder of a transformer (bert-base-uncased)
-#   DATASET           hub id, local folder or file (wikitext)
-#   LAYERS            layers to train an SAE on, such as "3 6 9"
+#   MODEL             hub id or local folder of a transformer (default: bert-base-uncased)
+#   DATASET           hub id, local folder or file (default: wikitext)
+#   LAYERS            layers to train SAEs on, such as "3 6 9"
 #   MAX_TOKENS        activations to train on
 #   K                 active latents per token
-#   EXPANSION_FACTOR  latents as a multiple of the width
-#   NUM_LATENTS       latents as a number, in place of EXPANSION_FACTOR
-#   BATCH_SIZE        sequences of a micro-step, over all processes (4)
-#   GRAD_ACC_STEPS    micro-steps of an optimizer step, over all processes (1)
-#   CTX_LEN           tokens of a sequence
-#   LR                peak learning rate (auto)
-#   LOG_TO_WANDB      true logs to Weights & Biases as well
-#   SAVE_DIR          folder of the runs (./output)
-#   RUN_NAME          folder in it (made from the names of model and script)
-#   PYTHON            interpreter that has saetrain (python)
+#   EXPANSION_FACTOR  number of latents as a multiple of the activation width
+#   NUM_LATENTS       number of latents, instead of EXPANSION_FACTOR
+#   BATCH_SIZE        sequences per micro-step, over all processes (default: 4)
+#   GRAD_ACC_STEPS    micro-steps per optimizer step, over all processes (default: 1)
+#   CTX_LEN           tokens per sequence
+#   LR                peak learning rate (default: auto)
+#   LOG_TO_WANDB      true also logs to Weights & Biases
+#   SAVE_DIR          folder of all runs (default: ./output)
+#   RUN_NAME          folder of this run in SAVE_DIR (default: made from the names of the model and the script)
+#   PYTHON            Python interpreter with saetrain (default: python)
 #
-# Words behind the script's name go to saetrain as they are: its flags (saetrain --help), or further data sets.
+# Arguments of the script are passed to saetrain: flags (see saetrain --help) or more data sets.
 
 SAVE_DIR=${SAVE_DIR:-./output}
 PYTHON=${PYTHON:-python}
@@ -30,41 +30,41 @@ saetrain() {
   "$PYTHON" -m saetrain "$@"
 }
 
-# refuse MESSAGE: end as saetrain does where the user can mend it.
+# refuse MESSAGE: print the message and exit with 2, as saetrain does for an error of the user.
 refuse() {
   echo "${0##*/}: error: $1" >&2
   exit 2
 }
 
-# header FILE: print the comment at its head.
+# header FILE: print the comment at the top of the file.
 header() {
   awk '/^#!/ {next} !/^#/ {exit} {sub(/^# ?/, ""); print}' "$1"
 }
 
-# setting FLAG VALUE ...: pass the flag on where there is a value.
+# setting FLAG VALUE ...: add the flag if a value is set.
 setting() {
   if [[ -n ${2:-} ]]; then settings+=("$@"); fi
 }
 
-# whole_number VARIABLE: refuse a value that the shell can't reckon with.
+# whole_number VARIABLE: exit with an error unless the variable is a whole number from 1.
 whole_number() {
-  if ! [[ ${!1} =~ ^[1-9][0-9]*$ ]]; then refuse "$1=${!1}: must be a whole number from 1"; fi
+  if ! [[ ${!1} =~ ^[1-9][0-9]*$ ]]; then refuse "$1=${!1}: must be a whole number, at least 1"; fi
 }
 
-# reserve FLAG VARIABLE WORD ...: refuse a flag that the script must know itself, and so takes as a variable.
+# reserve FLAG VARIABLE WORD ...: exit with an error if a word is the flag. The script reads its variable instead.
 reserve() {
   local flag=$1 variable=$2 word name
   shift 2
   for word in "$@"; do
     name=${word%%=*}
-    if [[ ${name//-/_} == "__$flag" ]]; then refuse "--$flag: set the variable $variable in its place"; fi
+    if [[ ${name//-/_} == "__$flag" ]]; then refuse "--$flag: set the variable $variable instead"; fi
   done
 }
 
-# processes: N_GPUS, which is otherwise the number of GPUs that PyTorch sees; without a GPU, PROCESSES.
+# processes: print N_GPUS (default: the number of GPUs that PyTorch finds), or PROCESSES if there is no GPU.
 processes() {
   local N_GPUS=${N_GPUS:-} PROCESSES=${PROCESSES:-2}
-  # Within $(processes), where this runs, bash does not keep -e.
+  # This function runs inside $(processes), where bash drops -e. So exit explicitly.
   if [[ -z $N_GPUS ]]; then N_GPUS=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())') || exit; fi
   if [[ $N_GPUS == 0 ]]; then
     whole_number PROCESSES
@@ -75,37 +75,37 @@ processes() {
   fi
 }
 
-# need VARIABLE ...: refuse to guess what a file of settings may say otherwise.
+# need VARIABLE ...: with --config, require the variables, because a default could contradict the file.
 need() {
   local variable
   for variable in "$@"; do
-    if [[ -n $from_file && -z ${!variable:-} ]]; then refuse "--config: set the variable $variable beside it"; fi
+    if [[ -n $from_file && -z ${!variable:-} ]]; then refuse "--config: also set the variable $variable"; fi
   done
 }
 
-# share PROCESSES: each one's part of the global batch, which is batch_size x grad_acc_steps x processes.
+# share PROCESSES: print each process's flags for the global batch (batch_size x grad_acc_steps x processes).
 share() {
   need BATCH_SIZE GRAD_ACC_STEPS
   local BATCH_SIZE=${BATCH_SIZE:-4} GRAD_ACC_STEPS=${GRAD_ACC_STEPS:-1}
   whole_number BATCH_SIZE
   whole_number GRAD_ACC_STEPS
   local common=$GRAD_ACC_STEPS rest=$1 next
-  # Euclid: micro-steps are dealt out as far as they go, so that micro-batches stay as large as they can.
+  # Greatest common divisor: divide the micro-steps first, so that micro-batches stay as large as possible.
   while ((rest)); do next=$((common % rest)) common=$rest rest=$next; done
   if ((BATCH_SIZE * common % $1)); then
-    refuse "BATCH_SIZE=$BATCH_SIZE times GRAD_ACC_STEPS=$GRAD_ACC_STEPS can't be dealt out to $1 processes evenly"
+    refuse "BATCH_SIZE=$BATCH_SIZE times GRAD_ACC_STEPS=$GRAD_ACC_STEPS can't be divided evenly among $1 processes"
   fi
   echo --batch_size $((BATCH_SIZE * common / $1)) --grad_acc_steps $((GRAD_ACC_STEPS / common))
 }
 
-# train_by PROCESSES WORD ...: train in several processes over the same global batch.
+# train_by PROCESSES WORD ...: train in several processes with the same global batch.
 train_by() {
   local count=$1 text cores
   local -a part
   shift
   text=$(share "$count")
   read -ra part <<< "$text"
-  # Left alone, torchrun gives each of several processes a single thread.
+  # By default, torchrun gives each of several processes one thread.
   if [[ $count != 1 && -z ${OMP_NUM_THREADS:-} ]]; then
     cores=$(nproc 2> /dev/null || getconf _NPROCESSORS_ONLN)
     export OMP_NUM_THREADS=$((cores > count ? cores / count : 1))
@@ -114,7 +114,7 @@ train_by() {
     "${settings[@]}" "${part[@]}" "$@"
 }
 
-# compare_to FILE RUN ...: print one table of the runs and write it, unless nothing was run.
+# compare_to FILE RUN ...: print one table of the runs and write it to FILE, except in a dry run.
 compare_to() {
   local file=$1
   shift
@@ -135,7 +135,7 @@ for word in "$@"; do
     --lr | --lr=*) own_rate= ;;
     --finetune | --finetune=*) no_rule=true ;;
   esac
-  # A flag and its value come as one word or as two.
+  # A flag and its value are either one word or two.
   case $before=$word in
     *--optimizer=sgd | *--loss[-_]fn=ce | *--loss[-_]fn=kl) no_rule=true ;;
   esac

@@ -1,5 +1,6 @@
-"""torchrun, ended by the exit code of the process that failed first: its own is 1 whatever happened, and its
-traceback buries the message of that process.
+"""Run torchrun and exit with the code of the process that failed first.
+
+torchrun itself always exits with 1, and prints a traceback that hides the message of that process.
 """
 
 import sys
@@ -12,7 +13,7 @@ try:
     run(parse_args(sys.argv[1:]))
 except ChildFailedError as error:
     _, failure = error.get_first_failure()
-    # A process that a signal ended has the signal's negative number.
+    # If a signal ended the process, its exit code is the negative signal number.
     sys.exit(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode)
 except SignalException as error:
     sys.exit(128 + error.sigval)

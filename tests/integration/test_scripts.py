@@ -148,7 +148,7 @@ def test_one_process_and_several_compute_the_same(start: Start, tmp_path: Path) 
 
 def test_one_process_on_both_sides_is_said(calls: Callable[..., list[str]], start: Start) -> None:
     assert len(calls(BOTH, PROCESSES="1")) == 3
-    assert "one process on both sides" in start(BOTH, "--dry_run", PYTHON="true", PROCESSES="1").stderr
+    assert "both runs use one process" in start(BOTH, "--dry_run", PYTHON="true", PROCESSES="1").stderr
 
 
 @pytest.mark.parametrize("script", [TRAIN, MULTI])
@@ -259,17 +259,17 @@ def test_defaults_that_are_shared_are_the_package_s() -> None:
 @pytest.mark.parametrize(
     ("script", "words", "variables", "message"),
     [
-        (MULTI, "", {"BATCH_SIZE": "3", "PROCESSES": "2"}, "can't be dealt out to 2 processes evenly"),
-        (BOTH, "", {"BATCH_SIZE": "3", "PROCESSES": "2"}, "can't be dealt out to 2 processes evenly"),
-        (MULTI, "", {"N_GPUS": "two"}, "N_GPUS=two: must be a whole number from 1"),
-        (BOTH, "", {"PROCESSES": "0"}, "PROCESSES=0: must be a whole number from 1"),
-        (MULTI, "", {"GRAD_ACC_STEPS": "a[$(exit 9)]"}, "must be a whole number from 1"),
-        (MULTI, "--batch-size=3", {}, "--batch_size: set the variable BATCH_SIZE in its place"),
-        (BOTH, "--grad_acc_steps 3", {}, "--grad_acc_steps: set the variable GRAD_ACC_STEPS in its place"),
-        (TRAIN, "--run_name x", {}, "--run_name: set the variable RUN_NAME in its place"),
-        (STUDY, "--save-dir=x", {}, "--save_dir: set the variable SAVE_DIR in its place"),
-        (TRAIN, "--config x.yaml", {"MODEL": ""}, "--config: set the variable MODEL beside it"),
-        (MULTI, "--config x.yaml", {"BATCH_SIZE": ""}, "--config: set the variable BATCH_SIZE beside it"),
+        (MULTI, "", {"BATCH_SIZE": "3", "PROCESSES": "2"}, "can't be divided evenly among 2 processes"),
+        (BOTH, "", {"BATCH_SIZE": "3", "PROCESSES": "2"}, "can't be divided evenly among 2 processes"),
+        (MULTI, "", {"N_GPUS": "two"}, "N_GPUS=two: must be a whole number, at least 1"),
+        (BOTH, "", {"PROCESSES": "0"}, "PROCESSES=0: must be a whole number, at least 1"),
+        (MULTI, "", {"GRAD_ACC_STEPS": "a[$(exit 9)]"}, "must be a whole number, at least 1"),
+        (MULTI, "--batch-size=3", {}, "--batch_size: set the variable BATCH_SIZE instead"),
+        (BOTH, "--grad_acc_steps 3", {}, "--grad_acc_steps: set the variable GRAD_ACC_STEPS instead"),
+        (TRAIN, "--run_name x", {}, "--run_name: set the variable RUN_NAME instead"),
+        (STUDY, "--save-dir=x", {}, "--save_dir: set the variable SAVE_DIR instead"),
+        (TRAIN, "--config x.yaml", {"MODEL": ""}, "--config: also set the variable MODEL"),
+        (MULTI, "--config x.yaml", {"BATCH_SIZE": ""}, "--config: also set the variable BATCH_SIZE"),
     ],
 )
 def test_what_a_script_refuses(
