@@ -1,6 +1,6 @@
-"""What is timed: pieces of work, tools that do them, and the cases that set tools side by side.
+"""What is timed: workloads, the tools that run them, and cases that compare tools on one workload.
 
-Every worker imports this file, also in a peer's environment, so it needs the standard library alone.
+Every worker imports this file, also in the environment of another tool, so it needs only the standard library.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ Kind = Literal["step", "end_to_end", "forward", "gemm", "adam"]
 
 @dataclass(frozen=True)
 class Work:
-    """One piece of work; sizes are N tokens, D width, F latents, K active."""
+    """A workload; its sizes are N tokens, D width, F latents, K active."""
 
     kind: Kind
     tokens: int = 2048
@@ -21,7 +21,7 @@ class Work:
     latents: int = 6144
     k: int = 32
     dead_share: float = 0.0
-    """Share of the latents that are dead at every step, so that AuxK works."""
+    """Share of the latents that are dead at every step, so that AuxK has work to do."""
     model: Literal["bert", "gpt2"] = "bert"
     model_dtype: Literal["fp32", "bf16"] = "fp32"
     blocks: int = 12
@@ -33,53 +33,48 @@ class Work:
 
 @dataclass(frozen=True, eq=False)
 class Tool:
-    """Who does the work: a module with ``build``, the environment it runs in, and its options."""
+    """A way to run a workload: a module with ``build``, its environment and its options."""
 
     name: str
     module: str
     environment: str | None = None
-    """Folder under ``.bench/`` for a peer; None for our own environment."""
+    """Folder under ``.bench/`` of another tool; None for saetrain's own environment."""
     options: dict[str, Any] = field(default_factory=dict)
     changes: dict[str, Any] = field(default_factory=dict)
-    """Fields of the case's work that this tool does otherwise, such as the model's dtype."""
+    """Fields of the case's workload that this tool overrides, such as the model's dtype."""
 
     @property
     def peer(self) -> bool:
-        """Whether it is somebody else's tool."""
+        """Whether the tool is not part of this project."""
         return self.environment is not None
 
 
 @dataclass(frozen=True)
 class Case:
-    """Tools that do the same work and are timed in turn."""
+    """Tools that run the same workload and are timed in turn."""
 
     name: str
     group: str
     work: Work
     tools: tuple[Tool, ...]
     repeats: tuple[int, ...] = ()
-    """Fixed numbers of steps, one sample each, in place of rounds of about equal length."""
-    most_rounds: int = 100
-    """Rounds at the most, where a sample takes long or is not compared with a peer's."""
+    """Fixed numbers of steps, one sample each, instead of rounds of about equal length."""
+    max_rounds: int = 100
+    """Lower where a sample takes long, or is not compared with a peer's."""
 
 
-def ours(kernels: str, compute_dtype: str, **changes: Any) -> Tool:
-    """Our trainer by path."""
-    name = f"ours {kernels} {compute_dtype}"
-    return Tool(
-        name,
-        "benchmarks.saetrain_runner",
-        options={"kernels": kernels, "compute_dtype": compute_dtype},
-        changes=changes,
-    )
+def saetrain_tool(kernels: str, compute_dtype: str) -> Tool:
+    """saetrain with the given kernels and dtype of the SAE's matrix products."""
+    name = f"saetrain {kernels} {compute_dtype}"
+    return Tool(name, "benchmarks.saetrain_runner", options={"kernels": kernels, "compute_dtype": compute_dtype})
 
 
-PATHS: dict[str, tuple[Tool, ...]] = {
-    "reference": (ours("reference", "fp32"),),
-    "torch": (ours("torch", "bf16"), ours("torch", "fp32")),
-    "native": (ours("native", "bf16"), ours("native", "fp32")),
+KERNELS: dict[str, tuple[Tool, ...]] = {
+    "reference": (saetrain_tool("reference", "fp32"),),
+    "torch": (saetrain_tool("torch", "bf16"), saetrain_tool("torch", "fp32")),
+    "native": (saetrain_tool("native", "bf16"), saetrain_tool("native", "fp32")),
 }
-"""Name of a path -> our tool by precision of the SAE's products, the fastest first."""
+"""Name of the kernels -> saetrain with each dtype of the SAE's matrix products, the fastest first."""
 
 SPARSIFY = "benchmarks.peers.sparsify"
 SAE_LENS = "benchmarks.peers.sae_lens"
@@ -97,75 +92,77 @@ AUTOCAST = "sae-lens autocast + autocast_lm"
 STEP_SHAPES = ((200, 32), (6144, 32), (6144, 192), (24576, 32), (24576, 192))
 
 
-def step_cases(paths: list[str], peers: bool) -> list[Case]:
-    """The SAE step alone, on prepared activations."""
-    tools = tuple(tool for path in paths for tool in PATHS[path][:1]) + (STEP_PEERS if peers else ())
+def step_cases(kernels: list[str], peers: bool) -> list[Case]:
+    """The SAE's training step alone, on prepared activations."""
+    tools = tuple(tool for name in kernels for tool in KERNELS[name][:1]) + (STEP_PEERS if peers else ())
     return [
         Case(f"step F={latents} k={k}", "step", Work("step", latents=latents, k=k), tools) for latents, k in STEP_SHAPES
     ]
 
 
-def fast(paths: list[str]) -> list[str]:
-    """The paths but for the reference, where there are others: it is there to be compared with, in the steps."""
-    return [path for path in paths if path != "reference"] or paths
+def without_reference(kernels: list[str]) -> list[str]:
+    """All kernels but the reference, which only the step cases compare with; the reference where it is alone."""
+    return [name for name in kernels if name != "reference"] or kernels
 
 
-def precision_cases(paths: list[str], peers: bool) -> list[Case]:
-    """Our step with the SAE's products in fp32 beside the fastest precision."""
-    tools = tuple(tool for path in fast(paths) for tool in PATHS[path])
+def precision_cases(kernels: list[str], peers: bool) -> list[Case]:
+    """saetrain's step with the SAE's matrix products in bf16 and in fp32."""
+    tools = tuple(tool for name in without_reference(kernels) for tool in KERNELS[name])
     return [Case("precision F=6144 k=32", "precision", Work("step"), tools)]
 
 
-def dead_cases(paths: list[str], peers: bool) -> list[Case]:
-    """Our step with every latent alive and with 5 % of them dead (ours alone)."""
-    tools = tuple(tool for path in fast(paths) for tool in PATHS[path][:1])
+def dead_cases(kernels: list[str], peers: bool) -> list[Case]:
+    """saetrain's step without dead latents and with 5 % of them dead."""
+    tools = tuple(tool for name in without_reference(kernels) for tool in KERNELS[name][:1])
     dead = tuple(replace(tool, name=f"{tool.name}, 5 % dead", changes={"dead_share": 0.05}) for tool in tools)
     alive = tuple(replace(tool, name=f"{tool.name}, 0 % dead") for tool in tools)
     return [
-        Case(f"dead latents F={latents} k={k}", "dead", Work("step", latents=latents, k=k), alive + dead, most_rounds=3)
+        Case(f"dead latents F={latents} k={k}", "dead", Work("step", latents=latents, k=k), alive + dead, max_rounds=3)
         for latents, k in (STEP_SHAPES[1], *STEP_SHAPES[-1:] * peers)
     ]
 
 
-def in_dtype(tool: Tool, dtype: str) -> Tool:
-    """The tool over a model of that dtype."""
+def with_model_dtype(tool: Tool, dtype: str) -> Tool:
+    """The tool with the model in the given dtype."""
     return replace(tool, name=f"{tool.name}, {dtype} model", changes={**tool.changes, "model_dtype": dtype})
 
 
-def floor(dtype: str) -> Tool:
-    """Model forward to the hook, encoder GEMM in bf16 and fused Adam: what no trainer goes below."""
-    return in_dtype(Tool("floor", "benchmarks.floors"), dtype)
+def floor_tool(dtype: str) -> Tool:
+    """The lower bound of an end-to-end step: forward pass to the hook, encoder GEMM in bf16, and fused Adam."""
+    return with_model_dtype(Tool("floor", "benchmarks.floors"), dtype)
 
 
-def end_to_end_cases(paths: list[str], peers: bool) -> list[Case]:
-    """From token ids to trained SAE: model, buffer and step."""
+def end_to_end_cases(kernels: list[str], peers: bool) -> list[Case]:
+    """From token ids to a trained SAE: model, buffer and step."""
     dtypes = ("bf16", "fp32") if peers else ("bf16",)
-    own = [in_dtype(PATHS[path][0], dtype) for path in fast(paths) for dtype in dtypes]
-    own += [floor(dtype) for dtype in dtypes]
+    own = [with_model_dtype(KERNELS[name][0], dtype) for name in without_reference(kernels) for dtype in dtypes]
+    own += [floor_tool(dtype) for dtype in dtypes]
     bert: list[Tool] = []
     gpt2: list[Tool] = []
     if peers:
-        signum = in_dtype(STEP_PEERS[0], "fp32")
-        bert = [signum, in_dtype(STEP_PEERS[0], "bf16")]
+        signum = with_model_dtype(STEP_PEERS[0], "fp32")
+        bert = [signum, with_model_dtype(STEP_PEERS[0], "bf16")]
         autocast = replace(STEP_PEERS[3], name=AUTOCAST, changes={"model_dtype": "bf16"})
-        gpt2 = [signum, in_dtype(STEP_PEERS[2], "fp32"), autocast, in_dtype(STEP_PEERS[4], "fp32")]
+        gpt2 = [signum, with_model_dtype(STEP_PEERS[2], "fp32"), autocast, with_model_dtype(STEP_PEERS[4], "fp32")]
     bert_work, gpt2_work = Work("end_to_end"), Work("end_to_end", model="gpt2")
-    cases = [Case("end to end BERT", "end_to_end", bert_work, (*own, *bert), most_rounds=LONG_ROUNDS)]
+    cases = [Case("end to end BERT", "end_to_end", bert_work, (*own, *bert), max_rounds=LONG_ROUNDS)]
     if peers:
-        cases.append(Case("end to end GPT-2", "end_to_end", gpt2_work, (*own, *gpt2), most_rounds=LONG_ROUNDS))
+        cases.append(Case("end to end GPT-2", "end_to_end", gpt2_work, (*own, *gpt2), max_rounds=LONG_ROUNDS))
     return cases
 
 
-def layers_cases(paths: list[str], peers: bool) -> list[Case]:
+def layers_cases(kernels: list[str], peers: bool) -> list[Case]:
     """All 12 layers of the model in one pass."""
-    own = [in_dtype(PATHS[path][0], dtype) for path in fast(paths) for dtype in ("bf16", "fp32")]
-    others = [in_dtype(STEP_PEERS[0], dtype) for dtype in ("fp32", "bf16")] if peers else []
+    own = [
+        with_model_dtype(KERNELS[name][0], dtype) for name in without_reference(kernels) for dtype in ("bf16", "fp32")
+    ]
+    others = [with_model_dtype(STEP_PEERS[0], dtype) for dtype in ("fp32", "bf16")] if peers else []
     work = Work("end_to_end", layers=tuple(range(12)))
-    return [Case("12 layers BERT", "layers", work, (*own, *others), most_rounds=LONG_ROUNDS)]
+    return [Case("12 layers BERT", "layers", work, (*own, *others), max_rounds=LONG_ROUNDS)]
 
 
-def floor_cases(paths: list[str], peers: bool) -> list[Case]:
-    """What any trainer must pay at the least."""
+def floor_cases(kernels: list[str], peers: bool) -> list[Case]:
+    """The parts of the lower bound, one by one."""
     tool = Tool("torch", "benchmarks.floors")
     models: tuple[Literal["bert", "gpt2"], ...] = ("bert", "gpt2") if peers else ("bert",)
     dtypes: tuple[Literal["fp32", "bf16"], ...] = ("fp32", "bf16")
@@ -179,21 +176,21 @@ def floor_cases(paths: list[str], peers: bool) -> list[Case]:
         for dtype in dtypes:
             works[f"encoder GEMM F={latents}, {dtype}"] = Work("gemm", latents=latents, model_dtype=dtype)
         works[f"fused Adam F={latents}"] = Work("adam", latents=latents)
-    return [Case(f"floor: {name}", "floors", work, (tool,), most_rounds=3) for name, work in works.items()]
+    return [Case(f"floor: {name}", "floors", work, (tool,), max_rounds=3) for name, work in works.items()]
 
 
-def scaling_cases(paths: list[str], peers: bool) -> list[Case]:
-    """Cost against latents, active latents and tokens of a step (ours alone)."""
-    tools = tuple(PATHS[path][0] for path in fast(paths))
+def scaling_cases(kernels: list[str], peers: bool) -> list[Case]:
+    """saetrain's step over numbers of latents, active latents and tokens per step."""
+    tools = tuple(KERNELS[name][0] for name in without_reference(kernels))
     works = [Work("step", latents=latents) for latents in (1536, 3072, 6144, 12288, 24576, 49152, 98304)]
     works += [Work("step", k=k) for k in (16, 64, 128, 256)]
     works += [Work("step", tokens=tokens) for tokens in (512, 1024, 4096, 8192, 16384)]
-    return [Case(f"scaling F={w.latents} k={w.k} N={w.tokens}", "scaling", w, tools, most_rounds=2) for w in works]
+    return [Case(f"scaling F={w.latents} k={w.k} N={w.tokens}", "scaling", w, tools, max_rounds=2) for w in works]
 
 
-def memory_cases(paths: list[str], peers: bool) -> list[Case]:
-    """Peak memory against the number of tokens trained (ours alone)."""
-    tools = tuple(PATHS[path][0] for path in paths)
+def memory_cases(kernels: list[str], peers: bool) -> list[Case]:
+    """saetrain's peak memory after more and more tokens."""
+    tools = tuple(KERNELS[name][0] for name in kernels)
     return [Case("memory over tokens", "memory", Work("step"), tools, repeats=(5, 10, 35, 50))]
 
 
@@ -210,4 +207,4 @@ GROUPS = {
 """Name in ``--cases`` -> the cases of that group."""
 
 SHARED_WORKERS = ("floors",)
-"""Groups whose workers are built anew for each case instead of started anew: their memory is not looked at."""
+"""Groups whose workers serve all cases of the group, because their memory is not reported."""

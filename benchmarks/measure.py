@@ -1,4 +1,7 @@
-"""The conductor: one process per tool, told in turn to run, so that a change of the machine's speed hits all alike."""
+"""Times cases: one worker process per tool, all of them alive for the whole case.
+
+The tools take turns, so that a change of the machine's speed affects all of them alike.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import itertools
 import json
 import math
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -20,30 +24,30 @@ from typing import Any
 from benchmarks.cases import SHARED_WORKERS, Case, Tool
 from benchmarks.machine import ROOT
 
-JUDGED_SECONDS = 0.25
-"""Length of a sample from which the kernel's clock of 10 ms says anything about the others."""
+MIN_JUDGED_S = 0.25
+"""Shorter samples are kept in any case: the kernel's clock of 10 ms is too coarse to measure other processes."""
 MAX_STEPS = 200
-TIMEOUT = 900.0
-"""Seconds that one request may take, the build of a kernel included."""
+REQUEST_TIMEOUT_S = 900.0
+"""Includes the compilation of a kernel."""
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 class WorkerError(Exception):
-    """A tool that could not start, build or run."""
+    """A tool could not start, build or run."""
 
 
 @dataclass(frozen=True)
-class Plan:
+class MeasurePlan:
     """How much is measured."""
 
     rounds: int = 5
     seconds: float = 1.0
-    """Aimed length of a sample."""
+    """Target length of a sample."""
     warmup: int = 2
     """Steps before the first sample, at least one period."""
-    others_limit: float = 0.15
-    """Share of the CPU used by others above which a sample is dropped."""
+    max_other_cpu: float = 0.15
+    """Share of the CPU used by other processes above which a sample is dropped."""
     threads: int = os.cpu_count() or 1
 
 
@@ -53,12 +57,12 @@ class Worker:
     def __init__(self, tool: Tool, threads: int) -> None:
         python = str(ROOT / ".bench" / tool.environment / "bin" / "python") if tool.environment else sys.executable
         if not Path(python).exists():
-            raise WorkerError("its environment is not there: make bench-peers makes it")
+            raise WorkerError("its environment does not exist: run make bench-peers")
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - close() ends it
         self._process = subprocess.Popen(
             [python, "-m", "benchmarks.worker", tool.module],
             cwd=ROOT,
-            env=environment(threads),
+            env=worker_environment(threads),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -68,37 +72,37 @@ class Worker:
 
     @property
     def versions(self) -> dict[str, str]:
-        """Of Python and the tool's packages; waits until the tool is imported."""
+        """Versions of Python and the tool's packages; waits until the tool is imported."""
         if self._versions is None:
-            self._versions = self._read()["versions"]
+            self._versions = self._read_reply()["versions"]
         assert self._versions is not None
         return self._versions
 
-    def ask(self, **request: Any) -> dict[str, Any]:
-        """The answer to a request."""
+    def request(self, **request: Any) -> dict[str, Any]:
+        """Send a request and return the reply."""
         assert self.versions
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
         except BrokenPipeError as error:
-            raise WorkerError(self._last_words()) from error
-        return self._read()
+            raise WorkerError(self._describe_exit()) from error
+        return self._read_reply()
 
-    def _read(self) -> dict[str, Any]:
+    def _read_reply(self) -> dict[str, Any]:
         assert self._process.stdout is not None
-        timer = threading.Timer(TIMEOUT, self._process.kill)
+        timer = threading.Timer(REQUEST_TIMEOUT_S, self._process.kill)
         timer.start()
         line = self._process.stdout.readline()
         timer.cancel()
         if not line:
-            raise WorkerError(self._last_words())
-        answer: dict[str, Any] = json.loads(line)
-        if "error" in answer:
-            raise WorkerError(answer["error"])
-        return answer
+            raise WorkerError(self._describe_exit())
+        reply: dict[str, Any] = json.loads(line)
+        if "error" in reply:
+            raise WorkerError(reply["error"])
+        return reply
 
-    def _last_words(self) -> str:
+    def _describe_exit(self) -> str:
         self._process.wait()
         self._errors.seek(0)
         lines = self._errors.read().splitlines()
@@ -111,10 +115,10 @@ class Worker:
         self._errors.close()
 
 
-def environment(threads: int) -> dict[str, str]:
-    """Variables of a worker: no network, no trackers, all cores."""
-    # OpenMP's wait policy stays as it is: idle threads spin for some milliseconds in all, and making them sleep at
-    # once slowed small operations several times.
+def worker_environment(threads: int) -> dict[str, str]:
+    """Environment variables of a worker: no network, no trackers, ``threads`` threads."""
+    # OpenMP's wait policy keeps its default: idle threads spin for a few milliseconds in total, and making them sleep
+    # at once slowed small operations down several times.
     return {
         **os.environ,
         "OMP_NUM_THREADS": str(threads),
@@ -125,85 +129,98 @@ def environment(threads: int) -> dict[str, str]:
     }
 
 
-class Seat:
-    """A tool in a case: its worker and what was recorded of it."""
+class ToolRun:
+    """One tool in one case: its worker, the error that ended it, and its samples."""
 
     def __init__(self, tool: Tool, worker: Worker | None, error: str | None) -> None:
-        self.tool, self.worker = tool, worker
-        self.record: dict[str, Any] = {
-            "name": tool.name,
-            "peer": tool.peer,
-            "options": tool.options,
-            "changes": tool.changes,
-            "samples": [],
-        }
+        self.tool, self.worker, self.error = tool, worker, error
+        self.versions: dict[str, str] = {}
+        self.samples: list[dict[str, Any]] = []
         self.steps = 0
-        if error is not None:
-            self.fail(error)
+        self._warmup_steps = 0
 
     def fail(self, error: str) -> None:
-        """The tool is out of this case, and its row says why."""
-        self.record["error"] = error
-        self.worker = None
+        """Exclude the tool from the rest of this case."""
+        self.error, self.worker = error, None
 
-    def build(self, case: Case, plan: Plan) -> None:
-        """Build and warm up; fixes how many steps a sample has."""
+    def build(self, case: Case, plan: MeasurePlan) -> None:
+        """Build the workload, warm up, and choose the number of steps per sample."""
         assert self.worker is not None
         work = dataclasses.asdict(dataclasses.replace(case.work, **self.tool.changes))
-        self.record["versions"] = self.worker.versions
-        built = self.worker.ask(do="build", work=work, options=self.tool.options)
-        self.record["imports_bytes"] = built["imports_bytes"]
-        period = built["period"]
-        warm = self.worker.ask(do="run", steps=max(plan.warmup, period))
-        self.record["warmup_seconds"] = warm["seconds"]
-        # A first step pays for allocations, and a first period for filling a buffer.
-        last = min(warm["seconds"]) if period == 1 else sum(warm["seconds"][-period:]) / period
+        self.versions = self.worker.versions
+        period = self.worker.request(do="build", work=work, options=self.tool.options)["period"]
+        self._warmup_steps = max(plan.warmup, period)
+        seconds = self.worker.request(do="run", steps=self._warmup_steps)["seconds"]
+        # The first step includes allocations, and the first period includes filling a buffer.
+        last = min(seconds) if period == 1 else sum(seconds[-period:]) / period
         self.steps = min(MAX_STEPS, max(1, math.ceil(plan.seconds / last / period)) * period)
-        self.record["steps_per_sample"] = self.steps
 
-    def sample(self, number: int, steps: int, others_limit: float) -> bool:
-        """Take a sample; whether the machine was quiet."""
+    def take_sample(self, number: int, steps: int, max_other_cpu: float) -> bool:
+        """Take a sample of round ``number``; returns whether other processes left the machine alone."""
         assert self.worker is not None
-        answer = self.worker.ask(do="run", steps=steps)
-        dropped = answer["others_cpu"] > others_limit and answer["wall"] > JUDGED_SECONDS
-        self.record["samples"].append({"round": number, "dropped": dropped, **answer})
+        reply = self.worker.request(do="run", steps=steps)
+        dropped = reply["others_cpu"] > max_other_cpu and reply["wall"] > MIN_JUDGED_S
+        self.samples.append({"round": number, "dropped": dropped, **reply})
         return not dropped
 
+    def summarize(self, rounds: int, tokens: int) -> dict[str, Any]:
+        """What the results file keeps.
 
-def attempt(seat: Seat, action: Callable[[], Any]) -> Any:
-    """What the action gives; a failing tool is out, and the others go on."""
-    if seat.worker is None:
+        ``seconds_per_step`` is the mean of each round (None where no sample was kept), ``peak_bytes`` the largest peak
+        of memory, and ``memory`` (tokens trained, peak bytes) after each sample.
+        """
+        seconds = [
+            next((statistics.fmean(s["seconds"]) for s in self.samples if s["round"] == i and not s["dropped"]), None)
+            for i in range(rounds)
+        ]
+        steps = itertools.accumulate((len(s["seconds"]) for s in self.samples), initial=self._warmup_steps)
+        peaks = [sample["peak_bytes"] for sample in self.samples]
+        return {
+            "name": self.tool.name,
+            "peer": self.tool.peer,
+            "changes": self.tool.changes,
+            "seconds_per_step": seconds,
+            "dropped": sum(sample["dropped"] for sample in self.samples),
+            "peak_bytes": max(peaks, default=None),
+            "memory": [[count * tokens, peak] for count, peak in zip(list(steps)[1:], peaks, strict=True)],
+            **({} if self.error is None else {"error": self.error}),
+        }
+
+
+def run_unless_failed(run: ToolRun, action: Callable[[], Any]) -> Any:
+    """Call ``action``; if it fails, exclude the tool and continue with the others."""
+    if run.worker is None:
         return None
     try:
         return action()
     except WorkerError as error:
-        seat.fail(str(error))
+        run.fail(str(error))
         return None
 
 
-def run_case(case: Case, seats: list[Seat], plan: Plan) -> dict[str, Any]:
-    """All rounds of one case."""
-    for seat in seats:
-        attempt(seat, partial(seat.build, case, plan))
-    for number in range(len(case.repeats) or min(plan.rounds, case.most_rounds)):
-        turn = number % len(seats)
-        for seat in seats[turn:] + seats[:turn]:
-            steps = case.repeats[number] if case.repeats else seat.steps
-            quiet = attempt(seat, partial(seat.sample, number, steps, plan.others_limit))
+def measure_case(case: Case, runs: list[ToolRun], plan: MeasurePlan) -> dict[str, Any]:
+    """Run all rounds of one case."""
+    for run in runs:
+        run_unless_failed(run, partial(run.build, case, plan))
+    rounds = len(case.repeats) or min(plan.rounds, case.max_rounds)
+    for number in range(rounds):
+        turn = number % len(runs)
+        for run in runs[turn:] + runs[:turn]:
+            steps = case.repeats[number] if case.repeats else run.steps
+            quiet = run_unless_failed(run, partial(run.take_sample, number, steps, plan.max_other_cpu))
             if quiet is False:
-                # A disturbed sample is taken once more, in the same round, and both are kept in the record.
-                attempt(seat, partial(seat.sample, number, steps, plan.others_limit))
-    return {
-        "name": case.name,
-        "group": case.group,
-        "work": dataclasses.asdict(case.work),
-        "tools": [seat.record for seat in seats],
-    }
+                # A disturbed sample is taken once more in the same round.
+                run_unless_failed(run, partial(run.take_sample, number, steps, plan.max_other_cpu))
+    tools = [run.summarize(rounds, case.work.tokens) for run in runs]
+    if not case.repeats:
+        for tool in tools:
+            del tool["memory"]
+    return {"name": case.name, "group": case.group, "work": dataclasses.asdict(case.work), "tools": tools}
 
 
-def seated(tools: tuple[Tool, ...], workers: dict[Tool, Worker | str], threads: int) -> list[Seat]:
-    """A seat for each tool, on a worker of its own; workers are started side by side."""
-    seats = []
+def start_workers(tools: tuple[Tool, ...], workers: dict[Tool, Worker | str], threads: int) -> list[ToolRun]:
+    """A run of each tool on its own worker; ``workers`` holds those that run already, or the error of their start."""
+    runs = []
     for tool in tools:
         if tool not in workers:
             try:
@@ -211,30 +228,36 @@ def seated(tools: tuple[Tool, ...], workers: dict[Tool, Worker | str], threads: 
             except WorkerError as error:
                 workers[tool] = str(error)
         worker = workers[tool]
-        seats.append(Seat(tool, None, worker) if isinstance(worker, str) else Seat(tool, worker, None))
-    return seats
+        runs.append(ToolRun(tool, None, worker) if isinstance(worker, str) else ToolRun(tool, worker, None))
+    return runs
 
 
-def conduct(cases: list[Case], plan: Plan, say: Say) -> Iterator[dict[str, Any]]:
-    """The record of each case, as it is done."""
+def measure_cases(
+    cases: list[Case], plan: MeasurePlan, versions: dict[str, set[str]], log: Log
+) -> Iterator[dict[str, Any]]:
+    """Yield the record of each case when it is done, and add the packages' versions to ``versions``."""
     for group, members in itertools.groupby(cases, key=lambda case: case.group):
         workers: dict[Tool, Worker | str] = {}
         try:
             for case in members:
-                say(f"{case.name}: {', '.join(tool.name for tool in case.tools)}")
-                record = run_case(case, seated(case.tools, workers, plan.threads), plan)
-                samples = [sample for tool in record["tools"] for sample in tool["samples"]]
-                dropped = sum(sample["dropped"] for sample in samples)
+                log(f"{case.name}: {', '.join(tool.name for tool in case.tools)}")
+                runs = start_workers(case.tools, workers, plan.threads)
+                record = measure_case(case, runs, plan)
+                dropped = sum(tool["dropped"] for tool in record["tools"])
                 if dropped:
-                    say(f"  {dropped} of {len(samples)} samples dropped: others keep the CPU busy")
+                    count = sum(len(run.samples) for run in runs)
+                    log(f"  {dropped} of {count} samples dropped: other processes use the CPU")
+                for run in runs:
+                    for name, version in run.versions.items():
+                        versions.setdefault(name, set()).add(version)
                 yield record
                 if group not in SHARED_WORKERS:
-                    close(workers)
+                    close_workers(workers)
         finally:
-            close(workers)
+            close_workers(workers)
 
 
-def close(workers: dict[Tool, Worker | str]) -> None:
+def close_workers(workers: dict[Tool, Worker | str]) -> None:
     """End all processes."""
     for worker in workers.values():
         if isinstance(worker, Worker):

@@ -1,4 +1,7 @@
-"""A results file -> one picture of tokens per second: ``python -m benchmarks.plot FILE``; needs the extra ``bench``."""
+"""A plot of tokens per second from a results file; needs the extra ``bench``.
+
+python -m benchmarks.plot FILE
+"""
 
 from __future__ import annotations
 
@@ -9,47 +12,48 @@ from typing import Any
 
 import matplotlib
 
-from benchmarks.summary import Row, rows
+from benchmarks.summary import Row, read_rows
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-PLOTTED = ("step", "end_to_end", "layers")
+PLOTTED_GROUPS = ("step", "end_to_end", "layers")
 COLUMNS = 2
-OURS, PEER, FLOOR = "#1f6fb4", "#b8b8b8", "#ffffff"
+SAETRAIN, PEER, FLOOR = "#1f6fb4", "#b8b8b8", "#ffffff"
 
 
-def colour(row: Row) -> str:
-    """Ours, a peer's, or a floor's."""
+def choose_color(row: Row) -> str:
+    """Color of saetrain, of a peer, or of a floor."""
     if row.tool["name"].startswith("floor"):
         return FLOOR
-    return PEER if row.tool["peer"] else OURS
+    return PEER if row.tool["peer"] else SAETRAIN
 
 
-def panel(axes: Axes, case: dict[str, Any]) -> None:
-    """One case: a bar per tool, with the quartiles."""
-    shown = [row for row in rows(case) if row.spread is not None]
-    for place, row in enumerate(shown):
-        assert row.spread is not None
-        low, high = row.tokens / row.spread.high, row.tokens / row.spread.low
-        axes.barh(place, row.rate, color=colour(row), edgecolor="black", linewidth=0.6)
-        axes.plot([low, high], [place, place], color="black", linewidth=1.2)
-        axes.annotate(f"{row.rate:,.0f}", (max(row.rate, high), place), (4, 0), textcoords="offset points", va="center")
-    axes.set_yticks(range(len(shown)), [row.tool["name"] for row in shown])
+def draw_case(axes: Axes, case: dict[str, Any]) -> None:
+    """Draw one bar per tool, with its quartiles."""
+    rows = [row for row in read_rows(case) if row.seconds_per_step is not None]
+    for y, row in enumerate(rows):
+        assert row.seconds_per_step is not None
+        low, high = row.tokens / row.seconds_per_step.high, row.tokens / row.seconds_per_step.low
+        speed = row.tokens_per_second
+        axes.barh(y, speed, color=choose_color(row), edgecolor="black", linewidth=0.6)
+        axes.plot([low, high], [y, y], color="black", linewidth=1.2)
+        axes.annotate(f"{speed:,.0f}", (max(speed, high), y), (4, 0), textcoords="offset points", va="center")
+    axes.set_yticks(range(len(rows)), [row.tool["name"] for row in rows])
     axes.invert_yaxis()
     axes.set_title(case["name"], loc="left", fontsize=11)
     axes.margins(x=0.16)
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def plot(results: dict[str, Any], out: Path) -> None:
-    """Draw all cases that set tools side by side."""
-    cases = [case for case in results["cases"] if case["group"] in PLOTTED]
+def draw_results(results: dict[str, Any], out: Path) -> None:
+    """Draw all cases that compare tools."""
+    cases = [case for case in results["cases"] if case["group"] in PLOTTED_GROUPS]
     lines = -(-len(cases) // COLUMNS)
     figure, grid = plt.subplots(lines, COLUMNS, figsize=(7.5 * COLUMNS, 3.1 * lines), squeeze=False)
     for axes, case in zip(grid.flat, cases, strict=False):
-        panel(axes, case)
+        draw_case(axes, case)
     for axes in grid.flat[len(cases) :]:
         axes.set_visible(False)
     machine, run = results["machine"], results["run"]
@@ -63,12 +67,14 @@ def plot(results: dict[str, Any], out: Path) -> None:
 
 
 def main() -> None:
-    """Write the picture beside the results file, or where ``--out`` says."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.plot", description=__doc__)
+    """Write the plot next to the results file, or to ``--out``."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.plot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("file", type=Path)
-    parser.add_argument("--out", type=Path, help="picture (default: FILE with the ending .png)")
+    parser.add_argument("--out", type=Path, help="image file (default: FILE with the ending .png)")
     options = parser.parse_args()
-    plot(json.loads(options.file.read_text()), options.out or options.file.with_suffix(".png"))
+    draw_results(json.loads(options.file.read_text()), options.out or options.file.with_suffix(".png"))
 
 
 if __name__ == "__main__":

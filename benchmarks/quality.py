@@ -1,4 +1,4 @@
-"""What precision and kernels do to an SAE: the same runs by each, from the same seeds, scored on held-out text.
+"""How kernels and dtypes affect the trained SAE: the same runs with each of them, scored on held-out text.
 
 python -m benchmarks.quality NAME MODEL DATASET [options of saetrain]
 """
@@ -13,9 +13,9 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from benchmarks.machine import ROOT, describe_machine, describe_run
+from benchmarks.results_file import write_results
 
 SEEDS = (1, 2, 3)
 VARIANTS = (
@@ -25,60 +25,59 @@ VARIANTS = (
     ("native", "float32"),
     ("native", "bfloat16"),
 )
-FIGURES = {"fvu": "FVU", "dead_never_fired": "never fired", "dead_below_threshold": "dead by rate"}
-ALLOWED = {"fvu": 0.002, "dead_never_fired": 0.015, "dead_below_threshold": 0.015}
-"""How far a mean may lie from the reference's."""
+METRICS = {"fvu": "FVU", "dead_never_fired": "never fired", "dead_below_threshold": "dead by rate"}
+TOLERANCES = {"fvu": 0.002, "dead_never_fired": 0.015, "dead_below_threshold": 0.015}
+"""Largest allowed difference of a mean from the reference's mean."""
+Values = dict[str, list[float]]
+"""Metric -> its value for each seed."""
 
 
-def train(words: list[str], kernels: str, dtype: str, folder: Path) -> list[dict[str, float]]:
-    """The held-out figures of one SAE for each seed."""
+def train_seeds(arguments: list[str], kernels: str, dtype: str, folder: Path) -> Values:
+    """Train one SAE per seed and return the held-out metrics."""
     seeds = [str(seed) for seed in SEEDS]
     flags = ["--init_seeds", *seeds, "--kernels", kernels, "--compute_dtype", dtype]
     flags += ["--save_dir", str(folder), "--run_name", f"{kernels}-{dtype}", "--save_every", "1000000"]
-    subprocess.run([sys.executable, "-m", "saetrain", *words, *flags], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, "-m", "saetrain", *arguments, *flags], check=True, stdout=subprocess.DEVNULL)
     lines = (folder / f"{kernels}-{dtype}" / "metrics.jsonl").read_text().splitlines()
     final = next(record for record in map(json.loads, lines) if record["kind"] == "final")
-    return [{name: sae[name] for name in FIGURES} for sae in final["saes"].values()]
+    return {name: [sae[name] for sae in final["saes"].values()] for name in METRICS}
 
 
-def rows(results: dict[str, list[dict[str, float]]]) -> list[str]:
-    """A table of means, with their distance from the reference's."""
+def format_table(results: dict[str, Values]) -> str:
+    """Means over the seeds, with their difference from the reference."""
     lines = [
-        "| kernels | " + " | ".join(FIGURES.values()) + " | within what is allowed |",
-        "|---" * (len(FIGURES) + 2) + "|",
+        "| kernels | " + " | ".join(METRICS.values()) + " | within the tolerances |",
+        "|---" * (len(METRICS) + 2) + "|",
     ]
     reference = results["reference float32"]
-    for name, saes in results.items():
-        cells, fine = [], True
-        for figure, allowed in ALLOWED.items():
-            mean = statistics.mean(sae[figure] for sae in saes)
-            off = mean - statistics.mean(sae[figure] for sae in reference)
-            fine &= abs(off) <= allowed
-            spread = max(sae[figure] for sae in saes) - min(sae[figure] for sae in saes)
-            cells.append(f"{mean:.4f} ({off:+.4f}, seeds {spread:.4f} apart)")
-        lines.append(f"| {name} | {' | '.join(cells)} | {'yes' if fine else 'no'} |")
-    return lines
+    for variant, values in results.items():
+        cells, is_within = [], True
+        for metric, tolerance in TOLERANCES.items():
+            mean = statistics.mean(values[metric])
+            difference = mean - statistics.mean(reference[metric])
+            is_within &= abs(difference) <= tolerance
+            spread = max(values[metric]) - min(values[metric])
+            cells.append(f"{mean:.4f} ({difference:+.4f}, seeds {spread:.4f} apart)")
+        lines.append(f"| {variant} | {' | '.join(cells)} | {'yes' if is_within else 'no'} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
-    """Run all variants, write the figures, print the table."""
+    """Run all variants, write the results file and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", help="of the results file, benchmarks/results/quality-NAME.json")
+    parser.add_argument("name", help="results go to benchmarks/results/quality-NAME.json")
     parser.add_argument("model", help="hub id or folder of a transformer")
     parser.add_argument("dataset", help="hub id, folder or file")
     options, rest = parser.parse_known_args()
-    name, words = options.name, [options.model, options.dataset, *rest]
-    results: dict[str, list[dict[str, float]]] = {}
+    arguments = [options.model, options.dataset, *rest]
     with tempfile.TemporaryDirectory() as folder:
-        for kernels, dtype in VARIANTS:
-            results[f"{kernels} {dtype}"] = train(words, kernels, dtype, Path(folder))
-    table = "\n".join(rows(results))
+        metrics = {
+            f"{kernels} {dtype}": train_seeds(arguments, kernels, dtype, Path(folder)) for kernels, dtype in VARIANTS
+        }
     command = shlex.join(["python", "-m", "benchmarks.quality", *sys.argv[1:]])
-    about: dict[str, Any] = {"run": {**describe_run([]), "command": command}, "machine": describe_machine()}
-    out = ROOT / "benchmarks" / "results" / f"quality-{name}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({**about, "seeds": SEEDS, "figures": results, "table": table}, indent=1) + "\n")
-    print(table)
+    head = {"run": {**describe_run([]), "command": command}, "machine": describe_machine(), "seeds": SEEDS}
+    write_results(ROOT / "benchmarks" / "results" / f"quality-{options.name}.json", {**head, "metrics": metrics})
+    print(format_table(metrics))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import statistics
 import sys
 import time
@@ -23,6 +22,7 @@ import transformers
 from benchmarks.cases import Work
 from benchmarks.inputs import SEED, STEPS, hookpoint
 from benchmarks.machine import ROOT, describe_machine, describe_run
+from benchmarks.results_file import write_results
 from benchmarks.saetrain_runner import (
     BUFFER_BATCHES,
     CALIBRATION_BATCHES,
@@ -141,7 +141,7 @@ def exchange_seconds(work: Work, rounds: int = 10) -> float:
     return statistics.median(seconds)
 
 
-def figures(samples: dict[str, list[dict[str, float]]], work: Work, exchange: float) -> dict[str, Any]:
+def summarize_samples(samples: dict[str, list[dict[str, float]]], work: Work, exchange: float) -> dict[str, Any]:
     """Medians, and speed over one process, pair by pair within a round; ``exchange``: seconds of the gradients' sum."""
     ranks = launch.world_size()
     out: dict[str, Any] = {}
@@ -164,13 +164,13 @@ def figures(samples: dict[str, list[dict[str, float]]], work: Work, exchange: fl
     return out
 
 
-def table(found: dict[str, dict[str, Any]]) -> str:
-    """The figures as rows of a table."""
+def format_table(metrics: dict[str, dict[str, Any]]) -> str:
+    """The metrics as rows of a table."""
     lines = [
         "| precision | variant | tokens/s | over one | waiting | calls, of numbers | bytes handed in |",
         "|---|---|---|---|---|---|---|",
     ]
-    for precision, variants in found.items():
+    for precision, variants in metrics.items():
         bound = variants["bound_bytes"]
         for name in VARIANTS:
             row = variants[name]
@@ -194,16 +194,16 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    found, raw = {}, {}
+    metrics = {}
     with distributed.team():
         for precision in options.precisions:
             work = Work(kind="end_to_end", model_dtype=precision)
             if options.quick:
                 work = dataclasses.replace(work, **QUICK, layers=(0,))
-            raw[precision] = conduct(prepare(work, precision), options.rounds, BUFFER_BATCHES)
+            samples = conduct(prepare(work, precision), options.rounds, BUFFER_BATCHES)
             exchange = exchange_seconds(work)
             if launch.rank() == 0:
-                found[precision] = figures(raw[precision], work, exchange)
+                metrics[precision] = summarize_samples(samples, work, exchange)
         if launch.rank():
             return
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
@@ -211,9 +211,9 @@ def main() -> None:
         **describe_run(sys.argv[1:]),
         "command": f"torchrun --nproc_per_node {launch.world_size()} -m benchmarks.ranks",
     }
-    result = {"run": run, "machine": describe_machine(), "versions": versions, "threads_of_each": 1}
-    options.out.write_text(json.dumps({**result, "figures": found, "samples": raw}, indent=1) + "\n")
-    print(table(found))
+    results = {"run": run, "machine": describe_machine(), "versions": versions, "threads_of_each": 1}
+    write_results(options.out, {**results, "metrics": metrics})
+    print(format_table(metrics))
 
 
 if __name__ == "__main__":

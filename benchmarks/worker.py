@@ -1,6 +1,6 @@
-"""The process of one tool: builds its work, runs steps when it is told to, and says what they took.
+"""The process of one tool: builds a workload, runs steps on request, and replies with their times.
 
-Spoken to by JSON lines: ``{"do": "build", "work": …, "options": …}`` and ``{"do": "run", "steps": n}``.
+Requests are JSON lines on stdin: ``{"do": "build", "work": …, "options": …}`` and ``{"do": "run", "steps": n}``.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ PACKAGES = ("torch", "transformers", "sae-lens", "transformer-lens", "eai-sparsi
 
 
 class Runner(Protocol):
-    """Work that is ready to run."""
+    """A workload that is ready to run."""
 
     period: int
-    """Steps after which its cost repeats: those between two refills of a buffer, else 1."""
+    """Steps after which the cost repeats: those between two refills of a buffer, else 1."""
 
     def run(self, steps: int) -> list[float]:
-        """Seconds of each of the next ``steps`` training steps."""
+        """Run the next ``steps`` training steps and return the seconds of each."""
 
 
-def memory(field: str) -> int:
+def read_memory(field: str) -> int:
     """Bytes of ``VmRSS`` or ``VmHWM`` of this process."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
@@ -39,16 +39,16 @@ def memory(field: str) -> int:
     raise KeyError(field)
 
 
-def busy_seconds() -> float:
-    """CPU seconds that anything on the machine has used so far, time stolen from it included."""
+def read_busy_seconds() -> float:
+    """CPU seconds that all processes of the machine have used so far, including time stolen by the host."""
     user, nice, system, _idle, _iowait, irq, softirq, steal = map(
         int, Path("/proc/stat").read_text().splitlines()[0].split()[1:9]
     )
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
-def versions() -> dict[str, str]:
-    """Python's and those of the packages that decide the figures."""
+def package_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that affect the results."""
     found = {"python": sys.version.split()[0]}
     for name in PACKAGES:
         try:
@@ -58,63 +58,62 @@ def versions() -> dict[str, str]:
     return found
 
 
-def timed_run(runner: Runner, steps: int, baseline: int) -> dict[str, Any]:
-    """One sample: seconds per step, and what the machine did meanwhile."""
-    busy, own, start = busy_seconds(), time.process_time(), time.perf_counter()
+def take_sample(runner: Runner, steps: int, import_bytes: int) -> dict[str, Any]:
+    """Seconds per step, peak memory less ``import_bytes``, and the share of the CPU that other processes used."""
+    busy, own, start = read_busy_seconds(), time.process_time(), time.perf_counter()
     seconds = runner.run(steps)
     wall = time.perf_counter() - start
     own = time.process_time() - own
-    others = max(0.0, busy_seconds() - busy - own) / (wall * (os.cpu_count() or 1))
+    others = max(0.0, read_busy_seconds() - busy - own) / (wall * (os.cpu_count() or 1))
     assert len(seconds) == steps, (len(seconds), steps)
     return {
         "seconds": seconds,
         "wall": wall,
-        "own_cpu": own,
         "others_cpu": others,
-        "peak_bytes": memory("VmHWM") - baseline,
+        "peak_bytes": read_memory("VmHWM") - import_bytes,
     }
 
 
-class Server:
-    """Answers the requests of one tool."""
+class RequestHandler:
+    """Handles the requests for one tool."""
 
     def __init__(self, module: str) -> None:
-        # torch.optim imports dynamo at its first step, and that is no memory of anyone's training.
+        # torch.optim imports dynamo at its first step; that memory must not count as memory of the training.
         importlib.import_module("torch._dynamo")
         self.tool = importlib.import_module(module)
-        self.baseline = memory("VmRSS")
+        self.import_bytes = read_memory("VmRSS")
         self.runner: Runner | None = None
 
-    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
-        """What the request asked for."""
+    def handle_request(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Build or run, and return the reply."""
         if request["do"] == "build":
             self.runner = None
             gc.collect()
-            # A high-water mark counts from here on only when it is set back.
+            # Resets the high-water mark of the process's memory.
             Path("/proc/self/clear_refs").write_text("5")
             work = request["work"]
             work["layers"] = tuple(work["layers"])
             runner: Runner = self.tool.build(Work(**work), **request["options"])
             self.runner = runner
-            return {"period": runner.period, "imports_bytes": self.baseline}
+            return {"period": runner.period}
         assert self.runner is not None
-        return timed_run(self.runner, request["steps"], self.baseline)
+        return take_sample(self.runner, request["steps"], self.import_bytes)
 
 
 def main() -> None:
-    """Serve until the input ends."""
+    """Handle requests until the input ends."""
     channel = os.fdopen(os.dup(1), "w", buffering=1)
-    # Libraries print, and a line of theirs would break the protocol.
+    # Libraries print to stdout, which would break the protocol.
     os.dup2(2, 1)
-    server = Server(sys.argv[1])
-    print(json.dumps({"versions": versions()}), file=channel)
+    handler = RequestHandler(sys.argv[1])
+    print(json.dumps({"versions": package_versions()}), file=channel)
     for line in sys.stdin:
         try:
-            answer = server.answer(json.loads(line))
-        except Exception as error:  # a tool may fail in any way, and its row has to say how
+            reply = handler.handle_request(json.loads(line))
+        except Exception as error:  # a tool may fail in any way, and its row shows the error
             traceback.print_exc()
-            answer = {"error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
-        print(json.dumps(answer), file=channel)
+            reply = {"error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
+        print(json.dumps(reply), file=channel)
 
 
 if __name__ == "__main__":

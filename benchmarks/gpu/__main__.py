@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import sys
@@ -28,6 +27,7 @@ from benchmarks.gpu.steps import PATHS, SKEWED, batches_of, in_turn, paths_of
 from benchmarks.gpu.timing import ceilings, floor, samples_of
 from benchmarks.machine import describe_machine, describe_run
 from benchmarks.peers.sparsify_gpu import PLACE, package
+from benchmarks.results_file import write_results
 from saetrain.training.triton_check import Shape
 
 OUT = Path(__file__).parents[1] / "results" / "gpu.json"
@@ -127,7 +127,7 @@ def timings(shapes: list[Shape], models: list[Work], results: Found, out: Path, 
                     found = {"failed": str(error)}
             results[key][-1]["paths"][name] = found
             print(line(name, found), flush=True)
-            out.write_text(json.dumps(results, indent=1) + "\n")
+            write_results(out, results)
 
 
 def main() -> None:

@@ -69,4 +69,5 @@ def samples_of(build: Callable[[], Callable[[], Any]]) -> dict[str, Any]:
         samples = milliseconds(build())
     except (RuntimeError, ValueError, AssertionError) as error:
         return {"failed": f"{type(error).__name__}: {error}".splitlines()[0]}
-    return {"ms": statistics.median(samples), "samples": samples, "peak_bytes": torch.cuda.max_memory_allocated()}
+    low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
+    return {"ms": median, "ms_quartiles": [low, high], "peak_bytes": torch.cuda.max_memory_allocated()}

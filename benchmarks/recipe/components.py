@@ -31,7 +31,7 @@ def _all_latents(self: optim.Optimizer) -> Tensor:
     return torch.arange(len(self._parameters["b_enc"]))
 
 
-AXES, IDLE, DECAY = "principal axes", "idle latents left alone", "weight decay"
+AXES, IDLE, DECAY = "principal axes", "idle latents not updated", "weight decay"
 PIECES: dict[str, Callable[[], None]] = {
     AXES: _constants(),
     IDLE: _constants((optim.Optimizer, "_active_latents", _all_latents)),

@@ -1,4 +1,4 @@
-"""The file of results: one entry a run with its commit, rewritten after each, so that what was stopped goes on."""
+"""The results file of a sweep: one line per run, written after each run, so that an interrupted sweep can continue."""
 
 from __future__ import annotations
 
@@ -11,9 +11,13 @@ from typing import Any
 
 from benchmarks.machine import describe_machine, describe_run
 from benchmarks.recipe.task import Task
+from benchmarks.results_file import write_results
 
 Result = dict[str, Any]
-"""What a run gave, by figure; or its ``error``."""
+"""Metrics of a run by name, or its ``error``."""
+KEPT = ("fvu", "never_fired", "dead_by_window", "l0", "lr", "error")
+"""Entries of a result that the file keeps, with the commit."""
+DEFAULTS = {each.name: each.default for each in dataclasses.fields(Task)} | {"options": {}}
 
 
 class Results:
@@ -26,6 +30,7 @@ class Results:
             (Task(**entry["task"]), entry["result"]) for entry in stored.get("runs", [])
         ]
         self.timings: dict[str, list[float]] = stored.get("seconds", {})
+        self.versions: dict[str, list[str]] = stored.get("versions", {})
         command = shlex.join(["python", "-m", module, *arguments])
         self._about = {"run": {**describe_run([]), "command": command}, "machine": describe_machine()}
 
@@ -56,14 +61,20 @@ class Results:
         self.runs = [(task, result) for task, result in self.runs if task not in tasks]
 
     def add(self, task: Task, result: Result) -> None:
-        """Keep a result, on the disk too, with the commit of the code that is here now."""
-        self.runs.append((task, {**result, "commit": describe_run([])["commit"]}))
+        """Add a result with the current commit, and write the file."""
+        for name, version in result.get("versions", {}).items():
+            self.versions[name] = sorted({*self.versions.get(name, []), version})
+        kept = {name: result[name] for name in KEPT if name in result}
+        self.runs.append((task, {**kept, "commit": describe_run([])["commit"]}))
         self.write()
 
     def write(self) -> None:
         """Write the file."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = self._path.with_suffix(".new")
-        runs = [{"task": dataclasses.asdict(task), "result": result} for task, result in self.runs]
-        fresh.write_text(json.dumps({**self._about, "seconds": self.timings, "runs": runs}, indent=1) + "\n")
-        fresh.replace(self._path)
+        runs = [{"task": changed_fields(task), "result": result} for task, result in self.runs]
+        head = {**self._about, "versions": self.versions, "seconds": self.timings}
+        write_results(self._path, {**head, "runs": runs})
+
+
+def changed_fields(task: Task) -> dict[str, Any]:
+    """The task's fields that differ from their defaults."""
+    return {name: value for name, value in dataclasses.asdict(task).items() if value != DEFAULTS[name]}

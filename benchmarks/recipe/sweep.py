@@ -88,7 +88,7 @@ class Comparison:
     def exact(self, tool: Tool, results: Results) -> Task | None:
         """The first of the shortest runs at the best rate, with products in fp32."""
         best = self.best(tool, self.lengths[0], results)
-        return dataclasses.replace(best[0], exact=True) if best else None
+        return dataclasses.replace(best[0], fp32_products=True) if best else None
 
     def wanted(self, tools: tuple[Tool, ...], results: Results) -> list[Task]:
         """Tasks that can be begun, the short ones first, then sweeps; none when the comparison is complete."""

@@ -23,8 +23,8 @@ class Task:
     """Activations a step."""
     seed: int
     lr: float | None = None
-    exact: bool = False
-    """Products in fp32, where they else are in bfloat16."""
+    fp32_products: bool = False
+    """Matrix products in fp32 instead of bfloat16."""
     options: dict[str, Any] = field(default_factory=dict)
 
     @property

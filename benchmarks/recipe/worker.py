@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from benchmarks.recipe.task import Batches, Task
-from benchmarks.worker import versions
+from benchmarks.worker import package_versions
 
 Rebuild = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Activations (n, D) -> their reconstruction (n, D), and which latents fired (n, F)."""
@@ -57,7 +57,7 @@ def run(activations: Path, task: Task) -> dict[str, Any]:
     rebuild, chosen = tool.fit(task, batches)
     seconds = time.perf_counter() - start
     last = [batches[step] for step in range(max(0, task.steps - WINDOW_STEPS), task.steps)]
-    return {**score(rebuild, tensors["held_out"], last), "seconds": seconds, **chosen, "versions": versions()}
+    return {**score(rebuild, tensors["held_out"], last), "seconds": seconds, **chosen, "versions": package_versions()}
 
 
 def main() -> None:
@@ -67,7 +67,7 @@ def main() -> None:
     torch.set_num_threads(int(threads))
     torch.set_flush_denormal(True)
     # "medium" makes products of fp32 tensors in bfloat16 where the CPU has them; saetrain chooses by itself.
-    torch.set_float32_matmul_precision("highest" if chosen.exact or chosen.tool == "saetrain" else "medium")
+    torch.set_float32_matmul_precision("highest" if chosen.fp32_products or chosen.tool == "saetrain" else "medium")
     print("\n" + json.dumps(run(Path(activations), chosen)))
 
 

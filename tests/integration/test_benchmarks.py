@@ -1,4 +1,4 @@
-"""The benchmark runs end to end in tiny sizes: processes, samples, results file, tables, and the page's section."""
+"""Benchmarks run end to end with tiny sizes: processes, samples, results files and tables."""
 
 from __future__ import annotations
 
@@ -15,39 +15,41 @@ import pytest
 
 from benchmarks import ranks
 from benchmarks.recipe.sweep import next_rates
-from benchmarks.report import BEGIN, END, fill, report
-from benchmarks.summary import rows
+from benchmarks.report import BEGIN, END, fill_page, format_report
+from benchmarks.results_file import MAX_LINE, write_results
+from benchmarks.summary import read_rows
 
 ROOT = Path(__file__).parents[2]
 
 
-def test_a_quick_run_leaves_results_and_tables(tmp_path: Path) -> None:
+def test_quick_run_writes_results_and_tables(tmp_path: Path) -> None:
     out = tmp_path / "results.json"
-    command = [sys.executable, "-m", "benchmarks", "--quick", "--paths", "reference", "--rounds", "1"]
+    command = [sys.executable, "-m", "benchmarks", "--quick", "--kernels", "reference", "--rounds", "1"]
     command += ["--cases", "step", "end_to_end", "--only", "F=200", "BERT", "--threads", "1", "--out", str(out)]
-    # Other tests run beside this one, and no sample may be dropped for that.
-    command += ["--others_limit", "2"]
+    # Other tests run at the same time, and no sample may be dropped because of them.
+    command += ["--max_other_cpu", "2"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=True)
 
     results = json.loads(out.read_text())
     assert results["machine"]["cpu"]
-    assert "torch" in results["cases"][0]["tools"][0]["versions"]
+    assert "torch" in results["versions"]
     assert [case["group"] for case in results["cases"]] == ["step", "end_to_end"]
     for case in results["cases"]:
-        for row in rows(case):
+        for row in read_rows(case):
             assert "error" not in row.tool, row.tool
-            assert all(sample["peak_bytes"] > 0 and min(sample["seconds"]) > 0 for sample in row.tool["samples"])
-            assert row.tool["samples"]
+            assert row.tool["peak_bytes"] > 0
+            assert row.tool["seconds_per_step"] == [row.rounds[0]]
+            assert row.rounds[0] > 0
 
-    table = report(results)
+    table = format_report(results)
+    assert "| saetrain reference fp32 | " in table
+    assert "speed over the floor, bf16 model" in table
     assert table.strip() == done.stdout.strip()
-    assert "| ours reference fp32 | " in table
-    assert "share of the speed of the floor, bf16 model" in table
 
     page = tmp_path / "page.md"
     page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-    fill(page, table)
+    fill_page(page, table)
     assert page.read_text() == f"before\n{BEGIN}\n\n{table}\n{END}\nafter\n"
 
 
@@ -57,18 +59,31 @@ def test_a_quick_run_of_several_processes(tmp_path: Path) -> None:
     command += ["-m", "benchmarks.ranks", "--quick", "--rounds", "1", "--precisions", "fp32", "--out", str(out)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, check=True)
-    figures = json.loads(out.read_text())["figures"]
-    assert ranks.table(figures) in done.stdout
-    weak = figures["fp32"]["weak"]
-    # Both weights' gradients once a step, and little else, in one message of numbers and two of tensors.
-    assert 1 < weak["bytes"] / figures["fp32"]["bound_bytes"] < 1.1
+    metrics = json.loads(out.read_text())["metrics"]
+    assert ranks.format_table(metrics) in done.stdout
+    weak = metrics["fp32"]["weak"]
+    # Each step communicates the gradients of both weights and little else: one message of flags, two of tensors.
+    assert 1 < weak["bytes"] / metrics["fp32"]["bound_bytes"] < 1.1
     assert (weak["calls"], weak["control_calls"]) == (2, 1)
     assert 0 < weak["waiting"] < 1
 
 
-def test_the_page_of_several_processes_holds_what_was_measured() -> None:
+def test_results_files_are_compact(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "results.json"
+    results = {"figures": [{"fvu": 0.123456789123, "steps": [400] * 5}] * 20, "long": ["x" * MAX_LINE, 1.0]}
+    write_results(path, results)
+    assert len(path.read_text().splitlines()) == 20 + 8
+    assert json.loads(path.read_text())["figures"][0]["fvu"] == 0.12345679
+    assert [file.name for file in path.parent.iterdir()] == ["results.json"]
+    for file in (ROOT / "benchmarks" / "results").glob("*.json"):
+        write_results(path, json.loads(file.read_text()))
+        assert path.read_text() == file.read_text(), f"{file.name} has another format"
+
+
+def test_page_holds_the_measured_scaling_of_several_processes() -> None:
     page = (ROOT / "benchmarks" / "distributed.md").read_text()
-    assert ranks.table(json.loads((ROOT / "benchmarks" / "results" / "ranks.json").read_text())["figures"]) in page
+    results = json.loads((ROOT / "benchmarks" / "results" / "ranks.json").read_text())
+    assert ranks.format_table(results["metrics"]) in page
 
 
 def test_a_sweep_ends_when_the_best_rates_neighbours_are_known() -> None:
@@ -99,7 +114,7 @@ def test_a_quick_comparison_of_recipes(tmp_path: Path) -> None:
 def test_a_quick_look_at_the_rule(tmp_path: Path) -> None:
     words = ["--sites", "minilm-3", "--latents", "96", "--k", "4", "--tokens", "256", "--steps", "12", "--batches"]
     printed, results = recipe("benchmarks.recipe.rule", tmp_path, [*words, "--processes", "2"])
-    rates = sorted(run["task"]["lr"] for run in results["runs"] if run["task"]["lr"])
+    rates = sorted(run["task"]["lr"] for run in results["runs"] if "lr" in run["task"])
     assert len(rates) >= 3
     assert all(b / a == pytest.approx(2) for a, b in pairwise(rates))
     assert "| minilm-3 | 96 | 4 | 256 | 12 | " in printed
