@@ -13,15 +13,15 @@ import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec
 
 from saetrain import distributed, launch
-from saetrain.config import CompareConfig, EvaluateConfig, RunConfig, TokenizeConfig, flags, from_flat, read_yaml
-from saetrain.errors import RankLost, SaetrainError, did_you_mean
+from saetrain.config import CompareConfig, EvaluateConfig, RunConfig, TokenizeConfig, flag_types, from_flat, read_yaml
+from saetrain.errors import RankFailure, SaetrainError, did_you_mean
 
-TRUE, FALSE = ("true", "yes", "1"), ("false", "no", "0")
-registry = ConstructorRegistry()
+TRUE_WORDS, FALSE_WORDS = ("true", "yes", "1"), ("false", "no", "0")
+tyro_registry = ConstructorRegistry()
 
 
-@registry.primitive_rule
-def _lower_case_bool(info: Any) -> PrimitiveConstructorSpec[bool] | None:
+@tyro_registry.primitive_rule
+def _lower_case_bool_rule(info: Any) -> PrimitiveConstructorSpec[bool] | None:
     if info.type is not bool:
         return None
     return PrimitiveConstructorSpec(
@@ -37,19 +37,19 @@ def _lower_case_bool(info: Any) -> PrimitiveConstructorSpec[bool] | None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line; exits with 2 on a user's mistake."""
     words = list(sys.argv[1:] if argv is None else argv)
-    debug = _debug(words)
+    debug = _is_debug_requested(words)
     try:
-        with distributed.team():
-            _run(words)
+        with distributed.process_group_context():
+            _run_command(words)
     except SaetrainError as error:
         if debug:
             traceback.print_exc()
         # What every process finds wrong is said by the first one that does; who is lost, by each that is left.
-        if distributed.fail(str(error), error.exit_code) or (
-            isinstance(error, RankLost) and launch.worth_saying(error)
+        if distributed.report_failure(str(error), error.exit_code) or (
+            isinstance(error, RankFailure) and launch.should_print_error(error)
         ):
-            print(f"saetrain: {distributed.who()}error: {error}", file=sys.stderr)
-        distributed.leave(error.exit_code)
+            print(f"saetrain: {distributed.rank_prefix()}error: {error}", file=sys.stderr)
+        distributed.exit_now(error.exit_code)
         raise SystemExit(error.exit_code) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
@@ -58,16 +58,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(1) from None
 
 
-def _debug(words: list[str]) -> bool:
+def _is_debug_requested(words: list[str]) -> bool:
     """Whether --debug is given, which an error in the other words must not hide."""
     for word, following in zip(words, [*words[1:], ""], strict=True):
         name, equals, value = word.partition("=")
         if name == "--debug":
-            return (value if equals else following).lower() not in FALSE
+            return (value if equals else following).lower() not in FALSE_WORDS
     return False
 
 
-def _run(words: list[str]) -> None:
+def _run_command(words: list[str]) -> None:
     """The command that the words name."""
     if words[:1] == ["tokenize"]:
         launch.require_one_rank("tokenize")
@@ -87,18 +87,18 @@ def _run(words: list[str]) -> None:
     elif launch.rank() and {"-h", "--help"} & set(words):
         return
     else:
-        config = parse(words)
+        config = parse_train(words)
         from saetrain.runs.train import run
 
         run(config)
 
 
-def parse(words: Sequence[str]) -> RunConfig:
+def parse_train(words: Sequence[str]) -> RunConfig:
     """Settings from command line words; SaetrainError (or tyro's own exit with 2) for what can't be understood."""
-    words = _spell_out(list(words), {**flags(), "config": str})
-    words, path = _take_config(words)
-    defaults = from_flat(_without_rivals(read_yaml(path), words), path) if path else tyro.MISSING_NONPROP
-    config = tyro.cli(RunConfig, prog="saetrain", args=words, default=defaults, description=DESCRIPTION, **OPTIONS)
+    words = _normalize_flags(list(words), {**flag_types(), "config": str})
+    words, path = _split_off_config(words)
+    defaults = from_flat(_without_overridden(read_yaml(path), words), path) if path else tyro.MISSING_NONPROP
+    config = tyro.cli(RunConfig, prog="saetrain", args=words, default=defaults, description=DESCRIPTION, **TYRO_OPTIONS)
     for name in ("model", "dataset"):
         if not getattr(config, name):
             where = f" or as '{name}:' in {path}" if path else ""
@@ -109,35 +109,35 @@ def parse(words: Sequence[str]) -> RunConfig:
 
 def parse_tokenize(words: Sequence[str]) -> TokenizeConfig:
     """Settings of ``saetrain tokenize`` from the words behind it."""
-    words = _spell_out(list(words), flags(TokenizeConfig))
-    return tyro.cli(TokenizeConfig, prog="saetrain tokenize", args=words, **OPTIONS)
+    words = _normalize_flags(list(words), flag_types(TokenizeConfig))
+    return tyro.cli(TokenizeConfig, prog="saetrain tokenize", args=words, **TYRO_OPTIONS)
 
 
 def parse_evaluate(words: Sequence[str]) -> EvaluateConfig:
     """Settings of ``saetrain evaluate`` from the words behind it; those of PATH's run stand where no flag is given."""
-    words = _spell_out(list(words), flags(EvaluateConfig))
+    words = _normalize_flags(list(words), flag_types(EvaluateConfig))
 
-    def read(default: Any) -> EvaluateConfig:
-        return tyro.cli(EvaluateConfig, prog="saetrain evaluate", args=words, default=default, **OPTIONS)
+    def parse_with_defaults(default: Any) -> EvaluateConfig:
+        return tyro.cli(EvaluateConfig, prog="saetrain evaluate", args=words, default=default, **TYRO_OPTIONS)
 
-    first = words[0] if words and not words[0].startswith("--") else read(tyro.MISSING_NONPROP).path
+    path = words[0] if words and not words[0].startswith("--") else parse_with_defaults(tyro.MISSING_NONPROP).path
     from saetrain.runs.match import as_the_run
 
-    return read(as_the_run(first) or tyro.MISSING_NONPROP)
+    return parse_with_defaults(as_the_run(path) or tyro.MISSING_NONPROP)
 
 
 def parse_compare(words: Sequence[str]) -> CompareConfig:
     """Settings of ``saetrain compare`` from the words behind it."""
-    words = _spell_out(list(words), flags(CompareConfig))
-    return tyro.cli(CompareConfig, prog="saetrain compare", args=words, **OPTIONS)
+    words = _normalize_flags(list(words), flag_types(CompareConfig))
+    return tyro.cli(CompareConfig, prog="saetrain compare", args=words, **TYRO_OPTIONS)
 
 
-OPTIONS: dict[str, Any] = {
+TYRO_OPTIONS: dict[str, Any] = {
     "config": (tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff),
-    "registry": registry,
+    "registry": tyro_registry,
     "use_underscores": True,
 }
-RIVALS = (
+MUTUALLY_EXCLUSIVE = (
     {"layers", "layer_stride", "hookpoints"},
     {"num_latents", "expansion_factor"},
     {"dead_window_tokens", "dead_feature_threshold"},
@@ -145,10 +145,10 @@ RIVALS = (
 """Settings of which one takes the place of the others."""
 
 
-def _without_rivals(values: dict[str, Any], words: Sequence[str]) -> dict[str, Any]:
+def _without_overridden(values: dict[str, Any], words: Sequence[str]) -> dict[str, Any]:
     """A file's settings without those whose place a flag takes."""
     given = {word[2:].partition("=")[0] for word in words if word.startswith("--")}
-    replaced = {name for group in RIVALS if group & given for name in group}
+    replaced = {name for group in MUTUALLY_EXCLUSIVE if group & given for name in group}
     return {name: value for name, value in values.items() if name not in replaced}
 
 
@@ -163,9 +163,9 @@ saetrain compare RUN [RUN ...] sets the assessments of several runs beside one a
 --config FILE.yaml reads settings from a file (such as a run's config.yaml); flags win over it."""
 
 
-def _spell_out(words: list[str], kinds: dict[str, Any]) -> list[str]:
+def _normalize_flags(words: list[str], types_by_flag: dict[str, Any]) -> list[str]:
     """Dashes as underscores, booleans with their value, and an error for flags that are not in ``kinds``."""
-    known = [*kinds, "help"]
+    known = [*types_by_flag, "help"]
     out: list[str] = []
     for position, word in enumerate(words):
         if not word.startswith("--") or word == "--":
@@ -174,36 +174,36 @@ def _spell_out(words: list[str], kinds: dict[str, Any]) -> list[str]:
         name, equals, value = word[2:].partition("=")
         name = name.replace("-", "_")
         if name not in known:
-            near = did_you_mean(name, known).replace("mean ", "mean --").replace(" or ", " or --")
-            raise SaetrainError(f"--{name}: no such flag.{near} saetrain --help lists them all")
+            suggestion = did_you_mean(name, known).replace("mean ", "mean --").replace(" or ", " or --")
+            raise SaetrainError(f"--{name}: no such flag.{suggestion} saetrain --help lists them all")
         out.append(f"--{name}{equals}{value}")
         following = words[position + 1].lower() if position + 1 < len(words) else ""
-        if kinds.get(name) is bool and not equals:
-            if following in TRUE + FALSE:
+        if types_by_flag.get(name) is bool and not equals:
+            if following in TRUE_WORDS + FALSE_WORDS:
                 continue
             out.append("true")
-    return _positionals_first(_booleans(out, kinds), kinds)
+    return _move_positionals_first(_normalize_booleans(out, types_by_flag), types_by_flag)
 
 
-def _positionals_first(words: list[str], kinds: dict[str, Any]) -> list[str]:
+def _move_positionals_first(words: list[str], types_by_flag: dict[str, Any]) -> list[str]:
     """What follows a list of numbers and is no number is a positional, which the parser wants to see first."""
     first: list[str] = []
     rest: list[str] = []
-    inside = False
+    in_number_list = False
     for word in words:
         if word.startswith("--"):
-            inside = "=" not in word and _numbers(kinds.get(word[2:]))
+            in_number_list = "=" not in word and _is_number_list(types_by_flag.get(word[2:]))
             rest.append(word)
-        elif inside and not _is_number(word):
+        elif in_number_list and not _is_number(word):
             first.append(word)
         else:
             rest.append(word)
     return [*first, *rest]
 
 
-def _numbers(kind: Any) -> bool:
+def _is_number_list(hint: Any) -> bool:
     """Whether a setting is a list of numbers."""
-    return any(option in (tuple[int, ...], tuple[float, ...]) for option in (kind, *typing.get_args(kind)))
+    return any(option in (tuple[int, ...], tuple[float, ...]) for option in (hint, *typing.get_args(hint)))
 
 
 def _is_number(word: str) -> bool:
@@ -214,25 +214,25 @@ def _is_number(word: str) -> bool:
     return True
 
 
-def _booleans(words: list[str], kinds: dict[str, Any]) -> list[str]:
+def _normalize_booleans(words: list[str], types_by_flag: dict[str, Any]) -> list[str]:
     """Every spelling of true and false as tyro's two."""
     out: list[str] = []
     for word in words:
         name, equals, value = word[2:].partition("=") if word.startswith("--") else ("", "", "")
-        if kinds.get(name) is bool and equals:
-            out.extend([f"--{name}", _boolean(value)])
-        elif out and out[-1].startswith("--") and kinds.get(out[-1][2:]) is bool:
-            out.append(_boolean(word))
+        if types_by_flag.get(name) is bool and equals:
+            out.extend([f"--{name}", _normalize_boolean(value)])
+        elif out and out[-1].startswith("--") and types_by_flag.get(out[-1][2:]) is bool:
+            out.append(_normalize_boolean(word))
         else:
             out.append(word)
     return out
 
 
-def _boolean(word: str) -> str:
-    return "true" if word.lower() in TRUE else "false" if word.lower() in FALSE else word
+def _normalize_boolean(word: str) -> str:
+    return "true" if word.lower() in TRUE_WORDS else "false" if word.lower() in FALSE_WORDS else word
 
 
-def _take_config(words: list[str]) -> tuple[list[str], str | None]:
+def _split_off_config(words: list[str]) -> tuple[list[str], str | None]:
     """The words without ``--config FILE``, and the file."""
     for position, word in enumerate(words):
         name, equals, value = word.partition("=")

@@ -78,7 +78,7 @@ class RunConfig:
                 "--lr auto: the rule is for adam, reconstruction and random initial weights; with --optimizer sgd, "
                 "--loss_fn ce or kl, and --finetune give a number (docs/recipe.md)"
             )
-        if self.dead.dead_bias_lift and not self._can_lift:
+        if self.dead.dead_bias_lift and not self._can_raise_dead_bias:
             raise SaetrainError(
                 f"--dead_bias_lift {self.dead.dead_bias_lift:g}: goes with --optimizer adam and --loss_fn mse or fvu; "
                 "leave it out, or switch AuxK on by --auxk_alpha"
@@ -90,14 +90,14 @@ class RunConfig:
         return self.optim.optimizer == "adam" and not self.train.end_to_end and self.finetune is None
 
     @property
-    def _can_lift(self) -> bool:
+    def _can_raise_dead_bias(self) -> bool:
         return self.optim.optimizer == "adam" and not self.train.end_to_end
 
     @property
-    def lift(self) -> float:
+    def dead_bias_lr_multiplier(self) -> float:
         """Times the learning rate by which a step raises biases of dead latents."""
         given = self.dead.dead_bias_lift
-        return given if given is not None else LIFT if self._can_lift else 0.0
+        return given if given is not None else LIFT if self._can_raise_dead_bias else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,7 +199,7 @@ class CompareConfig:
             raise SaetrainError(f"--out {self.out}: must end in .json or .csv")
 
 
-def sections(config: type = RunConfig) -> dict[str, type]:
+def settings_sections(config: type = RunConfig) -> dict[str, type]:
     """{field of ``config``: its settings class}."""
     hints = typing.get_type_hints(config)
     return {
@@ -215,12 +215,14 @@ POSITIONALS: dict[type, tuple[str, ...]] = {
 }
 
 
-def flags(config: type = RunConfig) -> dict[str, Any]:
+def flag_types(config: type = RunConfig) -> dict[str, Any]:
     """{flag without dashes: its type}, of every setting of ``config`` but the positionals."""
     out: dict[str, Any] = {}
-    for cls in (*sections(config).values(), config):
+    for cls in (*settings_sections(config).values(), config):
         hints = typing.get_type_hints(cls)
-        out.update({item.name: hints[item.name] for item in dataclasses.fields(cls) if item.name not in sections()})
+        out.update(
+            {item.name: hints[item.name] for item in dataclasses.fields(cls) if item.name not in settings_sections()}
+        )
     return {name: hint for name, hint in out.items() if name not in POSITIONALS[config]}
 
 
@@ -240,55 +242,55 @@ def from_flat(values: Mapping[str, Any], origin: str) -> RunConfig:
 
     Raises SaetrainError, naming ``origin`` (a file), for keys that do not exist and values of a wrong type.
     """
-    known = [*flags(), "model", "dataset"]
+    known = [*flag_types(), "model", "dataset"]
     for name in values:
         if name not in known:
             raise SaetrainError(f"{origin}: no setting is called '{name}'.{did_you_mean(str(name), known)}")
-    parts: dict[str, Any] = {}
-    for section, cls in sections().items():
+    sections: dict[str, Any] = {}
+    for section, cls in settings_sections().items():
         names = {item.name for item in dataclasses.fields(cls)} & values.keys()
-        parts[section] = _build(cls, {name: values[name] for name in names}, origin)
+        sections[section] = _build_settings(cls, {name: values[name] for name in names}, origin)
     own = {item.name for item in dataclasses.fields(RunConfig)}
     rest = {name: values[name] for name in values if name in own}
     rest = {"model": "", "dataset": [], **rest}
     if isinstance(rest["dataset"], str):
         rest["dataset"] = [rest["dataset"]]
-    return RunConfig(**parts, **_typed(RunConfig, rest, origin))
+    return RunConfig(**sections, **_coerce_values(RunConfig, rest, origin))
 
 
-def _build(cls: type, values: Mapping[str, Any], origin: str) -> Any:
-    return cls(**_typed(cls, values, origin))
+def _build_settings(cls: type, values: Mapping[str, Any], origin: str) -> Any:
+    return cls(**_coerce_values(cls, values, origin))
 
 
-def _typed(cls: type, values: Mapping[str, Any], origin: str) -> dict[str, Any]:
+def _coerce_values(cls: type, values: Mapping[str, Any], origin: str) -> dict[str, Any]:
     hints = typing.get_type_hints(cls)
-    return {name: _fit(value, hints[name], f"{origin}: {name}") for name, value in values.items()}
+    return {name: _coerce_value(value, hints[name], f"{origin}: {name}") for name, value in values.items()}
 
 
-def _fit(value: Any, hint: Any, shown: str) -> Any:
+def _coerce_value(value: Any, hint: Any, label: str) -> Any:
     """``value`` as type ``hint``; YAML's list becomes a tuple and its int a float where one is wanted."""
-    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, _UNION) else (hint,)
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, _UNION_TYPE) else (hint,)
     for option in options:
         origin, args = typing.get_origin(option), typing.get_args(option)
         if origin is typing.Literal and value in args:
             return value
-        if origin is tuple and isinstance(value, (list, tuple)) and all(_is(item, args[0]) for item in value):
+        if origin is tuple and isinstance(value, (list, tuple)) and all(_matches_type(item, args[0]) for item in value):
             return tuple(map(args[0], value))
-        if origin is tuple and _is(value, args[0]):
+        if origin is tuple and _matches_type(value, args[0]):
             return (args[0](value),)
         if option is float and _looks_like_float(value):
             return float(value)
-        if isinstance(option, type) and _is(value, option):
+        if isinstance(option, type) and _matches_type(value, option):
             return float(value) if option is float else value
-    allowed = " or ".join(_spell(option) for option in options)
-    raise SaetrainError(f"{shown}: found {value!r}, allowed is {allowed}")
+    allowed = " or ".join(_describe_type(option) for option in options)
+    raise SaetrainError(f"{label}: found {value!r}, allowed is {allowed}")
 
 
-def _is(value: Any, kind: type) -> bool:
+def _matches_type(value: Any, kind: type) -> bool:
     return type(value) is kind or (kind is float and type(value) is int)
 
 
-_UNION = type(int | None)
+_UNION_TYPE = type(int | None)
 
 
 def _looks_like_float(value: Any) -> bool:
@@ -302,7 +304,7 @@ def _looks_like_float(value: Any) -> bool:
     return True
 
 
-def _spell(option: Any) -> str:
+def _describe_type(option: Any) -> str:
     if option is type(None):
         return "null"
     if typing.get_origin(option) is typing.Literal:
@@ -329,11 +331,11 @@ def read_yaml(path: str, flag: str = "--config ") -> dict[str, Any]:
     return {str(name).replace("-", "_"): value for name, value in values.items()}
 
 
-ONCE = ("resume", "overwrite", "force", "dry_run", "debug")
+PER_INVOCATION = ("resume", "overwrite", "force", "dry_run", "debug")
 """Wishes of one start, which a file of settings must not repeat behind the user's back."""
 
 
 def write_yaml(path: Path, config: RunConfig) -> None:
     """Write the settings, so that ``--config`` reads them back."""
-    values = {name: value for name, value in to_flat(config).items() if name not in ONCE}
+    values = {name: value for name, value in to_flat(config).items() if name not in PER_INVOCATION}
     write_atomic(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))

@@ -25,376 +25,382 @@ from torch import Tensor
 from saetrain import launch
 from saetrain.errors import SaetrainError
 from saetrain.launch import local_rank, rank, world_size
-from saetrain.meeting import connect, meet
-from saetrain.watch import Watch
+from saetrain.meeting import connect_store, rendezvous
+from saetrain.watch import Heartbeat
 
-STORE_S = 10
-MEET_MINUTES = 10
+STORE_TIMEOUT_S = 10
+RENDEZVOUS_TIMEOUT_MINUTES = 10
 """Minutes that the processes get to find one another."""
-LONG_DAYS = 30
-TERM_S = 3.0
+COLLECTIVE_TIMEOUT_DAYS = 30
+SIGTERM_GRACE_S = 3.0
 """Seconds in which a process that is told to end looks for another's failure, which torchrun answers so."""
 BUCKET_BYTES = 4 << 20
 """Smaller tensors travel together, larger ones as they lie."""
 
 
 @dataclass
-class Traffic:
+class CommStats:
     """What this rank has exchanged: tensor collectives, their bytes (of this rank's tensors), and seconds waited."""
 
-    calls: int = 0
-    bytes: int = 0
-    control_calls: int = 0
+    n_tensor_collectives: int = 0
+    n_bytes: int = 0
+    n_control_collectives: int = 0
     waited_s: float = 0.0
 
 
 @dataclass
-class _Team:
-    watch: Watch
-    control: Any
-    tensors: Any
-    restarted: bool = False
-    traffic: Traffic = field(default_factory=Traffic)
+class _ProcessGroup:
+    heartbeat: Heartbeat
+    control_group: Any
+    tensor_group: Any
+    is_restart: bool = False
+    comm_stats: CommStats = field(default_factory=CommStats)
 
 
-_team: _Team | None = None
+_group: _ProcessGroup | None = None
 
 
-def start() -> None:
+def init_process_group() -> None:
     """Meet the other processes and begin to watch them; SaetrainError when they can't be met."""
-    global _team
-    if world_size() == 1 or _team is not None:
+    global _group
+    if world_size() == 1 or _group is not None:
         return
-    launch.check()
+    launch.require_rendezvous_env()
     try:
-        store, name, again = meet(MEET_MINUTES)
-        limit = datetime.timedelta(minutes=MEET_MINUTES)
-        place = dist.PrefixStore(name, store)
-        dist.init_process_group("gloo", store=place, rank=rank(), world_size=world_size(), timeout=limit)
+        store, launch_id, is_restart = rendezvous(RENDEZVOUS_TIMEOUT_MINUTES)
+        timeout = datetime.timedelta(minutes=RENDEZVOUS_TIMEOUT_MINUTES)
+        prefix_store = dist.PrefixStore(launch_id, store)
+        dist.init_process_group("gloo", store=prefix_store, rank=rank(), world_size=world_size(), timeout=timeout)
         # The watch has its own connection, for another thread may wait in the first.
-        own = connect(STORE_S, host=False)
+        heartbeat_store = connect_store(STORE_TIMEOUT_S, is_master=False)
     except (RuntimeError, ValueError, OSError) as error:
-        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise SaetrainError(
-            f"rank {rank()} could not meet the other {world_size() - 1} processes at {where}: "
+            f"rank {rank()} could not meet the other {world_size() - 1} processes at {address}: "
             f"{str(error).splitlines()[0]}"
         ) from error
-    watch = Watch(dist.PrefixStore(f"{name}/watch", own), rank(), world_size())
-    control = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=LONG_DAYS))
-    _team = _Team(watch, control, control)
-    _team.restarted = agree([again], "meeting")[0] > 0
-    watch.start()
-    signal.signal(signal.SIGTERM, _terminated)
+    heartbeat = Heartbeat(dist.PrefixStore(f"{launch_id}/watch", heartbeat_store), rank(), world_size())
+    control_group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=COLLECTIVE_TIMEOUT_DAYS))
+    _group = _ProcessGroup(heartbeat, control_group, control_group)
+    _group.is_restart = all_reduce_max([is_restart], "meeting")[0] > 0
+    heartbeat.start()
+    signal.signal(signal.SIGTERM, _handle_sigterm)
 
 
-def _terminated(number: int, at: Any) -> None:
+def _handle_sigterm(signum: int, frame: Any) -> None:
     """Ends the process as the signal would, once it is known whether another rank's failure is behind it."""
-    found = _team.watch.find(TERM_S, TERM_S) if _team is not None else None
-    if found is not None:
-        raise found
-    raise SystemExit(128 + number)
+    failure = _group.heartbeat.wait_for_failure(SIGTERM_GRACE_S, SIGTERM_GRACE_S) if _group is not None else None
+    if failure is not None:
+        raise failure
+    raise SystemExit(128 + signum)
 
 
-def barrier(name: str) -> None:
+def barrier(phase_name: str) -> None:
     """Wait until every rank is here."""
-    agree([0], name)
+    all_reduce_max([0], phase_name)
 
 
-def use_device(device: torch.device) -> None:
+def init_tensor_group(device: torch.device) -> None:
     """Let tensors travel between ``device`` and its likes on the other ranks."""
-    if _team is not None and device.type == "cuda":
+    if _group is not None and device.type == "cuda":
         torch.cuda.set_device(device)
-        _team.tensors = dist.new_group(backend="nccl", timeout=datetime.timedelta(days=LONG_DAYS))
+        _group.tensor_group = dist.new_group(backend="nccl", timeout=datetime.timedelta(days=COLLECTIVE_TIMEOUT_DAYS))
 
 
 @contextlib.contextmanager
-def team() -> Iterator[None]:
+def process_group_context() -> Iterator[None]:
     """Within it, the processes work together; an error that is not for the user is left for the others as well."""
-    start()
+    init_process_group()
     try:
         yield
-    except (SaetrainError, AgreedExit):
+    except (SaetrainError, CoordinatedExit):
         raise
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
         if code:
-            fail(f"exit code {code}", code)
-            leave(code)
+            report_failure(f"exit code {code}", code)
+            exit_now(code)
         raise
     except BaseException as error:
-        wish = isinstance(error, KeyboardInterrupt)
-        fail("Ctrl-C" if wish else f"{type(error).__name__}: {error}", 130 if wish else 1)
-        if _team is not None and not wish:
+        is_interrupt = isinstance(error, KeyboardInterrupt)
+        report_failure("Ctrl-C" if is_interrupt else f"{type(error).__name__}: {error}", 130 if is_interrupt else 1)
+        if _group is not None and not is_interrupt:
             traceback.print_exc()
-        leave(130 if wish else 1)
+        exit_now(130 if is_interrupt else 1)
         raise
     finally:
         if not isinstance(sys.exc_info()[1], SaetrainError):
-            end()
+            destroy_process_group()
 
 
-def end() -> None:
+def destroy_process_group() -> None:
     """Leave in order: nobody waits for this rank any more, and it for nobody."""
-    global _team
-    if _team is not None:
-        _team.watch.end()
+    global _group
+    if _group is not None:
+        _group.heartbeat.stop()
         dist.destroy_process_group()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        _team = None
+        _group = None
 
 
-class AgreedExit(SystemExit):
+class CoordinatedExit(SystemExit):
     """An end that all ranks have agreed on, with the exit code of a signal."""
 
 
-def restarted() -> bool:
+def was_restarted() -> bool:
     """Whether torchrun started the processes of this run before, of any host."""
-    return _team.restarted if _team is not None else launch.restarts() > 0
+    return _group.is_restart if _group is not None else launch.restart_count() > 0
 
 
-def fail(message: str, code: int) -> bool:
+def report_failure(message: str, code: int) -> bool:
     """Tell the others that this rank ends for an error; False where another rank's error was first."""
-    return _team is None or _team.watch.post(message, code)
+    return _group is None or _group.heartbeat.report_failure(message, code)
 
 
-def who() -> str:
+def rank_prefix() -> str:
     """``rank 2: `` before a message, nothing where there is one process."""
-    return f"rank {rank()}: " if _team is not None else ""
+    return f"rank {rank()}: " if _group is not None else ""
 
 
-def leave(code: int) -> None:
+def exit_now(code: int) -> None:
     """End the process here where it is one of several: the libraries' threads may wait for ranks that are gone."""
-    if _team is not None:
+    if _group is not None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
 
 
-def on_loss(closing: Callable[[], None]) -> None:
+def on_peer_failure(callback: Callable[[], None]) -> None:
     """Call ``closing`` before this process is ended because another is gone."""
-    if _team is not None:
-        _team.watch.closing = closing
+    if _group is not None:
+        _group.heartbeat.on_exit = callback
 
 
-def at(where: str) -> None:
+def set_progress(progress: str) -> None:
     """How far this rank is, for the others' messages."""
-    if _team is not None:
-        _team.watch.at(where)
+    if _group is not None:
+        _group.heartbeat.set_progress(progress)
 
 
-def now(name: str) -> None:
+def set_phase(name: str) -> None:
     """What this rank is doing from here on, for the others' messages."""
-    if _team is not None:
-        _team.watch.enter(name)
+    if _group is not None:
+        _group.heartbeat.set_phase(name)
 
 
 @contextlib.contextmanager
 def phase(name: str) -> Iterator[None]:
     """What this rank is doing within, for the others' messages."""
-    before = _team.watch.enter(name) if _team is not None else ""
+    previous = _group.heartbeat.set_phase(name) if _group is not None else ""
     yield
     # Left as it is by an error, for that is where it happened.
-    if _team is not None:
-        _team.watch.enter(before)
+    if _group is not None:
+        _group.heartbeat.set_phase(previous)
 
 
-def traffic() -> Traffic:
+def comm_stats() -> CommStats:
     """What this rank has exchanged since the start."""
-    return _team.traffic if _team is not None else Traffic()
+    return _group.comm_stats if _group is not None else CommStats()
 
 
 @contextlib.contextmanager
-def _waiting(team: _Team) -> Iterator[None]:
+def _track_wait(group: _ProcessGroup) -> Iterator[None]:
     """Within it, time counts as waiting, and a broken connection is explained."""
-    begun = time.perf_counter()
+    start_s = time.perf_counter()
     try:
         yield
     except RuntimeError as error:
-        raise team.watch.explain(error) from error
+        raise group.heartbeat.explain_broken_collective(error) from error
     finally:
-        team.traffic.waited_s += time.perf_counter() - begun
+        group.comm_stats.waited_s += time.perf_counter() - start_s
 
 
-class Agreement:
+class AsyncAllReduce:
     """Each number's largest over the ranks, or what ``op`` makes of them, found while other work goes on."""
 
-    def __init__(self, values: list[int], name: str = "agreeing on the next step", op: Any = dist.ReduceOp.MAX) -> None:
-        self._numbers, self._name = torch.tensor(values, dtype=torch.long), name
+    def __init__(
+        self, values: list[int], phase_name: str = "agreeing on the next step", op: Any = dist.ReduceOp.MAX
+    ) -> None:
+        self._reduced, self._phase_name = torch.tensor(values, dtype=torch.long), phase_name
         self._work: Any = None
-        if _team is not None:
-            with phase(name), _waiting(_team):
-                self._work = dist.all_reduce(self._numbers, op=op, group=_team.control, async_op=True)
-            _team.traffic.control_calls += 1
+        if _group is not None:
+            with phase(phase_name), _track_wait(_group):
+                self._work = dist.all_reduce(self._reduced, op=op, group=_group.control_group, async_op=True)
+            _group.comm_stats.n_control_collectives += 1
 
     def wait(self) -> list[int]:
         """What was found, once every rank has asked."""
-        if _team is not None:
-            with phase(self._name), _waiting(_team):
+        if _group is not None:
+            with phase(self._phase_name), _track_wait(_group):
                 self._work.wait()
-        return [int(number) for number in self._numbers]
+        return [int(number) for number in self._reduced]
 
 
-def agree(values: list[int], name: str) -> list[int]:
+def all_reduce_max(values: list[int], phase_name: str) -> list[int]:
     """The largest of each number over the ranks."""
-    return Agreement(values, name).wait()
+    return AsyncAllReduce(values, phase_name).wait()
 
 
-def total(values: list[int], name: str) -> list[int]:
+def all_reduce_sum(values: list[int], phase_name: str) -> list[int]:
     """The sum of each number over the ranks."""
-    return Agreement(values, name, dist.ReduceOp.SUM).wait()
+    return AsyncAllReduce(values, phase_name, dist.ReduceOp.SUM).wait()
 
 
-def gather(value: Any, name: str) -> list[Any]:
+def all_gather_json(value: Any, phase_name: str) -> list[Any]:
     """Every rank's ``value`` (of JSON), by rank."""
-    if _team is None:
+    if _group is None:
         return [value]
-    mine = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-    (longest,) = agree([len(mine)], name)
-    padded = torch.full((longest,), ord(" "), dtype=torch.uint8)
-    padded[: len(mine)] = mine
+    own_bytes = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    (max_length,) = all_reduce_max([len(own_bytes)], phase_name)
+    padded = torch.full((max_length,), ord(" "), dtype=torch.uint8)
+    padded[: len(own_bytes)] = own_bytes
     rows = [torch.empty_like(padded) for _ in range(world_size())]
-    with phase(name), _waiting(_team):
-        dist.all_gather(rows, padded, group=_team.control)
-    _team.traffic.control_calls += 1
+    with phase(phase_name), _track_wait(_group):
+        dist.all_gather(rows, padded, group=_group.control_group)
+    _group.comm_stats.n_control_collectives += 1
     return [json.loads(bytes(row.tolist())) for row in rows]
 
 
-def first(value: Any, name: str) -> Any:
+def broadcast_from_rank0(value: Any, phase_name: str) -> Any:
     """Rank 0's ``value`` (of JSON)."""
-    return gather(value if rank() == 0 else None, name)[0]
+    return all_gather_json(value if rank() == 0 else None, phase_name)[0]
 
 
-def turns(name: str, work: Callable[[], Any]) -> Any:
+def local_rank0_first(phase_name: str, func: Callable[[], Any]) -> Any:
     """``work()`` on one process of every host first, so that what it leaves in a cache is there for the others."""
     if local_rank() == 0:
-        with phase(name):
-            out = work()
-    barrier(f"waiting for the host's first process: {name}")
+        with phase(phase_name):
+            out = func()
+    barrier(f"waiting for the host's first process: {phase_name}")
     if local_rank() != 0:
-        with phase(name):
-            out = work()
+        with phase(phase_name):
+            out = func()
     return out
 
 
-def on_first(name: str, work: Callable[[], Any]) -> Any:
+def run_on_rank0(phase_name: str, func: Callable[[], Any]) -> Any:
     """``work()`` on rank 0 while the others wait; what it gives (of JSON), everywhere."""
     out = None
     if rank() == 0:
-        with phase(name):
-            out = work()
-    return first(out, f"waiting for rank 0: {name}")
+        with phase(phase_name):
+            out = func()
+    return broadcast_from_rank0(out, f"waiting for rank 0: {phase_name}")
 
 
-class Reduction:
+class GradientBuckets:
     """Sums tensors over the ranks in place while other work goes on; all add the same ones in the same order."""
 
     def __init__(self) -> None:
         self._works: list[Any] = []
-        self._small: dict[torch.dtype, list[Tensor]] = {}
-        self._packed: list[tuple[Tensor, list[Tensor]]] = []
+        self._open_buckets: dict[torch.dtype, list[Tensor]] = {}
+        self._flat_buckets: list[tuple[Tensor, list[Tensor]]] = []
 
     def add(self, tensors: list[Tensor]) -> None:
         """Begin; each is contiguous and left alone until :meth:`wait` is done."""
-        if _team is None:
+        if _group is None:
             return
         for tensor in tensors:
             assert tensor.is_contiguous(), tensor.stride()
             if tensor.nbytes >= BUCKET_BYTES:
-                self._launch(tensor)
+                self._start_all_reduce(tensor)
                 continue
-            bucket = self._small.setdefault(tensor.dtype, [])
+            bucket = self._open_buckets.setdefault(tensor.dtype, [])
             bucket.append(tensor)
             if sum(each.nbytes for each in bucket) >= BUCKET_BYTES:
-                self._pack(tensor.dtype)
+                self._reduce_bucket(tensor.dtype)
 
-    def _pack(self, dtype: torch.dtype) -> None:
-        tensors = self._small.pop(dtype)
-        packed = torch.cat([tensor.reshape(-1) for tensor in tensors])
-        self._packed.append((packed, tensors))
-        self._launch(packed)
+    def _reduce_bucket(self, dtype: torch.dtype) -> None:
+        tensors = self._open_buckets.pop(dtype)
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        self._flat_buckets.append((flat, tensors))
+        self._start_all_reduce(flat)
 
-    def _launch(self, tensor: Tensor) -> None:
-        assert _team is not None
-        with _waiting(_team):
-            self._works.append(dist.all_reduce(tensor, group=_team.tensors, async_op=True))
-        _team.traffic.calls += 1
-        _team.traffic.bytes += tensor.nbytes
+    def _start_all_reduce(self, tensor: Tensor) -> None:
+        assert _group is not None
+        with _track_wait(_group):
+            self._works.append(dist.all_reduce(tensor, group=_group.tensor_group, async_op=True))
+        _group.comm_stats.n_tensor_collectives += 1
+        _group.comm_stats.n_bytes += tensor.nbytes
 
-    def launch(self) -> None:
+    def flush(self) -> None:
         """Nothing more is added: also what waited for company sets out."""
-        for dtype in list(self._small):
-            self._pack(dtype)
+        for dtype in list(self._open_buckets):
+            self._reduce_bucket(dtype)
 
-    def wait(self, name: str = "adding up gradients") -> None:
+    def wait(self, phase_name: str = "adding up gradients") -> None:
         """Until the tensors hold their sums."""
-        if _team is None:
+        if _group is None:
             return
-        self.launch()
-        with phase(name), _waiting(_team):
+        self.flush()
+        with phase(phase_name), _track_wait(_group):
             for work in self._works:
                 work.wait()
-        for packed, tensors in self._packed:
-            for tensor, part in zip(tensors, packed.split([tensor.numel() for tensor in tensors]), strict=True):
+        for flat, tensors in self._flat_buckets:
+            for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
                 tensor.copy_(part.view_as(tensor))
 
 
-def exchange(parts: Mapping[str, Tensor], owners: Mapping[str, int], rows: list[int]) -> dict[str, Tensor]:
+def all_to_all_by_owner(
+    parts: Mapping[str, Tensor], owners: Mapping[str, int], rows_per_rank: list[int]
+) -> dict[str, Tensor]:
     """Every rank's rows (n, D) of each name, sent to the rank that owns the name: {name of its own: (sum of n, D)}.
 
     ``rows``: each rank's n, which all names share.
     """
-    if _team is None:
+    if _group is None:
         return dict(parts)
     dtype = next(iter(parts.values())).dtype
-    by_owner = [[name for name in parts if owners[name] == number] for number in range(world_size())]
-    mine = by_owner[rank()]
-    widths = {name: part.shape[1] * part.element_size() for name, part in parts.items()}
-    flat = [parts[name].contiguous().view(torch.uint8).reshape(-1) for names in by_owner for name in names]
+    names_by_rank = [[name for name in parts if owners[name] == number] for number in range(world_size())]
+    own_names = names_by_rank[rank()]
+    row_bytes = {name: part.shape[1] * part.element_size() for name, part in parts.items()}
+    flat = [parts[name].contiguous().view(torch.uint8).reshape(-1) for names in names_by_rank for name in names]
     sent = torch.cat(flat)
-    leaving = [rows[rank()] * sum(widths[name] for name in names) for names in by_owner]
-    coming = [count * sum(widths[name] for name in mine) for count in rows]
-    received = sent.new_empty(sum(coming))
-    with phase("exchanging activations"), _waiting(_team):
-        dist.all_to_all_single(received, sent, coming, leaving, group=_team.tensors)
-    _team.traffic.calls += 1
-    _team.traffic.bytes += sum(leaving) - leaving[rank()]
-    out: dict[str, list[Tensor]] = {name: [] for name in mine}
-    for block, count in zip(received.split(coming), rows, strict=True):
-        pieces = block.split([count * widths[name] for name in mine])
-        for name, piece in zip(mine, pieces, strict=True):
+    send_bytes = [rows_per_rank[rank()] * sum(row_bytes[name] for name in names) for names in names_by_rank]
+    receive_bytes = [count * sum(row_bytes[name] for name in own_names) for count in rows_per_rank]
+    received = sent.new_empty(sum(receive_bytes))
+    with phase("exchanging activations"), _track_wait(_group):
+        dist.all_to_all_single(received, sent, receive_bytes, send_bytes, group=_group.tensor_group)
+    _group.comm_stats.n_tensor_collectives += 1
+    _group.comm_stats.n_bytes += sum(send_bytes) - send_bytes[rank()]
+    out: dict[str, list[Tensor]] = {name: [] for name in own_names}
+    for block, count in zip(received.split(receive_bytes), rows_per_rank, strict=True):
+        pieces = block.split([count * row_bytes[name] for name in own_names])
+        for name, piece in zip(own_names, pieces, strict=True):
             out[name].append(piece.view(dtype).view(count, -1))
     return {name: torch.cat(pieces) for name, pieces in out.items()}
 
 
-def tensors_from(source: int, tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor] | None:
+def gather_tensors_to_rank0(
+    source_rank: int, tensors: Mapping[str, Tensor], phase_name: str
+) -> dict[str, Tensor] | None:
     """The named tensors of rank ``source`` as rank 0 gets them; None on the others."""
-    if _team is None or source == 0:
+    if _group is None or source_rank == 0:
         return dict(tensors) if rank() == 0 else None
-    shapes = gather(_shapes(tensors) if rank() == source else None, name)[source]
+    shapes = all_gather_json(_shapes_and_dtypes(tensors) if rank() == source_rank else None, phase_name)[source_rank]
     out: dict[str, Tensor] = {}
-    with phase(name), _waiting(_team):
+    with phase(phase_name), _track_wait(_group):
         for key, (shape, dtype) in shapes.items():
-            if rank() == source:
-                dist.send(tensors[key].detach().cpu().contiguous(), 0, group=_team.control)
+            if rank() == source_rank:
+                dist.send(tensors[key].detach().cpu().contiguous(), 0, group=_group.control_group)
             elif rank() == 0:
                 out[key] = torch.empty(shape, dtype=getattr(torch, dtype))
-                dist.recv(out[key], source, group=_team.control)
+                dist.recv(out[key], source_rank, group=_group.control_group)
     return out if rank() == 0 else None
 
 
-def tensors_of_first(tensors: Mapping[str, Tensor] | None, name: str) -> dict[str, Tensor]:
+def broadcast_tensors(tensors: Mapping[str, Tensor] | None, phase_name: str) -> dict[str, Tensor]:
     """Rank 0's named tensors, everywhere, in the hosts' memory."""
-    if _team is None:
+    if _group is None:
         return dict(tensors or {})
-    shapes = first(_shapes(tensors or {}), name)
+    shapes = broadcast_from_rank0(_shapes_and_dtypes(tensors or {}), phase_name)
     out: dict[str, Tensor] = {}
-    with phase(name), _waiting(_team):
+    with phase(phase_name), _track_wait(_group):
         for key, (shape, dtype) in shapes.items():
-            mine = tensors[key].detach().cpu().contiguous() if tensors is not None and rank() == 0 else None
-            out[key] = mine if mine is not None else torch.empty(shape, dtype=getattr(torch, dtype))
-            dist.broadcast(out[key], 0, group=_team.control)
+            own = tensors[key].detach().cpu().contiguous() if tensors is not None and rank() == 0 else None
+            out[key] = own if own is not None else torch.empty(shape, dtype=getattr(torch, dtype))
+            dist.broadcast(out[key], 0, group=_group.control_group)
     return out
 
 
-def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[list[int], str]]:
+def _shapes_and_dtypes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[list[int], str]]:
     return {key: (list(value.shape), str(value.dtype).removeprefix("torch.")) for key, value in tensors.items()}

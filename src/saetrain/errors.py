@@ -16,7 +16,7 @@ class SaetrainError(Exception):
     exit_code = 2
 
 
-class RankLost(SaetrainError):
+class RankFailure(SaetrainError):
     """Another process of the run has failed, with its exit code, or is gone."""
 
     def __init__(self, message: str, exit_code: int) -> None:
@@ -24,15 +24,15 @@ class RankLost(SaetrainError):
         self.exit_code = exit_code
 
 
-def nearest(word: str, options: Iterable[str], n: int = 3) -> list[str]:
+def closest_matches(word: str, options: Iterable[str], n: int = 3) -> list[str]:
     """Up to ``n`` members of ``options`` that are spelt like ``word``, best first."""
     return difflib.get_close_matches(word, list(options), n=n, cutoff=0.5)
 
 
 def did_you_mean(word: str, options: Iterable[str]) -> str:
     """`` Did you mean …?`` with the nearest names, or an empty string when nothing is near."""
-    near = nearest(word, options)
-    return f" Did you mean {' or '.join(near)}?" if near else ""
+    matches = closest_matches(word, options)
+    return f" Did you mean {' or '.join(matches)}?" if matches else ""
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -20,18 +20,18 @@ def fsync_dir(path: Path) -> None:
         os.close(handle)
 
 
-def temporary_of(path: Path) -> Path:
+def temporary_path(path: Path) -> Path:
     """Where ``path`` is written before it takes its place; a process that is killed may leave it behind."""
     return path.with_name(f".{path.name}.tmp")
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def atomic_replace(path: Path) -> Iterator[Path]:
     """A temporary neighbour to write to, which takes ``path``'s place when the block ends without an error.
 
     Raises OSError (disk full, no permission); ``path`` then holds what it held before.
     """
-    temporary = temporary_of(path)
+    temporary = temporary_path(path)
     try:
         yield temporary
         with open(temporary, "rb+") as handle:
@@ -45,7 +45,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def write_atomic(path: Path, content: str) -> None:
     """Write ``content`` to ``path`` whole or not at all."""
-    with replacing(path) as temporary:
+    with atomic_replace(path) as temporary:
         temporary.write_text(content, encoding="utf-8")
 
 
@@ -54,7 +54,7 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
-def sha256(path: Path) -> str:
+def hash_file(path: Path) -> str:
     """Hex SHA-256 of a file's bytes."""
     digest = hashlib.sha256()
     with open(path, "rb") as handle:

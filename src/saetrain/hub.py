@@ -14,11 +14,11 @@ from urllib.parse import urlparse
 from saetrain.errors import SaetrainError, did_you_mean
 
 T = TypeVar("T")
-FILE_ENDINGS = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".bin")
+FILE_SUFFIXES = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".bin")
 
 
 @functools.cache
-def reachable(timeout_s: float = 3.0) -> bool:
+def is_hub_reachable(timeout_s: float = 3.0) -> bool:
     """Whether a connection to the hub opens within ``timeout_s`` seconds (through a proxy where one is set)."""
     import urllib.request
 
@@ -30,24 +30,24 @@ def reachable(timeout_s: float = 3.0) -> bool:
     port = target.port or (443 if target.scheme == "https" else 80)
     opened = threading.Event()
 
-    def connect() -> None:
+    def try_connect() -> None:
         with contextlib.suppress(OSError), socket.create_connection((target.hostname or "", port), timeout=timeout_s):
             opened.set()
 
     # The socket's own limit holds for each of a name's addresses, and not at all for finding them.
-    thread = threading.Thread(target=connect, daemon=True)
+    thread = threading.Thread(target=try_connect, daemon=True)
     thread.start()
     thread.join(timeout_s)
     return opened.is_set()
 
 
 @contextlib.contextmanager
-def offline() -> Iterator[None]:
+def offline_mode() -> Iterator[None]:
     """Within it, the hub's libraries look into their caches alone."""
     import datasets.config
     from huggingface_hub import constants
 
-    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    previous = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
     verbosity = datasets.logging.get_verbosity()
     constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
     # It would warn that the hub could not be found, which was not asked.
@@ -55,33 +55,33 @@ def offline() -> Iterator[None]:
     try:
         yield
     finally:
-        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
+        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = previous
         datasets.logging.set_verbosity(verbosity)
 
 
-def cached_or_fetched(what: str, load: Callable[[], T]) -> T:
+def load_cached_or_fetch(description: str, load: Callable[[], T]) -> T:
     """``load()`` from the local caches where they hold all that it needs, else over the network."""
     try:
-        with offline():
+        with offline_mode():
             return load()
     except (OSError, ValueError):  # what the libraries raise for a file that is not in the cache
-        require_hub(what)
+        require_hub(description)
     return load()
 
 
-def refuse_missing_path(what: str, name: str) -> None:
+def refuse_missing_path(description: str, name: str) -> None:
     """SaetrainError when ``name`` is spelt like a path, which no hub id is; it is known not to be there."""
-    near = did_you_mean(
+    suggestion = did_you_mean(
         Path(name).name, [p.name for p in Path(name).parent.iterdir()] if Path(name).parent.is_dir() else []
     )
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffix in FILE_ENDINGS:
-        raise SaetrainError(f"{what} '{name}': no such file or folder.{near}")
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffix in FILE_SUFFIXES:
+        raise SaetrainError(f"{description} '{name}': no such file or folder.{suggestion}")
 
 
-def require_hub(what: str) -> None:
+def require_hub(description: str) -> None:
     """SaetrainError that ``what`` is not on this machine, unless the hub can be reached."""
-    if not reachable():
+    if not is_hub_reachable():
         raise SaetrainError(
-            f"{what} is neither a local path nor (whole) in the local cache, and the hub can't be reached "
+            f"{description} is neither a local path nor (whole) in the local cache, and the hub can't be reached "
             "(no network?); give a local path, or connect and try again"
         )

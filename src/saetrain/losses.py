@@ -16,8 +16,8 @@ def reconstruction_loss(x_ND: Tensor, reconstruction_ND: Tensor, n_tokens: int, 
     return squared_error(x_ND, reconstruction_ND) / (n_tokens * data_variance)
 
 
-def auxiliary_loss(
-    residual_ND: Tensor, estimate_ND: Tensor, n_tokens: int, residual_variance: Tensor, dead_share: Tensor
+def auxk_loss(
+    residual_ND: Tensor, estimate_ND: Tensor, n_tokens: int, residual_variance: Tensor, dead_fraction: Tensor
 ) -> Tensor:
     """AuxK of Gao et al. (arXiv 2406.04093 §A.2): dead latents rebuild what the live ones leave.
 
@@ -26,7 +26,7 @@ def auxiliary_loss(
     micro-batches or ranks leaves the gradient alone.
     """
     tiny = torch.finfo(residual_ND.dtype).tiny
-    return dead_share * squared_error(residual_ND, estimate_ND) / (n_tokens * residual_variance.clamp_min(tiny))
+    return dead_fraction * squared_error(residual_ND, estimate_ND) / (n_tokens * residual_variance.clamp_min(tiny))
 
 
 def cross_entropy(log_probs_NV: Tensor, targets_N: Tensor) -> Tensor:
@@ -34,9 +34,9 @@ def cross_entropy(log_probs_NV: Tensor, targets_N: Tensor) -> Tensor:
     return -log_probs_NV.gather(1, targets_N.unsqueeze(1)).sum()
 
 
-def kl_divergence(clean_NV: Tensor, log_probs_NV: Tensor) -> Tensor:
+def kl_divergence(clean_log_probs_NV: Tensor, log_probs_NV: Tensor) -> Tensor:
     """Σ over positions of KL(p‖q) in nats, a scalar: p the log-probabilities ``clean_NV``, q ``log_probs_NV``.
 
     With its entropy term, so that it is zero where both agree.
     """
-    return (clean_NV.exp() * (clean_NV - log_probs_NV)).sum()
+    return (clean_log_probs_NV.exp() * (clean_log_probs_NV - log_probs_NV)).sum()

@@ -12,37 +12,37 @@ def total_variance(shifted_sum: Tensor, shifted_square: Tensor, tokens: Tensor) 
     return shifted_square - shifted_sum.pow(2).sum(dim=-1) / tokens
 
 
-def fvu(residual_square: Tensor, variance_total: Tensor) -> Tensor:
+def compute_fvu(residual_square_sum: Tensor, total_square: Tensor) -> Tensor:
     """Fraction of variance unexplained, Σ‖x - x̂‖² / Σ‖x - μ‖² with μ over all tokens; nan without variance."""
-    return torch.where(variance_total > 0, residual_square / variance_total, torch.nan)
+    return torch.where(total_square > 0, residual_square_sum / total_square, torch.nan)
 
 
 @torch.no_grad()
-def decoder_cosines(W_dec_FD: Tensor, n: int = 100, block: int = 2048) -> tuple[Tensor, Tensor]:
+def top_and_max_decoder_cosines(W_dec_FD: Tensor, n: int = 100, block_rows: int = 2048) -> tuple[Tensor, Tensor]:
     """Cosines between different rows, in blocks and never F x F.
 
     (the ``n`` largest of all pairs, (min(n, pairs),); each row's largest, (F,), -1 with a single row).
     """
     rows = W_dec_FD / W_dec_FD.norm(dim=1, keepdim=True).clamp_min(1e-30)
-    best = rows.new_full((0,), -1.0)
-    largest = rows.new_full((len(rows),), -1.0)
-    for i in range(0, len(rows), block):
-        for j in range(i, len(rows), block):
-            cosines = rows[i : i + block] @ rows[j : j + block].T
+    top = rows.new_full((0,), -1.0)
+    row_max = rows.new_full((len(rows),), -1.0)
+    for i in range(0, len(rows), block_rows):
+        for j in range(i, len(rows), block_rows):
+            cosines = rows[i : i + block_rows] @ rows[j : j + block_rows].T
             if i == j:
                 cosines.fill_diagonal_(-1.0)
             for start, dim in ((i, 1), (j, 0)):
-                part = largest[start : start + block]
+                part = row_max[start : start + block_rows]
                 torch.maximum(part, cosines.amax(dim=dim), out=part)
             flat = cosines[torch.ones_like(cosines, dtype=torch.bool).triu(1)] if i == j else cosines.reshape(-1)
-            best = torch.cat([best, flat.topk(min(n, len(flat)), sorted=False).values])
-            best = best.topk(min(n, len(best))).values
-    return best, largest
+            top = torch.cat([top, flat.topk(min(n, len(flat)), sorted=False).values])
+            top = top.topk(min(n, len(top))).values
+    return top, row_max
 
 
-def top_decoder_cosines(W_dec_FD: Tensor, n: int = 100, block: int = 2048) -> Tensor:
+def top_decoder_cosines(W_dec_FD: Tensor, n: int = 100, block_rows: int = 2048) -> Tensor:
     """The ``n`` largest cosines between two different rows, (min(n, pairs),)."""
-    return decoder_cosines(W_dec_FD, n, block)[0]
+    return top_and_max_decoder_cosines(W_dec_FD, n, block_rows)[0]
 
 
 def decoder_redundancy(W_dec_FD: Tensor, n: int = 100) -> float:
@@ -51,7 +51,7 @@ def decoder_redundancy(W_dec_FD: Tensor, n: int = 100) -> float:
     return float(cosines.mean()) if len(cosines) else float("nan")
 
 
-def random_redundancy(d_in: int, num_latents: int, n: int = 100) -> float:
+def expected_random_redundancy(d_in: int, num_latents: int, n: int = 100) -> float:
     """What :func:`decoder_redundancy` expects of ``num_latents`` random directions in ``d_in`` dimensions.
 
     The mean of the n largest of M pairs is taken as the mean of their quantiles at 1 - (i - ½) / M.
@@ -60,21 +60,21 @@ def random_redundancy(d_in: int, num_latents: int, n: int = 100) -> float:
     n = min(n, pairs)
     if n == 0 or d_in < 2:
         return float("nan")
-    t, above = _random_cosine(d_in)
+    t, survival = _random_cosine_survival(d_in)
     wanted = (np.arange(n) + 0.5) / pairs
-    return float(np.interp(wanted, above[::-1], t[::-1]).mean())
+    return float(np.interp(wanted, survival[::-1], t[::-1]).mean())
 
 
-def random_max_cosine(d_in: int, num_latents: int) -> float:
+def expected_random_max_cosine(d_in: int, num_latents: int) -> float:
     """Expected largest cosine of one of ``num_latents`` random directions in ``d_in`` dimensions with any other."""
     if num_latents < 2 or d_in < 2:
         return float("nan")
-    t, above = _random_cosine(d_in)
-    at_most = (1 - above) ** (num_latents - 1)
-    return float(1 - np.trapezoid(at_most, t))
+    t, survival = _random_cosine_survival(d_in)
+    max_cdf = (1 - survival) ** (num_latents - 1)
+    return float(1 - np.trapezoid(max_cdf, t))
 
 
-def _random_cosine(d_in: int) -> tuple[np.ndarray, np.ndarray]:
+def _random_cosine_survival(d_in: int) -> tuple[np.ndarray, np.ndarray]:
     """(t from -1 to 1, the chance that the cosine of two random directions exceeds it).
 
     Its density is ∝ (1 - t²)^((d-3)/2).

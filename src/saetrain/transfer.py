@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 
-def send(array: np.ndarray, device: torch.device) -> Tensor:
+def copy_to_device_async(array: np.ndarray, device: torch.device) -> Tensor:
     """The array on the device, behind the work that the device has been given so far."""
     host = torch.from_numpy(array)
     # Of memory that can be swapped out, a copy is waited for.
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
-class Arriving:
+class PendingCopy:
     """A tensor on its way to the host."""
 
     def __init__(self, value: Tensor) -> None:

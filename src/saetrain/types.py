@@ -25,7 +25,7 @@ def shown_default(text: str, metavar: str) -> Any:
 Cursor = tuple[int, ...]
 """Where a virtual shard of the text stands; opaque to all but the source that gave it out."""
 
-PART_BITS = 40
+DATASET_ROW_BITS = 40
 """Where several data sets are mixed, row r of data set i is document ``(i << PART_BITS) + r``."""
 
 
@@ -40,7 +40,7 @@ class TokenKind(IntFlag):
 
 
 @dataclass(frozen=True)
-class Sequence:
+class TokenSequence:
     """One row of the model's input, without padding.
 
     ``ids`` (S,) int32 token ids; ``kind`` (S,) uint8 flags of :class:`TokenKind`; ``doc`` (S,) int64 row of the data
@@ -67,22 +67,22 @@ class Codes:
     indices: Tensor | None
     n_latents: int
 
-    def rows(self, rows: slice | Tensor) -> Codes:
+    def select_tokens(self, index: slice | Tensor) -> Codes:
         """The code of some of the tokens, by a slice or by their numbers."""
-        return Codes(self.values[rows], None if self.indices is None else self.indices[rows], self.n_latents)
+        return Codes(self.values[index], None if self.indices is None else self.indices[index], self.n_latents)
 
-    def dense(self) -> Tensor:
+    def to_dense(self) -> Tensor:
         """The code as (N, F)."""
         if self.indices is None:
             return self.values
         out = self.values.new_zeros(self.values.shape[0], self.n_latents)
         return out.scatter_(1, self.indices, self.values)
 
-    def l0(self) -> Tensor:
+    def l0_per_token(self) -> Tensor:
         """Active latents of each token, (N,) int64."""
         return (self.values > 0).sum(dim=1)
 
-    def fired(self) -> Tensor:
+    def firing_counts(self) -> Tensor:
         """Tokens on which each latent is active, (F,) int64."""
         active = (self.values > 0).long()
         if self.indices is None:
@@ -92,7 +92,7 @@ class Codes:
 
 
 @dataclass(frozen=True)
-class Progress:
+class StepContext:
     """All that an objective may know about the run.
 
     The normalisers come from outside and are the same on every rank and in every micro-step, so that splitting
@@ -102,13 +102,13 @@ class Progress:
     step: int
     n_tokens: int
     """Tokens of the whole optimizer step, over micro-steps and ranks: what sums are divided by."""
-    dead: Tensor | None
+    dead_mask: Tensor | None
     """(F,) bool, latents that have not fired within the window; None when there are none."""
     data_variance: Tensor
     """Mean squared distance of a token from the mean, summed over the width; fixed before training."""
     residual_variance: Tensor
     """The same of the residual, measured on the previous optimizer step."""
-    dead_at_most: int | None = None
+    max_n_dead: int | None = None
     """No fewer than are dead, where the host is not to ask the device how many are."""
 
 
@@ -120,6 +120,6 @@ class CoderOutput:
     reconstruction: Tensor
     losses: dict[str, Tensor] = field(default_factory=dict)
 
-    def total(self) -> Tensor:
+    def total_loss(self) -> Tensor:
         """The sum of the terms: what is differentiated."""
         return torch.stack(list(self.losses.values())).sum()

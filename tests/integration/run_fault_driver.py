@@ -39,10 +39,10 @@ run = out / "run"
 
 def prepare_once() -> None:
     """Load model and text here, so that each child begins where its run begins to write."""
-    config = cli.parse(WORDS.split())
+    config = cli.parse_train(WORDS.split())
     prepared = train.prepare(config)
     train.prepare = lambda config: dataclasses.replace(prepared, config=config)
-    cli.parse = lambda words: dataclasses.replace(  # half of a child's time
+    cli.parse_train = lambda words: dataclasses.replace(  # half of a child's time
         config,
         sae=dataclasses.replace(config.sae, k=3 if "--k" in words else 4),
         output=dataclasses.replace(

@@ -37,11 +37,11 @@ def texts_are_real_distinct_and_enough(folder: Path) -> None:
 
 
 def the_printed_command_can_be_copied(printed: str, folder: Path) -> None:
-    from saetrain.cli import parse
+    from saetrain.cli import parse_train
 
     command = re.search(r"^\S+ -m saetrain (.*?)\n\n", printed, re.DOTALL | re.MULTILINE)
     assert command is not None, printed
-    config = parse(command[1].replace("\\\n", " ").split())
+    config = parse_train(command[1].replace("\\\n", " ").split())
     assert (config.dataset[0], config.where.layers, config.sae.k) == (str(folder / "text"), (3,), 32)
 
 

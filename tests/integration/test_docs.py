@@ -16,7 +16,7 @@ import pytest
 from torch.distributed.run import get_args_parser as torchrun_parser
 
 from saetrain.cli import main
-from saetrain.config import CompareConfig, EvaluateConfig, flags
+from saetrain.config import CompareConfig, EvaluateConfig, flag_types
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -130,7 +130,7 @@ def test_flags_exist(page: Path) -> None:
     text = "\n".join(
         line for line in lines if not line.startswith(("pip ", "benchmarks/")) and "-m benchmarks" not in line
     )
-    known = {*flags(), *flags(EvaluateConfig), *flags(CompareConfig), "config", "help"}
+    known = {*flag_types(), *flag_types(EvaluateConfig), *flag_types(CompareConfig), "config", "help"}
     known |= {action.dest for action in torchrun_parser()._actions} | {"nodes"}
     used = {flag.replace("-", "_") for flag in re.findall(r"(?<![\w-])--([a-z][\w-]*)", text)}
     assert used <= known, used - known
@@ -144,10 +144,10 @@ def test_relative_links_exist(page: Path) -> None:
 
 
 def test_defaults_in_the_readme_are_the_real_ones() -> None:
-    from saetrain.cli import parse
+    from saetrain.cli import parse_train
     from saetrain.config import to_flat
 
-    real = to_flat(parse(["model", "dataset"]))
+    real = to_flat(parse_train(["model", "dataset"]))
     table = re.findall(r"^\| `--(\w+)` \| ([^|]+) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
     assert table
     for flag, shown in table:

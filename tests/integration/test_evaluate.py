@@ -229,7 +229,7 @@ def test_other_libraries_saes_give_the_same_figures(
         assert two["figures"][name]["count"] == one["figures"][name]["count"], name
     x = torch.randn(20, 32)
     (ours, _), (them, _) = (load_any(folder) for folder in (own_sae, foreign))
-    torch.testing.assert_close(them.encode(x).dense(), ours.encode(x).dense())
+    torch.testing.assert_close(them.encode(x).to_dense(), ours.encode(x).to_dense())
     torch.testing.assert_close(them.decode(them.encode(x)), ours.decode(ours.encode(x)))
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from saetrain.cli import main
-from saetrain.files import sha256
+from saetrain.files import hash_file
 from saetrain.optim import DECAY_SHARE, lr_factor
 from tests.integration.test_resume import (
     SETTINGS,
@@ -145,7 +145,7 @@ def test_a_checkpoint_of_another_version_is_refused(
         values = json.loads(path.read_text())
         path.write_text(json.dumps({**values, "format": 0}))
         manifest = json.loads(path.with_name("manifest.json").read_text())
-        manifest["sha256"]["state.json"] = sha256(path)
+        manifest["sha256"]["state.json"] = hash_file(path)
         path.with_name("manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(SystemExit) as caught:
         resume(tmp_path, tiny_bert, topics_jsonl)

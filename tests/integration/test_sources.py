@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from saetrain.cli import main, parse
+from saetrain.cli import main, parse_train
 from saetrain.config import from_flat, read_yaml
 from saetrain.data.tokenize import Framing
 from saetrain.runs.text import load_text
-from saetrain.types import PART_BITS
+from saetrain.types import DATASET_ROW_BITS
 from tests.integration.test_resume import fingerprint
 
 BASE = (
@@ -131,7 +131,7 @@ def test_what_one_data_set_holds_out_no_other_trains_on(
     for name, texts in halves.items():
         rows = "".join(json.dumps({"text": text}) + "\n" for text in texts)
         (tmp_path / f"{name}.jsonl").write_text(rows)
-    config = parse([model, *(str(tmp_path / f"{name}.jsonl") for name in halves), *BASE.split()])
+    config = parse_train([model, *(str(tmp_path / f"{name}.jsonl") for name in halves), *BASE.split()])
     config = dataclasses.replace(config, source=dataclasses.replace(config.source, streaming=streaming))
     tokenizer = AutoTokenizer.from_pretrained(model)
     text = load_text(config, tokenizer, Framing.of(tokenizer, "gpt2" in model, 32))
@@ -148,7 +148,7 @@ def test_what_one_data_set_holds_out_no_other_trains_on(
 
 def topic(halves: dict[str, list[str]], doc: int) -> str:
     """The text that a document number of a mixed source stands for."""
-    return list(halves.values())[doc >> PART_BITS][doc % (1 << PART_BITS)]
+    return list(halves.values())[doc >> DATASET_ROW_BITS][doc % (1 << DATASET_ROW_BITS)]
 
 
 def test_resume_refuses_a_stream_of_which_other_text_is_held_out(
@@ -174,11 +174,13 @@ def test_near_copies_of_what_another_data_set_holds_out_are_left_out(
         (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     loud = tmp_path / "loud.jsonl"
     loud.write_text("".join(json.dumps({"text": "  ".join(text.upper().split())}) + "\n" for text in topics[30:]))
-    config = parse([tiny_bert, str(folder), str(loud), *BASE.split()])
+    config = parse_train([tiny_bert, str(folder), str(loud), *BASE.split()])
     tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
     text = load_text(config, tokenizer, Framing.of(tokenizer, False, 32))
     sequences, _ = text.train.read(0, text.train.start, 60_000)
-    loud_docs = {int(doc) % (1 << PART_BITS) for s in sequences for doc in set(s.doc) if int(doc) >> PART_BITS == 1}
+    loud_docs = {
+        int(doc) % (1 << DATASET_ROW_BITS) for s in sequences for doc in set(s.doc) if int(doc) >> DATASET_ROW_BITS == 1
+    }
     assert loud_docs <= set(range(10)), "those from the tenth on are the first data set's validation split"
     assert loud_docs
 

@@ -13,7 +13,7 @@ import yaml
 from safetensors.torch import load_file
 
 import saetrain
-from saetrain.cli import main, parse
+from saetrain.cli import main, parse_train
 from saetrain.runs.prepare import held_out_batches, prepare, read_sample
 
 SIZES = "--k 4 --num_latents 64 --batch_size 4 --ctx_len 32 --eval_tokens 1500 --assess false"
@@ -78,7 +78,7 @@ def independent_tokens(folder: Path, run: Path, tokens: int) -> np.ndarray:
 
     about = json.loads((folder / "cfg.json").read_text())["saetrain"]
     model = AutoModel.from_pretrained(about["model"], dtype=torch.float32)
-    config = parse([about["model"], about["dataset"], *settings_of(run)])
+    config = parse_train([about["model"], about["dataset"], *settings_of(run)])
     held_out = prepare(config).held_out
     order = np.random.default_rng([42, 1]).permutation(len(held_out))
     rows: list[np.ndarray] = []
@@ -102,7 +102,7 @@ def test_figures_agree_with_an_independent_computation(encoder_run: Path) -> Non
     folder = encoder_run / "sae" / "encoder.layer.3"
     about = json.loads((folder / "cfg.json").read_text())["saetrain"]
     reported = about["held_out_figures"]
-    prepared = prepare(parse([about["model"], about["dataset"], *settings_of(encoder_run)]))
+    prepared = prepare(parse_train([about["model"], about["dataset"], *settings_of(encoder_run)]))
     read_sample(prepared)
     ours = np.concatenate([batch["encoder.layer.3"].numpy() for batch in held_out_batches(prepared)]).astype(np.float64)
     ours = ours[: int(reported["tokens"])]
@@ -131,7 +131,7 @@ def test_saved_sae_equals_the_trained_one_on_real_data(encoder_run: Path, topics
     code = torch.zeros_like(pre).scatter(1, indices, values.relu())
     estimate = (code @ raw["coder.W_dec"] + raw["coder.b_dec"]) @ axes.T * scale + mean
     assert (sae.decode(sae.encode(x)) - estimate).abs().max() < 1e-5 * x.pow(2).mean().sqrt() * 10
-    torch.testing.assert_close(sae.encode(x).dense(), code * scale, rtol=1e-4, atol=1e-4 * scale)
+    torch.testing.assert_close(sae.encode(x).to_dense(), code * scale, rtol=1e-4, atol=1e-4 * scale)
 
 
 def test_the_decoder_is_left_at_unit_norm(encoder_run: Path) -> None:
@@ -146,7 +146,7 @@ def test_encode_text_runs_the_model_it_was_trained_on(encoder_run: Path) -> None
     assert short.kept.tolist() == [False, *[True] * (len(short.tokens) - 2), False]
     assert longer.tokens.count("[SEP]") == 1, "only the tokenizer's own separator is one"
     alone = sae.encode_text(["The yield statement."])[0]
-    torch.testing.assert_close(alone.codes.dense(), short.codes.dense(), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(alone.codes.to_dense(), short.codes.dense(), rtol=1e-3, atol=1e-3)
 
 
 def test_encode_text_refuses_another_model(encoder_run: Path, tmp_path: Path, tiny_bert: str) -> None:
@@ -245,8 +245,8 @@ def test_the_commands_of_the_readme_run_as_they_stand(
 
 def test_special_tokens_and_sinks_are_left_out_by_default(tmp_path: Path, minilm: str, topics_jsonl: str) -> None:
     base = [minilm, topics_jsonl, "--layers", "3", "--ctx_len", "64", "--model_batch_tokens", "4096"]
-    kept = next(iter(held_out_batches(prepare(parse(base)))))["encoder.layer.3"]
-    everything = next(iter(held_out_batches(prepare(parse([*base, "--exclude_special_tokens", "false"])))))
+    kept = next(iter(held_out_batches(prepare(parse_train(base)))))["encoder.layer.3"]
+    everything = next(iter(held_out_batches(prepare(parse_train([*base, "--exclude_special_tokens", "false"])))))
     assert len(everything["encoder.layer.3"]) == len(kept) + 2 * 64, "one CLS and one SEP in each of 64 sequences"
 
 
@@ -297,7 +297,7 @@ def parquet(folder: Path, **splits: list[str]) -> str:
 def test_texts_of_the_held_out_split_are_not_trained_on(tmp_path: Path, tiny_bert: str, topics: list[str]) -> None:
     train, held = topics[:60], topics[40:]
     data = parquet(tmp_path / "data", train=[*train, train[0]], validation=[text.upper() for text in held])
-    prepared = prepare(parse([tiny_bert, data, "--ctx_len", "64"]))
+    prepared = prepare(parse_train([tiny_bert, data, "--ctx_len", "64"]))
     trained = {
         int(doc)
         for shard in range(16)
@@ -311,7 +311,7 @@ def test_texts_of_the_held_out_split_are_not_trained_on(tmp_path: Path, tiny_ber
 
 def test_a_tiny_validation_split_is_not_enough(tmp_path: Path, tiny_bert: str, topics: list[str]) -> None:
     data = parquet(tmp_path / "data", train=topics[1:], validation=[topics[0][:200]])
-    prepared = prepare(parse([tiny_bert, data, "--ctx_len", "64"]))
+    prepared = prepare(parse_train([tiny_bert, data, "--ctx_len", "64"]))
     assert prepared.held_out.text_tokens > 5000
     assert "split 'validation' has only" in prepared.data["held_out"]
 

@@ -49,7 +49,7 @@ def test_saelens_reads_it_and_agrees(trained: Path, activations: torch.Tensor) -
     assert type(theirs).__name__ == "TopKSAE"
     code = theirs.encode(activations)
     assert ((code != 0).sum(dim=1) <= 8).all()
-    agree(ours.encode(activations).dense(), code, activations)
+    agree(ours.encode(activations).to_dense(), code, activations)
     agree(ours.decode(ours.encode(activations)), theirs(activations), activations)
     assert theirs.cfg.metadata.model_name == json.loads((folder / "cfg.json").read_text())["saetrain"]["model"]
 

@@ -25,9 +25,9 @@ def hub_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "prepared"))
     for name in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    hub.reachable.cache_clear()
+    hub.is_hub_reachable.cache_clear()
     yield tmp_path / "hub"
-    hub.reachable.cache_clear()
+    hub.is_hub_reachable.cache_clear()
 
 
 def lay_down(cache: Path, kind: str, owner: str, name: str, folder: Path) -> Path:

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from saetrain.cli import main, parse
-from saetrain.config import RunConfig, flags, from_flat, to_flat, write_yaml
+from saetrain.cli import main, parse_train
+from saetrain.config import RunConfig, flag_types, from_flat, to_flat, write_yaml
 from saetrain.errors import SaetrainError
 
 BASE = ["bert-base-uncased", "wikitext"]
@@ -47,12 +47,12 @@ DEFAULTS = {
 
 def refused(*words: str) -> str:
     with pytest.raises(SaetrainError) as caught:
-        parse([*BASE, *words])
+        parse_train([*BASE, *words])
     return str(caught.value)
 
 
 def test_defaults() -> None:
-    flat = to_flat(parse(BASE))
+    flat = to_flat(parse_train(BASE))
     assert {name: flat[name] for name in DEFAULTS} == DEFAULTS
 
 
@@ -62,7 +62,7 @@ def test_the_original_command_is_understood() -> None:
         "--shuffle_seed 42 --init_seeds 42 --optimizer adam --lr 0.01 --save_every 500 --run_name r "
         "--log_to_wandb true --wandb_log_frequency 10 --dead_percentage_threshold 0.1"
     )
-    config = parse([*BASE, *words.split()])
+    config = parse_train([*BASE, *words.split()])
     assert (config.where.layers, config.sae.num_latents, config.optim.lr) == ((6,), 200, 0.01)
     assert config.logs.log_to_wandb is True
 
@@ -72,7 +72,7 @@ def test_the_original_command_is_understood() -> None:
     ["--max-tokens 5 --grad-acc-steps 2", "--max_tokens=5 --grad_acc_steps=2", "--max_tokens 5 --grad-acc_steps 2"],
 )
 def test_dashes_underscores_and_equals_signs(words: str) -> None:
-    train = parse([*words.split(), *BASE]).train
+    train = parse_train([*words.split(), *BASE]).train
     assert (train.max_tokens, train.grad_acc_steps) == (5, 2)
 
 
@@ -88,12 +88,12 @@ def test_dashes_underscores_and_equals_signs(words: str) -> None:
     ],
 )
 def test_spellings_of_booleans(words: list[str], expected: bool) -> None:
-    assert parse([*BASE, *words]).output.resume is expected
-    assert parse([*words, *BASE]).output.resume is expected
+    assert parse_train([*BASE, *words]).output.resume is expected
+    assert parse_train([*words, *BASE]).output.resume is expected
 
 
 def test_positionals_may_stand_anywhere() -> None:
-    config = parse(["--layers", "1", "2", "--k", "8", *BASE])
+    config = parse_train(["--layers", "1", "2", "--k", "8", *BASE])
     assert (config.model, *config.dataset, config.where.layers) == (*BASE, (1, 2))
 
 
@@ -101,7 +101,7 @@ def test_positionals_may_stand_anywhere() -> None:
 def test_unknown_flags_suggest_the_nearest_wherever_they_stand(position: int) -> None:
     words = [*BASE[:position], "--layrs", "3", *BASE[position:]]
     with pytest.raises(SaetrainError, match=r"--layrs: no such flag. Did you mean --layers"):
-        parse(words)
+        parse_train(words)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_unknown_flags_suggest_the_nearest_wherever_they_stand(position: int) ->
 )
 def test_values_that_make_no_sense_are_refused_by_name(words: str, message: str) -> None:
     with pytest.raises(SaetrainError, match=message):
-        parse([*BASE, *words.split()])
+        parse_train([*BASE, *words.split()])
 
 
 @pytest.mark.parametrize("words", [["--k", "many"], ["--log_to_wandb=maybe"], ["--optimizer", "lion"], ["--k"]])
@@ -163,23 +163,23 @@ def test_values_of_a_wrong_type_exit_with_2_and_name_the_flag(
     words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as caught:
-        parse([*BASE, *words])
+        parse_train([*BASE, *words])
     assert caught.value.code == 2
     printed = capsys.readouterr()
     assert words[0].partition("=")[0] in printed.err + printed.out
 
 
 def test_lr_takes_auto() -> None:
-    assert parse([*BASE, "--lr", "auto"]).optim.lr == "auto"
+    assert parse_train([*BASE, "--lr", "auto"]).optim.lr == "auto"
 
 
 def test_yaml_round_trip_and_flags_win(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
-    config = parse([*BASE, "--layers", "1", "2", "--lr", "auto", "--k", "7", "--init_seeds", "3", "4"])
+    config = parse_train([*BASE, "--layers", "1", "2", "--lr", "auto", "--k", "7", "--init_seeds", "3", "4"])
     write_yaml(path, config)
-    assert parse(["--config", str(path)]) == config
-    assert parse(["--config", str(path), "--k", "9"]).sae.k == 9
-    assert parse(["other-model", "other-data", f"--config={path}"]).model == "other-model"
+    assert parse_train(["--config", str(path)]) == config
+    assert parse_train(["--config", str(path), "--k", "9"]).sae.k == 9
+    assert parse_train(["other-model", "other-data", f"--config={path}"]).model == "other-model"
 
 
 @pytest.mark.parametrize(
@@ -199,14 +199,14 @@ def test_broken_files_are_named(tmp_path: Path, content: str, message: str) -> N
     path = tmp_path / "c.yaml"
     path.write_text(content)
     with pytest.raises(SaetrainError, match=message) as caught:
-        parse(["--config", str(path)])
+        parse_train(["--config", str(path)])
     assert "c.yaml" in str(caught.value)
 
 
 def test_natural_spellings_in_a_file(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("layers: 3\nlr: 1e-3\nmodel: m\ndataset: d\n")
-    config = parse(["--config", str(path)])
+    config = parse_train(["--config", str(path)])
     assert (config.where.layers, config.optim.lr) == ((3,), 0.001)
 
 
@@ -224,24 +224,24 @@ def test_a_flag_takes_the_place_of_its_rivals_in_the_file(
 ) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("layers: [6]\nnum_latents: 64\ndead_window_tokens: 5\nmodel: m\ndataset: d\n")
-    flat = to_flat(parse(["--config", str(path), *words]))
+    flat = to_flat(parse_train(["--config", str(path), *words]))
     assert {name: flat[name] for name in expected} == expected
 
 
 def test_positionals_may_follow_a_list_of_numbers() -> None:
-    config = parse(["--layers", "1", *BASE, "--init_seeds", "3", "4"])
+    config = parse_train(["--layers", "1", *BASE, "--init_seeds", "3", "4"])
     assert (config.model, config.where.layers, config.train.init_seeds) == ("bert-base-uncased", (1,), (3, 4))
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(SaetrainError, match=r"nowhere\.yaml: can't be read"):
-        parse([*BASE, "--config", str(tmp_path / "nowhere.yaml")])
+        parse_train([*BASE, "--config", str(tmp_path / "nowhere.yaml")])
 
 
 def test_every_setting_survives_the_flat_form() -> None:
-    config = parse(BASE)
+    config = parse_train(BASE)
     assert from_flat(to_flat(config), "here") == config
-    assert set(to_flat(config)) == {*flags(), "model", "dataset"}
+    assert set(to_flat(config)) == {*flag_types(), "model", "dataset"}
 
 
 def test_help_names_every_flag_and_imports_neither_transformers_nor_datasets() -> None:
@@ -252,9 +252,9 @@ def test_help_names_every_flag_and_imports_neither_transformers_nor_datasets() -
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    for name in flags():
+    for name in flag_types():
         assert f"--{name} " in done.stdout, name
-    assert done.stdout.count("(default:") >= len(flags())
+    assert done.stdout.count("(default:") >= len(flag_types())
 
 
 def test_errors_are_one_line_with_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
@@ -292,4 +292,4 @@ def test_the_written_settings_are_plain_yaml(tmp_path: Path) -> None:
      ("--loss_fn kl", 0.0), ("--loss_fn fvu --finetune folder", 4.0)],
 )  # fmt: skip
 def test_what_lifts_the_biases_of_dead_latents(words: str, lift: float) -> None:
-    assert parse([*BASE, *words.split()]).lift == lift
+    assert parse_train([*BASE, *words.split()]).dead_bias_lr_multiplier == lift

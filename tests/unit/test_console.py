@@ -10,7 +10,7 @@ from saetrain.logs.console import ProgressLine
 @pytest.mark.parametrize("steps", [1, 3, 25, 1000])
 def test_lines_are_due_about_ten_times_and_at_the_end(steps: int) -> None:
     line = ProgressLine(steps, 0)
-    due = [step for step in range(1, steps + 1) if line.due(step)]
+    due = [step for step in range(1, steps + 1) if line.should_print(step)]
     assert due[-1] == steps
     assert min(steps, 10) <= len(due) <= 13
 

@@ -25,25 +25,25 @@ def listener(hub_cache: Path, monkeypatch: pytest.MonkeyPatch) -> socket.socket:
 
 
 def test_reachable_where_a_connection_opens(listener: socket.socket) -> None:
-    assert hub.reachable()
+    assert hub.is_hub_reachable()
     hub.require_hub("model 'x'")
     listener.close()
     # The answer of the run's first question stands.
-    assert hub.reachable()
-    hub.reachable.cache_clear()
-    assert not hub.reachable()
+    assert hub.is_hub_reachable()
+    hub.is_hub_reachable.cache_clear()
+    assert not hub.is_hub_reachable()
 
 
 def test_not_reachable_when_the_user_says_offline(listener: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert not hub.reachable()
+    assert not hub.is_hub_reachable()
     listener.close()
 
 
 def test_a_proxy_is_asked_in_the_hub_s_place(listener: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("https_proxy", constants.ENDPOINT)
     monkeypatch.setattr(constants, "ENDPOINT", "https://hub.invalid")
-    assert hub.reachable()
+    assert hub.is_hub_reachable()
     listener.close()
 
 
@@ -52,7 +52,7 @@ def test_a_name_server_that_never_answers_is_not_waited_for(hub_cache: Path, mon
     # A resolver that hangs cannot be had at will; a socket's own time limit does not hold for it.
     monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **options: done.wait(60) and [])
     start = time.monotonic()
-    assert not hub.reachable(timeout_s=0.2)
+    assert not hub.is_hub_reachable(timeout_s=0.2)
     done.set()
     assert time.monotonic() - start < 15
 
@@ -66,11 +66,11 @@ def test_what_the_caches_lack_is_fetched_once(listener: socket.socket) -> None:
             raise error()
         return "fetched"
 
-    assert hub.cached_or_fetched("x", lambda: load(OSError)) == "fetched"
+    assert hub.load_cached_or_fetch("x", lambda: load(OSError)) == "fetched"
     assert tries == [True, False]
     # A file that is there and broken is no reason to go to the network.
     with pytest.raises(RuntimeError):
-        hub.cached_or_fetched("x", lambda: load(RuntimeError))
+        hub.load_cached_or_fetch("x", lambda: load(RuntimeError))
     assert tries == [True, False, True]
     assert not constants.HF_HUB_OFFLINE
     assert not datasets.config.HF_HUB_OFFLINE

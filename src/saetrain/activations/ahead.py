@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
-from saetrain.types import Cursor, Sequence
+from saetrain.types import Cursor, TokenSequence
 
-Read = tuple[list[Sequence], Cursor]
+Read = tuple[list[TokenSequence], Cursor]
 
 
 class SequenceSource(Protocol):

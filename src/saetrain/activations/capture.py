@@ -11,8 +11,8 @@ from torch import Tensor
 
 from saetrain.activations.model import BaseModel
 from saetrain.errors import SaetrainError
-from saetrain.transfer import send
-from saetrain.types import Sequence
+from saetrain.transfer import copy_to_device_async
+from saetrain.types import TokenSequence
 
 PROBE_TOKENS = 8
 
@@ -86,7 +86,7 @@ class ActivationCapture:
         return hook
 
 
-def pad_batch(sequences: list[Sequence], device: torch.device) -> tuple[Tensor, Tensor]:
+def pad_batch(sequences: list[TokenSequence], device: torch.device) -> tuple[Tensor, Tensor]:
     """(ids, mask), both (B, S) int64, padded on the right with id 0 and mask 0."""
     length = max(len(sequence) for sequence in sequences)
     ids = np.zeros((len(sequences), length), dtype=np.int64)
@@ -94,10 +94,10 @@ def pad_batch(sequences: list[Sequence], device: torch.device) -> tuple[Tensor, 
     for row, sequence in enumerate(sequences):
         ids[row, : len(sequence)] = sequence.ids
         mask[row, : len(sequence)] = 1
-    return send(ids, device), send(mask, device)
+    return copy_to_device_async(ids, device), copy_to_device_async(mask, device)
 
 
-def length_batches(sequences: list[Sequence], tokens: int) -> list[list[int]]:
+def length_batches(sequences: list[TokenSequence], tokens: int) -> list[list[int]]:
     """Numbers of ``sequences`` grouped by length, each group at most ``tokens`` padded tokens (or one sequence)."""
     order = sorted(range(len(sequences)), key=lambda number: (-len(sequences[number]), number))
     batches: list[list[int]] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from saetrain.activations.ahead import ReadAhead, SequenceSource
-from saetrain.types import Cursor, Sequence
+from saetrain.types import Cursor, TokenSequence
 
 
 @dataclass(frozen=True)
@@ -13,7 +13,7 @@ class Dealt:
     """A sequence and its number in the run, from 0."""
 
     number: int
-    sequence: Sequence
+    sequence: TokenSequence
 
 
 class SequenceDealer:

@@ -14,8 +14,8 @@ from torch import nn
 
 from saetrain import launch
 from saetrain.errors import SaetrainError
-from saetrain.files import sha256
-from saetrain.hub import cached_or_fetched, refuse_missing_path
+from saetrain.files import hash_file
+from saetrain.hub import load_cached_or_fetch, refuse_missing_path
 from saetrain.types import shown_default
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -212,7 +212,7 @@ def _from_pretrained(cls: Any, name: str, **options: Any) -> Any:
         return cls.from_pretrained(name, **options)
 
     try:
-        return load() if os.path.isdir(name) else cached_or_fetched(f"model '{name}'", load)
+        return load() if os.path.isdir(name) else load_cached_or_fetch(f"model '{name}'", load)
     except SaetrainError:
         raise
     except Exception as error:  # the library and its file readers raise many unrelated types
@@ -254,7 +254,7 @@ def code_hash(model: BaseModel) -> str:
     config = model.config.to_dict()
     settings = {key: value for key, value in config.items() if key not in NAMES_IN_CONFIG}
     folder = Path(model.name)
-    own = {file.name: sha256(file) for file in sorted(folder.glob("*.py"))} if folder.is_dir() else {}
+    own = {file.name: hash_file(file) for file in sorted(folder.glob("*.py"))} if folder.is_dir() else {}
     text = json.dumps([settings, own], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -269,7 +269,7 @@ def weights_hash(model: BaseModel) -> str | None:
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     if not files:
         return None
-    digests = [sha256(file) for file in files]
+    digests = [hash_file(file) for file in files]
     if len(digests) == 1:
         return digests[0]
     return hashlib.sha256("".join(digests).encode()).hexdigest()

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from saetrain.activations.capture import ActivationCapture, length_batches, pad_batch
 from saetrain.errors import SaetrainError, is_out_of_memory
-from saetrain.transfer import Arriving, send
-from saetrain.types import PART_BITS, Sequence, TokenKind
+from saetrain.transfer import PendingCopy, copy_to_device_async
+from saetrain.types import DATASET_ROW_BITS, TokenKind, TokenSequence
 
-Keep = Callable[[Sequence], np.ndarray]
+Keep = Callable[[TokenSequence], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Activations:
 class Reading:
     """Sequences on their way through the model, a batch of it at a time."""
 
-    def __init__(self, reader: ActivationReader, sequences: list[Sequence]) -> None:
+    def __init__(self, reader: ActivationReader, sequences: list[TokenSequence]) -> None:
         self._batches = reader.batches(sequences)
         self._parts: list[Activations] = []
 
@@ -101,28 +101,28 @@ class ActivationReader:
         self.ahead = 1 if capture.model.device.type == "cuda" else 0
         """Model batches that are begun before the norms of the one before them are looked at."""
 
-    def batches(self, sequences: list[Sequence]) -> Iterator[Activations]:
+    def batches(self, sequences: list[TokenSequence]) -> Iterator[Activations]:
         """One :class:`Activations` per model batch; SaetrainError when an activation is not finite."""
-        looked_at: deque[tuple[dict[str, Tensor], np.ndarray, Arriving]] = deque()
+        looked_at: deque[tuple[dict[str, Tensor], np.ndarray, PendingCopy]] = deque()
         for chosen, captured in self._forward(sequences):
             keep = np.concatenate([self.keep(sequence) for sequence in chosen])
             docs = np.concatenate([sequence.doc for sequence in chosen])[keep]
             values = self._pick(captured, chosen, keep)
             # Whoever takes batches one at a time would else hold the whole of each meanwhile.
             del captured
-            looked_at.append((values, docs, Arriving(self._norms(values))))
+            looked_at.append((values, docs, PendingCopy(self._norms(values))))
             if len(looked_at) > self.ahead:
                 yield self._passed(*looked_at.popleft())
         while looked_at:
             yield self._passed(*looked_at.popleft())
 
-    def _passed(self, values: dict[str, Tensor], docs: np.ndarray, norms: Arriving) -> Activations:
+    def _passed(self, values: dict[str, Tensor], docs: np.ndarray, norms: PendingCopy) -> Activations:
         fine = self._judged(list(values), docs, norms.get().numpy())
         if fine.all():
             return Activations(values, docs, 0)
         return Activations(self._rows(values, np.flatnonzero(fine)), docs[fine], int((~fine).sum()))
 
-    def labelled(self, sequences: list[Sequence]) -> Iterator[Labelled]:
+    def labelled(self, sequences: list[TokenSequence]) -> Iterator[Labelled]:
         """All tokens of each model batch but padding, with what each is.
 
         SaetrainError when a kept one's activation is not finite; others that are not are left out.
@@ -140,7 +140,7 @@ class ActivationReader:
             values = values if len(fine) == len(docs) else self._rows(values, fine)
             yield Labelled(values, docs[fine], place[fine].astype(np.uint8))
 
-    def _forward(self, sequences: list[Sequence]) -> Iterator[tuple[list[Sequence], dict[str, Tensor]]]:
+    def _forward(self, sequences: list[TokenSequence]) -> Iterator[tuple[list[TokenSequence], dict[str, Tensor]]]:
         """(sequences, {hookpoint: (B, S, D)}) of each model batch."""
         for numbers in length_batches(sequences, self.batch_tokens):
             if self.between_batches is not None:
@@ -148,15 +148,15 @@ class ActivationReader:
             chosen = [sequences[number] for number in numbers]
             yield chosen, self._capture(*pad_batch(chosen, self.capture.model.device))
 
-    def _pick(self, captured: dict[str, Tensor], chosen: list[Sequence], keep: np.ndarray) -> dict[str, Tensor]:
+    def _pick(self, captured: dict[str, Tensor], chosen: list[TokenSequence], keep: np.ndarray) -> dict[str, Tensor]:
         """The kept tokens' activations, of ``keep`` over all tokens of ``chosen`` without padding."""
         longest = max(map(len, chosen))
         real = np.concatenate([row * longest + np.arange(len(sequence)) for row, sequence in enumerate(chosen)])
-        picked = send(real[keep], self.capture.model.device)
+        picked = copy_to_device_async(real[keep], self.capture.model.device)
         return {name: value.flatten(0, 1).index_select(0, picked) for name, value in captured.items()}
 
     def _rows(self, values: dict[str, Tensor], numbers: np.ndarray) -> dict[str, Tensor]:
-        rows = send(numbers, self.capture.model.device)
+        rows = copy_to_device_async(numbers, self.capture.model.device)
         return {name: value[rows] for name, value in values.items()}
 
     def _capture(self, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
@@ -173,7 +173,7 @@ class ActivationReader:
                 f"out of memory while the model read {rows} x {length} tokens: lower {advice}"
             ) from error
 
-    def read(self, sequences: list[Sequence]) -> Activations:
+    def read(self, sequences: list[TokenSequence]) -> Activations:
         """All of ``sequences`` at once."""
         return Reading(self, sequences).finish()
 
@@ -205,4 +205,6 @@ class ActivationReader:
         rows = np.unique(docs)[:5].tolist()
         if len(self._data_sets) < 2:
             return ", ".join(map(str, rows))
-        return ", ".join(f"{row % (1 << PART_BITS)} of {self._data_sets[row >> PART_BITS]}" for row in rows)
+        return ", ".join(
+            f"{row % (1 << DATASET_ROW_BITS)} of {self._data_sets[row >> DATASET_ROW_BITS]}" for row in rows
+        )

@@ -16,7 +16,7 @@ from torch import Tensor
 from saetrain.activations.ahead import ReadAhead, SequenceSource
 from saetrain.activations.read import ActivationReader, Activations, Reading
 from saetrain.errors import SaetrainError
-from saetrain.transfer import send
+from saetrain.transfer import copy_to_device_async
 from saetrain.types import Cursor
 
 EARLY_POOLS = 2
@@ -221,4 +221,4 @@ class MixingBuffer:
         self.tokens_read += len(activations) + activations.n_outliers
         order = np.random.default_rng([self._seed, shard, state.pool]).permutation(len(activations))
         device = next(iter(activations.values.values())).device
-        return _Pool(activations, send(order, device), cursor)
+        return _Pool(activations, copy_to_device_async(order, device), cursor)

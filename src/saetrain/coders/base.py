@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from saetrain.kernels import sparse_decode
-from saetrain.types import CoderOutput, Codes, Progress
+from saetrain.types import CoderOutput, Codes, StepContext
 
 ENCODER_SCALE = 0.3
 """Norm of the initial encoder's columns: with 1 a code's first values add up to several times what it stands for, and
@@ -46,7 +46,7 @@ class SparseCoder(nn.Module, ABC):
         """The code of each row of ``x_ND``."""
 
     @abstractmethod
-    def losses(self, x_ND: Tensor, y_ND: Tensor, output: CoderOutput, progress: Progress) -> dict[str, Tensor]:
+    def losses(self, x_ND: Tensor, y_ND: Tensor, output: CoderOutput, progress: StepContext) -> dict[str, Tensor]:
         """Named loss terms with their weights applied; each is this micro-batch's part of the whole step's."""
 
     def decode(self, codes: Codes) -> Tensor:
@@ -55,7 +55,7 @@ class SparseCoder(nn.Module, ABC):
             return codes.values @ self.W_dec + self.b_dec
         return sparse_decode(codes.values, codes.indices, self.W_dec) + self.b_dec
 
-    def forward(self, x_ND: Tensor, y_ND: Tensor, progress: Progress) -> CoderOutput:
+    def forward(self, x_ND: Tensor, y_ND: Tensor, progress: StepContext) -> CoderOutput:
         """Everything that is differentiated: code, reconstruction of ``y_ND``, and losses."""
         codes = self.encode(x_ND)
         output = CoderOutput(codes, self.decode(codes))

@@ -13,8 +13,8 @@ from torch import Tensor
 from saetrain.coders.base import SparseCoder
 from saetrain.errors import SaetrainError
 from saetrain.kernels import sparse_decode, topk_relu
-from saetrain.losses import auxiliary_loss, reconstruction_loss
-from saetrain.types import CoderOutput, Codes, Progress, shown_default
+from saetrain.losses import auxk_loss, reconstruction_loss
+from saetrain.types import CoderOutput, Codes, StepContext, shown_default
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,16 +75,16 @@ class TopK(SparseCoder):
         pre_NF = torch.addmm(self.b_enc, x_ND - self.b_dec, self.W_enc)
         return Codes(*topk_relu(pre_NF, self.k), self.num_latents)
 
-    def losses(self, x_ND: Tensor, y_ND: Tensor, output: CoderOutput, progress: Progress) -> dict[str, Tensor]:
+    def losses(self, x_ND: Tensor, y_ND: Tensor, output: CoderOutput, progress: StepContext) -> dict[str, Tensor]:
         """``recon``: the step's FVU. ``auxk``: dead latents rebuilding the residual, while any are dead."""
         n, variance = progress.n_tokens, progress.data_variance
         terms = {"recon": reconstruction_loss(y_ND, output.reconstruction, n, variance)}
-        if self.auxk_alpha and progress.dead is not None:
+        if self.auxk_alpha and progress.dead_mask is not None:
             residual = (y_ND - output.reconstruction).detach()
-            terms["auxk"] = self.auxk_alpha * self._auxk(x_ND, residual, progress.dead, progress)
+            terms["auxk"] = self.auxk_alpha * self._auxk(x_ND, residual, progress.dead_mask, progress)
         return terms
 
-    def _auxk(self, x_ND: Tensor, residual_ND: Tensor, dead: Tensor, progress: Progress) -> Tensor:
+    def _auxk(self, x_ND: Tensor, residual_ND: Tensor, dead: Tensor, progress: StepContext) -> Tensor:
         """AuxK over the dead columns alone; its gradient reaches ``W_enc``, ``b_enc`` and ``W_dec``, and no bias."""
         columns = dead.nonzero().squeeze(1)
         wanted = auxk_size(self.d_in)
@@ -93,4 +93,4 @@ class TopK(SparseCoder):
         values, indices = topk_relu(pre, k)
         estimate = sparse_decode(values, indices, self.W_dec[columns])
         share = torch.tensor(min(len(columns) / wanted, 1.0), device=x_ND.device)
-        return auxiliary_loss(residual_ND, estimate, progress.n_tokens, progress.residual_variance, share)
+        return auxk_loss(residual_ND, estimate, progress.n_tokens, progress.residual_variance, share)

@@ -15,7 +15,7 @@ import numpy as np
 
 from saetrain.data.sequences import Sequences
 from saetrain.errors import SaetrainError
-from saetrain.types import Cursor, Sequence, TokenKind
+from saetrain.types import Cursor, TokenKind, TokenSequence
 
 NO_KEPT_TOKEN = "the data set holds no token that the token policy keeps"
 
@@ -36,7 +36,7 @@ class LoaderSettings:
             raise SaetrainError(f"--shuffle_seed {self.shuffle_seed}: must not be negative")
 
 
-def token_policy(exclude_special: bool, exclude_first: bool) -> Callable[[Sequence], np.ndarray]:
+def token_policy(exclude_special: bool, exclude_first: bool) -> Callable[[TokenSequence], np.ndarray]:
     """Which positions of a sequence count: a function to (S,) bool."""
     excluded = np.uint8(exclude_special * TokenKind.SPECIAL | exclude_first * TokenKind.FIRST)
     return lambda sequence: np.asarray((sequence.kind & excluded) == 0)
@@ -57,7 +57,7 @@ class ShardedSource(ABC):
         """The positions that the token policy trains on, (S,) bool of a sequence."""
 
     @abstractmethod
-    def read(self, shard: int, cursor: Cursor, tokens: int) -> tuple[list[Sequence], Cursor]:
+    def read(self, shard: int, cursor: Cursor, tokens: int) -> tuple[list[TokenSequence], Cursor]:
         """The shard's sequences from ``cursor`` on until they hold ``tokens`` kept tokens, and the next cursor."""
 
     @abstractmethod
@@ -89,9 +89,9 @@ class ShardedSequences(ShardedSource):
 
         self._permutation = permutation
 
-    def read(self, shard: int, cursor: Cursor, tokens: int) -> tuple[list[Sequence], Cursor]:
+    def read(self, shard: int, cursor: Cursor, tokens: int) -> tuple[list[TokenSequence], Cursor]:
         """The shard's sequences from ``cursor`` on until they hold ``tokens`` kept tokens, and the next cursor."""
-        out: list[Sequence] = []
+        out: list[TokenSequence] = []
         held, empty = 0, 0
         (card,) = cursor
         while held < tokens:

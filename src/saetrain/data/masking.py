@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import xxhash
 
-from saetrain.types import Sequence, TokenKind
+from saetrain.types import TokenKind, TokenSequence
 
 MASKED_SHARE = 0.15
 """Devlin et al., BERT (arXiv 1810.04805 §3.1). All are replaced by the mask token, none by a random or its own one."""
 
 
-def masked_positions(sequence: Sequence, seed: int, share: float = MASKED_SHARE) -> np.ndarray:
+def masked_positions(sequence: TokenSequence, seed: int, share: float = MASKED_SHARE) -> np.ndarray:
     """(S,) bool. The same for a sequence whatever it is batched with; never a special token."""
     key = xxhash.xxh3_64(sequence.ids.tobytes(), seed).intdigest()
     position = np.arange(len(sequence), dtype=np.uint64)

@@ -11,7 +11,7 @@ import numpy as np
 from saetrain.data.loader import ShardedSource
 from saetrain.data.sequences import Sequences
 from saetrain.errors import SaetrainError
-from saetrain.types import PART_BITS, Cursor, Sequence, TokenKind, shown_default
+from saetrain.types import DATASET_ROW_BITS, Cursor, TokenKind, TokenSequence, shown_default
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +42,9 @@ def laggard(held: list[int], shares: tuple[float, ...]) -> int:
     return min(range(len(held)), key=lambda part: held[part] / shares[part])
 
 
-def of_part(sequence: Sequence, part: int) -> Sequence:
+def of_part(sequence: TokenSequence, part: int) -> TokenSequence:
     """The sequence with document numbers that say which data set it is from."""
-    return Sequence(sequence.ids, sequence.kind, sequence.doc + (part << PART_BITS))
+    return TokenSequence(sequence.ids, sequence.kind, sequence.doc + (part << DATASET_ROW_BITS))
 
 
 class MixedSequences(ShardedSource):
@@ -68,9 +68,9 @@ class MixedSequences(ShardedSource):
             at = end + 1
         return cursors, held
 
-    def read(self, shard: int, cursor: Cursor, tokens: int) -> tuple[list[Sequence], Cursor]:
+    def read(self, shard: int, cursor: Cursor, tokens: int) -> tuple[list[TokenSequence], Cursor]:
         """The shard's sequences from ``cursor`` on until they hold ``tokens`` kept tokens, and the next cursor."""
-        out: list[Sequence] = []
+        out: list[TokenSequence] = []
         cursors, held = self._split(cursor)
         wanted = sum(held) + tokens
         while sum(held) < wanted:
@@ -104,7 +104,7 @@ class MixedHeldOut(Sequences):
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def __getitem__(self, index: int) -> Sequence:
+    def __getitem__(self, index: int) -> TokenSequence:
         part = int(np.searchsorted(self._starts, index, side="right")) - 1
         return of_part(self._parts[part][index - int(self._starts[part])], part)
 

@@ -11,7 +11,7 @@ import xxhash
 
 from saetrain.data.text import Batch
 from saetrain.data.tokenize import Framing
-from saetrain.types import Sequence, TokenKind
+from saetrain.types import TokenKind, TokenSequence
 
 if TYPE_CHECKING:
     import datasets
@@ -110,7 +110,7 @@ class Sequences(ABC):
     def __len__(self) -> int: ...
 
     @abstractmethod
-    def __getitem__(self, index: int) -> Sequence: ...
+    def __getitem__(self, index: int) -> TokenSequence: ...
 
     def mixed_order(self, seed: int) -> np.ndarray:
         """Numbers of the sequences in the order in which an evaluation takes them."""
@@ -128,10 +128,10 @@ class DocumentSequences(Sequences):
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, index: int) -> Sequence:
+    def __getitem__(self, index: int) -> TokenSequence:
         row = int(self._rows[index])
         ids, special = self._table.row(row)
-        return Sequence(ids.astype(np.int32), _kinds(special), np.full(len(ids), self._table.doc[row]))
+        return TokenSequence(ids.astype(np.int32), _kinds(special), np.full(len(ids), self._table.doc[row]))
 
 
 class PackedSequences(Sequences):
@@ -153,7 +153,7 @@ class PackedSequences(Sequences):
     def __len__(self) -> int:
         return self._count
 
-    def __getitem__(self, index: int) -> Sequence:
+    def __getitem__(self, index: int) -> TokenSequence:
         start = index * self._stride
         stop = min(start + self._stride, int(self._ends[-1]))
         first = int(np.searchsorted(self._ends, start, side="right"))
@@ -170,14 +170,14 @@ class PackedSequences(Sequences):
             position, at = position + take, at + 1
         return self._window(np.concatenate(ids), np.concatenate(special), np.concatenate(docs))
 
-    def _window(self, ids: np.ndarray, special: np.ndarray, docs: np.ndarray) -> Sequence:
+    def _window(self, ids: np.ndarray, special: np.ndarray, docs: np.ndarray) -> TokenSequence:
         kinds = _kinds(special)
         if self._framing.bos is not None and ids[0] != self._framing.bos:
             ids = np.concatenate([[self._framing.bos], ids])
             kinds = np.concatenate([[np.uint8(TokenKind.SPECIAL)], kinds])
             docs = np.concatenate([docs[:1], docs])
         kinds[0] |= np.uint8(TokenKind.FIRST)
-        return Sequence(ids.astype(np.int32), kinds, docs)
+        return TokenSequence(ids.astype(np.int32), kinds, docs)
 
 
 def _kinds(special: np.ndarray) -> np.ndarray:

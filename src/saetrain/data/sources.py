@@ -14,7 +14,7 @@ from typing import Annotated, Any
 from saetrain.data.rows import BadRow, find_files, first_bad_row, load_leniently, sample_column
 from saetrain.data.text import TextColumn
 from saetrain.errors import SaetrainError, did_you_mean
-from saetrain.hub import offline, reachable, refuse_missing_path, require_hub
+from saetrain.hub import is_hub_reachable, offline_mode, refuse_missing_path, require_hub
 from saetrain.types import shown_default
 
 HELD_OUT_SPLITS = ("validation", "valid", "val", "dev", "test")
@@ -197,14 +197,14 @@ def _load_hub(path: str, config: str | None, settings: SourceSettings, column: s
     """Load from a local cache that holds the data set, else over the network."""
     prepared = _prepared_configs(path)
     if config in prepared or (config is None and prepared):
-        with offline():
+        with offline_mode():
             return _load(path, config, settings, path, configs=prepared, column=column)
     downloaded = _downloaded(path)
     if downloaded is not None:
         try:
             return _load(downloaded, config, settings, path, column=column)
         except SaetrainError:  # the download may be a part of the data set
-            if not reachable():
+            if not is_hub_reachable():
                 raise
     require_hub(f"data set '{path}'")
     return _load(path, config, settings, path, column=column)

@@ -22,7 +22,7 @@ from saetrain.data.sequences import TokenTable, batch_table, sequences_of
 from saetrain.data.text import Batch
 from saetrain.data.tokenize import Framing
 from saetrain.errors import SaetrainError
-from saetrain.types import Cursor, Sequence
+from saetrain.types import Cursor, TokenSequence
 
 BLOCK_ROWS = 32
 PAUSES_S = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
@@ -189,7 +189,7 @@ class StreamedSequences(ShardedSource):
         self._encode, self._held_out, self._framing = encode, held_out, framing
         self._seed, self._exclude_special = loader.shuffle_seed, exclude_special
         self._expected = dict.fromkeys(range(self.n_shards), 0)
-        self._current: dict[int, tuple[int, list[Sequence]]] = {}
+        self._current: dict[int, tuple[int, list[TokenSequence]]] = {}
 
     def expect(self, cursors: Mapping[int, Cursor]) -> None:
         """Of other shards no block waits in memory, and the stream is opened where the first of these needs it."""
@@ -207,9 +207,9 @@ class StreamedSequences(ShardedSource):
         ordinal, shard = divmod(number, self.n_shards)
         return shard in self._expected and ordinal >= self._expected[shard]
 
-    def read(self, shard: int, cursor: Cursor, tokens: int) -> tuple[list[Sequence], Cursor]:
+    def read(self, shard: int, cursor: Cursor, tokens: int) -> tuple[list[TokenSequence], Cursor]:
         """The shard's sequences from ``cursor`` on until they hold ``tokens`` kept tokens, and the next cursor."""
-        out: list[Sequence] = []
+        out: list[TokenSequence] = []
         held, empty = 0, 0
         ordinal, index = cursor
         while held < tokens:
@@ -226,7 +226,7 @@ class StreamedSequences(ShardedSource):
             empty = 0 if kept else empty
         return out, (ordinal, index)
 
-    def _sequences(self, shard: int, ordinal: int) -> list[Sequence]:
+    def _sequences(self, shard: int, ordinal: int) -> list[TokenSequence]:
         """The sequences of the shard's block, in their mixed order."""
         if self._current.get(shard, (None,))[0] != ordinal:
             number = ordinal * self.n_shards + shard
@@ -239,7 +239,7 @@ class StreamedSequences(ShardedSource):
             self._current[shard] = ordinal, [sequences[position] for position in order]
         return self._current[shard][1]
 
-    def _frame(self, first: int, rows: list[Row]) -> list[Sequence]:
+    def _frame(self, first: int, rows: list[Row]) -> list[TokenSequence]:
         if not rows:
             return []
         batch = self._encode(columns_of(rows), list(range(first, first + len(rows))))

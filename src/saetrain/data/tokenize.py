@@ -15,7 +15,7 @@ import numpy as np
 
 from saetrain.data.text import Batch, TextColumn, renderer
 from saetrain.errors import SaetrainError
-from saetrain.hub import cached_or_fetched
+from saetrain.hub import load_cached_or_fetch
 from saetrain.types import shown_default
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def load_tokenizer(name: str, revision: str | None, trust_remote_code: bool) -> 
         return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
 
     try:
-        tokenizer = load() if os.path.isdir(name) else cached_or_fetched(f"model '{name}'", load)
+        tokenizer = load() if os.path.isdir(name) else load_cached_or_fetch(f"model '{name}'", load)
     except SaetrainError:
         raise
     except Exception as error:  # the library raises many unrelated types for one cause: no usable tokenizer

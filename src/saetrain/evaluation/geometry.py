@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from saetrain.metrics import decoder_cosines, random_max_cosine, random_redundancy
+from saetrain.metrics import expected_random_max_cosine, expected_random_redundancy, top_and_max_decoder_cosines
 
 SEED = 0
 BLOCK = 4096
@@ -15,12 +15,12 @@ BLOCK = 4096
 def geometry_metrics(W_enc_DF: Tensor, W_dec_FD: Tensor) -> dict[str, float]:
     """Cosines between decoder rows and between each latent's encoder and decoder, each with its random baseline."""
     num_latents, d_in = W_dec_FD.shape
-    top, largest = decoder_cosines(W_dec_FD)
+    top, largest = top_and_max_decoder_cosines(W_dec_FD)
     return {
         "decoder_redundancy_top100": float(top.mean()) if len(top) else float("nan"),
-        "decoder_redundancy_top100_random": random_redundancy(d_in, num_latents),
+        "decoder_redundancy_top100_random": expected_random_redundancy(d_in, num_latents),
         "decoder_max_cosine": float(largest.mean()) if num_latents > 1 else float("nan"),
-        "decoder_max_cosine_random": random_max_cosine(d_in, num_latents),
+        "decoder_max_cosine_random": expected_random_max_cosine(d_in, num_latents),
         "encoder_decoder_cosine": float(torch.cosine_similarity(W_enc_DF.T, W_dec_FD, dim=1).mean()),
         "encoder_decoder_cosine_random": _random_alignment(W_enc_DF),
     }

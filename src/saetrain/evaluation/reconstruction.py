@@ -17,11 +17,11 @@ from saetrain.evaluation.bootstrap import (
     Range,
     Sums,
 )
-from saetrain.metrics import fvu, total_variance
+from saetrain.metrics import compute_fvu, total_variance
 
 
 def _fvu(sums: Sums) -> Tensor:
-    return fvu(sums["residual"], total_variance(sums["shift"], sums["square"], sums["tokens"]))
+    return compute_fvu(sums["residual"], total_variance(sums["shift"], sums["square"], sums["tokens"]))
 
 
 FORMULAS: dict[str, Formula] = {

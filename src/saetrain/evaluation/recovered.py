@@ -19,7 +19,7 @@ from saetrain.activations.splice import put, spliced
 from saetrain.data.masking import masked_positions
 from saetrain.errors import SaetrainError
 from saetrain.evaluation.bootstrap import AT_MOST_ONE, COSINE, NOT_NEGATIVE, DocumentSums, Formula, Range
-from saetrain.types import Sequence
+from saetrain.types import TokenSequence
 
 LOGITS = 1 << 26
 """Numbers of the vocabulary's logits that are held at once."""
@@ -35,7 +35,7 @@ CLEAN, SAE, ZERO, MEAN = "clean", "sae", "zero", "mean"
 class SplicePolicy:
     """Which positions are replaced: those that ``keep`` names, (S,) bool of a sequence, up to a norm of ``limit``."""
 
-    keep: Callable[[Sequence], np.ndarray]
+    keep: Callable[[TokenSequence], np.ndarray]
     limit: float = float("inf")
 
     def where(self, x_BSD: Tensor, keep_BS: Tensor) -> Tensor:
@@ -135,7 +135,7 @@ def answer(head: HeadModel, question: Question) -> Tensor:
 
 def questions(
     head: HeadModel,
-    sequences: Iterable[Sequence],
+    sequences: Iterable[TokenSequence],
     policy: SplicePolicy,
     mask_id: int | None,
     batch_tokens: int,
@@ -152,7 +152,7 @@ def questions(
 
 
 def _question(
-    head: HeadModel, chosen: list[Sequence], policy: SplicePolicy, mask_id: int | None, seed: int
+    head: HeadModel, chosen: list[TokenSequence], policy: SplicePolicy, mask_id: int | None, seed: int
 ) -> Question:
     ids, mask = pad_batch(chosen, head.base.device)
     keep, scored = np.zeros(ids.shape, dtype=bool), np.zeros(ids.shape, dtype=bool)
@@ -245,6 +245,6 @@ def pooled_formulas(variant: str) -> dict[str, Formula]:
     return {"pooled_cosine": lambda sums: sums[f"cosine_{variant}"] / sums["sequences"]}
 
 
-def every_token(sequence: Sequence) -> np.ndarray:
+def every_token(sequence: TokenSequence) -> np.ndarray:
     """(S,) all true: the policy that replaces all positions."""
     return np.ones(len(sequence), dtype=bool)

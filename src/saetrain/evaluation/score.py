@@ -23,7 +23,7 @@ from saetrain.evaluation.nulls import PCA, RandomDecoder
 from saetrain.evaluation.reconstruction import ReconstructionSums
 from saetrain.evaluation.recovered import LossScorer, SplicePolicy, answer, questions
 from saetrain.evaluation.sparsity import SparsitySums
-from saetrain.types import Sequence, shown_default
+from saetrain.types import TokenSequence, shown_default
 
 RANDOM, PRINCIPAL, MEAN, DIRECTIONS = "random_decoder", "pca", "mean", "random_directions"
 MOST_SEED = (1 << 32) - 1
@@ -130,7 +130,7 @@ class _Activations:
             for kind, sums in self.by_place.items():
                 sums.add(x[rows[kind]], estimate[rows[kind]], doc[place == kind])
             kept, whose = x[rows[Place.KEPT]], doc[place == Place.KEPT]
-            self.sparsity.add(codes.rows(rows[Place.KEPT]), whose)
+            self.sparsity.add(codes.select_tokens(rows[Place.KEPT]), whose)
             drawn = nulls.random.encode(kept)
             self.random_sparsity.add(drawn, whose)
             self.nulls[RANDOM].add(kept, nulls.random.decode(drawn, kept), whose)
@@ -202,7 +202,7 @@ def score_losses(
     subjects: Mapping[str, Subject],
     nulls: Mapping[str, Nulls],
     head: HeadModel,
-    groups: Iterable[list[Sequence]],
+    groups: Iterable[list[TokenSequence]],
     policies: Mapping[str, SplicePolicy],
     mask_id: int | None,
     batch_tokens: int,

@@ -49,8 +49,8 @@ class SparsitySums:
         count = codes.values.shape[0]
         if not count:
             return
-        self._fired += codes.fired()
-        self._l0 += torch.bincount(codes.l0(), minlength=len(self._l0))
+        self._fired += codes.firing_counts()
+        self._l0 += torch.bincount(codes.l0_per_token(), minlength=len(self._l0))
         self.tokens += count
         if self._replicates:
             assert docs is not None, "replicates need documents"
@@ -64,7 +64,7 @@ class SparsitySums:
             part = documents[start : start + DOCUMENTS]
             rows = torch.from_numpy(chosen).to(codes.values.device)
             numbers = torch.from_numpy(document_of[chosen] - start).to(rows.device)
-            fired = self._fired_by(codes.rows(rows), numbers, len(part))
+            fired = self._fired_by(codes.select_tokens(rows), numbers, len(part))
             tokens = lengths[start : start + DOCUMENTS].to(rows.device)
             self._sums.add_documents(part, {"fired": fired, "tokens": tokens})
 

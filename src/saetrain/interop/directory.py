@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from saetrain.coders import CODERS
 from saetrain.coders.topk import TopK
 from saetrain.errors import SaetrainError
-from saetrain.files import replacing, write_json
+from saetrain.files import atomic_replace, write_json
 from saetrain.interop import saelens, sparsify
 from saetrain.interop.checks import require_kinds, require_tensors
 
@@ -33,10 +33,10 @@ def save_sae(folder: Path, coder: TopK, about: Mapping[str, Any], with_sparsify:
     # A save that was killed leaves what it had not yet renamed.
     for left_over in (*folder.glob(".tmp*"), *folder.glob(".*.tmp")):
         left_over.unlink()
-    with replacing(folder / saelens.WEIGHTS) as path:
+    with atomic_replace(folder / saelens.WEIGHTS) as path:
         save_file(saelens.tensors(coder), path)
     if with_sparsify:
-        with replacing(folder / sparsify.WEIGHTS) as path:
+        with atomic_replace(folder / sparsify.WEIGHTS) as path:
             save_file(sparsify.tensors(coder), path)
     else:
         (folder / sparsify.WEIGHTS).unlink(missing_ok=True)

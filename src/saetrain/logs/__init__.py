@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from saetrain.errors import SaetrainError
-from saetrain.logs.base import Record, RunInfo, Sink
-from saetrain.logs.jsonl import JsonLines
-from saetrain.logs.tensorboard import TensorBoard
-from saetrain.logs.wandb import WandB
+from saetrain.logs.base import MetricsRecord, RunInfo, Sink
+from saetrain.logs.jsonl import JsonLinesSink
+from saetrain.logs.tensorboard import TensorBoardSink
+from saetrain.logs.wandb import WandBSink
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,50 +34,50 @@ class LogSettings:
 
 
 SINKS: dict[str, Callable[[LogSettings, RunInfo], Sink | None]] = {
-    "jsonl": lambda settings, info: JsonLines(info, settings.log_every),
+    "jsonl": lambda settings, info: JsonLinesSink(info, settings.log_every),
     "wandb": lambda settings, info: (
-        WandB(info, settings.wandb_log_frequency, settings.wandb_project) if settings.log_to_wandb else None
+        WandBSink(info, settings.wandb_log_frequency, settings.wandb_project) if settings.log_to_wandb else None
     ),
     "tensorboard": lambda settings, info: (
-        TensorBoard(info, settings.log_every) if settings.log_to_tensorboard else None
+        TensorBoardSink(info, settings.log_every) if settings.log_to_tensorboard else None
     ),
 }
 """Name -> how the sink is opened, or None where it was not asked for."""
 
 
-def check_extras(settings: LogSettings) -> None:
+def require_log_packages(settings: LogSettings) -> None:
     """SaetrainError when a sink that is asked for is not installed; called before anything slow."""
     if settings.log_to_wandb:
-        WandB.require()
+        WandBSink.require_installed()
     if settings.log_to_tensorboard:
-        TensorBoard.require()
+        TensorBoardSink.require_installed()
 
 
-class Log:
+class MetricsLogger:
     """All open sinks as one; ``nothing``: none is opened."""
 
-    def __init__(self, settings: LogSettings, info: RunInfo, *, nothing: bool = False) -> None:
-        openers = () if nothing else SINKS.values()
+    def __init__(self, settings: LogSettings, info: RunInfo, *, disabled: bool = False) -> None:
+        openers = () if disabled else SINKS.values()
         self.sinks = [sink for open_sink in openers if (sink := open_sink(settings, info)) is not None]
 
-    def due(self, step: int) -> bool:
+    def should_log(self, step: int) -> bool:
         """Whether any sink wants the training figures of ``step``."""
-        return any(sink.due(step) for sink in self.sinks)
+        return any(sink.should_log(step) for sink in self.sinks)
 
-    def write(self, record: Record) -> None:
+    def write(self, record: MetricsRecord) -> None:
         """Hand ``record`` to each sink that wants it; evaluations go to all."""
         for sink in self.sinks:
-            if record.kind != "train" or sink.due(record.step):
+            if record.kind != "train" or sink.should_log(record.step):
                 sink.write(record)
 
-    def state(self) -> dict[str, str]:
+    def state_dict(self) -> dict[str, str]:
         """What the sinks need to go on after a restart, such as a run id."""
-        return {key: value for sink in self.sinks for key, value in sink.state().items()}
+        return {key: value for sink in self.sinks for key, value in sink.state_dict().items()}
 
-    def sync(self) -> None:
+    def sync_to_disk(self) -> None:
         """Make what was written survive a crash of the machine; called before a checkpoint."""
         for sink in self.sinks:
-            sink.sync()
+            sink.sync_to_disk()
 
     def close(self, failed: bool = False) -> None:
         """Flush and close; ``failed`` marks the run so where a sink knows of it."""

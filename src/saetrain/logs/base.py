@@ -8,25 +8,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-LAST = ("final", "assessment")
+FINAL_KINDS = ("final", "assessment")
 """Kinds of record that a run ends with."""
 
 
 @dataclass(frozen=True)
-class Record:
+class MetricsRecord:
     """Figures of one optimizer step: ``run`` of the whole pass, ``saes`` {SAE: {name: value}}."""
 
     kind: Literal["train", "eval", "final", "assessment"]
     step: int
     tokens: int
-    run: Mapping[str, float] = field(default_factory=dict)
-    saes: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    run_metrics: Mapping[str, float] = field(default_factory=dict)
+    sae_metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
-    def flat(self) -> dict[str, float]:
+    def to_flat_dict(self) -> dict[str, float]:
         """``{"train/lr": …, "train/<SAE>/fvu": …}``, for sinks without nesting."""
-        out = {f"{self.kind}/{name}": value for name, value in self.run.items()}
-        for sae, figures in self.saes.items():
-            out.update({f"{self.kind}/{sae}/{name}": value for name, value in figures.items()})
+        out = {f"{self.kind}/{name}": value for name, value in self.run_metrics.items()}
+        for sae, metrics in self.sae_metrics.items():
+            out.update({f"{self.kind}/{sae}/{name}": value for name, value in metrics.items()})
         return {"tokens": self.tokens, **out}
 
 
@@ -34,36 +34,36 @@ class Record:
 class RunInfo:
     """What a sink may know of the run: where it lies, its name, its settings, and where it was resumed."""
 
-    directory: Path
+    run_dir: Path
     name: str
     settings: Mapping[str, Any]
-    steps: int
+    total_steps: int
     """Optimizer steps of the whole run."""
     resumed_step: int | None
     """Steps done by the checkpoint that the run goes on from; None for a fresh run."""
-    state: Mapping[str, str]
+    sink_state: Mapping[str, str]
     """What :meth:`Sink.state` gave before the restart."""
 
 
 class Sink(ABC):
     """Somewhere that figures go; it wants training figures every ``every`` optimizer steps, and of the ``last``."""
 
-    def __init__(self, every: int, last: int) -> None:
-        self._every, self._last = every, last
+    def __init__(self, every_n_steps: int, last_step: int) -> None:
+        self._every_n_steps, self._last_step = every_n_steps, last_step
 
-    def due(self, step: int) -> bool:
+    def should_log(self, step: int) -> bool:
         """Whether this sink wants the training figures of ``step`` (counted from 1)."""
-        return step % self._every == 0 or step == self._last
+        return step % self._every_n_steps == 0 or step == self._last_step
 
     @abstractmethod
-    def write(self, record: Record) -> None:
+    def write(self, record: MetricsRecord) -> None:
         """Take a record."""
 
-    def state(self) -> dict[str, str]:
+    def state_dict(self) -> dict[str, str]:
         """What the sink needs to go on after a restart."""
         return {}
 
-    def sync(self) -> None:  # noqa: B027 (most sinks have nothing to do)
+    def sync_to_disk(self) -> None:  # noqa: B027 (most sinks have nothing to do)
         """Make what was written survive a crash of the machine."""
 
     @abstractmethod

@@ -11,12 +11,12 @@ from tqdm import tqdm
 
 from saetrain import launch
 
-LINE_SECONDS = 30.0
-LINES = 10
+LINE_INTERVAL_S = 30.0
+MIN_LINES = 10
 """Plain lines at the least, however short the run."""
 
 
-def say(text: str) -> None:
+def log_rank0(text: str) -> None:
     """Print a line of the run's own account, above a progress bar where there is one; of rank 0 alone."""
     if launch.rank():
         return
@@ -26,44 +26,44 @@ def say(text: str) -> None:
 class ProgressLine:
     """Steps done, with the figures that matter: a bar in a terminal, else a line now and then."""
 
-    def __init__(self, steps: int, done: int) -> None:
-        self._steps, self._done = steps, done
+    def __init__(self, total_steps: int, steps_done: int) -> None:
+        self._total_steps, self._steps_done = total_steps, steps_done
         self._bar: Any = None
-        self._first, self._start, self._last_line = done, 0.0, 0.0
+        self._first_step, self._start_s, self._last_line_s = steps_done, 0.0, 0.0
 
-    def due(self, step: int) -> bool:
+    def should_print(self, step: int) -> bool:
         """Whether a plain line is to be printed at step ``step`` (from 1), which then wants its figures."""
         if sys.stderr.isatty() or launch.rank():
             return False
-        tenth = max(1, self._steps // LINES)
-        late = self._last_line > 0 and time.monotonic() - self._last_line > LINE_SECONDS
-        return step == self._steps or step % tenth == 0 or late
+        tenth = max(1, self._total_steps // MIN_LINES)
+        is_overdue = self._last_line_s > 0 and time.monotonic() - self._last_line_s > LINE_INTERVAL_S
+        return step == self._total_steps or step % tenth == 0 or is_overdue
 
-    def update(self, step: int, figures: Mapping[str, float] | None) -> None:
+    def update(self, step: int, metrics: Mapping[str, float] | None) -> None:
         """Step ``step`` is done; ``figures`` are those of this step, where they were computed."""
         if launch.rank():
             return
-        if not self._start:
+        if not self._start_s:
             # The first step waits for the buffer to fill, which says nothing of the others.
-            self._first, self._start, self._last_line = step, time.monotonic(), time.monotonic()
+            self._first_step, self._start_s, self._last_line_s = step, time.monotonic(), time.monotonic()
         if sys.stderr.isatty():
-            self._show_bar(step, figures)
-        elif figures and self.due(step):
-            self._last_line = time.monotonic()
-            say(f"step {step}/{self._steps}  {describe(figures)}{self._left(step)}")
-        self._done = step
+            self._update_bar(step, metrics)
+        elif metrics and self.should_print(step):
+            self._last_line_s = time.monotonic()
+            log_rank0(f"step {step}/{self._total_steps}  {format_metrics(metrics)}{self._format_time_left(step)}")
+        self._steps_done = step
 
-    def _show_bar(self, step: int, figures: Mapping[str, float] | None) -> None:
+    def _update_bar(self, step: int, metrics: Mapping[str, float] | None) -> None:
         if self._bar is None:
-            self._bar = tqdm(total=self._steps, initial=step, unit="step", dynamic_ncols=True, file=sys.stderr)
-        if figures:
-            self._bar.set_postfix_str(describe(figures), refresh=False)
-        self._bar.update(step - max(self._done, self._first))
+            self._bar = tqdm(total=self._total_steps, initial=step, unit="step", dynamic_ncols=True, file=sys.stderr)
+        if metrics:
+            self._bar.set_postfix_str(format_metrics(metrics), refresh=False)
+        self._bar.update(step - max(self._steps_done, self._first_step))
 
-    def _left(self, step: int) -> str:
-        if step == self._first or step == self._steps:
+    def _format_time_left(self, step: int) -> str:
+        if step == self._first_step or step == self._total_steps:
             return ""
-        seconds = (time.monotonic() - self._start) / (step - self._first) * (self._steps - step)
+        seconds = (time.monotonic() - self._start_s) / (step - self._first_step) * (self._total_steps - step)
         minutes, seconds = divmod(round(seconds), 60)
         hours, minutes = divmod(minutes, 60)
         return f"  {hours}:{minutes:02d}:{seconds:02d} left"
@@ -74,13 +74,13 @@ class ProgressLine:
             self._bar.close()
 
 
-def describe(figures: Mapping[str, float]) -> str:
+def format_metrics(metrics: Mapping[str, float]) -> str:
     """``loss 0.21  FVU 0.21  L0 32.0  dead 1.2% by rate 0.3% by window  2048 tok/s``."""
     parts = [
-        f"loss {figures['loss']:.4g}",
-        f"FVU {figures['fvu']:.3f}",
-        f"L0 {figures['l0']:.1f}",
-        f"dead {figures['dead_below_threshold']:.1%} by rate {figures['dead_not_fired']:.1%} by window",
-        f"{figures['tokens_per_second']:,.0f} tok/s",
+        f"loss {metrics['loss']:.4g}",
+        f"FVU {metrics['fvu']:.3f}",
+        f"L0 {metrics['l0']:.1f}",
+        f"dead {metrics['dead_below_threshold']:.1%} by rate {metrics['dead_not_fired']:.1%} by window",
+        f"{metrics['tokens_per_second']:,.0f} tok/s",
     ]
     return "  ".join(parts)

@@ -5,22 +5,22 @@ from __future__ import annotations
 import importlib.util
 
 from saetrain.errors import SaetrainError
-from saetrain.logs.base import Record, RunInfo, Sink
+from saetrain.logs.base import MetricsRecord, RunInfo, Sink
 
 
-class TensorBoard(Sink):
+class TensorBoardSink(Sink):
     """Scalars by name, over optimizer steps."""
 
-    def __init__(self, info: RunInfo, every: int) -> None:
-        super().__init__(every, info.steps)
-        self.require()
+    def __init__(self, info: RunInfo, every_n_steps: int) -> None:
+        super().__init__(every_n_steps, info.total_steps)
+        self.require_installed()
         from torch.utils.tensorboard import SummaryWriter
 
-        purge = 0 if info.resumed_step is None else info.resumed_step + 1
-        self._writer = SummaryWriter(str(info.directory / "tensorboard"), purge_step=purge)
+        purge_step = 0 if info.resumed_step is None else info.resumed_step + 1
+        self._writer = SummaryWriter(str(info.run_dir / "tensorboard"), purge_step=purge_step)
 
     @staticmethod
-    def require() -> None:
+    def require_installed() -> None:
         """SaetrainError when the package is missing."""
         if importlib.util.find_spec("tensorboard") is None:
             raise SaetrainError(
@@ -28,9 +28,9 @@ class TensorBoard(Sink):
                 "pip install 'saetrain[tensorboard]'"
             )
 
-    def write(self, record: Record) -> None:
+    def write(self, record: MetricsRecord) -> None:
         """Add each figure as a scalar."""
-        for name, value in record.flat().items():
+        for name, value in record.to_flat_dict().items():
             self._writer.add_scalar(name, value, record.step)
         self._writer.flush()
 

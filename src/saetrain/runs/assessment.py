@@ -22,7 +22,7 @@ from saetrain.errors import SaetrainError
 from saetrain.evaluation.score import DIRECTIONS, MEAN, PRINCIPAL, RANDOM, Figure, Scores
 from saetrain.evaluation.verdict import HealthSettings, Judged, Shape, Verdict, judge
 from saetrain.files import write_json
-from saetrain.logs.jsonl import finite
+from saetrain.logs.jsonl import replace_non_finite
 from saetrain.runs.directory import ASSESSMENT, EVALUATION, SAES
 from saetrain.runs.locate import Found, Located
 from saetrain.training.firing import alive_bound
@@ -191,7 +191,7 @@ def _sae_json(sae: Found, scores: Scores) -> dict[str, Any]:
         "k": coder.k,
         "documents": scores.documents,
         "figures": {name: figure.as_json(name) for name, figure in scores.figures.items()},
-        "classes": {name: finite(figures) for name, figures in scores.classes.items()},
+        "classes": {name: replace_non_finite(figures) for name, figures in scores.classes.items()},
         "l0_percentiles": dict(zip(("p5", "p50", "p95"), scores.l0_percentiles, strict=True)),
         "density": scores.density,
     }

@@ -16,7 +16,7 @@ from saetrain.coders.topk import TopK
 from saetrain.config import RunConfig
 from saetrain.errors import SaetrainError
 from saetrain.interop.finetune import load_for_finetune
-from saetrain.logs.console import say
+from saetrain.logs.console import log_rank0
 from saetrain.optim import resolve_lr, warmup_steps
 from saetrain.runs.kernels import choose_kernels, make_engine
 from saetrain.runs.prepare import Prepared, read_sample
@@ -71,21 +71,23 @@ def shared(run: Prepared) -> bool:
 def measure(run: Prepared) -> dict[str, Normalizer]:
     """Constants of each hookpoint's inputs, from the first training tokens; rank 0's hold everywhere."""
     normalizers = _measured(run) if launch.rank() == 0 else {}
-    constants = distributed.first({name: value.constants() for name, value in normalizers.items()}, MEASURING)
+    constants = distributed.broadcast_from_rank0(
+        {name: value.constants() for name, value in normalizers.items()}, MEASURING
+    )
     parts = {(name, part): value for name, each in normalizers.items() for part, value in each.tensors().items()}
-    sent = distributed.tensors_of_first({":".join(key): value for key, value in parts.items()}, MEASURING)
+    sent = distributed.broadcast_tensors({":".join(key): value for key, value in parts.items()}, MEASURING)
     tensors = {name: {part: sent[f"{name}:{part}"] for part in ("mean", "axes")} for name in run.hookpoints}
     return _normalizers(run, constants, tensors)
 
 
 def _measured(run: Prepared) -> dict[str, Normalizer]:
-    say("measuring centre, scale and principal axes of the activations")
+    log_rank0("measuring centre, scale and principal axes of the activations")
     sample = read_sample(run)
     normalizers = calibrate(sample, run.reader.limits)
     kept = len(sample)
     for name, normalizer in normalizers.items():
         outliers = int((sample.values[name].float().norm(dim=1) > normalizer.norm_limit).sum())
-        say(
+        log_rank0(
             f"{name}: width {len(normalizer.mean)}, ‖mean‖/‖std‖ {normalizer.mean_to_std:.2f}, "
             f"{outliers / kept:.2%} of tokens left out as norm outliers"
         )
@@ -119,9 +121,9 @@ def make_coder(run: Prepared, hookpoint: str, normalizer: Normalizer, seed: int,
     coder = TopK(width, settings.latents(width), settings.k, settings.auxk_alpha, seed).to(device)
     if run.config.finetune is not None and fresh:
         remark = load_for_finetune(run.config.finetune, hookpoint, coder, run.weights_sha256)
-        say(f"{hookpoint}: starts from the SAE in {run.config.finetune}")
+        log_rank0(f"{hookpoint}: starts from the SAE in {run.config.finetune}")
         if remark:
-            say(remark)
+            log_rank0(remark)
         unfold_(coder, normalizer.mean, normalizer.scale, normalizer.axes)
     return coder
 
@@ -143,6 +145,6 @@ def make_sae(run: Prepared, hookpoint: str, coder: TopK, normalizer: Normalizer,
         raw_mse=normalizer.variance / coder.d_in,
         lr=lr,
         seed=seed,
-        lift=config.lift,
+        lift=config.dead_bias_lr_multiplier,
         halts=config.train.on_spike == "stop",
     )

@@ -27,8 +27,8 @@ from saetrain.evaluation.score import ScoreSettings
 from saetrain.evaluation.verdict import HealthSettings
 from saetrain.files import write_atomic, write_json
 from saetrain.interop.directory import CONFIG as SAE_CONFIG
-from saetrain.logs.console import say
-from saetrain.logs.jsonl import NAME as METRICS
+from saetrain.logs.console import log_rank0
+from saetrain.logs.jsonl import METRICS_FILE as METRICS
 from saetrain.runs.assessment import ASSESSMENT, WIDTH
 from saetrain.runs.assessment import FORMAT as ASSESSMENT_FORMAT
 from saetrain.runs.directory import CONFIG, SAES, is_run
@@ -166,7 +166,7 @@ def compare(config: CompareConfig) -> Comparison:
     if not runs:
         raise SaetrainError(f"{files[0]}: is a file; give the folders of runs")
     for file in files:
-        say(f"{file}: is a file and no run's folder, so it is left out")
+        log_rank0(f"{file}: is a file and no run's folder, so it is left out")
     names = [Path(run).resolve().name for run in runs]
     shown = names if len(set(names)) == len(names) else runs
     rows = [row for run, name in zip(runs, shown, strict=True) for row in read_run(Path(run), name)]

@@ -15,10 +15,10 @@ from safetensors import SafetensorError
 from saetrain import distributed
 from saetrain.config import RunConfig
 from saetrain.errors import SaetrainError
-from saetrain.files import temporary_of, write_atomic
-from saetrain.logs.console import say
-from saetrain.logs.jsonl import NAME as METRICS
-from saetrain.logs.jsonl import set_aside
+from saetrain.files import temporary_path, write_atomic
+from saetrain.logs.console import log_rank0
+from saetrain.logs.jsonl import METRICS_FILE as METRICS
+from saetrain.logs.jsonl import list_earlier_metrics
 from saetrain.training.checkpoint import Checkpoint, load_checkpoint, newest_whole
 
 CHECKPOINTS = "checkpoints"
@@ -56,7 +56,7 @@ def run_directory(config: RunConfig) -> Path:
 
 def with_restart(config: RunConfig) -> RunConfig:
     """A process that torchrun started anew goes on with its run, whatever the flags of the first start said."""
-    if not distributed.restarted():
+    if not distributed.was_restarted():
         return config
     return dataclasses.replace(config, output=dataclasses.replace(config.output, resume=True, overwrite=False))
 
@@ -65,7 +65,7 @@ def open_directory(config: RunConfig, directory: Path) -> Checkpoint | None:
     """The checkpoint to go on from, if any; SaetrainError when a run lies there that must not be touched."""
     try:
         # A process that was killed while it claimed a new folder leaves the marker under its temporary name.
-        if directory.exists() and set(directory.iterdir()) - {temporary_of(directory / MARKER)}:
+        if directory.exists() and set(directory.iterdir()) - {temporary_path(directory / MARKER)}:
             _may_enter(config, directory)
         # Nothing is made before the run can begin, so the nearest folder that is there is tried.
         there = next(path for path in (directory, *directory.absolute().parents) if path.exists())
@@ -106,7 +106,7 @@ def claim(directory: Path, overwrite: bool) -> None:
     if overwrite or (directory / OVERWRITING).exists():
         # Cut short, it is finished by the next start, whatever that one asks for.
         (directory / OVERWRITING).touch()
-        for path in (*(directory / name for name in OWN), *set_aside(directory)):
+        for path in (*(directory / name for name in OWN), *list_earlier_metrics(directory)):
             if path.is_dir() and not path.is_symlink():
                 # Deleted in its place and cut short, an SAE's folder could lose a file and still look whole.
                 os.replace(path, directory / DELETING)
@@ -131,19 +131,19 @@ def writing(directory: Path, when: str, kept: bool, again: str = "--resume") -> 
 
 def _checkpoint(directory: Path) -> Checkpoint | None:
     if (directory / OVERWRITING).exists():
-        say(f"--resume: {directory} was being overwritten, so the run starts from the beginning")
+        log_rank0(f"--resume: {directory} was being overwritten, so the run starts from the beginning")
         return None
     # A damaged checkpoint is renamed only where one before it is whole.
     with writing(directory, "at the start", kept=True):
         path, remarks = newest_whole(directory / CHECKPOINTS)
     for remark in remarks:
-        say(remark)
+        log_rank0(remark)
     if path is None and remarks:
         raise SaetrainError(
             f"--resume: every checkpoint in {directory / CHECKPOINTS} is damaged; {remarks[0]}; "
             "--overwrite starts the run from the beginning"
         )
     if path is None:
-        say(f"--resume: {directory} holds no checkpoint, so the run starts from the beginning")
+        log_rank0(f"--resume: {directory} holds no checkpoint, so the run starts from the beginning")
         return None
     return load_checkpoint(path)

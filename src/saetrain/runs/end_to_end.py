@@ -27,7 +27,7 @@ from saetrain.errors import SaetrainError, is_out_of_memory
 from saetrain.losses import cross_entropy, kl_divergence
 from saetrain.training.engine import SplicedBatch
 from saetrain.training.trainer import TrainSettings
-from saetrain.types import CoderOutput, Sequence
+from saetrain.types import CoderOutput, TokenSequence
 
 NUMBER_BITS = 40
 """Bits of a mask's seed that are left to the sequence's number."""
@@ -84,7 +84,9 @@ class Question:
 class Asker:
     """Sequences -> questions. ``mask_id`` is the tokenizer's mask token; the masks are drawn from ``seed``."""
 
-    def __init__(self, head: HeadModel, keep: Callable[[Sequence], np.ndarray], mask_id: int | None, seed: int) -> None:
+    def __init__(
+        self, head: HeadModel, keep: Callable[[TokenSequence], np.ndarray], mask_id: int | None, seed: int
+    ) -> None:
         self._head, self._keep, self._mask_id, self._seed = head, keep, mask_id, seed
 
     def __call__(self, dealt: list[Dealt]) -> Question:

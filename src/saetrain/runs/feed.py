@@ -110,7 +110,7 @@ class MixedFeed(Feed):
             )
             for r in range(launch.world_size())
         ]
-        return distributed.exchange(part, owners, rows)
+        return distributed.all_to_all_by_owner(part, owners, rows)
 
     def state(self) -> State:
         """The buffer's."""
@@ -167,7 +167,7 @@ class SequenceFeed(Feed):
         if self.exchanges(number):
             tokens = sum(int(question.keep.sum()) for question in self._step)
             scored = sum(len(question.targets) for question in self._step)
-            tokens, scored = distributed.total([tokens, scored], "counting tokens")
+            tokens, scored = distributed.all_reduce_sum([tokens, scored], "counting tokens")
             self._counts = tokens, scored
         return {self._run.hookpoints[0]: self._model.batch(part, *self._counts)}
 

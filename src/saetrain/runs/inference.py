@@ -17,7 +17,7 @@ from saetrain.coders.topk import TopK
 from saetrain.data.tokenize import Framing, load_tokenizer
 from saetrain.errors import SaetrainError
 from saetrain.interop.directory import load_sae
-from saetrain.types import Codes, Sequence, TokenKind
+from saetrain.types import Codes, TokenKind, TokenSequence
 
 BATCH_TOKENS = 4096
 
@@ -86,7 +86,7 @@ class SAE:
                     tokenizer.convert_ids_to_tokens(sequence.ids.tolist()),
                     offsets,
                     self._kept(sequence, x_ND[rows]),
-                    codes.rows(rows),
+                    codes.select_tokens(rows),
                 )
                 start += len(sequence)
         return [out[number] for number in range(len(texts))]
@@ -109,7 +109,7 @@ class SAE:
     def _device(self) -> str:
         return str(self.coder.W_enc.device)
 
-    def _sequence(self, text: str, tokenizer: Any, framing: Framing) -> tuple[Sequence, np.ndarray]:
+    def _sequence(self, text: str, tokenizer: Any, framing: Framing) -> tuple[TokenSequence, np.ndarray]:
         encoded = tokenizer(
             text,
             truncation=True,
@@ -124,9 +124,9 @@ class SAE:
         ids = np.asarray(encoded["input_ids"], dtype=np.int32)
         if not len(ids):
             raise SaetrainError(f"encode_text: the text {text!r} has no tokens")
-        return Sequence(ids, kinds, np.zeros(len(ids), dtype=np.int64)), np.asarray(encoded["offset_mapping"])
+        return TokenSequence(ids, kinds, np.zeros(len(ids), dtype=np.int64)), np.asarray(encoded["offset_mapping"])
 
-    def _kept(self, sequence: Sequence, x_SD: Tensor) -> np.ndarray:
+    def _kept(self, sequence: TokenSequence, x_SD: Tensor) -> np.ndarray:
         about = self.about
         excluded = np.uint8(
             about["exclude_special_tokens"] * TokenKind.SPECIAL | about["exclude_sinks"] * TokenKind.FIRST

@@ -14,7 +14,7 @@ from saetrain.coders.topk import TopK
 from saetrain.errors import SaetrainError
 from saetrain.kernels import native
 from saetrain.kernels.processor import half_is_fast
-from saetrain.logs.console import say
+from saetrain.logs.console import log_rank0
 from saetrain.optim import Optimizer, OptimSettings
 from saetrain.training.engine import AutogradEngine, Engine, KernelSettings
 from saetrain.training.native_engine import NativeEngine
@@ -49,7 +49,7 @@ def choose_kernels(
         fast: Literal["native", "triton"] = "native" if device.type == "cpu" else "triton"
         problem = problems[fast]()
         if problem:
-            say(f"--kernels auto: the {LANGUAGE[fast]} kernels are not used: {problem}; PyTorch's are")
+            log_rank0(f"--kernels auto: the {LANGUAGE[fast]} kernels are not used: {problem}; PyTorch's are")
         name = "torch" if problem else fast
     if name == "reference" and dtype == "bfloat16":
         raise SaetrainError("--compute_dtype bfloat16: --kernels reference computes in float32 alone")
@@ -81,7 +81,7 @@ def _against_triton(optim: OptimSettings, device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     if device.type != "cuda":
-        say("--kernels triton: interpreted, as TRITON_INTERPRET=1 says: for tests, and thousands of times slower")
+        log_rank0("--kernels triton: interpreted, as TRITON_INTERPRET=1 says: for tests, and thousands of times slower")
         return None
     from saetrain.training.triton_check import fault
 

@@ -18,7 +18,7 @@ from saetrain.data.tokenize import DEFAULT_CTX_LEN, Framing, load_tokenizer
 from saetrain.errors import SaetrainError, did_you_mean
 from saetrain.interop.directory import CONFIG as SAE_CONFIG
 from saetrain.interop.saelens import module_of
-from saetrain.logs.console import say
+from saetrain.logs.console import log_rank0
 from saetrain.runs.directory import CONFIG
 from saetrain.runs.locate import Found, Located, run_of
 from saetrain.runs.prepare import check_vocabulary
@@ -155,7 +155,7 @@ def _framing(located: Located, tokenizer: Any, framing: Framing) -> Framing:
     if not framing.causal or wanted is None or wanted == (framing.bos is not None):
         return framing
     if not wanted:
-        say("texts are read without a BOS token, as the SAE was trained (prepend_bos)")
+        log_rank0("texts are read without a BOS token, as the SAE was trained (prepend_bos)")
         return dataclasses.replace(framing, bos=None)
     bos = tokenizer.bos_token_id
     if bos is None:
@@ -163,7 +163,7 @@ def _framing(located: Located, tokenizer: Any, framing: Framing) -> Framing:
             f"{located.path}: the SAE was trained with a BOS token before each text (prepend_bos), and the model's "
             "tokenizer has none; was it trained on another model?"
         )
-    say("texts are read with a BOS token before each, as the SAE was trained (prepend_bos)")
+    log_rank0("texts are read with a BOS token before each, as the SAE was trained (prepend_bos)")
     # One token that serves as both parts documents once.
     return dataclasses.replace(framing, bos=bos, eos=None if framing.eos == bos else framing.eos)
 

@@ -9,7 +9,7 @@ from typing import Any
 from saetrain import launch
 from saetrain.activations.model import DTYPES
 from saetrain.config import RunConfig
-from saetrain.logs.console import say
+from saetrain.logs.console import log_rank0
 from saetrain.optim import RunSize, lr_remark, resolve_lr, sgd_remark
 from saetrain.runs.build import sae_names
 from saetrain.runs.kernels import choose_kernels
@@ -67,33 +67,33 @@ def announce(run: Prepared, trainer: Trainer) -> None:
     plan, config = run.plan, run.config
     rest = config.train.max_tokens - plan.tokens
     if trainer.step:
-        say(f"{trainer.steps - trainer.step} steps of {trainer.steps} are left")
+        log_rank0(f"{trainer.steps - trainer.step} steps of {trainer.steps} are left")
     count = len(sae_names(run))
-    say(
+    log_rank0(
         f"training {count} SAE{'s' if count > 1 else ''} for {plan.steps} steps of "
         f"{plan.tokens_per_step:,} tokens ({plan.tokens:,} in all; {rest:,} of --max_tokens left over), "
         f"{plan.passes()}, at lr {rates(config, trainer)}"
     )
     if config.train.end_to_end:
-        say(
+        log_rank0(
             f"a micro-step takes {config.train.batch_size} whole sequences, which count as {run.framing.ctx_len} "
             "tokens each towards --max_tokens, shorter ones too"
         )
     kernels = choose_kernels(config.compute, config.optim, config.train.loss_fn, run.model.device)
-    say(f"kernels: {kernels.kernels}, products in {kernels.compute_dtype} (--kernels, --compute_dtype)")
+    log_rank0(f"kernels: {kernels.kernels}, products in {kernels.compute_dtype} (--kernels, --compute_dtype)")
     if config.dead.dead_feature_threshold is not None:
-        say("--dead_feature_threshold is deprecated: use --dead_window_tokens")
+        log_rank0("--dead_feature_threshold is deprecated: use --dead_window_tokens")
     widths = sorted({sae.coder.d_in for sae in trainer.saes.values() if config.sae.k >= sae.coder.d_in})
     if widths:
-        say(
+        log_rank0(
             f"--k {config.sae.k} is no less than the width {widths[0]} of the activations: such a code is hardly sparse"
         )
-    if not config.lift and not config.sae.auxk_alpha:
-        say("nothing revives latents that die in this run; --auxk_alpha 0.03125 switches a loss on that does")
+    if not config.dead_bias_lr_multiplier and not config.sae.auxk_alpha:
+        log_rank0("nothing revives latents that die in this run; --auxk_alpha 0.03125 switches a loss on that does")
     for latents in sorted({sae.coder.num_latents for sae in trainer.saes.values()}):
         remark = _remark(config, plan.run_size(latents, config.sae.k))
         if remark:
-            say(remark)
+            log_rank0(remark)
         say_bound(config.sae.k, latents, config.dead.dead_percentage_threshold)
 
 
@@ -115,7 +115,7 @@ def say_bound(k: int, latents: int, threshold: float) -> None:
     """Say it where the rate rule must call some latents dead whatever the training does."""
     bound = alive_bound(k, latents, threshold)
     if bound > 0:
-        say(
+        log_rank0(
             f"with k = {k} at most {int(k / threshold):,} of {latents:,} latents can fire on {threshold:.3%} of "
             f"tokens, so at least {bound:.1%} count as dead by --dead_percentage_threshold whatever the training does"
         )

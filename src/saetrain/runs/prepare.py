@@ -25,7 +25,7 @@ from saetrain.data.sequences import Sequences
 from saetrain.data.tokenfile import stored_ctx_len
 from saetrain.data.tokenize import DEFAULT_CTX_LEN, Framing, load_tokenizer
 from saetrain.errors import SaetrainError
-from saetrain.logs.console import say
+from saetrain.logs.console import log_rank0
 from saetrain.optim import RunSize, resolve_lr, warmup_steps
 from saetrain.runs.end_to_end import load_head, require_mask, require_one_hookpoint
 from saetrain.runs.kernels import choose_kernels
@@ -108,7 +108,7 @@ def prepare(config: RunConfig) -> Prepared:
     _announce_local(config)
     head = load_head(config) if config.train.end_to_end else None
     model = head.base if head is not None else load_model(config.model, config.base)
-    distributed.use_device(model.device)
+    distributed.init_tensor_group(model.device)
     tokenizer = load_tokenizer(config.model, config.base.revision, config.base.trust_remote_code)
     check_vocabulary(model, len(tokenizer))
     hookpoints = resolve_hookpoints(model, config.where)
@@ -123,7 +123,9 @@ def prepare(config: RunConfig) -> Prepared:
     division = _divide(config, ctx_len, model, capture)
     check_memory(config, model, capture.widths, ctx_len, division)
     framing = Framing.of(tokenizer, model.causal, ctx_len)
-    text = distributed.turns("reading and tokenizing the data set", lambda: load_text(config, tokenizer, framing))
+    text = distributed.local_rank0_first(
+        "reading and tokenizing the data set", lambda: load_text(config, tokenizer, framing)
+    )
     reader = ActivationReader(capture, text.train.keep, config.base.batch_tokens(model.device), config.dataset)
     plan = make_plan(config, ctx_len, text.tokens)
     return Prepared(
@@ -164,7 +166,7 @@ def require_shards(config: RunConfig, micro_tokens: int) -> None:
         )
     if shards % ranks:
         most = -(-shards // ranks)
-        say(
+        log_rank0(
             f"--data_shards {shards} over {ranks} processes: some read {most} shards and some {shards // ranks}, so "
             f"they wait for one another; {advice}"
         )
@@ -182,7 +184,7 @@ def _divide(config: RunConfig, ctx_len: int, model: BaseModel, capture: Activati
         spliced=config.train.end_to_end,
     )
     if division.reason:
-        say(f"{launch.world_size()} processes, {division.reason}")
+        log_rank0(f"{launch.world_size()} processes, {division.reason}")
     return division
 
 
@@ -197,7 +199,7 @@ def quiet_libraries() -> None:
 def _announce_local(config: RunConfig) -> None:
     for name, what in ((config.model, "model"), *((name, "data set") for name in config.dataset)):
         if os.path.exists(name):
-            say(f"{what} {name}: the local path {Path(name).resolve()}")
+            log_rank0(f"{what} {name}: the local path {Path(name).resolve()}")
 
 
 def check_vocabulary(model: BaseModel, tokens: int) -> None:
@@ -249,7 +251,7 @@ def read_sample(run: Prepared) -> Any:
     sample = run.reader.read(sequences)
     total = sum(map(len, sequences))
     what = "special or at position 0" if run.model.causal else "special"
-    say(f"{1 - len(sample) / total:.1%} of the tokens are {what} and left out")
+    log_rank0(f"{1 - len(sample) / total:.1%} of the tokens are {what} and left out")
     if run.config.buffer.exclude_sinks:
         run.reader.limits = norm_limits(sample)
     return sample

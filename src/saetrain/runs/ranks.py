@@ -26,7 +26,7 @@ class RankFigures:
         """
         if launch.world_size() == 1:
             return {}
-        now, cpu, waited = time.perf_counter(), time.process_time(), distributed.traffic().waited_s
+        now, cpu, waited = time.perf_counter(), time.process_time(), distributed.comm_stats().waited_s
         elapsed, waiting = max(now - self._time, 1e-9), waited - self._waited
         gpu = device.type == "cuda"
         figures = {"tokens_per_second": (tokens - self._tokens) / max(elapsed - (0 if gpu else waiting), 1e-9)}
@@ -36,7 +36,7 @@ class RankFigures:
         if used is not None:
             figures["utilisation"] = used
         self._time, self._cpu, self._waited, self._tokens = now, cpu, waited, tokens
-        rows = distributed.gather(figures, "gathering the ranks' figures")
+        rows = distributed.all_gather_json(figures, "gathering the ranks' figures")
         return {f"rank{number}/{name}": value for number, row in enumerate(rows) for name, value in row.items()}
 
 

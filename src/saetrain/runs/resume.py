@@ -14,7 +14,7 @@ from saetrain.data.tokenize import digest, tokenizer_identity
 from saetrain.errors import SaetrainError
 from saetrain.evaluation.score import ScoreSettings
 from saetrain.evaluation.verdict import HealthSettings
-from saetrain.logs.console import say
+from saetrain.logs.console import log_rank0
 from saetrain.optim import DECAY_SHARE
 from saetrain.runs import together
 from saetrain.runs.prepare import Prepared, make_plan, resolved
@@ -152,7 +152,7 @@ def fit_batch(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
     # The largest micro-batch that is no larger than what was asked for.
     size = max(size for size in range(1, asked[0] + 1) if whole // now % size == 0)
     steps = whole // now // size
-    say(
+    log_rank0(
         f"--batch_size {size} --grad_acc_steps {steps} keep the run's steps of {whole} sequences on {now} "
         f"process{'es' if now > 1 else ''}"
     )
@@ -167,7 +167,9 @@ def _kernels(given: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, A
     out = {name: before[name] if given[name] == "auto" else given[name] for name in ("kernels", "compute_dtype")}
     for name, value in out.items():
         if value != before[name]:
-            say(f"--{name} {value} instead of {before[name]}: sums are rounded otherwise, so the bits will differ")
+            log_rank0(
+                f"--{name} {value} instead of {before[name]}: sums are rounded otherwise, so the bits will differ"
+            )
     return out
 
 
@@ -201,7 +203,7 @@ def _check_longer(now: int, before: int) -> None:
             f"--resume: --max_tokens {now} is less than the {before} that the run began with; "
             "only more can be asked for"
         )
-    say(
+    log_rank0(
         f"--max_tokens {now:,} instead of {before:,}: the decay of the learning rate moves to the last "
         f"{DECAY_SHARE:.0%} of the longer run, and a rate of --lr auto stays that of the shorter, so the result is not "
         "that of a run that was this long from the start"

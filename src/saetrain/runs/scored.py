@@ -17,7 +17,7 @@ from saetrain.data.sources import SourceSettings
 from saetrain.data.tokenize import Framing, TokenSettings
 from saetrain.errors import SaetrainError
 from saetrain.interop.directory import CONFIG as SAE_CONFIG
-from saetrain.logs.console import say
+from saetrain.logs.console import log_rank0
 from saetrain.runs.match import Setting, run_config
 from saetrain.runs.metadata import location
 from saetrain.runs.text import Text, load_text, other_text, unseen
@@ -96,7 +96,7 @@ def open_texts(setting: Setting) -> tuple[list[Scored], Iterator[Labelled]]:
                     f"--dataset {name}: the SAE was trained on its split '{own.source.split}'; leave out --in_sample "
                     "false, or name another split of it by --split"
                 )
-            say(
+            log_rank0(
                 f"--dataset {name}: the SAE was trained on its split '{own.source.split}', so it is scored once, on "
                 "what was held out"
             )
@@ -136,7 +136,7 @@ def _own_text(setting: Setting, own: RunConfig) -> Text | None:
                 f"{error} ({named} names {' + '.join(own.dataset)} as the training text; --dataset with --in_sample "
                 "false scores without it)"
             ) from error
-        say(f"without the training text: {error}")
+        log_rank0(f"without the training text: {error}")
         return None
     return text
 
@@ -170,7 +170,7 @@ def _other(setting: Setting, name: str, seen: HeldOutTexts, caveat: str) -> Scor
     table, what = other_text(name, source, which, tokens, setting.tokenizer, setting.framing)
     sequences, what = unseen(name, table, what, setting.framing, setting.exclude_special, seen)
     if caveat:
-        say(f"data set {name}{caveat}, so some of it may have been trained on")
+        log_rank0(f"data set {name}{caveat}, so some of it may have been trained on")
     return _choose(setting, name, False, what + caveat, sequences, setting.config.scoring.eval_seed)
 
 
@@ -209,7 +209,7 @@ def _with_losses(setting: Setting, text: Scored) -> Scored:
     """With the sequences for the model's own loss; SaetrainError when --loss_tokens asks for more than there are."""
     asked, run = setting.config.scoring.loss_tokens, setting.located.run
     if asked != 0 and setting.head.kind == "masked" and setting.tokenizer.mask_token_id is None:
-        say("the model's own loss is not scored: its tokenizer has no mask token")
+        log_rank0("the model's own loss is not scored: its tokenizer has no mask token")
         return text
     count, held = enough(setting, text.sequences, text.numbers, setting.budget(asked, LOSS_TOKENS))
     if asked is not None and held < asked:
@@ -219,7 +219,7 @@ def _with_losses(setting: Setting, text: Scored) -> Scored:
                 f"--loss_tokens {asked}: of data set {text.name} {held:,} tokens are scored on ({text.what}); give "
                 "fewer, or leave the flag out to take up to the default; --eval_tokens may ask for more"
             )
-        say(f"data set {text.name}: the model's loss is scored on {held:,} tokens, of --loss_tokens {asked:,}")
+        log_rank0(f"data set {text.name}: the model's loss is scored on {held:,} tokens, of --loss_tokens {asked:,}")
     return dataclasses.replace(text, loss_sequences=count)
 
 
@@ -240,7 +240,7 @@ def _apart(setting: Setting, texts: list[Scored]) -> tuple[list[Scored], Iterato
     order = first.sequences.mixed_order(setting.config.scoring.eval_seed)
     count, _ = enough(setting, first.sequences, order[::-1], setting.config.scoring.fit_tokens)
     count = max(1, min(count, len(order) // 2))
-    say(
+    log_rank0(
         f"without the training text: the nulls are fitted on {count:,} sequences of {first.name}, which are not "
         "scored on"
     )

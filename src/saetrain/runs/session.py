@@ -20,10 +20,10 @@ from saetrain.errors import SaetrainError
 from saetrain.evaluation.heldout import Subject, evaluate
 from saetrain.files import write_json
 from saetrain.interop.directory import save_sae
-from saetrain.logs import Log
-from saetrain.logs.base import Record, RunInfo
-from saetrain.logs.console import ProgressLine, say
-from saetrain.logs.jsonl import finite
+from saetrain.logs import MetricsLogger
+from saetrain.logs.base import MetricsRecord, RunInfo
+from saetrain.logs.console import ProgressLine, log_rank0
+from saetrain.logs.jsonl import replace_non_finite
 from saetrain.runs.directory import CHECKPOINTS, SAES, SPIKE, writing
 from saetrain.runs.evaluate import evaluate as evaluate_saved
 from saetrain.runs.feed import State, make_feed
@@ -69,7 +69,7 @@ class Session:
         self.together = Together(prepared)
         self.first = launch.rank() == 0
         self.agreed = Agreed()
-        self._asked: distributed.Agreement | None = None
+        self._asked: distributed.AsyncAllReduce | None = None
         batch = prepared.config.train
         self.asked_batch = checkpoint.values["asked_batch"] if checkpoint else [batch.batch_size, batch.grad_acc_steps]
         self.asked_lr = checkpoint.values["asked_lr"] if checkpoint else prepared.config.optim.lr
@@ -77,22 +77,22 @@ class Session:
         self.feed = make_feed(prepared, normalizers)
         if checkpoint is not None:
             self.feed.restore(checkpoint.values["buffer"])
-            say(f"resumed from {checkpoint.path} at step {self.trainer.step} of {self.trainer.steps}")
+            log_rank0(f"resumed from {checkpoint.path} at step {self.trainer.step} of {self.trainer.steps}")
         self.place = self.feed.state()
         self._places: deque[tuple[int, State]] = deque(maxlen=LAG + 1)
         self.settings = to_flat(resolved(prepared))
         info = RunInfo(
-            directory=directory,
+            run_dir=directory,
             name=directory.name,
             settings=self.settings,
-            steps=self.trainer.steps,
+            total_steps=self.trainer.steps,
             resumed_step=checkpoint.values["step"] if checkpoint else None,
-            state=checkpoint.values["logs"] if checkpoint else {},
+            sink_state=checkpoint.values["logs"] if checkpoint else {},
         )
         self.saved_at, self.saved_step = time.monotonic(), checkpoint.values["step"] if checkpoint else None
         with self.writing():
-            self.log = Log(self.config.logs, info, nothing=not self.first)
-        distributed.on_loss(lambda: self.log.close(failed=True))
+            self.log = MetricsLogger(self.config.logs, info, disabled=not self.first)
+        distributed.on_peer_failure(lambda: self.log.close(failed=True))
         self.ranks = RankFigures()
         self._left_out, self._last_left_out = 0, -1
         self.stop = StopWish()
@@ -105,9 +105,9 @@ class Session:
         failed = True
         try:
             with self.stop:
-                distributed.now("training")
+                distributed.set_phase("training")
                 finished = self._loop()
-                distributed.now("scoring and saving the SAEs")
+                distributed.set_phase("scoring and saving the SAEs")
                 if finished:
                     final = self.evaluate("final")
                     self.save_saes(final)
@@ -115,7 +115,7 @@ class Session:
                         summary(self.directory, final)
             if finished:
                 # What is left to do is rank 0's alone.
-                distributed.end()
+                distributed.destroy_process_group()
             if finished and self.config.assess and self.first:
                 self.assess()
             failed = False
@@ -126,7 +126,7 @@ class Session:
             with self.writing():
                 self.log.close(failed)
         if not finished:
-            raise distributed.AgreedExit(self.stop.exit_code)
+            raise distributed.CoordinatedExit(self.stop.exit_code)
 
     def _check(self) -> None:
         """Raise :class:`Stopped` once nothing more is to be read."""
@@ -143,11 +143,11 @@ class Session:
         trainer, line = self.trainer, self.line
         opening = self.feed.opening()
         if opening is not None:
-            say(opening)
+            log_rank0(opening)
         speed = Throughput(trainer.tokens)
         try:
             while trainer.step < trainer.steps and not self._stopping():
-                distributed.at(f"step {trainer.step + 1}")
+                distributed.set_progress(f"step {trainer.step + 1}")
                 if not self._step():
                     break
                 line.update(trainer.step, self._log_step(speed))
@@ -165,7 +165,7 @@ class Session:
         self.stop.signal = self.stop.signal or signal.Signals(self.agreed.signal)
         good = self.saved_step == trainer.step
         saved = "everything is saved" if good else f"saved is step {self.saved_step or 0}"
-        say(f"stopped by {self.stop.signal.name} after step {trainer.step}; {saved}, --resume goes on")
+        log_rank0(f"stopped by {self.stop.signal.name} after step {trainer.step}; {saved}, --resume goes on")
         return False
 
     def _step(self) -> bool:
@@ -211,9 +211,9 @@ class Session:
         # A rank that drops a step says so where the others are about to wait for it.
         if dropped or last or self.feed.exchanges(number):
             step = self.trainer.step + 1
-            asked = self.log.due(step) or self.line.due(step)
+            asked = self.log.should_log(step) or self.line.should_print(step)
             mine = [int(dropped), int(self.stop.signal or 0), int(asked), int(self._late())]
-            self._asked = distributed.Agreement(mine)
+            self._asked = distributed.AsyncAllReduce(mine)
             # Others hear of it while they compute, unless something is to be exchanged right now.
             if dropped or not self.trainer.shared or self.feed.exchanges(number):
                 self._heed()
@@ -241,13 +241,13 @@ class Session:
     def _leave_out(self, spikes: list[Spike]) -> None:
         """Say which SAEs' step was left out; SaetrainError after too many in a row."""
         for spike in spikes:
-            say(f"{spike}; the step is left out (--on_spike skip)")
+            log_rank0(f"{spike}; the step is left out (--on_spike skip)")
             if spike.step != self._last_left_out:
                 self._left_out = self._left_out + 1 if spike.step == self._last_left_out + 1 else 1
                 self._last_left_out = spike.step
         if spikes and self._left_out >= MOST_LEFT_OUT:
             before = self._last_left_out - self._left_out
-            kept = distributed.on_first("looking for a good checkpoint", lambda: self._last_good(before))
+            kept = distributed.run_on_rank0("looking for a good checkpoint", lambda: self._last_good(before))
             raise SaetrainError(
                 f"{spikes[0]}; {MOST_LEFT_OUT} steps in a row were left out, so the weights themselves are ruined. "
                 f"{kept}; start a run of another --run_name with a lower --lr"
@@ -256,7 +256,9 @@ class Session:
     def _stopped_by(self, spike: Spike) -> SaetrainError:
         """The batch's place is written down, and the message says what to do."""
         place = self.together.place(dict(self._places)[spike.step])
-        return SaetrainError(distributed.on_first("writing down the spike", lambda: self._write_spike(spike, place)))
+        return SaetrainError(
+            distributed.run_on_rank0("writing down the spike", lambda: self._write_spike(spike, place))
+        )
 
     def _write_spike(self, spike: Spike, place: State) -> str:
         path = self.directory / SPIKE
@@ -305,7 +307,9 @@ class Session:
         if not self.first:
             return None
         with self.writing():
-            self.log.write(Record("train", trainer.step, trainer.tokens, {"tokens_per_second": rate, **ranks}, saes))
+            self.log.write(
+                MetricsRecord("train", trainer.step, trainer.tokens, {"tokens_per_second": rate, **ranks}, saes)
+            )
         return {**next(iter(saes.values())), "tokens_per_second": rate}
 
     def subjects(self) -> dict[str, Subject]:
@@ -320,7 +324,7 @@ class Session:
     def evaluate(self, kind: Literal["eval", "final"]) -> dict[str, dict[str, float]]:
         """Held-out figures of all SAEs, logged."""
         if kind == "final":
-            say(f"scoring on {self.config.evaluation.eval_tokens:,} held-out tokens")
+            log_rank0(f"scoring on {self.config.evaluation.eval_tokens:,} held-out tokens")
         figures = {}
         # Where every rank has the same SAEs, one of them scores.
         if self.first or self.prepared.division.owners:
@@ -333,13 +337,15 @@ class Session:
                 )
         figures = self.together.merged(figures)
         with self.writing():
-            self.log.write(Record(kind, self.trainer.step, self.trainer.tokens, {}, figures))
+            self.log.write(MetricsRecord(kind, self.trainer.step, self.trainer.tokens, {}, figures))
         return figures
 
     def assess(self) -> None:
         """Score the SAEs as they were saved, as `saetrain evaluate` would; the verdict and its figures are logged."""
         config = self.config
-        say("assessing the SAEs on held-out text (--assess false leaves it out; `saetrain evaluate` does it later)")
+        log_rank0(
+            "assessing the SAEs on held-out text (--assess false leaves it out; `saetrain evaluate` does it later)"
+        )
         asked = EvaluateConfig(
             path=str(self.directory), scoring=config.scoring, health=config.health, base=config.base, model=config.model
         )
@@ -347,10 +353,10 @@ class Session:
             assessment = evaluate_saved(asked, most=config.evaluation.eval_tokens)
         except SaetrainError as error:
             # What was trained is saved and scored by then.
-            say(f"the assessment could not be made: {error}")
+            log_rank0(f"the assessment could not be made: {error}")
             return
         with self.writing():
-            self.log.write(Record("assessment", self.trainer.step, self.trainer.tokens, {}, assessment.logged()))
+            self.log.write(MetricsRecord("assessment", self.trainer.step, self.trainer.tokens, {}, assessment.logged()))
 
     def save(self) -> None:
         """Write a checkpoint of everything that the rest of the run depends on; rank 0 does."""
@@ -368,14 +374,14 @@ class Session:
             ),
             "losses": self.together.merged({name: sae.recent_losses() for name, sae in self.trainer.saes.items()}),
             "buffer": self.together.place(self.place),
-            "logs": self.log.state(),
+            "logs": self.log.state_dict(),
             "world_size": launch.world_size(),
             "asked_batch": self.asked_batch,
             "asked_lr": self.asked_lr,
         }
         if self.first:
             with self.writing(), distributed.phase("writing a checkpoint"):
-                self.log.sync()
+                self.log.sync_to_disk()
                 save_checkpoint(self.directory / CHECKPOINTS, self.trainer.step, tensors, values)
         # Nobody goes on, or leaves, before the checkpoint is whole.
         distributed.barrier("waiting for rank 0: writing a checkpoint")
@@ -393,7 +399,7 @@ class Session:
                 "hook_name": hook_name(self.prepared, hookpoint),
                 "init_seed": seed,
                 "norm_limit": self.prepared.reader.limits.get(hookpoint),
-                "held_out_figures": finite(figures[name]),
+                "held_out_figures": replace_non_finite(figures[name]),
             }
             coder = TopK.of(tensors, self.config.sae.k)
             with self.writing():

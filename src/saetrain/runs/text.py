@@ -30,7 +30,7 @@ from saetrain.data.text import SAMPLE_ROWS, TextColumn, choose_column, find_text
 from saetrain.data.tokenfile import is_token_folder, open_ids, open_tokens
 from saetrain.data.tokenize import Framing, TokenSettings, digest, row_encoder, tokenize_rows
 from saetrain.errors import SaetrainError
-from saetrain.logs.console import say
+from saetrain.logs.console import log_rank0
 
 MAX_HELD_OUT_ROWS = 20_000
 FINGERPRINT_BLOCKS = 8
@@ -54,7 +54,7 @@ class Text:
 
 def load_text(config: RunConfig, tokenizer: Any, framing: Framing) -> Text:
     """The text of all data sets; prints what was chosen. SaetrainError for what can't be read or is too small."""
-    say(f"tokens: {framing.describe(tokenizer)}")
+    log_rank0(f"tokens: {framing.describe(tokenizer)}")
     divided = [_divide(name, config, tokenizer, framing) for name in config.dataset]
     parts = []
     for number, part in enumerate(divided):
@@ -63,7 +63,7 @@ def load_text(config: RunConfig, tokenizer: Any, framing: Framing) -> Text:
     if len(parts) == 1:
         return parts[0]
     shares = config.mixing.shares(len(parts))
-    say("mixed: " + ", ".join(f"{share:.1%} {name}" for share, name in zip(shares, config.dataset, strict=True)))
+    log_rank0("mixed: " + ", ".join(f"{share:.1%} {name}" for share, name in zip(shares, config.dataset, strict=True)))
     special, first = config.tokens.exclude_special_tokens, config.buffer.exclude_sinks
     return Text(
         MixedSequences([part.train for part in parts], shares, special, first),
@@ -104,7 +104,7 @@ def _divide(name: str, config: RunConfig, tokenizer: Any, framing: Framing) -> _
     source = open_text(name, config.source, tokenizer)
     if config.source.streaming:
         column = source.column or _find_streamed_column(name, source)
-        say(f"{source.description}: {column.describe()}")
+        log_rank0(f"{source.description}: {column.describe()}")
         return _streamed(name, source, column, config, tokenizer, framing)
     column, rows = tokenized(name, source, tokenizer, framing, config.tokens)
     return _split(name, rows, column.columns, source.held_out_split, source.distinct, config, framing)
@@ -136,7 +136,7 @@ def unseen(
     sequences = sequences_of(table, fresh, framing, exclude_special)
     if not sequences.text_tokens:
         raise SaetrainError(f"data set {name}: {what} holds no text that the SAE was not trained on")
-    say(f"data set {name}: {what}, {sequences.text_tokens:,} tokens{said}")
+    log_rank0(f"data set {name}: {what}, {sequences.text_tokens:,} tokens{said}")
     return sequences, what + said
 
 
@@ -168,7 +168,7 @@ def tokenized(
         splits["held_out"] = sample_rows(source.held_out)
     try:
         column = source.column or find_text_column(source.train, source.text_column)
-        say(f"{source.description}: {column.describe()}")
+        log_rank0(f"{source.description}: {column.describe()}")
         processes = settings.data_preprocessing_num_proc
         return column, {
             split: tokenize_rows(_without_bad(name, rows), column, tokenizer, framing, processes)
@@ -186,7 +186,7 @@ def _without_bad(name: str, rows: Any) -> Any:
         return rows
     bad = [problem for problem in rows[BAD_ROW] if problem]
     if bad:
-        say(f"data set {name}: {len(bad):,} of {len(rows):,} rows left out as bad, the first: {bad[0]}")
+        log_rank0(f"data set {name}: {len(bad):,} of {len(rows):,} rows left out as bad, the first: {bad[0]}")
     return rows.remove_columns(BAD_ROW)
 
 
@@ -201,7 +201,7 @@ def sample_rows(rows: Any) -> Any:
 def _stored(name: str, config: RunConfig, tokenizer: Any, framing: Framing) -> _Divided:
     """The text of a token folder, which is memory-mapped whatever --streaming says."""
     rows, about = open_tokens(Path(name), tokenizer, framing)
-    say(f"token folder {name}: made of {about['dataset']}, split {about['split']}; nothing to tokenize")
+    log_rank0(f"token folder {name}: made of {about['dataset']}, split {about['split']}; nothing to tokenize")
     columns = tuple(about["text_columns"])
     return _split(name, rows, columns, about["held_out_split"], about["distinct"], config, framing)
 
@@ -243,7 +243,9 @@ def _split(
                 f"data set {name}: too small to train on and hold text out: {len(table)} rows, "
                 f"{table.lengths.sum()} tokens"
             )
-        say(f"training text: {train.text_tokens:,} tokens; held out: {held_out.text_tokens:,} tokens ({how}){said}")
+        log_rank0(
+            f"training text: {train.text_tokens:,} tokens; held out: {held_out.text_tokens:,} tokens ({how}){said}"
+        )
         about = {
             "text_columns": list(columns),
             "held_out": how,
@@ -294,7 +296,9 @@ def _streamed(
 
     def finish(others: HeldOutTexts) -> Text:
         left_out = HeldOutTexts.union([texts, others])
-        say(f"training text: streamed, so its length is not known; held out: {held_out.text_tokens:,} tokens ({how})")
+        log_rank0(
+            f"training text: streamed, so its length is not known; held out: {held_out.text_tokens:,} tokens ({how})"
+        )
         heads = [batch_table(block) for block in islice(encoded_blocks(rows, encode), FINGERPRINT_BLOCKS)]
         about = {
             "text_columns": list(column.columns),
@@ -323,4 +327,4 @@ def _rows(rows: Any, name: str, source: Source, column: TextColumn | None = None
         needed = [*column.columns, BAD_ROW, *(["attention_mask"] if column.kind == "ids" else [])]
         there = rows.column_names or needed
         rows = rows.select_columns([column for column in needed if column in there])
-    return StreamedRows(rows, name, say, source.diagnose)
+    return StreamedRows(rows, name, log_rank0, source.diagnose)

@@ -20,7 +20,7 @@ from saetrain.training.trainer import Trainer
 
 def require_same(values: Mapping[str, Any]) -> None:
     """SaetrainError when a rank has another of one of the named values, which must be the same everywhere."""
-    by_rank = distributed.gather(dict(values), "comparing settings")
+    by_rank = distributed.all_gather_json(dict(values), "comparing settings")
     for name, *found in zip(values, *[each.values() for each in by_rank], strict=True):
         for number, value in enumerate(found):
             if value != found[0]:
@@ -40,27 +40,33 @@ class Together:
         """Every SAE's entry (of JSON) in the run's order, on every rank."""
         if not self._owners:
             return own
-        every = {name: value for rows in distributed.gather(own, "gathering figures") for name, value in rows.items()}
+        every = {
+            name: value
+            for rows in distributed.all_gather_json(own, "gathering figures")
+            for name, value in rows.items()
+        }
         return {name: every[name] for name in self.names}
 
     def tensors(self, own: Mapping[str, Mapping[str, Tensor]], what: str) -> dict[str, dict[str, Tensor]]:
         """{SAE: tensors} of all SAEs on rank 0."""
         out = {}
         for name, (hookpoint, _) in self.names.items():
-            found = distributed.tensors_from(self._owners.get(hookpoint, 0), own.get(name, {}), what)
+            found = distributed.gather_tensors_to_rank0(self._owners.get(hookpoint, 0), own.get(name, {}), what)
             if found is not None:
                 out[name] = found
         return out
 
     def place(self, own: State) -> State:
         """Where all ranks' shards stand."""
-        return {shard: row for place in distributed.gather(own, "gathering shards") for shard, row in place.items()}
+        return {
+            shard: row for place in distributed.all_gather_json(own, "gathering shards") for shard, row in place.items()
+        }
 
     def spikes(self, own: list[Spike]) -> list[Spike]:
         """Those of every rank; where all train the same SAEs, they have the same ones."""
-        if not self._owners or not distributed.agree([len(own)], "looking for spikes")[0]:
+        if not self._owners or not distributed.all_reduce_max([len(own)], "looking for spikes")[0]:
             return own
-        facts = distributed.gather([spike.facts for spike in own], "gathering spikes")
+        facts = distributed.all_gather_json([spike.facts for spike in own], "gathering spikes")
         return [Spike.of(each) for rows in facts for each in rows]
 
     def require_equal(self, trainer: Trainer) -> None:
@@ -69,7 +75,7 @@ class Together:
             return
         for name, sae in trainer.saes.items():
             sums = [int(in_memory_order(p.detach()).view(torch.int32).sum()) for p in sae.coder.parameters()]
-            most = distributed.agree([*sums, *(-each for each in sums)], "comparing weights")
+            most = distributed.all_reduce_max([*sums, *(-each for each in sums)], "comparing weights")
             if any(high != -low for high, low in zip(most[: len(sums)], most[len(sums) :], strict=True)):
                 raise SaetrainError(
                     f"{name}: the processes' weights are no longer the same, so nothing is saved; hosts of different "

@@ -10,7 +10,7 @@ from saetrain.data.sources import SourceSettings
 from saetrain.data.tokenfile import check_target, is_token_folder, save_tokens
 from saetrain.data.tokenize import DEFAULT_CTX_LEN, Framing, TokenSettings, load_tokenizer
 from saetrain.errors import SaetrainError
-from saetrain.logs.console import say
+from saetrain.logs.console import log_rank0
 from saetrain.runs.metadata import location
 from saetrain.runs.prepare import quiet_libraries
 from saetrain.runs.text import open_text, tokenized
@@ -45,7 +45,7 @@ def tokenize(config: TokenizeConfig) -> None:
         "splits": list(splits),
     }
     save_tokens(out, splits, about, tokenizer, framing)
-    say(f"{sum(len(rows) for rows in splits.values()):,} rows of tokens written to {out}")
+    log_rank0(f"{sum(len(rows) for rows in splits.values()):,} rows of tokens written to {out}")
 
 
 def _framing(config: TokenizeConfig, tokenizer: object) -> Framing:

@@ -10,7 +10,7 @@ import torch
 from saetrain import distributed, launch
 from saetrain.activations.model import resolve_device
 from saetrain.config import RunConfig, write_yaml
-from saetrain.logs import check_extras
+from saetrain.logs import require_log_packages
 from saetrain.runs import together
 from saetrain.runs.build import build_trainer, sae_names
 from saetrain.runs.directory import CONFIG, claim, open_directory, run_directory, with_restart, writing
@@ -28,11 +28,11 @@ def run(config: RunConfig) -> None:
     # parallel region, for its threads keep what they were made with.
     torch.set_flush_denormal(True)
     if launch.rank() == 0:
-        check_extras(config.logs)
+        require_log_packages(config.logs)
     # Before anything slow, for it may be refused.
     _choose_kernels(config)
     config = with_restart(config)
-    distributed.now("loading model and text")
+    distributed.set_phase("loading model and text")
     if config.dry_run:
         prepared = prepare(config)
         report(prepared, *build_trainer(prepared, None))
@@ -67,7 +67,7 @@ def _choose_kernels(config: RunConfig) -> None:
         # Triton launches where torch stands, whatever device its inputs are on.
         torch.cuda.set_device(device)
     asked = (config.compute, config.optim, config.train.loss_fn, device)
-    chosen = distributed.turns("building the kernels", lambda: choose_kernels(*asked))
+    chosen = distributed.local_rank0_first("building the kernels", lambda: choose_kernels(*asked))
     together.require_same({"the kind of --device": device.type})
     together.require_same({"--kernels": chosen.kernels, "--compute_dtype": chosen.compute_dtype})
 
@@ -75,7 +75,7 @@ def _choose_kernels(config: RunConfig) -> None:
 def _opened(config: RunConfig, directory: Path) -> Checkpoint | None:
     """The checkpoint to go on from, as rank 0 finds it; the others get its tensors later."""
     found = open_directory(config, directory) if launch.rank() == 0 else None
-    values = distributed.first(found.values if found is not None else None, "opening the run's folder")
+    values = distributed.broadcast_from_rank0(found.values if found is not None else None, "opening the run's folder")
     if values is None:
         return None
     return found or Checkpoint(directory, {}, values)
@@ -85,7 +85,7 @@ def _shared(run: Prepared, checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint with the tensors that this rank needs, for the folder may lie on rank 0's disk alone."""
     tensors = {}
     for name in checkpoint.values["files"]:
-        content = distributed.tensors_of_first(checkpoint.tensors.get(name), f"sending the checkpoint of {name}")
+        content = distributed.broadcast_tensors(checkpoint.tensors.get(name), f"sending the checkpoint of {name}")
         hookpoint = sae_names(run).get(name, (None,))[0]
         if hookpoint is None or run.division.owned(hookpoint, launch.rank()):
             tensors[name] = content

@@ -11,7 +11,7 @@ from torch import Tensor
 from saetrain.coders.topk import TopK, auxk_size
 from saetrain.kernels.auxk import AuxGradients, auxk_gradients
 from saetrain.kernels.plain import power_of_two
-from saetrain.types import Progress
+from saetrain.types import StepContext
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def auxk_step(
     product_ND: Tensor,
     residual_ND: Tensor,
     dead: DeadLatents,
-    progress: Progress,
+    progress: StepContext,
 ) -> AuxGradients:
     """The weighted loss and gradients of ``dead``, as ``TopK.losses`` defines them.
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from saetrain.errors import SaetrainError
-from saetrain.files import fsync_dir, sha256, write_json
+from saetrain.files import fsync_dir, hash_file, write_json
 from saetrain.types import shown_default
 
 KEPT = 2
@@ -82,7 +82,7 @@ def save_checkpoint(
             names[name] = f"sae_{number:03d}.safetensors"
             save_file({key: value.contiguous() for key, value in content.items()}, temporary / names[name])
         write_json(temporary / "state.json", {"format": FORMAT, **values, "step": step, "files": names})
-        hashes = {file.name: sha256(file) for file in sorted(temporary.iterdir())}
+        hashes = {file.name: hash_file(file) for file in sorted(temporary.iterdir())}
         _sync(temporary)
         write_json(temporary / "manifest.json", {"sha256": hashes})
         shutil.rmtree(final, ignore_errors=True)
@@ -129,7 +129,7 @@ def damage(path: Path) -> str | None:
         for name, digest in expected.items():
             if not (path / name).exists():
                 return f"{name} is missing"
-            if sha256(path / name) != digest:
+            if hash_file(path / name) != digest:
                 return f"{name} does not match its hash"
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return "its manifest.json or a file that it names can't be read"

@@ -6,7 +6,7 @@ from collections import deque
 
 from torch import Tensor
 
-from saetrain.transfer import Arriving
+from saetrain.transfer import PendingCopy
 
 
 class Delayed:
@@ -14,11 +14,11 @@ class Delayed:
 
     def __init__(self, lag: int) -> None:
         self._lag = lag
-        self._waiting: deque[tuple[int, Arriving]] = deque()
+        self._waiting: deque[tuple[int, PendingCopy]] = deque()
 
     def put(self, step: int, value: Tensor) -> None:
         """Send the figures of a step on their way; nothing waits."""
-        self._waiting.append((step, Arriving(value)))
+        self._waiting.append((step, PendingCopy(value)))
 
     def ready(self) -> list[tuple[int, list[float]]]:
         """(step, figures) of those that are due, the oldest first."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from saetrain.coders.base import SparseCoder
 from saetrain.optim import Optimizer, in_memory_order
-from saetrain.types import CoderOutput, Progress
+from saetrain.types import CoderOutput, StepContext
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +106,7 @@ class Engine(ABC):
     """Steps one coder; micro-batches add up until :meth:`apply` or :meth:`drop`."""
 
     @abstractmethod
-    def micro_step(self, x_ND: Tensor, progress: Progress, objective: Objective | None = None) -> MicroStep:
+    def micro_step(self, x_ND: Tensor, progress: StepContext, objective: Objective | None = None) -> MicroStep:
         """Forward and gradients of a micro-batch of what the coder sees; the reference alone takes an objective."""
 
     @abstractmethod
@@ -153,17 +153,17 @@ class AutogradEngine(Engine):
         self._coder, self._optimizer = coder, optimizer
         self._norm = torch.zeros(())
 
-    def micro_step(self, x_ND: Tensor, progress: Progress, objective: Objective | None = None) -> MicroStep:
+    def micro_step(self, x_ND: Tensor, progress: StepContext, objective: Objective | None = None) -> MicroStep:
         """Through the coder's own forward."""
         output = self._coder(x_ND, x_ND, progress)
         if objective is not None:
             output.losses = objective(output)
-        output.total().backward()
+        output.total_loss().backward()
         with torch.no_grad():
             residual = x_ND - output.reconstruction
             losses = {name: loss.detach() for name, loss in output.losses.items()}
             return MicroStep(
-                fired=output.codes.fired(),
+                fired=output.codes.firing_counts(),
                 tokens=len(x_ND),
                 losses=losses,
                 residual_sum=residual.sum(dim=0),

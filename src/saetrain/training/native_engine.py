@@ -15,7 +15,7 @@ from saetrain.kernels.processor import dense_limit
 from saetrain.optim import BETAS, ENCODER_SHARE, EPS, OptimSettings
 from saetrain.training.auxk import DeadLatents, auxk_step
 from saetrain.training.engine import Engine, MicroStep, Objective, adam_state
-from saetrain.types import Progress
+from saetrain.types import StepContext
 
 MARGIN, MARGIN_HALF = 1.001, 1.01
 """What rounding may add to a gradient over the bound from exact norms: rows, codes and sums are of 8 bits in bf16."""
@@ -94,7 +94,7 @@ class NativeEngine(Engine):
         self._bound = 0.0
         self._bounds = torch.zeros(1, dtype=torch.double)
 
-    def micro_step(self, x_ND: Tensor, progress: Progress, objective: Objective | None = None) -> MicroStep:
+    def micro_step(self, x_ND: Tensor, progress: StepContext, objective: Objective | None = None) -> MicroStep:
         """Top-k, decode and latent gradients; the weights' gradients too where they have to add up."""
         assert objective is None, "gradients are written out for the coder's own loss alone"
         coder = self._coder
@@ -108,7 +108,7 @@ class NativeEngine(Engine):
             native.reconstruct_dense(step, self._weights["dec"], work["residual_copy"], work.dense, work.pre)
         losses = {"recon": (work["residual_square"] * (scale / 2)).float()[0]}
         self._extra_norm = 0.0
-        if coder.auxk_alpha and progress.dead is not None:
+        if coder.auxk_alpha and progress.dead_mask is not None:
             losses["auxk"] = self._auxk(progress)
         if not self._fused:
             self._latents(native.ADD if self._stored else native.STORE)
@@ -158,11 +158,11 @@ class NativeEngine(Engine):
         assert self._work.owner is self or not self._fused, "another SAE has used the memory of this step"
         return self._step, self._work
 
-    def _auxk(self, progress: Progress) -> Tensor:
+    def _auxk(self, progress: StepContext) -> Tensor:
         """Hand AuxK's gradient rows of the dead latents to the kernels; gives the weighted loss."""
-        assert progress.dead is not None
+        assert progress.dead_mask is not None
         step, work = self._here()
-        dead = DeadLatents.of(progress.dead)
+        dead = DeadLatents.of(progress.dead_mask)
         found = auxk_step(self._coder, self._weights, work["x_enc"], work["residual"], dead, progress)
         rows = dead.places(self._coder.num_latents)
         extra = {"extra_row": rows, "extra_enc": found.W_enc, "extra_dec": found.W_dec, "extra_b": found.b_enc}

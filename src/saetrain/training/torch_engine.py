@@ -14,7 +14,7 @@ from saetrain.kernels.processor import DENSE, dense_limit
 from saetrain.optim import Optimizer
 from saetrain.training.auxk import DeadLatents, auxk_step
 from saetrain.training.engine import AutogradEngine, MicroStep, Objective
-from saetrain.types import Progress
+from saetrain.types import StepContext
 
 # Both say that sparse tensors are young; what is used of them is held to the reference by tests.
 warnings.filterwarnings("ignore", message="Sparse (CSR tensor support|invariant checks)")
@@ -41,7 +41,7 @@ class TorchEngine(AutogradEngine):
         return self._copies
 
     @torch.no_grad()
-    def micro_step(self, x_ND: Tensor, progress: Progress, objective: Objective | None = None) -> MicroStep:
+    def micro_step(self, x_ND: Tensor, progress: StepContext, objective: Objective | None = None) -> MicroStep:
         """Sparse, or dense where k is a large part of F; gradients add up in ``.grad``."""
         assert objective is None, "gradients are written out for the coder's own loss alone"
         coder = self._topk
@@ -55,7 +55,7 @@ class TorchEngine(AutogradEngine):
         self._biases(slope, residual_sum, scale)
         square = torch.linalg.vector_norm(residual).square()
         losses = {"recon": square * (scale / 2)}
-        if coder.auxk_alpha and progress.dead is not None:
+        if coder.auxk_alpha and progress.dead_mask is not None:
             losses["auxk"] = self._auxk(product, residual, progress)
         active = (values > 0).reshape(-1).long()
         fired = torch.zeros(coder.num_latents, dtype=torch.long, device=x_ND.device)
@@ -122,11 +122,11 @@ class TorchEngine(AutogradEngine):
         self._add(coder.b_dec.grad, -(scale * residual_sum_D + coder.W_enc @ slope_F))
         self._fresh = False
 
-    def _auxk(self, product_ND: Tensor, residual_ND: Tensor, progress: Progress) -> Tensor:
+    def _auxk(self, product_ND: Tensor, residual_ND: Tensor, progress: StepContext) -> Tensor:
         """Add AuxK's gradients to the rows of the dead latents; gives the weighted loss."""
-        assert progress.dead is not None
+        assert progress.dead_mask is not None
         coder, grads = self._topk, self._gradients()
-        dead = DeadLatents.of(progress.dead)
+        dead = DeadLatents.of(progress.dead_mask)
         found = auxk_step(coder, self._weights, product_ND, residual_ND, dead, progress)
         grads["enc"].index_add_(0, dead.rows, found.W_enc)
         grads["dec"].index_add_(0, dead.rows, found.W_dec)

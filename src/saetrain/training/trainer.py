@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from saetrain.coders.base import SparseCoder
-from saetrain.distributed import Reduction
+from saetrain.distributed import GradientBuckets
 from saetrain.errors import SaetrainError, is_out_of_memory
 from saetrain.optim import lr_factor
 from saetrain.training.engine import DeviceEngine, Engine, MicroStep, SplicedBatch
 from saetrain.training.firing import DeadAhead, FiringTracker
 from saetrain.training.spikes import DeviceJudge, HostJudge, Spike
-from saetrain.types import Progress
+from saetrain.types import StepContext
 
 Batch = Mapping[str, Tensor] | Mapping[str, SplicedBatch]
 """{hookpoint: raw activations (n, D)}, or with the loss that they are trained towards."""
@@ -118,7 +118,7 @@ class SaeTrainer:
         self._floor = 1e-6 * data_variance
         self.grad_norm = torch.zeros((), device=device)
 
-    def micro_step(self, batch: Tensor | SplicedBatch, progress: Progress) -> None:
+    def micro_step(self, batch: Tensor | SplicedBatch, progress: StepContext) -> None:
         """Forward, backward and counting of one micro-batch of raw activations; gradients add up."""
         if isinstance(batch, SplicedBatch):
             progress = replace(progress, n_tokens=batch.step_tokens)
@@ -127,7 +127,7 @@ class SaeTrainer:
             done = self.engine.micro_step(self.inputs(batch), progress)
         self.sums = done if self.sums is None else self.sums.plus(done)
 
-    def add_up(self, reduction: Reduction) -> None:
+    def add_up(self, reduction: GradientBuckets) -> None:
         """Begin to sum the step's gradients and counts over the ranks."""
         assert self.sums is not None
         self._row = self.sums.packed()
@@ -140,14 +140,14 @@ class SaeTrainer:
         known = tokens if isinstance(self.engine, DeviceEngine) else None
         self.sums, self._row = self.sums.unpacked(self._row, known), None
 
-    def progress(self, step: int, tokens: int) -> Progress:
+    def progress(self, step: int, tokens: int) -> StepContext:
         """What the coder's loss may know of step ``step`` over ``tokens``."""
         ahead = self._dead_ahead
         most = None if ahead is None else ahead.most(tokens)
         dead = None
         if self.coder.auxk_alpha:
             dead = self.firing.dead() if most is None else self.firing.silent() if most else None
-        return Progress(step, tokens, dead, self.data_variance, self.residual_variance, most)
+        return StepContext(step, tokens, dead, self.data_variance, self.residual_variance, most)
 
     def finish(self, name: str, step: int, lr: float) -> None:
         """Judge the step and apply it, or leave it out for a spike."""
@@ -290,7 +290,7 @@ class Trainer:
         factor = lr_factor(self.step, self.steps, self._warmup)
         for sae in self.saes.values():
             sae.sums = None
-        reduction, first = Reduction(), next(iter(self.saes.values()), None)
+        reduction, first = GradientBuckets(), next(iter(self.saes.values()), None)
         for micro in range(self.settings.grad_acc_steps):
             batch = micro_batches(self.step * self.settings.grad_acc_steps + micro)
             for name, sae in self.saes.items():
@@ -305,7 +305,7 @@ class Trainer:
                     before_sums()
                 sae.add_up(reduction)
         if self.shared:
-            reduction.launch()
+            reduction.flush()
             meanwhile()
             reduction.wait()
             for name, sae in self.saes.items():
@@ -322,7 +322,7 @@ class Trainer:
         found = [spike for name, sae in self.saes.items() for spike in sae.spikes(name, settle=settle)]
         return sorted(found, key=lambda spike: spike.step)
 
-    def _micro_step(self, name: str, batch: Tensor | SplicedBatch, progress: Progress) -> None:
+    def _micro_step(self, name: str, batch: Tensor | SplicedBatch, progress: StepContext) -> None:
         try:
             self.saes[name].micro_step(batch, progress)
         except (RuntimeError, MemoryError) as error:

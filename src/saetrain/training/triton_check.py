@@ -16,7 +16,7 @@ from saetrain.kernels import gpu
 from saetrain.optim import Optimizer, OptimSettings
 from saetrain.training.engine import AutogradEngine, Engine
 from saetrain.training.triton_engine import TritonEngine
-from saetrain.types import Progress
+from saetrain.types import StepContext
 
 TOLERANCE, HALF_TOLERANCE = 1e-3, 0.05
 """Largest distance of what the steps do from autograd's, as a share of it; in small shapes 5e-6 was seen in fp32, and
@@ -128,7 +128,7 @@ def _done(
     for step in range(STEPS if device.type == "cuda" else STEPS_ON_CPU):
         x = torch.randn(shape.tokens, shape.width, generator=generator).to(device)
         mask = dead.to(device) if step == DEAD_STEP else None
-        about = Progress(step, shape.tokens, mask, variance, variance, None if mask is None else shape.latents // 3)
+        about = StepContext(step, shape.tokens, mask, variance, variance, None if mask is None else shape.latents // 3)
         for part in x.chunk(parts):
             engine.micro_step(part, about)
         engine.norm_bound()

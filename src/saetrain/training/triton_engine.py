@@ -15,7 +15,7 @@ from saetrain.kernels.graphs import Recorded
 from saetrain.optim import BETAS, ENCODER_SHARE, EPS, OptimSettings
 from saetrain.training.auxk import DeadLatents, auxk_step
 from saetrain.training.engine import DeviceEngine, MicroStep, Objective, adam_state
-from saetrain.types import Progress
+from saetrain.types import StepContext
 
 MARGIN = 1.01
 """What rounding may add to a gradient over the bound from norms."""
@@ -89,7 +89,7 @@ class TritonEngine(DeviceEngine):
         self._count, self._lr = zeros((), dtype=torch.float64), zeros((), dtype=torch.float64)
         self._always = zeros((), dtype=torch.bool).logical_not()
         self._batch: Batch | None = None
-        self._about: Progress | None = None
+        self._about: StepContext | None = None
         self._empty, self._replayed = True, False
 
     @property
@@ -98,7 +98,7 @@ class TritonEngine(DeviceEngine):
         return self._halves or self._W
 
     @torch.no_grad()
-    def micro_step(self, x_ND: Tensor, progress: Progress, objective: Objective | None = None) -> MicroStep:
+    def micro_step(self, x_ND: Tensor, progress: StepContext, objective: Objective | None = None) -> MicroStep:
         """Top-k, decode and latent gradients; the weights' gradients too where they have to add up."""
         assert objective is None, "gradients are written out for the coder's own loss alone"
         self._about, x_ND = progress, x_ND.contiguous()
@@ -106,14 +106,14 @@ class TritonEngine(DeviceEngine):
         given = x_ND, progress.data_variance
         found = self._computing(self._compute, *given) if self._replayed else self._compute(*given)
         self._batch = found.batch
-        if self._coder.auxk_alpha and progress.dead is not None:
+        if self._coder.auxk_alpha and progress.dead_mask is not None:
             self._auxk(found, progress)
         self._add(found)
         return found.step
 
-    def _may_replay(self, x_ND: Tensor, progress: Progress) -> bool:
+    def _may_replay(self, x_ND: Tensor, progress: StepContext) -> bool:
         """Whether every step launches the same, which must be known without a look at the device."""
-        if not self._fused or not x_ND.is_cuda or progress.dead is not None or not self._computing.fits(x_ND):
+        if not self._fused or not x_ND.is_cuda or progress.dead_mask is not None or not self._computing.fits(x_ND):
             return False
         return x_ND.numel() * self._coder.num_latents <= RECORDED_WORK if self._record is None else self._record
 
@@ -158,12 +158,12 @@ class TritonEngine(DeviceEngine):
         square = torch.stack([each.square().sum() for each in (*grads.values(), bias)]).sum()
         return Batch(encoded, scale, residual, grads=grads), residual, bias, square, active.sum(dim=0)
 
-    def _auxk(self, found: Found, progress: Progress) -> None:
+    def _auxk(self, found: Found, progress: StepContext) -> None:
         """Put AuxK's loss and its gradient rows to the others."""
-        assert progress.dead is not None
+        assert progress.dead_mask is not None
         batch, latents = found.batch, self._coder.num_latents
-        most = latents if progress.dead_at_most is None else progress.dead_at_most
-        dead = DeadLatents.at_most(most, progress.dead)
+        most = latents if progress.max_n_dead is None else progress.max_n_dead
+        dead = DeadLatents.at_most(most, progress.dead_mask)
         aux = auxk_step(self._coder, self._weights, batch.x, found.residual, dead, progress)
         found.step.losses["auxk"] = aux.loss
         place = dead.places(latents)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from saetrain.activations.model import BaseModel, ModelSettings, load_model
-from saetrain.types import Sequence, TokenKind
+from saetrain.types import TokenKind, TokenSequence
 
 CPU = ModelSettings(device="cpu")
 
@@ -26,10 +26,10 @@ def gpt2(tiny_gpt2: str) -> BaseModel:
 
 
 @pytest.fixture
-def sequences() -> Callable[..., list[Sequence]]:
+def sequences() -> Callable[..., list[TokenSequence]]:
     """Makes sequences of random ids with these lengths, a special token at both ends; sequence i is of row i."""
 
-    def make(*lengths: int, seed: int = 0, causal: bool = False) -> list[Sequence]:
+    def make(*lengths: int, seed: int = 0, causal: bool = False) -> list[TokenSequence]:
         rng = np.random.default_rng(seed)
         out = []
         for doc, length in enumerate(lengths):
@@ -38,7 +38,7 @@ def sequences() -> Callable[..., list[Sequence]]:
             if causal:
                 kind[0] |= np.uint8(TokenKind.FIRST)
             ids = rng.integers(5, 900, length).astype(np.int32)
-            out.append(Sequence(ids, kind, np.full(length, doc, dtype=np.int64)))
+            out.append(TokenSequence(ids, kind, np.full(length, doc, dtype=np.int64)))
         return out
 
     return make

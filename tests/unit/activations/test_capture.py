@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from saetrain.activations.capture import ActivationCapture, length_batches, pad_batch
 from saetrain.activations.model import BaseModel, ModelSettings, load_model
 from saetrain.errors import SaetrainError
-from saetrain.types import Sequence
+from saetrain.types import TokenSequence
 
-Make = Callable[..., list[Sequence]]
+Make = Callable[..., list[TokenSequence]]
 
 
 @pytest.fixture

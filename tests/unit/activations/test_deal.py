@@ -8,7 +8,7 @@ import pytest
 from saetrain.activations.deal import SequenceDealer
 from saetrain.data.loader import LoaderSettings, ShardedSequences
 from saetrain.data.sequences import Sequences
-from saetrain.types import Sequence, TokenKind
+from saetrain.types import TokenKind, TokenSequence
 
 SHARDS = 4
 LAST = 90
@@ -22,11 +22,11 @@ class Rows(Sequences):
     def __len__(self) -> int:
         return 23
 
-    def __getitem__(self, index: int) -> Sequence:
+    def __getitem__(self, index: int) -> TokenSequence:
         length = 2 if index % 5 == 0 else 5 + index % 7
         kind = np.zeros(length, dtype=np.uint8)
         kind[[0, -1]] = TokenKind.SPECIAL
-        return Sequence(np.full(length, index, dtype=np.int32), kind, np.full(length, index, dtype=np.int64))
+        return TokenSequence(np.full(length, index, dtype=np.int32), kind, np.full(length, index, dtype=np.int64))
 
 
 def source() -> ShardedSequences:

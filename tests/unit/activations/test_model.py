@@ -22,7 +22,7 @@ from saetrain.activations.model import (
     weights_hash,
 )
 from saetrain.errors import SaetrainError
-from saetrain.files import sha256
+from saetrain.files import hash_file
 
 
 @pytest.fixture
@@ -150,7 +150,7 @@ def test_downloaded_model_needs_no_network(cached_model: str, tiny_bert: str) ->
     model, local = load_model(cached_model, settings), load_model(tiny_bert, settings)
     assert (model.revision, local.revision) == ("0123456789" * 4, None)
     assert load_model(cached_model, ModelSettings(device="cpu", revision=model.revision)).revision == model.revision
-    assert weights_hash(model) == weights_hash(local) == sha256(Path(tiny_bert) / "model.safetensors")
+    assert weights_hash(model) == weights_hash(local) == hash_file(Path(tiny_bert) / "model.safetensors")
     with pytest.raises(SaetrainError, match="no network"):
         load_model(cached_model, ModelSettings(device="cpu", revision="other"))
 

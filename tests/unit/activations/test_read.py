@@ -12,13 +12,13 @@ from saetrain.activations.capture import ActivationCapture, pad_batch
 from saetrain.activations.model import BaseModel
 from saetrain.activations.read import ActivationReader, Place
 from saetrain.errors import SaetrainError
-from saetrain.types import PART_BITS, Sequence, TokenKind
+from saetrain.types import DATASET_ROW_BITS, TokenKind, TokenSequence
 
-Make = Callable[..., list[Sequence]]
+Make = Callable[..., list[TokenSequence]]
 NAMES = ["encoder.layer.1", "encoder.layer.4"]
 
 
-def text_only(sequence: Sequence) -> np.ndarray:
+def text_only(sequence: TokenSequence) -> np.ndarray:
     return np.asarray(sequence.kind == TokenKind.TEXT)
 
 
@@ -32,7 +32,7 @@ def sorted_rows(values: torch.Tensor, doc: np.ndarray) -> torch.Tensor:
     return rows[np.lexsort(rows[:, :3].T.flip(0).numpy())]
 
 
-def expected(model: BaseModel, name: str, sequences: list[Sequence]) -> tuple[torch.Tensor, np.ndarray]:
+def expected(model: BaseModel, name: str, sequences: list[TokenSequence]) -> tuple[torch.Tensor, np.ndarray]:
     """Kept activations, one sequence at a time and therefore without padding."""
     capture = ActivationCapture(model, [name])
     keeps = [text_only(sequence) for sequence in sequences]
@@ -114,7 +114,7 @@ def test_activations_that_are_not_finite_name_their_rows(gpt2: BaseModel, sequen
         with pytest.raises(SaetrainError, match=r"at h\.0 are not finite on data set rows 101; .*--dtype"):
             reader(gpt2, ["h.0"]).read(rows)
         for row in rows:
-            row.doc[:] += 1 << PART_BITS
+            row.doc[:] += 1 << DATASET_ROW_BITS
         mixed = ActivationReader(ActivationCapture(gpt2, ["h.0"]), text_only, 64, ("some", "other"))
         with pytest.raises(SaetrainError, match=r"not finite on data set rows 101 of other; .*--dtype"):
             mixed.read(rows)

@@ -18,7 +18,7 @@ from saetrain.activations.shuffle import BufferSettings, MixingBuffer
 from saetrain.data.loader import LoaderSettings, ShardedSequences
 from saetrain.data.sequences import Sequences
 from saetrain.errors import SaetrainError
-from saetrain.types import Sequence, TokenKind
+from saetrain.types import TokenKind, TokenSequence
 
 SHARDS = 4
 NAMES = ["embeddings", "encoder.layer.0"]
@@ -37,11 +37,11 @@ class Documents(Sequences):
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, index: int) -> Sequence:
+    def __getitem__(self, index: int) -> TokenSequence:
         ids = self._rows[index]
         kind = np.zeros(len(ids), dtype=np.uint8)
         kind[[0, -1]] = TokenKind.SPECIAL
-        return Sequence(ids, kind, np.full(len(ids), index, dtype=np.int64))
+        return TokenSequence(ids, kind, np.full(len(ids), index, dtype=np.int64))
 
 
 DOCUMENTS = Documents()

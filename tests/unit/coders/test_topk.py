@@ -9,7 +9,7 @@ from torch import Tensor
 from saetrain.coders.base import ENCODER_SCALE
 from saetrain.coders.folding import folded, unfold_
 from saetrain.coders.topk import TopK, auxk_size
-from saetrain.types import Progress
+from saetrain.types import StepContext
 
 D, F, N = 7, 29, 23
 TERMS = ("W_enc", "b_enc", "W_dec", "b_dec")
@@ -29,8 +29,8 @@ def data(seed: int = 5) -> Tensor:
     return torch.randn(N, D, generator=torch.Generator().manual_seed(seed))
 
 
-def progress(dead: Tensor | None = None, n: int = N) -> Progress:
-    return Progress(0, n, dead, torch.tensor(float(D)), torch.tensor(2.5))
+def progress(dead: Tensor | None = None, n: int = N) -> StepContext:
+    return StepContext(0, n, dead, torch.tensor(float(D)), torch.tensor(2.5))
 
 
 def dense_code(coder: TopK, x: Tensor, b_dec: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ def dense_code(coder: TopK, x: Tensor, b_dec: Tensor) -> Tensor:
 def test_forward_and_all_gradients_equal_the_dense_formula(k: int) -> None:
     ours, theirs, x = make(k), make(k), data()
     output = ours(x, x, progress())
-    output.total().backward()
+    output.total_loss().backward()
     reconstruction = dense_code(theirs, x, theirs.b_dec) @ theirs.W_dec + theirs.b_dec
     ((x - reconstruction).pow(2).sum() / (N * D)).backward()
     torch.testing.assert_close(output.reconstruction, reconstruction)
@@ -56,9 +56,9 @@ def test_rows_with_fewer_than_k_positive_entries_count_only_those() -> None:
     coder, x = make(F), data()
     codes = coder.encode(x)
     pre = (x - coder.b_dec) @ coder.W_enc + coder.b_enc
-    assert torch.equal(codes.l0(), (pre > 0).sum(dim=1))
-    assert torch.equal(codes.fired(), (pre > 0).sum(dim=0))
-    torch.testing.assert_close(codes.dense(), pre.relu())
+    assert torch.equal(codes.l0_per_token(), (pre > 0).sum(dim=1))
+    assert torch.equal(codes.firing_counts(), (pre > 0).sum(dim=0))
+    torch.testing.assert_close(codes.to_dense(), pre.relu())
 
 
 def test_ties_keep_exactly_k() -> None:
@@ -67,7 +67,7 @@ def test_ties_keep_exactly_k() -> None:
         coder.W_enc.zero_()
         coder.b_enc.fill_(1.0)
     codes = coder.encode(data())
-    assert (codes.l0() == 4).all()
+    assert (codes.l0_per_token() == 4).all()
     assert codes.indices is not None
     assert all(len(set(row)) == 4 for row in codes.indices.tolist())
 
@@ -122,9 +122,9 @@ def test_micro_batches_add_up_to_one_batch() -> None:
     dead = torch.zeros(F, dtype=torch.bool)
     dead[::3] = True
     whole, parts, x = make(3, alpha=0.5), make(3, alpha=0.5), data()
-    whole(x, x, progress(dead)).total().backward()
+    whole(x, x, progress(dead)).total_loss().backward()
     for part in x.split([5, 1, 17]):
-        parts(part, part, progress(dead)).total().backward()
+        parts(part, part, progress(dead)).total_loss().backward()
     for name in TERMS:
         torch.testing.assert_close(getattr(whole, name).grad, getattr(parts, name).grad, msg=name)
 
@@ -152,7 +152,7 @@ def test_folded_and_unfolded_agree_and_undo_each_other() -> None:
     before = {name: value.clone() for name, value in coder.state_dict().items()}
     outer = folded(coder, mean, scale, axes)
     inner_codes, outer_codes = coder.encode((raw - mean) / scale @ axes), outer.encode(raw)
-    torch.testing.assert_close(outer_codes.dense(), inner_codes.dense() * scale, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(outer_codes.to_dense(), inner_codes.to_dense() * scale, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(
         outer.decode(outer_codes), coder.decode(inner_codes) @ axes.T * scale + mean, rtol=1e-4, atol=1e-4
     )

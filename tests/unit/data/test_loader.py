@@ -8,7 +8,7 @@ import pytest
 from saetrain.data.loader import LoaderSettings, ShardedSequences
 from saetrain.data.sequences import Sequences
 from saetrain.errors import SaetrainError
-from saetrain.types import Sequence, TokenKind
+from saetrain.types import TokenKind, TokenSequence
 
 SPECIAL, FIRST = int(TokenKind.SPECIAL), int(TokenKind.FIRST)
 
@@ -23,13 +23,13 @@ class Numbered(Sequences):
     def __len__(self) -> int:
         return self._count
 
-    def __getitem__(self, index: int) -> Sequence:
+    def __getitem__(self, index: int) -> TokenSequence:
         kind = np.zeros(5 + index % 4, dtype=np.uint8)
         kind[[0, -1]] = SPECIAL
         kind[0] |= FIRST
         if index in self._empty:
             kind[:] = SPECIAL
-        return Sequence(np.full(len(kind), index, dtype=np.int32), kind, np.full(len(kind), index))
+        return TokenSequence(np.full(len(kind), index, dtype=np.int32), kind, np.full(len(kind), index))
 
 
 def sharded(count: int, shards: int = 4, seed: int = 42, empty: frozenset[int] = frozenset()) -> ShardedSequences:
@@ -37,7 +37,7 @@ def sharded(count: int, shards: int = 4, seed: int = 42, empty: frozenset[int] =
     return ShardedSequences(Numbered(count, empty), settings, True, True)
 
 
-def numbers(sequences: list[Sequence]) -> list[int]:
+def numbers(sequences: list[TokenSequence]) -> list[int]:
     return [int(sequence.ids[0]) for sequence in sequences]
 
 
@@ -99,7 +99,7 @@ def test_as_many_sequences_as_hold_the_tokens_and_no_more(tokens: int) -> None:
 def test_token_policy(special: bool, first: bool) -> None:
     data = ShardedSequences(Numbered(1), LoaderSettings(), special, first)
     kinds = np.array([0, SPECIAL, FIRST, SPECIAL | FIRST], dtype=np.uint8)
-    keep = data.keep(Sequence(np.zeros(4, dtype=np.int32), kinds, np.zeros(4, dtype=np.int64)))
+    keep = data.keep(TokenSequence(np.zeros(4, dtype=np.int32), kinds, np.zeros(4, dtype=np.int64)))
     assert keep.tolist() == [True, not special, not first, not (special or first)]
 
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import numpy as np
 
 from saetrain.data.masking import masked_positions, mixed
-from saetrain.types import Sequence, TokenKind
+from saetrain.types import TokenKind, TokenSequence
 
 
-def sequence(length: int, doc: int, seed: int = 0) -> Sequence:
+def sequence(length: int, doc: int, seed: int = 0) -> TokenSequence:
     """Random ids, special tokens at both ends and in the middle."""
     kind = np.zeros(length, dtype=np.uint8)
     kind[[0, length // 2, -1]] = TokenKind.SPECIAL
     ids = np.random.default_rng([seed, doc]).integers(0, 30_000, length).astype(np.int32)
-    return Sequence(ids, kind, np.full(length, doc, dtype=np.int64))
+    return TokenSequence(ids, kind, np.full(length, doc, dtype=np.int64))
 
 
 def test_the_share_is_that_of_bert_and_special_tokens_are_spared() -> None:
@@ -43,12 +43,16 @@ def test_document_text_position_and_seed_decide_and_nothing_else() -> None:
     one = sequence(300, 7)
     masked = masked_positions(one, seed=1)
     for _ in range(3):
-        assert (masked_positions(Sequence(one.ids.copy(), one.kind.copy(), one.doc.copy()), seed=1) == masked).all()
+        assert (
+            masked_positions(TokenSequence(one.ids.copy(), one.kind.copy(), one.doc.copy()), seed=1) == masked
+        ).all()
     assert (masked_positions(one, seed=2) != masked).any()
-    assert (masked_positions(Sequence(one.ids, one.kind, one.doc + 1), seed=1) != masked).any()
+    assert (masked_positions(TokenSequence(one.ids, one.kind, one.doc + 1), seed=1) != masked).any()
     ids = one.ids.copy()
     ids[-1] += 1
-    assert (masked_positions(Sequence(ids, one.kind, one.doc), seed=1) != masked).any(), "another part of the document"
+    assert (masked_positions(TokenSequence(ids, one.kind, one.doc), seed=1) != masked).any(), (
+        "another part of the document"
+    )
 
 
 def test_mixing_is_splitmix() -> None:

@@ -11,7 +11,7 @@ import pytest
 from saetrain.data.loader import LoaderSettings, ShardedSequences, ShardedSource
 from saetrain.data.mix import MixedHeldOut, MixedSequences, MixSettings
 from saetrain.errors import SaetrainError
-from saetrain.types import PART_BITS, Cursor, Sequence
+from saetrain.types import DATASET_ROW_BITS, Cursor, TokenSequence
 from tests.unit.data.test_loader import Numbered
 from tests.unit.data.test_stream import documents, iterable, streamed
 
@@ -24,13 +24,13 @@ def mixed(shares: tuple[float, ...], *extra: ShardedSource) -> MixedSequences:
     return MixedSequences([*parts, *extra][: len(shares)], shares, True, True)
 
 
-def part_of(sequence: Sequence) -> int:
-    parts = set((sequence.doc >> PART_BITS).tolist())
+def part_of(sequence: TokenSequence) -> int:
+    parts = set((sequence.doc >> DATASET_ROW_BITS).tolist())
     assert len(parts) == 1
     return parts.pop()
 
 
-def tokens_of_parts(data: MixedSequences, sequences: list[Sequence], count: int) -> np.ndarray:
+def tokens_of_parts(data: MixedSequences, sequences: list[TokenSequence], count: int) -> np.ndarray:
     held = np.zeros(count)
     for sequence in sequences:
         held[part_of(sequence)] += data.keep(sequence).sum()
@@ -74,7 +74,7 @@ def test_a_cursor_is_plain_integers_of_all_parts() -> None:
 def test_document_numbers_say_the_data_set_and_the_row() -> None:
     data = mixed(SHARES)
     for sequence in data.read(0, data.start, 500)[0]:
-        assert set((sequence.doc % (1 << PART_BITS)).tolist()) == {int(sequence.ids[0])}
+        assert set((sequence.doc % (1 << DATASET_ROW_BITS)).tolist()) == {int(sequence.ids[0])}
 
 
 def test_weights_become_shares() -> None:

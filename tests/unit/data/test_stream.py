@@ -24,7 +24,7 @@ from saetrain.data.stream import BLOCK_ROWS, BlockReader, StreamedRows, Streamed
 from saetrain.data.text import TextColumn
 from saetrain.data.tokenize import Framing, row_encoder, text_hash
 from saetrain.errors import SaetrainError
-from saetrain.types import Cursor, Sequence
+from saetrain.types import Cursor, TokenSequence
 
 TEXT = TextColumn("text", ("text",), "")
 IDS = TextColumn("ids", ("input_ids",), "")
@@ -77,7 +77,7 @@ def streamed(
     )
 
 
-def plain(sequences: list[Sequence]) -> list[tuple[Any, ...]]:
+def plain(sequences: list[TokenSequence]) -> list[tuple[Any, ...]]:
     return [(s.ids.tolist(), s.kind.tolist(), s.doc.tolist()) for s in sequences]
 
 

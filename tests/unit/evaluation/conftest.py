@@ -12,7 +12,7 @@ import torch
 
 from saetrain.activations.head import HeadModel, load_with_head
 from saetrain.activations.model import ModelSettings
-from saetrain.types import Sequence, TokenKind
+from saetrain.types import TokenKind, TokenSequence
 
 CPU = ModelSettings(device="cpu")
 
@@ -64,7 +64,7 @@ def encoder_head(minilm: str) -> HeadModel:
 
 
 @pytest.fixture(scope="session")
-def packed(sure_gpt2: str, topics: list[str]) -> list[Sequence]:
+def packed(sure_gpt2: str, topics: list[str]) -> list[TokenSequence]:
     """Windows for a causal model, of unlike lengths, two documents in most with a special token between them."""
     from transformers import AutoTokenizer
 
@@ -78,12 +78,12 @@ def packed(sure_gpt2: str, topics: list[str]) -> list[Sequence]:
             kind[first] = TokenKind.SPECIAL
         kind[0] |= np.uint8(TokenKind.FIRST)
         docs = np.array([2 * number] * min(first + 1, len(ids)) + [2 * number + 1] * second, dtype=np.int64)
-        out.append(Sequence(np.array(ids, dtype=np.int32), kind, docs))
+        out.append(TokenSequence(np.array(ids, dtype=np.int32), kind, docs))
     return out
 
 
 @pytest.fixture(scope="session")
-def single(minilm: str, topics: list[str]) -> list[Sequence]:
+def single(minilm: str, topics: list[str]) -> list[TokenSequence]:
     """Sequences for an encoder, of unlike lengths, [CLS] and [SEP] around each; two of them of one document."""
     from transformers import AutoTokenizer
 
@@ -94,15 +94,15 @@ def single(minilm: str, topics: list[str]) -> list[Sequence]:
         kind = np.zeros(len(ids), dtype=np.uint8)
         kind[[0, -1]] = TokenKind.SPECIAL
         docs = np.full(len(ids), max(number, 1), dtype=np.int64)
-        out.append(Sequence(np.array(ids, dtype=np.int32), kind, docs))
+        out.append(TokenSequence(np.array(ids, dtype=np.int32), kind, docs))
     return out
 
 
 @pytest.fixture(scope="session")
-def activations() -> Callable[[HeadModel, list[Sequence], str], torch.Tensor]:
+def activations() -> Callable[[HeadModel, list[TokenSequence], str], torch.Tensor]:
     """Takes a module's output on each sequence alone, (n, D) over all their tokens, without the package's capture."""
 
-    def run(head: HeadModel, sequences: list[Sequence], hookpoint: str) -> torch.Tensor:
+    def run(head: HeadModel, sequences: list[TokenSequence], hookpoint: str) -> torch.Tensor:
         rows: list[torch.Tensor] = []
 
         def hook(module: Any, inputs: Any, output: Any) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from saetrain.evaluation.geometry import geometry_metrics
-from saetrain.metrics import decoder_cosines, random_max_cosine, random_redundancy
+from saetrain.metrics import expected_random_max_cosine, expected_random_redundancy, top_and_max_decoder_cosines
 
 
 def drawn(latents: int, d: int, seed: int) -> torch.Tensor:
@@ -21,7 +21,7 @@ def test_rows_largest_cosines_equal_the_whole_matrix(latents: int, block: int) -
     for i in range(latents):
         for j in range(latents):
             full[i, j] = rows[i] @ rows[j] / (rows[i].norm() * rows[j].norm()) if i != j else -1
-    top, largest = decoder_cosines(rows, n=10, block=block)
+    top, largest = top_and_max_decoder_cosines(rows, n=10, block_rows=block)
     torch.testing.assert_close(largest, full.amax(dim=1))
     pairs = full[torch.ones(latents, latents).triu(1).bool()]
     torch.testing.assert_close(top.sort().values, pairs.topk(min(10, len(pairs))).values.sort().values)
@@ -31,13 +31,22 @@ def test_rows_largest_cosines_equal_the_whole_matrix(latents: int, block: int) -
 @pytest.mark.parametrize(("d", "latents"), [(64, 300), (384, 1500), (8, 100), (3, 40), (2, 10), (32, 2)])
 def test_the_baseline_is_what_drawn_directions_give(d: int, latents: int) -> None:
     trials = 6 if latents > 50 else 400
-    found = [float(decoder_cosines(drawn(latents, d, seed))[1].mean()) for seed in range(trials)]
+    found = [float(top_and_max_decoder_cosines(drawn(latents, d, seed))[1].mean()) for seed in range(trials)]
     error = torch.tensor(found).std() / trials**0.5
-    assert random_max_cosine(d, latents) == pytest.approx(sum(found) / trials, abs=max(4 * float(error), 0.002))
+    assert expected_random_max_cosine(d, latents) == pytest.approx(
+        sum(found) / trials, abs=max(4 * float(error), 0.002)
+    )
 
 
 def test_one_latent_or_one_dimension_has_no_baseline() -> None:
-    assert all(value != value for value in (random_max_cosine(8, 1), random_max_cosine(1, 8), random_redundancy(8, 1)))
+    assert all(
+        value != value
+        for value in (
+            expected_random_max_cosine(8, 1),
+            expected_random_max_cosine(1, 8),
+            expected_random_redundancy(8, 1),
+        )
+    )
 
 
 def test_all_figures_by_loops() -> None:

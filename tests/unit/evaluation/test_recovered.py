@@ -20,14 +20,14 @@ from saetrain.errors import SaetrainError
 from saetrain.evaluation.nulls import PCA, Moments, RandomDecoder
 from saetrain.evaluation.recovered import SplicePolicy, every_token, questions
 from saetrain.evaluation.score import Figure, Nulls, ScoreSettings, Subject, score_losses
-from saetrain.types import CoderOutput, Codes, Progress, Sequence
+from saetrain.types import CoderOutput, Codes, StepContext, TokenSequence
 
 CAUSAL_AT, MASKED_AT, ENCODER_AT = "h.1", "encoder.layer.1", "encoder.layer.3"
 KEPT = SplicePolicy(token_policy(exclude_special=True, exclude_first=True))
 ALL = SplicePolicy(every_token)
 MASK_ID = 103
 SEED = 5
-Activations = Callable[[HeadModel, list[Sequence], str], Tensor]
+Activations = Callable[[HeadModel, list[TokenSequence], str], Tensor]
 
 
 class Given(TopK):
@@ -43,7 +43,7 @@ class Given(TopK):
     def decode(self, codes: Codes) -> Tensor:
         return self.rebuild(codes.values)
 
-    def losses(self, x_ND: Tensor, y_ND: Tensor, output: CoderOutput, progress: Progress) -> dict[str, Tensor]:
+    def losses(self, x_ND: Tensor, y_ND: Tensor, output: CoderOutput, progress: StepContext) -> dict[str, Tensor]:
         raise NotImplementedError
 
 
@@ -56,7 +56,7 @@ def nulls_on(x: Tensor, coder: TopK) -> Nulls:
 
 def ours(
     head: HeadModel,
-    sequences: list[Sequence],
+    sequences: list[TokenSequence],
     coder: TopK,
     nulls: Nulls,
     hookpoint: str,
@@ -99,7 +99,7 @@ class ByHand:
         handle.remove()
         return out
 
-    def losses(self, sequences: list[Sequence]) -> dict[str, float]:
+    def losses(self, sequences: list[TokenSequence]) -> dict[str, float]:
         sums = {f"{kind}_{name}": 0.0 for kind in ("ce", "kl") for name in ("clean", *self.variants)}
         count = 0
         for sequence in sequences:
@@ -125,7 +125,7 @@ class ByHand:
         return {name: value / count for name, value in sums.items()} | {"count": count}
 
 
-def expected(hand: ByHand, sequences: list[Sequence]) -> dict[str, float]:
+def expected(hand: ByHand, sequences: list[TokenSequence]) -> dict[str, float]:
     """Our figures of what the loops give."""
     m = hand.losses(sequences)
     return {
@@ -195,7 +195,7 @@ def test_losses_equal_plain_loops(
 
 
 def test_the_policies_replace_different_positions(
-    gpt2_head: HeadModel, packed: list[Sequence], activations: Activations
+    gpt2_head: HeadModel, packed: list[TokenSequence], activations: Activations
 ) -> None:
     x = activations(gpt2_head, packed, CAUSAL_AT)
     coder = coder_near(x)
@@ -211,7 +211,7 @@ def test_the_policies_replace_different_positions(
 
 
 def test_positions_above_the_norm_limit_stay_as_they_are(
-    gpt2_head: HeadModel, packed: list[Sequence], activations: Activations
+    gpt2_head: HeadModel, packed: list[TokenSequence], activations: Activations
 ) -> None:
     x = activations(gpt2_head, packed, CAUSAL_AT)
     limit = float(x.norm(dim=1).median())
@@ -269,7 +269,7 @@ def test_figures_depend_neither_on_batches_nor_on_order(
 
 
 def test_hidden_states_and_pooled_output_equal_plain_loops(
-    encoder_head: HeadModel, single: list[Sequence], activations: Activations
+    encoder_head: HeadModel, single: list[TokenSequence], activations: Activations
 ) -> None:
     x = activations(encoder_head, single, ENCODER_AT)
     coder = coder_near(x)
@@ -300,7 +300,7 @@ def test_hidden_states_and_pooled_output_equal_plain_loops(
 
 
 def test_a_perfect_sae_leaves_an_encoder_as_it_is(
-    encoder_head: HeadModel, single: list[Sequence], activations: Activations
+    encoder_head: HeadModel, single: list[TokenSequence], activations: Activations
 ) -> None:
     x = activations(encoder_head, single, ENCODER_AT)
     perfect = Given(x.shape[1], lambda x: x)
@@ -308,7 +308,7 @@ def test_a_perfect_sae_leaves_an_encoder_as_it_is(
     assert figures == pytest.approx({"pooled_cosine": 1.0, "final_hidden_error": 0.0}, abs=1e-6)
 
 
-def test_an_ablation_that_costs_nothing_is_flagged(tiny_gpt2: str, packed: list[Sequence]) -> None:
+def test_an_ablation_that_costs_nothing_is_flagged(tiny_gpt2: str, packed: list[TokenSequence]) -> None:
     """With untrained weights no token depends on its context, so nothing is lost and a ratio to it is noise."""
     head = load_with_head(tiny_gpt2, ModelSettings(device="cpu"))
     coder = TopK(32, 64, 4).requires_grad_(False)
@@ -319,13 +319,13 @@ def test_an_ablation_that_costs_nothing_is_flagged(tiny_gpt2: str, packed: list[
     assert figures["ce_spliced"].flag == ""
 
 
-def test_a_model_without_a_mask_token_is_refused_by_name(mlm_head: HeadModel, single: list[Sequence]) -> None:
+def test_a_model_without_a_mask_token_is_refused_by_name(mlm_head: HeadModel, single: list[TokenSequence]) -> None:
     with pytest.raises(SaetrainError, match="its tokenizer has no mask token"):
         list(questions(mlm_head, single, KEPT, None, 100, 0))
 
 
 def test_only_next_tokens_and_masked_tokens_are_asked_for(
-    gpt2_head: HeadModel, packed: list[Sequence], mlm_head: HeadModel, single: list[Sequence]
+    gpt2_head: HeadModel, packed: list[TokenSequence], mlm_head: HeadModel, single: list[TokenSequence]
 ) -> None:
     asked = list(questions(gpt2_head, packed, KEPT, None, 100, 0))
     assert sum(len(question.docs) for question in asked) == sum(len(sequence) - 1 for sequence in packed)

@@ -56,11 +56,11 @@ def by_hand(active: np.ndarray, weights: np.ndarray) -> dict[str, float]:
 
 @pytest.mark.parametrize("dense", [False, True])
 def test_figures_and_replicates_equal_brute_force(code: Codes, docs: np.ndarray, dense: bool) -> None:
-    active = (code.dense() > 0).numpy()
+    active = (code.to_dense() > 0).numpy()
     sums = SparsitySums(F, THRESHOLD, CPU, replicates=12, seed=7)
     for rows in np.array_split(np.random.default_rng(2).permutation(N), 4):
-        part = code.rows(torch.from_numpy(rows))
-        sums.add(Codes(part.dense(), None, F) if dense else part, docs[rows])
+        part = code.select_tokens(torch.from_numpy(rows))
+        sums.add(Codes(part.to_dense(), None, F) if dense else part, docs[rows])
     wanted = by_hand(active, np.ones(N))
     assert len(set(wanted.values())) >= 5, "the figures are told apart"
     got = sums.metrics()
@@ -91,7 +91,7 @@ def test_batches_and_their_order_change_nothing(code: Codes, docs: np.ndarray) -
     whole.add(code, docs)
     parts = SparsitySums(F, THRESHOLD, CPU, replicates=20)
     for rows in np.array_split(np.arange(N)[::-1].copy(), 33):
-        parts.add(code.rows(torch.from_numpy(rows)), docs[rows])
+        parts.add(code.select_tokens(torch.from_numpy(rows)), docs[rows])
     assert parts.metrics() == whole.metrics()
     assert parts.estimates() == whole.estimates()
     assert parts.histogram() == whole.histogram()
@@ -100,7 +100,7 @@ def test_batches_and_their_order_change_nothing(code: Codes, docs: np.ndarray) -
 def test_the_histogram_counts_every_latent_once(code: Codes) -> None:
     sums = SparsitySums(F, THRESHOLD, CPU)
     sums.add(code)
-    rates = (code.dense() > 0).double().mean(dim=0).numpy()
+    rates = (code.to_dense() > 0).double().mean(dim=0).numpy()
     found = sums.histogram()
     edges = found["edges_log10"]
     for low, high, count in zip(edges, edges[1:], found["counts"], strict=False):

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from saetrain.activations.normalize import Normalizer
-from saetrain.cli import parse
+from saetrain.cli import parse_train
 from saetrain.coders.folding import folded
 from saetrain.coders.topk import TopK
 from saetrain.data.masking import masked_positions
@@ -21,7 +21,7 @@ from saetrain.runs.end_to_end import EndToEnd
 from saetrain.runs.feed import SequenceFeed, make_feed
 from saetrain.runs.prepare import Prepared, prepare
 from saetrain.training.trainer import SaeTrainer
-from saetrain.types import CoderOutput, Codes, Sequence
+from saetrain.types import CoderOutput, Codes, TokenSequence
 
 SIZES = "--layers 1 --k 4 --num_latents 64 --batch_size 3 --grad_acc_steps 2 --ctx_len 24 --max_tokens 2880"
 SEED = 42
@@ -34,7 +34,7 @@ class Ready:
     """A run up to its first step."""
 
     def __init__(self, model: str, text: str, *words: str) -> None:
-        self.run: Prepared = prepare(parse([model, text, *SIZES.split(), *words]))
+        self.run: Prepared = prepare(parse_train([model, text, *SIZES.split(), *words]))
         self.trainer, normalizers = build_trainer(self.run, None)
         ((self.hookpoint, self.normalizer),) = normalizers.items()
         self.sae: SaeTrainer = self.trainer.saes[self.hookpoint]
@@ -49,7 +49,7 @@ class Ready:
             self.sae.micro_step(batch, self.sae.progress(0, self.trainer.tokens_per_step))
         return {name: p.grad.clone() for name, p in self.sae.coder.named_parameters() if p.grad is not None}
 
-    def sequences(self) -> list[Sequence]:
+    def sequences(self) -> list[TokenSequence]:
         """The first step's: the first one of each shard in turn."""
         return [self.run.train.read(shard, self.run.train.start, 1)[0][-1] for shard in range(6)]
 
@@ -253,5 +253,5 @@ def test_codes_are_those_of_the_coder(ready: Callable[..., Ready]) -> None:
         x = made.run.capture(torch.from_numpy(sequence.ids)[None].long(), torch.ones(1, len(sequence)).long())
         rows = made.normalizer(x[made.hookpoint][0][torch.from_numpy(sequence.kind == 0)])
         codes: Codes = made.sae.coder.encode(rows)
-        expected += codes.fired()
+        expected += codes.firing_counts()
     assert torch.equal(made.sae.sums.fired, expected)

@@ -17,7 +17,7 @@ from saetrain.training import native_engine
 from saetrain.training.engine import AutogradEngine, Engine
 from saetrain.training.native_engine import NativeEngine
 from saetrain.training.torch_engine import TorchEngine
-from saetrain.types import Progress
+from saetrain.types import StepContext
 
 Build = Callable[[TopK, OptimSettings, bool], Engine]
 
@@ -78,13 +78,13 @@ def make(
     return coder, build(coder, OptimSettings(**settings), fused)  # type: ignore[arg-type]
 
 
-def progress(shape: tuple[int, int, int, int, int], tokens: int | None = None, step: int = 0) -> Progress:
+def progress(shape: tuple[int, int, int, int, int], tokens: int | None = None, step: int = 0) -> StepContext:
     count, width, latents, _, dead = shape
     mask = None
     if dead:
         mask = torch.zeros(latents, dtype=torch.bool)
         mask[torch.randperm(latents, generator=torch.Generator().manual_seed(step))[:dead]] = True
-    return Progress(step, tokens or count, mask, torch.tensor(float(width)), torch.tensor(width * 0.7))
+    return StepContext(step, tokens or count, mask, torch.tensor(float(width)), torch.tensor(width * 0.7))
 
 
 def gradients(coder: TopK, engine: Engine) -> dict[str, Tensor]:

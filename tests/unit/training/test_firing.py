@@ -20,7 +20,7 @@ def batch(tokens: int, seed: int) -> Codes:
 
 
 def observe(tracker: FiringTracker, codes: Codes) -> None:
-    tracker.observe(codes.fired(), len(codes.values))
+    tracker.observe(codes.firing_counts(), len(codes.values))
 
 
 def test_since_fired_equals_brute_force_under_accumulation() -> None:
@@ -33,7 +33,7 @@ def test_since_fired_equals_brute_force_under_accumulation() -> None:
             seed += 1
             codes = batch(size, seed)
             observe(tracker, codes)
-            fired |= {i for row in codes.dense().tolist() for i, value in enumerate(row) if value > 0}
+            fired |= {i for row in codes.to_dense().tolist() for i, value in enumerate(row) if value > 0}
         tracker.finish_step()
         since = [0 if i in fired else count + sum(sizes) for i, count in enumerate(since)]
         assert tracker.since_fired.tolist() == since
@@ -71,7 +71,7 @@ def test_rates_cover_the_last_one_to_two_blocks() -> None:
     history = []
     for seed in range(20):
         codes = batch(20, seed)
-        history.append((codes.dense() > 0).sum(dim=0))
+        history.append((codes.to_dense() > 0).sum(dim=0))
         observe(tracker, codes)
         tracker.finish_step()
         rates, tokens = tracker.rates()
@@ -106,7 +106,7 @@ def test_no_code_of_that_l0_beats_the_bound() -> None:
     tokens, k, threshold = 1000, 2, 0.01
     latents = 1000
     indices = torch.arange(tokens * k).reshape(tokens, k) % int(k / threshold)
-    rates = Codes(torch.ones(tokens, k), indices, latents).fired() / tokens
+    rates = Codes(torch.ones(tokens, k), indices, latents).firing_counts() / tokens
     assert float((rates < threshold).float().mean()) == pytest.approx(alive_bound(k, latents, threshold))
 
 

@@ -16,7 +16,7 @@ from saetrain.training import delayed
 from saetrain.training.firing import FiringTracker
 from saetrain.training.trainer import SaeTrainer, Trainer, TrainSettings
 from saetrain.training.triton_engine import TritonEngine
-from saetrain.types import Progress
+from saetrain.types import StepContext
 from tests.unit.kernels.conftest import DEVICE
 from tests.unit.training.test_engines import data, progress, reference, relative
 
@@ -52,10 +52,10 @@ def make(
     return coder, TritonEngine(coder, optim, half=half, fused=fused, products=products)  # type: ignore[arg-type]
 
 
-def here(about: Progress) -> Progress:
-    dead = None if about.dead is None else about.dead.to(DEVICE)
+def here(about: StepContext) -> StepContext:
+    dead = None if about.dead_mask is None else about.dead_mask.to(DEVICE)
     most = None if dead is None else int(dead.sum()) + 2
-    return Progress(
+    return StepContext(
         about.step, about.n_tokens, dead, about.data_variance.to(DEVICE), about.residual_variance.to(DEVICE), most
     )
 
@@ -238,7 +238,7 @@ def without_content(monkeypatch: pytest.MonkeyPatch) -> None:
     for module, name in [(gpu, "reconstruct"), (gpu, "bound_norms"), (gpu, "partial"), (gpu, "latents")]:
         monkeypatch.setattr(module, name, Launch())
     monkeypatch.setattr(gpu_search, "select", Launch())
-    monkeypatch.setattr(delayed, "Arriving", OnItsWay)
+    monkeypatch.setattr(delayed, "PendingCopy", OnItsWay)
 
 
 def meta_trainer(products: Any, micro_steps: int) -> Trainer:
