@@ -23,19 +23,19 @@ from typing import Any
 SKIPPED_FOLDERS = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip", "site-packages", "dist-packages"}
 SKIPPED_MODULES = ("_test", "xx", "_xx")
 MIN_CHARACTERS = 20
-HELD_OUT_PARTS = 10
+HELD_OUT_ONE_IN = 10
 """One text in so many is held out."""
 
-Text = tuple[str, str]
+NamedText = tuple[str, str]
 """(where it stands, the text itself)."""
 
 
-def write(folder: Path) -> None:
+def write_splits(folder: Path) -> None:
     """Write ``train.jsonl`` and ``test.jsonl`` to ``folder``; files that are right already are not touched."""
     folder.mkdir(parents=True, exist_ok=True)
     lines: dict[str, list[str]] = {"train": [], "test": []}
-    for name, text in distinct(gather()):
-        held_out = zlib.crc32(text.encode()) % HELD_OUT_PARTS == 0
+    for name, text in drop_duplicates(iter_texts()):
+        held_out = zlib.crc32(text.encode()) % HELD_OUT_ONE_IN == 0
         lines["test" if held_out else "train"].append(json.dumps({"name": name, "text": text}) + "\n")
     for split, content in lines.items():
         path = folder / f"{split}.jsonl"
@@ -43,9 +43,9 @@ def write(folder: Path) -> None:
             path.write_text("".join(content))
 
 
-def distinct(texts: Iterable[Text]) -> list[Text]:
+def drop_duplicates(texts: Iterable[NamedText]) -> list[NamedText]:
     """The first of each text, without regard to case and white space; very short ones are dropped."""
-    found: dict[str, Text] = {}
+    found: dict[str, NamedText] = {}
     for name, text in texts:
         key = " ".join(text.casefold().split())
         if len(key) >= MIN_CHARACTERS:
@@ -53,7 +53,7 @@ def distinct(texts: Iterable[Text]) -> list[Text]:
     return list(found.values())
 
 
-def gather() -> Iterator[Text]:
+def iter_texts() -> Iterator[NamedText]:
     """Chapters, then the docstrings of Python files, then those of compiled modules."""
     for name, text in sorted(pydoc_data.topics.topics.items()):
         yield f"chapter '{name}'", text
@@ -61,46 +61,48 @@ def gather() -> Iterator[Text]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for path in sorted(library.rglob("*.py")):
-            inner = path.relative_to(library)
-            if not SKIPPED_FOLDERS & set(inner.parts):
-                yield from from_source(path, ".".join(inner.with_suffix("").parts).removesuffix(".__init__"))
+            relative_path = path.relative_to(library)
+            if not SKIPPED_FOLDERS & set(relative_path.parts):
+                yield from iter_source_docstrings(
+                    path, ".".join(relative_path.with_suffix("").parts).removesuffix(".__init__")
+                )
         compiled = {module.name for module in pkgutil.iter_modules([str(library / "lib-dynload")])}
         for name in sorted(compiled | set(sys.builtin_module_names)):
             if not name.startswith(SKIPPED_MODULES):
-                yield from from_compiled(name)
+                yield from iter_compiled_docstrings(name)
 
 
-def from_source(path: Path, module: str) -> Iterator[Text]:
+def iter_source_docstrings(path: Path, module: str) -> Iterator[NamedText]:
     """Docstrings of a file's module, classes and functions; none where it is no Python of this version."""
     try:
         tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError):
         return
-    yield from _docstrings(tree, module)
+    yield from _iter_docstrings(tree, module)
 
 
-def _docstrings(node: Any, name: str) -> Iterator[Text]:
+def _iter_docstrings(node: Any, name: str) -> Iterator[NamedText]:
     text = ast.get_docstring(node)
     if text:
         yield name, text
     for child in node.body:
         if isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            yield from _docstrings(child, f"{name}.{child.name}")
+            yield from _iter_docstrings(child, f"{name}.{child.name}")
 
 
-def from_compiled(module: str) -> Iterator[Text]:
+def iter_compiled_docstrings(module: str) -> Iterator[NamedText]:
     """Docstrings of a compiled module, its functions and classes, and their methods; none where it can't be loaded."""
     try:
-        yield from _members(importlib.import_module(module), module, depth=2)
+        yield from _iter_member_docstrings(importlib.import_module(module), module, depth=2)
     except ImportError:
         return
 
 
-def _members(value: Any, name: str, depth: int) -> Iterator[Text]:
+def _iter_member_docstrings(value: Any, name: str, depth: int) -> Iterator[NamedText]:
     text = getattr(value, "__doc__", None)
     if isinstance(text, str):
         yield name, text
     if depth and (inspect.ismodule(value) or inspect.isclass(value)):
         for key, member in sorted(vars(value).items()):
             if callable(member) or inspect.isdatadescriptor(member) or inspect.ismethoddescriptor(member):
-                yield from _members(member, f"{name}.{key}", depth - 1)
+                yield from _iter_member_docstrings(member, f"{name}.{key}", depth - 1)

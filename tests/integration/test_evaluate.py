@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from saetrain.cli import main
-from saetrain.interop.reading import load_any
+from saetrain.interop.reading import load_any_format
 from tests.conftest import python_topics
 
 ROOT = Path(__file__).parents[2]
@@ -228,7 +228,7 @@ def test_other_libraries_saes_give_the_same_figures(
         assert two["figures"][name]["value"] == pytest.approx(one["figures"][name]["value"], rel=1e-5), name
         assert two["figures"][name]["count"] == one["figures"][name]["count"], name
     x = torch.randn(20, 32)
-    (ours, _), (them, _) = (load_any(folder) for folder in (own_sae, foreign))
+    (ours, _), (them, _) = (load_any_format(folder) for folder in (own_sae, foreign))
     torch.testing.assert_close(them.encode(x).to_dense(), ours.encode(x).to_dense())
     torch.testing.assert_close(them.decode(them.encode(x)), ours.decode(ours.encode(x)))
 
@@ -358,7 +358,7 @@ def test_out_of_memory_says_what_to_lower(
     def full(*arguments: object) -> None:
         raise error
 
-    for place in ("score.answer", "nulls.PCA.__call__", "score.SparsitySums.add"):
+    for place in ("score.model_outputs", "nulls.PCA.__call__", "score.SparsitySums.add"):
         with monkeypatch.context() as patch:
             patch.setattr(f"saetrain.evaluation.{place}", full)
             said = refused(capsys, str(causal_run), *QUICK.split(), "--model_batch_tokens", "512")
@@ -369,7 +369,7 @@ def test_another_runtime_error_is_not_hidden(causal_run: Path, monkeypatch: pyte
     def broken(*arguments: object) -> None:
         raise RuntimeError("something else")
 
-    monkeypatch.setattr("saetrain.evaluation.score.answer", broken)
+    monkeypatch.setattr("saetrain.evaluation.score.model_outputs", broken)
     with pytest.raises(RuntimeError, match="something else"):
         main(["evaluate", str(causal_run), *QUICK.split()])
 

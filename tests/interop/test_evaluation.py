@@ -81,9 +81,9 @@ def ours(tmp_path_factory: pytest.TempPathFactory, language_model: str, topics_j
     fewer_than_k_fire(setting, text)
     scores = score(setting, text, fit_nulls(setting, fit)).scores["h.2"]
     windows = torch.stack([torch.from_numpy(text.sequences[int(number)].ids).long() for number in numbers])
-    assert scores.figures["explained_variance"].count == windows.numel()
-    assert scores.figures["ce_clean"].count == windows[:, 1:].numel()
-    return Ours(folder, windows, {name: figure.estimate.value for name, figure in scores.figures.items()})
+    assert scores.metrics["explained_variance"].count == windows.numel()
+    assert scores.metrics["ce_clean"].count == windows[:, 1:].numel()
+    return Ours(folder, windows, {name: figure.estimate.value for name, figure in scores.metrics.items()})
 
 
 def fewer_than_k_fire(setting: Setting, text: Scored) -> None:

@@ -23,7 +23,7 @@ def score(x: torch.Tensor, estimate: torch.Tensor, sizes: list[int] | None = Non
     sums = ReconstructionSums(torch.full((D,), 49.0))
     for a, b in zip(x.split(sizes or [len(x)]), estimate.split(sizes or [len(x)]), strict=True):
         sums.add(a, b)
-    return sums.metrics()
+    return sums.metric_values()
 
 
 def test_mean_predictor_explains_nothing_and_identity_everything(x: torch.Tensor) -> None:
@@ -56,16 +56,16 @@ def test_figures_do_not_depend_on_the_batches(x: torch.Tensor, sizes: list[int])
 def test_figures_do_not_depend_on_the_centre(x: torch.Tensor) -> None:
     sums = ReconstructionSums(torch.zeros(D))
     sums.add(x, x * 0.9)
-    assert sums.metrics() == pytest.approx(score(x, x * 0.9), rel=1e-6)
+    assert sums.metric_values() == pytest.approx(score(x, x * 0.9), rel=1e-6)
 
 
 def test_sparsity_counts_the_decoded_code() -> None:
     values = torch.tensor([[1.0, 2.0], [0.0, 3.0], [0.0, 0.0], [1.0, 1.0]])
     indices = torch.tensor([[0, 1], [5, 1], [2, 3], [0, 4]])
-    sums = SparsitySums(6, threshold=0.4, device=torch.device("cpu"))
+    sums = SparsitySums(6, dead_threshold=0.4, device=torch.device("cpu"))
     for part in range(4):
         sums.add(Codes(values[part : part + 1], indices[part : part + 1], 6))
-    figures = sums.metrics()
+    figures = sums.metric_values()
     assert figures["l0"] == 5 / 4
     assert (figures["l0_p5"], figures["l0_p50"], figures["l0_p95"]) == (0, 1, 2)
     assert figures["dead_never_fired"] == 3 / 6

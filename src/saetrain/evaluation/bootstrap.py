@@ -16,13 +16,13 @@ from torch import Tensor
 
 from saetrain.data.masking import mixed
 
-COVERAGE = 0.95
-Range = tuple[float, float]
-ANY: Range = (-math.inf, math.inf)
-SHARE: Range = (0.0, 1.0)
-COSINE: Range = (-1.0, 1.0)
-NOT_NEGATIVE: Range = (0.0, math.inf)
-AT_MOST_ONE: Range = (-math.inf, 1.0)
+INTERVAL_COVERAGE = 0.95
+ValueRange = tuple[float, float]
+UNBOUNDED: ValueRange = (-math.inf, math.inf)
+FRACTION_RANGE: ValueRange = (0.0, 1.0)
+COSINE_RANGE: ValueRange = (-1.0, 1.0)
+NON_NEGATIVE: ValueRange = (0.0, math.inf)
+AT_MOST_ONE: ValueRange = (-math.inf, 1.0)
 
 Sums = Mapping[str, Tensor]
 Formula = Callable[[Sums], Tensor]
@@ -37,12 +37,12 @@ class Estimate:
     high: float = math.nan
 
 
-def poisson_weights(docs: np.ndarray, replicates: int, seed: int) -> np.ndarray:
+def draw_poisson_weights(docs: np.ndarray, replicates: int, seed: int) -> np.ndarray:
     """(replicates, documents) float64, each a draw from Poisson(1) that document, replicate and seed decide."""
     streams = mixed(np.arange(replicates, dtype=np.uint64) + np.uint64(seed) * np.uint64(1 << 20))
-    drawn = mixed(docs.astype(np.uint64)[None, :] ^ streams[:, None])
+    random_bits = mixed(docs.astype(np.uint64)[None, :] ^ streams[:, None])
     cumulative = np.cumsum([math.exp(-1) / math.factorial(count) for count in range(16)])
-    return np.searchsorted(cumulative, drawn / 2.0**64).astype(np.float64)
+    return np.searchsorted(cumulative, random_bits / 2.0**64).astype(np.float64)
 
 
 class DocumentSums:
@@ -53,46 +53,50 @@ class DocumentSums:
 
     def __init__(self, replicates: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> None:
         self.replicates, self._seed, self._dtype = replicates, seed, dtype
-        self.total: dict[str, Tensor] = {}
-        self.replicate: dict[str, Tensor] = {}
-        self._first: int | None = None
-        self._several = False
+        self.full_sums: dict[str, Tensor] = {}
+        self.replicate_sums: dict[str, Tensor] = {}
+        self._first_doc: int | None = None
+        self._has_several_docs = False
 
     def add(self, docs: np.ndarray, terms: Mapping[str, Tensor]) -> None:
         """Count n tokens: ``docs`` (n,) int64, and each term's value for every one of them, (n, …)."""
         documents, document_of = np.unique(docs, return_inverse=True)
-        number = torch.from_numpy(document_of)
-        summed = {}
+        doc_index = torch.from_numpy(document_of)
+        document_sums = {}
         for name, value in terms.items():
             value = value.to(self._dtype)
             zeros = value.new_zeros(len(documents), *value.shape[1:])
-            summed[name] = zeros.index_add_(0, number.to(value.device), value)
-        self.add_documents(documents, summed)
+            document_sums[name] = zeros.index_add_(0, doc_index.to(value.device), value)
+        self.add_document_sums(documents, document_sums)
 
-    def add_documents(self, documents: np.ndarray, sums: Mapping[str, Tensor]) -> None:
+    def add_document_sums(self, documents: np.ndarray, sums: Mapping[str, Tensor]) -> None:
         """Count whole documents (u,) int64 by their own sums, each (u, …)."""
-        if self._first is None and len(documents):
-            self._first = int(documents[0])
-        self._several = self._several or bool((documents != self._first).any())
-        weights = torch.from_numpy(poisson_weights(documents, self.replicates, self._seed)).to(self._dtype)
+        if self._first_doc is None and len(documents):
+            self._first_doc = int(documents[0])
+        self._has_several_docs = self._has_several_docs or bool((documents != self._first_doc).any())
+        weights = torch.from_numpy(draw_poisson_weights(documents, self.replicates, self._seed)).to(self._dtype)
         for name, value in sums.items():
             value = value.to(self._dtype)
-            whole = value.sum(dim=0)
-            self.total[name] = self.total[name] + whole if name in self.total else whole
+            full_sum = value.sum(dim=0)
+            self.full_sums[name] = self.full_sums[name] + full_sum if name in self.full_sums else full_sum
             if self.replicates:
-                drawn = torch.tensordot(weights.to(value.device), value, dims=1)
-                self.replicate[name] = self.replicate[name].add_(drawn) if name in self.replicate else drawn
+                resampled = torch.tensordot(weights.to(value.device), value, dims=1)
+                self.replicate_sums[name] = (
+                    self.replicate_sums[name].add_(resampled) if name in self.replicate_sums else resampled
+                )
 
-    def estimate(self, formula: Formula, possible: Range = ANY) -> Estimate:
+    def estimate_metric(self, formula: Formula, value_range: ValueRange = UNBOUNDED) -> Estimate:
         """What ``formula`` makes of the sums, (…) to scalar and with a leading axis of replicates alike.
 
         ``possible``: the range of such a figure. One document alone can't be resampled, so it gives no interval.
         """
-        resampled = self.replicate and self._several
-        return interval(formula(self.total), formula(self.replicate) if resampled else None, possible)
+        can_resample = self.replicate_sums and self._has_several_docs
+        return bootstrap_estimate(
+            formula(self.full_sums), formula(self.replicate_sums) if can_resample else None, value_range
+        )
 
 
-def interval(value: Tensor, replicates: Tensor | None, possible: Range = ANY) -> Estimate:
+def bootstrap_estimate(value: Tensor, replicates: Tensor | None, value_range: ValueRange = UNBOUNDED) -> Estimate:
     """The middle COVERAGE of the replicates, moved so that their mean is the value.
 
     It ends where the ``possible`` range of the figure does, and always holds the value.
@@ -103,7 +107,9 @@ def interval(value: Tensor, replicates: Tensor | None, possible: Range = ANY) ->
     if replicates is None or len(replicates) < 2 or not bool(torch.isfinite(replicates).all()):
         return Estimate(float(value))
     shifted = replicates.double() - replicates.double().mean() + float(value)
-    tail = (1 - COVERAGE) / 2
+    tail = (1 - INTERVAL_COVERAGE) / 2
     low, high = torch.quantile(shifted, torch.tensor([tail, 1 - tail], dtype=torch.float64, device=shifted.device))
-    least, most = possible
-    return Estimate(float(value), min(max(float(low), least), float(value)), max(min(float(high), most), float(value)))
+    lower_bound, upper_bound = value_range
+    return Estimate(
+        float(value), min(max(float(low), lower_bound), float(value)), max(min(float(high), upper_bound), float(value))
+    )

@@ -7,31 +7,31 @@ from torch import Tensor
 
 from saetrain.metrics import expected_random_max_cosine, expected_random_redundancy, top_and_max_decoder_cosines
 
-SEED = 0
-BLOCK = 4096
+BASELINE_SEED = 0
+LATENTS_PER_BLOCK = 4096
 
 
 @torch.no_grad()
 def geometry_metrics(W_enc_DF: Tensor, W_dec_FD: Tensor) -> dict[str, float]:
     """Cosines between decoder rows and between each latent's encoder and decoder, each with its random baseline."""
     num_latents, d_in = W_dec_FD.shape
-    top, largest = top_and_max_decoder_cosines(W_dec_FD)
+    top_cosines, max_cosines = top_and_max_decoder_cosines(W_dec_FD)
     return {
-        "decoder_redundancy_top100": float(top.mean()) if len(top) else float("nan"),
+        "decoder_redundancy_top100": float(top_cosines.mean()) if len(top_cosines) else float("nan"),
         "decoder_redundancy_top100_random": expected_random_redundancy(d_in, num_latents),
-        "decoder_max_cosine": float(largest.mean()) if num_latents > 1 else float("nan"),
+        "decoder_max_cosine": float(max_cosines.mean()) if num_latents > 1 else float("nan"),
         "decoder_max_cosine_random": expected_random_max_cosine(d_in, num_latents),
         "encoder_decoder_cosine": float(torch.cosine_similarity(W_enc_DF.T, W_dec_FD, dim=1).mean()),
-        "encoder_decoder_cosine_random": _random_alignment(W_enc_DF),
+        "encoder_decoder_cosine_random": _random_encoder_cosine(W_enc_DF),
     }
 
 
-def _random_alignment(W_enc_DF: Tensor) -> float:
+def _random_encoder_cosine(W_enc_DF: Tensor) -> float:
     """Mean cosine of the encoder's columns with random directions, drawn in blocks."""
-    generator = torch.Generator().manual_seed(SEED)
-    total, (d_in, latents) = 0.0, W_enc_DF.shape
-    for start in range(0, latents, BLOCK):
-        block = W_enc_DF[:, start : start + BLOCK].T
-        drawn = torch.randn(len(block), d_in, generator=generator).to(block.device)
-        total += float(torch.cosine_similarity(block, drawn, dim=1).sum())
-    return total / latents
+    generator = torch.Generator().manual_seed(BASELINE_SEED)
+    cosine_sum, (d_in, num_latents) = 0.0, W_enc_DF.shape
+    for start in range(0, num_latents, LATENTS_PER_BLOCK):
+        block = W_enc_DF[:, start : start + LATENTS_PER_BLOCK].T
+        directions = torch.randn(len(block), d_in, generator=generator).to(block.device)
+        cosine_sum += float(torch.cosine_similarity(block, directions, dim=1).sum())
+    return cosine_sum / num_latents

@@ -35,7 +35,7 @@ class EvalSettings:
 
 
 @dataclass(frozen=True)
-class Subject:
+class EvalTarget:
     """A coder that takes raw activations of ``hookpoint``; ``centre`` (D,) near their mean."""
 
     hookpoint: str
@@ -44,37 +44,37 @@ class Subject:
 
 
 @torch.no_grad()
-def evaluate(
-    subjects: Mapping[str, Subject],
+def evaluate_coders(
+    targets: Mapping[str, EvalTarget],
     batches: Iterable[Mapping[str, Tensor]],
-    tokens: int,
+    max_tokens: int,
     dead_threshold: float,
 ) -> dict[str, dict[str, float]]:
     """{subject: figures} over the first ``tokens`` tokens of ``batches`` of raw activations {hookpoint: (n, D)}."""
     sums = {
         name: (
-            ReconstructionSums(subject.centre),
-            SparsitySums(subject.coder.num_latents, dead_threshold, subject.centre.device),
+            ReconstructionSums(target.centre),
+            SparsitySums(target.coder.num_latents, dead_threshold, target.centre.device),
         )
-        for name, subject in subjects.items()
+        for name, target in targets.items()
     }
-    seen = 0
+    n_tokens = 0
     for batch in batches:
-        count = min(tokens - seen, len(next(iter(batch.values()))))
-        for name, subject in subjects.items():
-            for x in batch[subject.hookpoint][:count].split(CHUNK_TOKENS):
-                codes = subject.coder.encode(x.float())
-                sums[name][0].add(x, subject.coder.decode(codes))
+        count = min(max_tokens - n_tokens, len(next(iter(batch.values()))))
+        for name, target in targets.items():
+            for x in batch[target.hookpoint][:count].split(CHUNK_TOKENS):
+                codes = target.coder.encode(x.float())
+                sums[name][0].add(x, target.coder.decode(codes))
                 sums[name][1].add(codes)
-        seen += count
-        if seen >= tokens:
+        n_tokens += count
+        if n_tokens >= max_tokens:
             break
     return {
         name: {
-            "tokens": seen,
-            **reconstruction.metrics(),
-            **sparsity.metrics(),
-            **geometry_metrics(subjects[name].coder.W_enc, subjects[name].coder.W_dec),
+            "tokens": n_tokens,
+            **reconstruction.metric_values(),
+            **sparsity.metric_values(),
+            **geometry_metrics(targets[name].coder.W_enc, targets[name].coder.W_dec),
         }
         for name, (reconstruction, sparsity) in sums.items()
     }

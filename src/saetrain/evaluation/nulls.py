@@ -9,35 +9,35 @@ from torch import Tensor
 
 from saetrain.types import Codes
 
-GATHERED = 1 << 24
+MAX_GATHERED_ELEMENTS = 1 << 24
 """Numbers of decoder rows that least squares holds at once."""
 RIDGE = 1e-5
 """Added to the diagonal, as the k directions may be all but dependent (k near D)."""
 
 
-class Moments:
+class RunningMoments:
     """Running mean and covariance of tokens (N, D), in fp64."""
 
     def __init__(self, d_in: int, device: torch.device) -> None:
         self._sum = torch.zeros(d_in, dtype=torch.float64, device=device)
         self._products = torch.zeros(d_in, d_in, dtype=torch.float64, device=device)
-        self.tokens = 0
+        self.n_tokens = 0
 
     def add(self, x_ND: Tensor) -> None:
         """Count a batch."""
         x = x_ND.double()
         self._sum += x.sum(dim=0)
         self._products.addmm_(x.T, x)
-        self.tokens += len(x)
+        self.n_tokens += len(x)
 
-    def mean(self) -> Tensor:
+    def compute_mean(self) -> Tensor:
         """(D,) fp32."""
-        return (self._sum / self.tokens).float()
+        return (self._sum / self.n_tokens).float()
 
-    def principal(self, rank: int) -> Tensor:
+    def principal_directions(self, rank: int) -> Tensor:
         """(D, rank) orthonormal directions of largest variance, fp32."""
-        mean = self._sum / self.tokens
-        covariance = self._products / self.tokens - torch.outer(mean, mean)
+        mean = self._sum / self.n_tokens
+        covariance = self._products / self.n_tokens - torch.outer(mean, mean)
         _, vectors = torch.linalg.eigh(covariance)
         return vectors[:, -min(rank, len(mean)) :].float()
 
@@ -66,11 +66,11 @@ class RandomDecoder:
     k: int
 
     @staticmethod
-    def of(mean: Tensor, num_latents: int, k: int, seed: int) -> RandomDecoder:
+    def from_seed(mean: Tensor, num_latents: int, k: int, seed: int) -> RandomDecoder:
         """Directions drawn from ``seed``."""
         generator = torch.Generator().manual_seed(seed)
-        drawn = torch.randn(num_latents, len(mean), generator=generator)
-        return RandomDecoder(mean, torch.nn.functional.normalize(drawn, dim=1).to(mean.device), k)
+        directions = torch.randn(num_latents, len(mean), generator=generator)
+        return RandomDecoder(mean, torch.nn.functional.normalize(directions, dim=1).to(mean.device), k)
 
     def encode(self, x_ND: Tensor) -> Codes:
         """Which k directions are taken, with their inner products."""
@@ -80,17 +80,17 @@ class RandomDecoder:
     def decode(self, codes: Codes, x_ND: Tensor) -> Tensor:
         """The best reconstruction of ``x_ND`` from the directions that ``codes`` name."""
         assert codes.indices is not None, "a random decoder's code is sparse"
-        step = max(1, GATHERED // (self.k * len(self.mean)))
-        pieces = zip(codes.indices.split(step), (x_ND - self.mean).split(step), strict=True)
-        return torch.cat([self.mean + self._project(indices, x) for indices, x in pieces])
+        chunk_tokens = max(1, MAX_GATHERED_ELEMENTS // (self.k * len(self.mean)))
+        chunks = zip(codes.indices.split(chunk_tokens), (x_ND - self.mean).split(chunk_tokens), strict=True)
+        return torch.cat([self.mean + self._fit_least_squares(indices, x) for indices, x in chunks])
 
-    def _project(self, indices: Tensor, x: Tensor) -> Tensor:
+    def _fit_least_squares(self, indices: Tensor, x: Tensor) -> Tensor:
         rows = self.directions[indices]
         if rows.shape[1] > rows.shape[2]:
             # More directions than dimensions: their products are a singular matrix, those of the dimensions are not.
             gram = rows.transpose(1, 2) @ rows
-            return x - RIDGE * _solve(gram, x.unsqueeze(2)).squeeze(2)
-        weights = _solve(rows @ rows.transpose(1, 2), rows @ x.unsqueeze(2))
+            return x - RIDGE * _solve_ridge(gram, x.unsqueeze(2)).squeeze(2)
+        weights = _solve_ridge(rows @ rows.transpose(1, 2), rows @ x.unsqueeze(2))
         return (rows.transpose(1, 2) @ weights).squeeze(2)
 
     def __call__(self, x_ND: Tensor) -> Tensor:
@@ -98,7 +98,7 @@ class RandomDecoder:
         return self.decode(self.encode(x_ND), x_ND)
 
 
-def _solve(gram: Tensor, wanted: Tensor) -> Tensor:
+def _solve_ridge(gram: Tensor, right_side: Tensor) -> Tensor:
     """(gram + RIDGE)⁻¹ wanted; ``gram`` is changed."""
     gram.diagonal(dim1=1, dim2=2).add_(RIDGE)
-    return torch.cholesky_solve(wanted, torch.linalg.cholesky(gram))
+    return torch.cholesky_solve(right_side, torch.linalg.cholesky(gram))

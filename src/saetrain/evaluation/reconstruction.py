@@ -7,38 +7,38 @@ import torch
 from torch import Tensor
 
 from saetrain.evaluation.bootstrap import (
-    ANY,
     AT_MOST_ONE,
-    COSINE,
-    NOT_NEGATIVE,
+    COSINE_RANGE,
+    NON_NEGATIVE,
+    UNBOUNDED,
     DocumentSums,
     Estimate,
     Formula,
-    Range,
     Sums,
+    ValueRange,
 )
 from saetrain.metrics import compute_fvu, total_variance
 
 
-def _fvu(sums: Sums) -> Tensor:
+def _fvu_formula(sums: Sums) -> Tensor:
     return compute_fvu(sums["residual"], total_variance(sums["shift"], sums["square"], sums["tokens"]))
 
 
-FORMULAS: dict[str, Formula] = {
-    "fvu": _fvu,
-    "explained_variance": lambda sums: 1 - _fvu(sums),
+METRIC_FORMULAS: dict[str, Formula] = {
+    "fvu": _fvu_formula,
+    "explained_variance": lambda sums: 1 - _fvu_formula(sums),
     "mse": lambda sums: sums["residual"] / (sums["tokens"] * sums["shift"].shape[-1]),
     "cosine": lambda sums: sums["cosine"] / sums["tokens"],
     "norm_ratio": lambda sums: sums["norm_ratio"] / sums["tokens"],
     "reconstruction_bias": lambda sums: sums["norm_square"] / sums["inner"],
 }
 """Figure -> its formula; docs/metrics.md explains each."""
-POSSIBLE: dict[str, Range] = {
-    "fvu": NOT_NEGATIVE,
+METRIC_RANGES: dict[str, ValueRange] = {
+    "fvu": NON_NEGATIVE,
     "explained_variance": AT_MOST_ONE,
-    "mse": NOT_NEGATIVE,
-    "cosine": COSINE,
-    "norm_ratio": NOT_NEGATIVE,
+    "mse": NON_NEGATIVE,
+    "cosine": COSINE_RANGE,
+    "norm_ratio": NON_NEGATIVE,
 }
 """Figure -> its range, where it has one."""
 
@@ -49,45 +49,49 @@ class ReconstructionSums:
     def __init__(self, centre: Tensor, replicates: int = 0, seed: int = 0) -> None:
         self._centre = centre.double()
         self._sums = DocumentSums(replicates, seed)
-        self.tokens = 0
+        self.n_tokens = 0
 
     @torch.no_grad()
     def add(self, x_ND: Tensor, reconstruction_ND: Tensor, docs: np.ndarray | None = None) -> None:
         """Count a batch; ``docs`` (N,) says which document each token is from."""
         if not len(x_ND):
             return
-        x, estimate = x_ND.double(), reconstruction_ND.double()
+        x, x_hat = x_ND.double(), reconstruction_ND.double()
         shift = x - self._centre
         terms = {
             "tokens": torch.ones(len(x), device=x.device),
             "shift": shift,
             "square": shift.pow(2).sum(dim=1),
-            "residual": (x - estimate).pow(2).sum(dim=1),
-            "cosine": torch.cosine_similarity(x, estimate, dim=1),
-            "norm_ratio": estimate.norm(dim=1) / x.norm(dim=1).clamp_min(torch.finfo(torch.float64).tiny),
-            "inner": (x * estimate).sum(dim=1),
-            "norm_square": estimate.pow(2).sum(dim=1),
+            "residual": (x - x_hat).pow(2).sum(dim=1),
+            "cosine": torch.cosine_similarity(x, x_hat, dim=1),
+            "norm_ratio": x_hat.norm(dim=1) / x.norm(dim=1).clamp_min(torch.finfo(torch.float64).tiny),
+            "inner": (x * x_hat).sum(dim=1),
+            "norm_square": x_hat.pow(2).sum(dim=1),
         }
         self._sums.add(np.zeros(len(x), dtype=np.int64) if docs is None else docs, terms)
-        self.tokens += len(x)
+        self.n_tokens += len(x)
 
-    def plus(self, others: list[ReconstructionSums]) -> ReconstructionSums:
+    def merged_with(self, others: list[ReconstructionSums]) -> ReconstructionSums:
         """The sums of this and ``others`` together, without replicates."""
-        out = ReconstructionSums(self._centre)
+        merged = ReconstructionSums(self._centre)
         for part in (self, *others):
-            if part.tokens:
-                out._sums.add_documents(
-                    np.zeros(1, dtype=np.int64), {name: value.unsqueeze(0) for name, value in part._sums.total.items()}
+            if part.n_tokens:
+                merged._sums.add_document_sums(
+                    np.zeros(1, dtype=np.int64),
+                    {name: value.unsqueeze(0) for name, value in part._sums.full_sums.items()},
                 )
-                out.tokens += part.tokens
-        return out
+                merged.n_tokens += part.n_tokens
+        return merged
 
-    def estimates(self) -> dict[str, Estimate]:
+    def metric_estimates(self) -> dict[str, Estimate]:
         """Each figure of FORMULAS with its interval; nan where no token was counted."""
-        if not self.tokens:
-            return dict.fromkeys(FORMULAS, Estimate(float("nan")))
-        return {name: self._sums.estimate(formula, POSSIBLE.get(name, ANY)) for name, formula in FORMULAS.items()}
+        if not self.n_tokens:
+            return dict.fromkeys(METRIC_FORMULAS, Estimate(float("nan")))
+        return {
+            name: self._sums.estimate_metric(formula, METRIC_RANGES.get(name, UNBOUNDED))
+            for name, formula in METRIC_FORMULAS.items()
+        }
 
-    def metrics(self) -> dict[str, float]:
+    def metric_values(self) -> dict[str, float]:
         """The figures alone."""
-        return {name: estimate.value for name, estimate in self.estimates().items()}
+        return {name: estimate.value for name, estimate in self.metric_estimates().items()}

@@ -16,17 +16,22 @@ from saetrain.activations.read import Labelled, Place
 from saetrain.coders.base import SparseCoder
 from saetrain.errors import SaetrainError
 from saetrain.evaluation import recovered
-from saetrain.evaluation.bootstrap import ANY, DocumentSums, Estimate, Formula
+from saetrain.evaluation.bootstrap import UNBOUNDED, DocumentSums, Estimate, Formula
 from saetrain.evaluation.geometry import geometry_metrics
-from saetrain.evaluation.heldout import CHUNK_TOKENS, Subject
+from saetrain.evaluation.heldout import CHUNK_TOKENS, EvalTarget
 from saetrain.evaluation.nulls import PCA, RandomDecoder
 from saetrain.evaluation.reconstruction import ReconstructionSums
-from saetrain.evaluation.recovered import LossScorer, SplicePolicy, answer, questions
+from saetrain.evaluation.recovered import LossScorer, SplicePolicy, iter_lm_batches, model_outputs
 from saetrain.evaluation.sparsity import SparsitySums
 from saetrain.types import TokenSequence, shown_default
 
-RANDOM, PRINCIPAL, MEAN, DIRECTIONS = "random_decoder", "pca", "mean", "random_directions"
-MOST_SEED = (1 << 32) - 1
+RANDOM_DECODER, PCA_RECONSTRUCTION, MEAN_RECONSTRUCTION, RANDOM_DIRECTIONS = (
+    "random_decoder",
+    "pca",
+    "mean",
+    "random_directions",
+)
+MAX_SEED = (1 << 32) - 1
 """Seeds up to here give different weights of the documents."""
 
 
@@ -50,165 +55,179 @@ class ScoreSettings:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise SaetrainError(f"--{name} {value}: must be at least {least}")
-        if self.eval_seed > MOST_SEED:
-            raise SaetrainError(f"--eval_seed {self.eval_seed}: must be at most {MOST_SEED}")
+        if self.eval_seed > MAX_SEED:
+            raise SaetrainError(f"--eval_seed {self.eval_seed}: must be at most {MAX_SEED}")
         if self.bootstrap == 1:
             raise SaetrainError("--bootstrap 1: one resampling gives no interval; give 0 or at least 2")
 
 
 @dataclass(frozen=True)
-class Nulls:
+class Baselines:
     """What an SAE is held against; ``mean`` (D,) of training tokens."""
 
     mean: Tensor
     pca: PCA
-    random: RandomDecoder
+    random_decoder: RandomDecoder
 
 
 @dataclass(frozen=True)
-class Figure:
+class MetricResult:
     """One figure: its estimate, the tokens (or latents) behind it, the same of each null, and what to beware of."""
 
     estimate: Estimate
     count: int
-    nulls: Mapping[str, Estimate] = field(default_factory=dict)
+    baselines: Mapping[str, Estimate] = field(default_factory=dict)
     flag: str = ""
 
     def as_json(self, formula: str) -> dict[str, Any]:
         """With ``formula``, the figure's entry in docs/metrics.md."""
         return {
-            **_plain(self.estimate),
+            **_estimate_as_json(self.estimate),
             "count": self.count,
             "formula": formula,
-            "nulls": {name: _plain(estimate) for name, estimate in self.nulls.items()},
+            "nulls": {name: _estimate_as_json(estimate) for name, estimate in self.baselines.items()},
             **({"flag": self.flag} if self.flag else {}),
         }
 
 
-def _plain(estimate: Estimate) -> dict[str, float | None]:
+def _estimate_as_json(estimate: Estimate) -> dict[str, float | None]:
     """Numbers that JSON has; those that are not finite as null."""
     values = {"value": estimate.value, "low": estimate.low, "high": estimate.high}
     return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
 @dataclass
-class Scores:
+class SaeScores:
     """What is known of one SAE on one text.
 
     ``classes`` {class of positions: its reconstruction figures and tokens}; ``density`` the histogram.
     """
 
-    figures: dict[str, Figure]
-    classes: dict[str, dict[str, float]]
-    density: dict[str, Any]
+    metrics: dict[str, MetricResult]
+    metrics_by_class: dict[str, dict[str, float]]
+    density_histogram: dict[str, Any]
     l0_percentiles: tuple[int, int, int]
-    documents: int
+    n_documents: int
 
 
-class _Activations:
+class _ActivationScorer:
     """Sums over the activations of one SAE."""
 
-    def __init__(self, subject: Subject, nulls: Nulls, threshold: float, settings: ScoreSettings) -> None:
-        self.subject, self.held_against = subject, nulls
-        device, resample = subject.centre.device, (settings.bootstrap, settings.eval_seed)
-        self.by_place = {
-            place: ReconstructionSums(subject.centre, *(resample if place is Place.KEPT else ())) for place in Place
+    def __init__(
+        self, target: EvalTarget, baselines: Baselines, dead_threshold: float, settings: ScoreSettings
+    ) -> None:
+        self.target, self.baselines = target, baselines
+        device, bootstrap_args = target.centre.device, (settings.bootstrap, settings.eval_seed)
+        self.sums_by_class = {
+            token_class: ReconstructionSums(target.centre, *(bootstrap_args if token_class is Place.KEPT else ()))
+            for token_class in Place
         }
-        self.nulls = {name: ReconstructionSums(subject.centre, *resample) for name in (RANDOM, PRINCIPAL, MEAN)}
-        latents = subject.coder.num_latents
-        self.sparsity = SparsitySums(latents, threshold, device, *resample)
-        self.random_sparsity = SparsitySums(latents, threshold, device, *resample)
+        self.baseline_sums = {
+            name: ReconstructionSums(target.centre, *bootstrap_args)
+            for name in (RANDOM_DECODER, PCA_RECONSTRUCTION, MEAN_RECONSTRUCTION)
+        }
+        num_latents = target.coder.num_latents
+        self.sparsity_sums = SparsitySums(num_latents, dead_threshold, device, *bootstrap_args)
+        self.random_sparsity_sums = SparsitySums(num_latents, dead_threshold, device, *bootstrap_args)
 
-    def add(self, x_ND: Tensor, docs: np.ndarray, places: np.ndarray) -> None:
-        coder, nulls = self.subject.coder, self.held_against
+    def add(self, x_ND: Tensor, docs: np.ndarray, token_classes: np.ndarray) -> None:
+        coder, baselines = self.target.coder, self.baselines
         for start in range(0, len(docs), CHUNK_TOKENS):
-            part = slice(start, start + CHUNK_TOKENS)
-            x, doc, place = x_ND[part].float(), docs[part], places[part]
+            chunk = slice(start, start + CHUNK_TOKENS)
+            x, doc, token_class = x_ND[chunk].float(), docs[chunk], token_classes[chunk]
             codes = coder.encode(x)
-            estimate = coder.decode(codes)
-            rows = {kind: torch.from_numpy(np.flatnonzero(place == kind)).to(x.device) for kind in Place}
-            for kind, sums in self.by_place.items():
-                sums.add(x[rows[kind]], estimate[rows[kind]], doc[place == kind])
-            kept, whose = x[rows[Place.KEPT]], doc[place == Place.KEPT]
-            self.sparsity.add(codes.select_tokens(rows[Place.KEPT]), whose)
-            drawn = nulls.random.encode(kept)
-            self.random_sparsity.add(drawn, whose)
-            self.nulls[RANDOM].add(kept, nulls.random.decode(drawn, kept), whose)
-            self.nulls[PRINCIPAL].add(kept, nulls.pca(kept), whose)
-            self.nulls[MEAN].add(kept, nulls.mean.expand_as(kept), whose)
+            x_hat = coder.decode(codes)
+            rows_by_class = {kind: torch.from_numpy(np.flatnonzero(token_class == kind)).to(x.device) for kind in Place}
+            for kind, sums in self.sums_by_class.items():
+                sums.add(x[rows_by_class[kind]], x_hat[rows_by_class[kind]], doc[token_class == kind])
+            kept, kept_docs = x[rows_by_class[Place.KEPT]], doc[token_class == Place.KEPT]
+            self.sparsity_sums.add(codes.select_tokens(rows_by_class[Place.KEPT]), kept_docs)
+            random_codes = baselines.random_decoder.encode(kept)
+            self.random_sparsity_sums.add(random_codes, kept_docs)
+            self.baseline_sums[RANDOM_DECODER].add(kept, baselines.random_decoder.decode(random_codes, kept), kept_docs)
+            self.baseline_sums[PCA_RECONSTRUCTION].add(kept, baselines.pca(kept), kept_docs)
+            self.baseline_sums[MEAN_RECONSTRUCTION].add(kept, baselines.mean.expand_as(kept), kept_docs)
 
-    def figures(self) -> dict[str, Figure]:
+    def collect_metrics(self) -> dict[str, MetricResult]:
         """Of the kept tokens, each beside its nulls."""
-        out: dict[str, Figure] = {}
-        own = self.by_place[Place.KEPT]
-        others = {name: sums.estimates() for name, sums in self.nulls.items()}
-        for name, estimate in own.estimates().items():
-            out[name] = Figure(estimate, own.tokens, {null: figures[name] for null, figures in others.items()})
-        random = self.random_sparsity.estimates()
-        for name, estimate in self.sparsity.estimates().items():
-            out[name] = Figure(estimate, self.sparsity.tokens, {RANDOM: random[name]})
+        out: dict[str, MetricResult] = {}
+        kept_sums = self.sums_by_class[Place.KEPT]
+        baseline_estimates = {name: sums.metric_estimates() for name, sums in self.baseline_sums.items()}
+        for name, estimate in kept_sums.metric_estimates().items():
+            out[name] = MetricResult(
+                estimate,
+                kept_sums.n_tokens,
+                {baseline: estimates[name] for baseline, estimates in baseline_estimates.items()},
+            )
+        random_estimates = self.random_sparsity_sums.metric_estimates()
+        for name, estimate in self.sparsity_sums.metric_estimates().items():
+            out[name] = MetricResult(estimate, self.sparsity_sums.n_tokens, {RANDOM_DECODER: random_estimates[name]})
         return out
 
-    def classes(self) -> dict[str, dict[str, float]]:
+    def metrics_by_class(self) -> dict[str, dict[str, float]]:
         """Reconstruction figures by class of positions, and of all together."""
-        named = {place.name.lower(): sums for place, sums in self.by_place.items() if sums.tokens}
-        first, *rest = self.by_place.values()
-        named["all"] = first.plus(rest)
-        return {name: {"tokens": sums.tokens, **sums.metrics()} for name, sums in named.items()}
+        sums_by_name = {
+            token_class.name.lower(): sums for token_class, sums in self.sums_by_class.items() if sums.n_tokens
+        }
+        first, *rest = self.sums_by_class.values()
+        sums_by_name["all"] = first.merged_with(rest)
+        return {name: {"tokens": sums.n_tokens, **sums.metric_values()} for name, sums in sums_by_name.items()}
 
 
 @torch.no_grad()
 def score_activations(
-    subjects: Mapping[str, Subject],
-    nulls: Mapping[str, Nulls],
+    targets: Mapping[str, EvalTarget],
+    baselines: Mapping[str, Baselines],
     batches: Iterable[Labelled],
-    threshold: float,
+    dead_threshold: float,
     settings: ScoreSettings,
-    done: Callable[[int], object] = lambda tokens: None,
-) -> dict[str, Scores]:
+    on_progress: Callable[[int], object] = lambda tokens: None,
+) -> dict[str, SaeScores]:
     """{SAE: scores} over all of ``batches``; ``threshold`` is the rate below which a latent is dead.
 
     ``done`` is told the tokens of each batch.
     """
-    sums = {name: _Activations(subject, nulls[name], threshold, settings) for name, subject in subjects.items()}
+    scorers = {
+        name: _ActivationScorer(target, baselines[name], dead_threshold, settings) for name, target in targets.items()
+    }
     documents: set[int] = set()
     for batch in batches:
         documents.update(np.unique(batch.doc).tolist())
-        for each in sums.values():
-            each.add(batch.values[each.subject.hookpoint], batch.doc, batch.place)
-        done(len(batch.doc))
+        for scorer in scorers.values():
+            scorer.add(batch.values[scorer.target.hookpoint], batch.doc, batch.place)
+        on_progress(len(batch.doc))
     return {
-        name: Scores(
-            {**each.figures(), **_geometry(each.subject.coder)},
-            each.classes(),
-            each.sparsity.histogram(),
-            each.sparsity.l0_percentiles(),
+        name: SaeScores(
+            {**scorer.collect_metrics(), **_geometry_with_baselines(scorer.target.coder)},
+            scorer.metrics_by_class(),
+            scorer.sparsity_sums.density_histogram(),
+            scorer.sparsity_sums.l0_percentiles(),
             len(documents),
         )
-        for name, each in sums.items()
+        for name, scorer in scorers.items()
     }
 
 
-def _geometry(coder: SparseCoder) -> dict[str, Figure]:
-    found = geometry_metrics(coder.W_enc, coder.W_dec)
+def _geometry_with_baselines(coder: SparseCoder) -> dict[str, MetricResult]:
+    metrics = geometry_metrics(coder.W_enc, coder.W_dec)
     return {
-        name: Figure(Estimate(value), coder.num_latents, {DIRECTIONS: Estimate(found[f"{name}_random"])})
-        for name, value in found.items()
+        name: MetricResult(Estimate(value), coder.num_latents, {RANDOM_DIRECTIONS: Estimate(metrics[f"{name}_random"])})
+        for name, value in metrics.items()
         if not name.endswith("_random")
     }
 
 
 def score_losses(
-    subjects: Mapping[str, Subject],
-    nulls: Mapping[str, Nulls],
+    targets: Mapping[str, EvalTarget],
+    baselines: Mapping[str, Baselines],
     head: HeadModel,
-    groups: Iterable[list[TokenSequence]],
+    sequence_groups: Iterable[list[TokenSequence]],
     policies: Mapping[str, SplicePolicy],
     mask_id: int | None,
     batch_tokens: int,
     settings: ScoreSettings,
-    done: Callable[[int], object] = lambda tokens: None,
-) -> dict[str, dict[str, Figure]]:
+    on_progress: Callable[[int], object] = lambda tokens: None,
+) -> dict[str, dict[str, MetricResult]]:
     """{SAE: figures} of the model's own loss over ``groups`` of sequences.
 
     ``policies`` {hookpoint: which positions are replaced}.
@@ -216,56 +235,64 @@ def score_losses(
     scorers = {
         name: LossScorer(
             head,
-            subject.hookpoint,
-            _variants(subject.coder, nulls[name]),
-            policies[subject.hookpoint],
+            target.hookpoint,
+            _build_variants(target.coder, baselines[name]),
+            policies[target.hookpoint],
             settings.bootstrap,
             settings.eval_seed,
         )
-        for name, subject in subjects.items()
+        for name, target in targets.items()
     }
-    first = next(iter(policies.values()))
-    for group in groups:
-        for question in questions(head, group, first, mask_id, batch_tokens, settings.eval_seed):
+    first_policy = next(iter(policies.values()))
+    for sequences in sequence_groups:
+        for lm_batch in iter_lm_batches(head, sequences, first_policy, mask_id, batch_tokens, settings.eval_seed):
             with torch.no_grad():
-                clean = answer(head, question)
+                clean_outputs = model_outputs(head, lm_batch)
             for scorer in scorers.values():
-                scorer.add(question, clean)
-            done(int(question.mask.sum()))
-    return {name: _loss_figures(head, scorer) for name, scorer in scorers.items()}
+                scorer.add(lm_batch, clean_outputs)
+            on_progress(int(lm_batch.attention_mask.sum()))
+    return {name: _loss_metrics(head, scorer) for name, scorer in scorers.items()}
 
 
-def _variants(coder: SparseCoder, nulls: Nulls) -> dict[str, recovered.Replace]:
+def _build_variants(coder: SparseCoder, baselines: Baselines) -> dict[str, recovered.ReplaceFn]:
     return {
-        recovered.SAE: lambda x: coder.decode(coder.encode(x)),
-        recovered.ZERO: torch.zeros_like,
-        recovered.MEAN: nulls.mean.expand_as,
-        RANDOM: nulls.random,
-        PRINCIPAL: nulls.pca,
+        recovered.SAE_VARIANT: lambda x: coder.decode(coder.encode(x)),
+        recovered.ZERO_VARIANT: torch.zeros_like,
+        recovered.MEAN_VARIANT: baselines.mean.expand_as,
+        RANDOM_DECODER: baselines.random_decoder,
+        PCA_RECONSTRUCTION: baselines.pca,
     }
 
 
-def _loss_figures(head: HeadModel, scorer: LossScorer) -> dict[str, Figure]:
-    if not scorer.tokens:
+def _loss_metrics(head: HeadModel, scorer: LossScorer) -> dict[str, MetricResult]:
+    if not scorer.n_tokens:
         return {}
     if head.kind == "none":
-        hidden = _beside_nulls(scorer.sums, recovered.hidden_formulas, scorer.tokens)
-        sequences = int(scorer.pooled.total["sequences"])
-        return {**hidden, **_beside_nulls(scorer.pooled, recovered.pooled_formulas, sequences)}
-    alone = {
-        name: Figure(scorer.sums.estimate(formula, recovered.POSSIBLE[name]), scorer.tokens)
-        for name, formula in recovered.ALONE.items()
+        hidden_metrics = _metrics_with_baselines(scorer.token_sums, recovered.hidden_formulas, scorer.n_tokens)
+        n_sequences = int(scorer.sequence_sums.full_sums["sequences"])
+        return {
+            **hidden_metrics,
+            **_metrics_with_baselines(scorer.sequence_sums, recovered.pooled_formulas, n_sequences),
+        }
+    model_metrics = {
+        name: MetricResult(scorer.token_sums.estimate_metric(formula, recovered.METRIC_RANGES[name]), scorer.n_tokens)
+        for name, formula in recovered.MODEL_FORMULAS.items()
     }
-    return {**alone, **_beside_nulls(scorer.sums, recovered.loss_formulas, scorer.tokens)}
+    return {**model_metrics, **_metrics_with_baselines(scorer.token_sums, recovered.loss_formulas, scorer.n_tokens)}
 
 
-def _beside_nulls(sums: DocumentSums, formulas: Callable[[str], dict[str, Formula]], count: int) -> dict[str, Figure]:
+def _metrics_with_baselines(
+    sums: DocumentSums, formulas: Callable[[str], dict[str, Formula]], count: int
+) -> dict[str, MetricResult]:
     """Each figure of the SAE with the same of what takes its place; the mean's is the mean ablation."""
-    nulls = {name: formulas(name) for name in (RANDOM, PRINCIPAL, recovered.MEAN)}
+    baseline_formulas = {name: formulas(name) for name in (RANDOM_DECODER, PCA_RECONSTRUCTION, recovered.MEAN_VARIANT)}
     out = {}
-    for name, formula in formulas(recovered.SAE).items():
-        possible = recovered.POSSIBLE.get(name, ANY)
-        flag = "small denominator" if recovered.small_denominator(sums.total, name) else ""
-        beside = {null: sums.estimate(others[name], possible) for null, others in nulls.items()}
-        out[name] = Figure(sums.estimate(formula, possible), count, beside, flag)
+    for name, formula in formulas(recovered.SAE_VARIANT).items():
+        value_range = recovered.METRIC_RANGES.get(name, UNBOUNDED)
+        flag = "small denominator" if recovered.has_small_denominator(sums.full_sums, name) else ""
+        baselines = {
+            baseline: sums.estimate_metric(formulas_of_baseline[name], value_range)
+            for baseline, formulas_of_baseline in baseline_formulas.items()
+        }
+        out[name] = MetricResult(sums.estimate_metric(formula, value_range), count, baselines, flag)
     return out

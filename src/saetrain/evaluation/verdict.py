@@ -8,18 +8,18 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from saetrain.errors import SaetrainError
-from saetrain.evaluation.bootstrap import AT_MOST_ONE, COSINE, SHARE, Estimate
+from saetrain.evaluation.bootstrap import AT_MOST_ONE, COSINE_RANGE, FRACTION_RANGE, Estimate
 
-HARDLY_SPARSE = 0.05
+MAX_SPARSE_L0_FRACTION = 0.05
 """Share of latents active on a token above which a code is hardly sparse."""
-WIDE = 4
+WIDE_EXPANSION_FACTOR = 4
 """Latents per dimension from which an SAE is wide."""
-SHARES = {
+THRESHOLD_RANGES = {
     "min_explained_variance": AT_MOST_ONE,
     "good_explained_variance": AT_MOST_ONE,
-    "max_dead": SHARE,
-    "good_dead": SHARE,
-    "max_redundancy": COSINE,
+    "max_dead": FRACTION_RANGE,
+    "good_dead": FRACTION_RANGE,
+    "max_redundancy": COSINE_RANGE,
 }
 """Threshold -> what its figure can be."""
 
@@ -46,7 +46,7 @@ class HealthSettings:
             numbers = value if isinstance(value, tuple) else (value,)
             if not all(map(math.isfinite, numbers)):
                 raise SaetrainError(f"--{name} {' '.join(f'{n:g}' for n in numbers)}: must be finite")
-        for name, (least, most) in SHARES.items():
+        for name, (least, most) in THRESHOLD_RANGES.items():
             share = getattr(self, name)
             if not least <= share <= most:
                 allowed = f"{least:g} to {most:g}" if math.isfinite(least) else f"at most {most:g}"
@@ -66,23 +66,23 @@ class HealthSettings:
 
 
 @dataclass(frozen=True)
-class Shape:
+class SaeProperties:
     """What the verdict must know of the SAE beside its figures."""
 
     d_in: int
     num_latents: int
     k: int | None
     """None where the code is not TopK's."""
-    dead_bound: float
+    min_dead_fraction: float
     """Least share that the rate rule calls dead whatever the training does."""
-    dead_rate: float
+    dead_threshold: float
     """The rate below which a latent is dead."""
-    tokens: int
+    n_tokens: int
     """Those that were scored."""
 
 
 @dataclass(frozen=True)
-class Judged:
+class Judgment:
     """One figure's part of the verdict; ``status`` is `good`, `pass` or `fail`."""
 
     value: float
@@ -98,7 +98,7 @@ class Judged:
     advice: str
 
     @property
-    def passed(self) -> bool:
+    def is_passing(self) -> bool:
         """Whether it counts for the verdict."""
         return self.status != "fail"
 
@@ -106,12 +106,12 @@ class Judged:
         """All of it; numbers that are not finite as null."""
         values = asdict(self)
         return {
-            **{name: _or_null(value) if isinstance(value, float) else value for name, value in values.items()},
-            "nulls": {name: _or_null(value) for name, value in self.nulls.items()},
+            **{name: _finite_or_none(value) if isinstance(value, float) else value for name, value in values.items()},
+            "nulls": {name: _finite_or_none(value) for name, value in self.nulls.items()},
         }
 
 
-def _or_null(value: float) -> float | None:
+def _finite_or_none(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
@@ -119,28 +119,31 @@ def _or_null(value: float) -> float | None:
 class Verdict:
     """``4/4`` and what it is made of."""
 
-    metrics: dict[str, Judged]
+    judgments: dict[str, Judgment]
 
     @property
-    def passed(self) -> int:
+    def n_passed(self) -> int:
         """Figures that pass."""
-        return sum(judged.passed for judged in self.metrics.values())
+        return sum(judgment.is_passing for judgment in self.judgments.values())
 
     def __str__(self) -> str:
-        return f"{self.passed}/{len(self.metrics)}"
+        return f"{self.n_passed}/{len(self.judgments)}"
 
     def as_json(self) -> dict[str, Any]:
         """As ``final_assessment.json`` holds it."""
         return {
             "verdict": str(self),
-            "passed": self.passed,
-            "of": len(self.metrics),
-            "metrics": {name: judged.as_json() for name, judged in self.metrics.items()},
+            "passed": self.n_passed,
+            "of": len(self.judgments),
+            "metrics": {name: judgment.as_json() for name, judgment in self.judgments.items()},
         }
 
 
-def judge(
-    figures: Mapping[str, Estimate], nulls: Mapping[str, dict[str, float]], shape: Shape, settings: HealthSettings
+def judge_metrics(
+    metrics: Mapping[str, Estimate],
+    baselines: Mapping[str, dict[str, float]],
+    sae: SaeProperties,
+    settings: HealthSettings,
 ) -> Verdict:
     """The verdict on ``figures`` (explained_variance, l0, dead_below_threshold, decoder_redundancy_top100).
 
@@ -148,116 +151,144 @@ def judge(
     """
     return Verdict(
         {
-            "explained_variance": _explained_variance(figures, nulls, settings),
-            "l0": _l0(figures, shape, settings),
-            "dead": _dead(figures, nulls, shape, settings),
-            "redundancy": _redundancy(figures, nulls, shape, settings),
+            "explained_variance": _judge_explained_variance(metrics, baselines, settings),
+            "l0": _judge_l0(metrics, sae, settings),
+            "dead": _judge_dead(metrics, baselines, sae, settings),
+            "redundancy": _judge_redundancy(metrics, baselines, sae, settings),
         }
     )
 
 
-def _shown(nulls: Mapping[str, float], spec: str) -> str:
+def _format_baselines(baselines: Mapping[str, float], spec: str) -> str:
     """``; random decoder 39.5%, …``, or nothing."""
-    listed = ", ".join(f"{name} {value:{spec}}" for name, value in nulls.items())
+    listed = ", ".join(f"{name} {value:{spec}}" for name, value in baselines.items())
     return f" ({listed})" if listed else ""
 
 
-def _judged(figure: Estimate, nulls: Mapping[str, float], threshold: str, status: str, **rest: Any) -> Judged:
-    return Judged(figure.value, figure.low, figure.high, dict(nulls), threshold, status, **rest)
+def _build_judgment(
+    estimate: Estimate, baselines: Mapping[str, float], threshold: str, status: str, **fields: Any
+) -> Judgment:
+    return Judgment(estimate.value, estimate.low, estimate.high, dict(baselines), threshold, status, **fields)
 
 
-def _explained_variance(
-    figures: Mapping[str, Estimate], nulls: Mapping[str, dict[str, float]], settings: HealthSettings
-) -> Judged:
-    figure, others = figures["explained_variance"], nulls.get("explained_variance", {})
-    value, least, good = figure.value, settings.min_explained_variance, settings.good_explained_variance
-    status = "good" if value >= good else "pass" if value >= least else "fail"
-    reason = f"the SAE explains {value:.1%} of the variance about the mean{_shown(others, '.1%')}"
-    best = max(others, key=lambda name: others[name]) if others else None
-    beaten = f"{best} does no worse with as many numbers a token" if best and value <= others[best] else ""
-    advice = beaten
+def _judge_explained_variance(
+    metrics: Mapping[str, Estimate], baselines: Mapping[str, dict[str, float]], settings: HealthSettings
+) -> Judgment:
+    estimate, own_baselines = metrics["explained_variance"], baselines.get("explained_variance", {})
+    value, min_passing, min_good = estimate.value, settings.min_explained_variance, settings.good_explained_variance
+    status = "good" if value >= min_good else "pass" if value >= min_passing else "fail"
+    reason = f"the SAE explains {value:.1%} of the variance about the mean{_format_baselines(own_baselines, '.1%')}"
+    best_baseline = max(own_baselines, key=lambda name: own_baselines[name]) if own_baselines else None
+    baseline_remark = (
+        f"{best_baseline} does no worse with as many numbers a token"
+        if best_baseline and value <= own_baselines[best_baseline]
+        else ""
+    )
+    advice = baseline_remark
     if not math.isfinite(value):
         reason, advice = "the activations scored do not vary, or the SAE's output is not finite", "check its weights"
     elif value < 0:
         advice = "worse than predicting the mean: check that model, layer and scale are those it was trained on"
     elif status == "fail":
         # A larger k is no advice where L0 is too high already.
-        larger = "num_latents or k" if figures["l0"].value < settings.l0_range[1] else "num_latents"
-        advice = f"train on more tokens, raise {larger}, or try another lr" + (f"; {beaten}" if beaten else "")
-    elif beaten:
+        settings_to_raise = "num_latents or k" if metrics["l0"].value < settings.l0_range[1] else "num_latents"
+        advice = f"train on more tokens, raise {settings_to_raise}, or try another lr" + (
+            f"; {baseline_remark}" if baseline_remark else ""
+        )
+    elif baseline_remark:
         advice += ": the threshold says little here; train on more tokens or raise num_latents"
     elif status == "pass":
-        advice = f"more tokens or latents may bring it to {good:.0%}"
-    return _judged(
-        figure, others, f">= {least:g} (good: {good:g})", status, by_construction=False, reason=reason, advice=advice
+        advice = f"more tokens or latents may bring it to {min_good:.0%}"
+    return _build_judgment(
+        estimate,
+        own_baselines,
+        f">= {min_passing:g} (good: {min_good:g})",
+        status,
+        by_construction=False,
+        reason=reason,
+        advice=advice,
     )
 
 
-def _l0(figures: Mapping[str, Estimate], shape: Shape, settings: HealthSettings) -> Judged:
-    figure, (low, high) = figures["l0"], settings.l0_range
-    share = figure.value / shape.num_latents
-    fits = low <= figure.value <= high
+def _judge_l0(metrics: Mapping[str, Estimate], sae: SaeProperties, settings: HealthSettings) -> Judgment:
+    estimate, (low, high) = metrics["l0"], settings.l0_range
+    l0_fraction = estimate.value / sae.num_latents
+    is_in_range = low <= estimate.value <= high
     # With TopK the most that L0 can be is k.
-    impossible = shape.k is not None and not fits and (shape.k < low or figure.value > high)
-    reason = f"{figure.value:.1f} of {shape.num_latents:,} latents are active on a token ({share:.1%})"
-    if impossible:
-        reason += f"; k = {shape.k} fixes it, so no training can bring it into the range"
+    is_unreachable = sae.k is not None and not is_in_range and (sae.k < low or estimate.value > high)
+    reason = f"{estimate.value:.1f} of {sae.num_latents:,} latents are active on a token ({l0_fraction:.1%})"
+    if is_unreachable:
+        reason += f"; k = {sae.k} fixes it, so no training can bring it into the range"
     advice = ""
-    if figure.value < low:
+    if estimate.value < low:
         # Were k alone raised so far, the code would be hardly sparse.
-        advice = "raise k and num_latents" if low / shape.num_latents > HARDLY_SPARSE else "raise k"
-    elif figure.value > high:
+        advice = "raise k and num_latents" if low / sae.num_latents > MAX_SPARSE_L0_FRACTION else "raise k"
+    elif estimate.value > high:
         advice = "lower k"
-    elif share > HARDLY_SPARSE:
-        advice = f"L0/F = {share:.0%}: the code is hardly sparse; raise num_latents"
-    threshold, status = f"{low:g} to {high:g}", "pass" if fits else "fail"
-    return _judged(figure, {}, threshold, status, by_construction=impossible, reason=reason, advice=advice)
+    elif l0_fraction > MAX_SPARSE_L0_FRACTION:
+        advice = f"L0/F = {l0_fraction:.0%}: the code is hardly sparse; raise num_latents"
+    threshold, status = f"{low:g} to {high:g}", "pass" if is_in_range else "fail"
+    return _build_judgment(
+        estimate, {}, threshold, status, by_construction=is_unreachable, reason=reason, advice=advice
+    )
 
 
-def _dead(
-    figures: Mapping[str, Estimate], nulls: Mapping[str, dict[str, float]], shape: Shape, settings: HealthSettings
-) -> Judged:
-    figure, others = figures["dead_below_threshold"], nulls.get("dead_below_threshold", {})
-    value = figure.value
+def _judge_dead(
+    metrics: Mapping[str, Estimate],
+    baselines: Mapping[str, dict[str, float]],
+    sae: SaeProperties,
+    settings: HealthSettings,
+) -> Judgment:
+    estimate, own_baselines = metrics["dead_below_threshold"], baselines.get("dead_below_threshold", {})
+    value = estimate.value
     status = "good" if value <= settings.good_dead else "pass" if value <= settings.max_dead else "fail"
-    impossible = shape.dead_bound > settings.max_dead
+    is_unreachable = sae.min_dead_fraction > settings.max_dead
     reason = (
-        f"{value:.1%} of the latents fire on less than {shape.dead_rate:.3g} of the {shape.tokens:,} tokens scored "
-        f"(--dead_percentage_threshold){_shown(others, '.1%')}"
+        f"{value:.1%} of the latents fire on less than {sae.dead_threshold:.3g} of the {sae.n_tokens:,} tokens scored "
+        f"(--dead_percentage_threshold){_format_baselines(own_baselines, '.1%')}"
     )
     advice = (
         ""
         if status == "good"
         else "more tokens or fewer latents leave fewer of them dead, as does a lower --lr at the price of a higher FVU"
     )
-    if status == "fail" and any(null > settings.max_dead for null in others.values()):
+    if status == "fail" and any(baseline > settings.max_dead for baseline in own_baselines.values()):
         reason += "; directions that have learned nothing are over the threshold too"
         advice += "; read it beside the random figure"
-    if 0 < shape.tokens * shape.dead_rate < 1:
+    if 0 < sae.n_tokens * sae.dead_threshold < 1:
         reason += "; scored on too few tokens, for so low a rate can't be told from none"
-        advice = f"score on at least {math.ceil(1 / shape.dead_rate):,} tokens (--eval_tokens)"
-    if impossible:
-        reason += f"; at least {shape.dead_bound:.1%} must at this k and num_latents, so the threshold can't be met"
+        advice = f"score on at least {math.ceil(1 / sae.dead_threshold):,} tokens (--eval_tokens)"
+    if is_unreachable:
+        reason += (
+            f"; at least {sae.min_dead_fraction:.1%} must at this k and num_latents, so the threshold can't be met"
+        )
         advice = "lower --dead_percentage_threshold, or lower num_latents or raise k"
     threshold = f"<= {settings.max_dead:g} (good: {settings.good_dead:g})"
-    return _judged(figure, others, threshold, status, by_construction=impossible, reason=reason, advice=advice)
+    return _build_judgment(
+        estimate, own_baselines, threshold, status, by_construction=is_unreachable, reason=reason, advice=advice
+    )
 
 
-def _redundancy(
-    figures: Mapping[str, Estimate], nulls: Mapping[str, dict[str, float]], shape: Shape, settings: HealthSettings
-) -> Judged:
-    figure, others = figures["decoder_redundancy_top100"], nulls.get("decoder_redundancy_top100", {})
-    fits = figure.value <= settings.max_redundancy
-    impossible = not fits and any(value > settings.max_redundancy for value in others.values())
-    reason = f"the 100 most alike pairs of decoder rows have a mean cosine of {figure.value:.3f}{_shown(others, '.3f')}"
-    advice = "" if fits else "a lower lr makes fewer near copies"
-    if not fits and shape.num_latents >= WIDE * shape.d_in:
+def _judge_redundancy(
+    metrics: Mapping[str, Estimate],
+    baselines: Mapping[str, dict[str, float]],
+    sae: SaeProperties,
+    settings: HealthSettings,
+) -> Judgment:
+    estimate, own_baselines = metrics["decoder_redundancy_top100"], baselines.get("decoder_redundancy_top100", {})
+    is_in_range = estimate.value <= settings.max_redundancy
+    is_unreachable = not is_in_range and any(value > settings.max_redundancy for value in own_baselines.values())
+    reason = f"the 100 most alike pairs of decoder rows have a mean cosine of {estimate.value:.3f}{_format_baselines(own_baselines, '.3f')}"
+    advice = "" if is_in_range else "a lower lr makes fewer near copies"
+    if not is_in_range and sae.num_latents >= WIDE_EXPANSION_FACTOR * sae.d_in:
         advice = "a few near copies are usual in a wide SAE; fewer latents or a lower lr make fewer of them"
-    if impossible:
+    if is_unreachable:
         reason += (
-            f"; {shape.num_latents:,} directions in {shape.d_in} dimensions can hardly be less alike, so the threshold "
+            f"; {sae.num_latents:,} directions in {sae.d_in} dimensions can hardly be less alike, so the threshold "
             "says nothing here"
         )
         advice = "read it beside the random figure, or set --max_redundancy"
-    threshold, status = f"<= {settings.max_redundancy:g}", "pass" if fits else "fail"
-    return _judged(figure, others, threshold, status, by_construction=impossible, reason=reason, advice=advice)
+    threshold, status = f"<= {settings.max_redundancy:g}", "pass" if is_in_range else "fail"
+    return _build_judgment(
+        estimate, own_baselines, threshold, status, by_construction=is_unreachable, reason=reason, advice=advice
+    )

@@ -11,7 +11,7 @@ from torch import Tensor
 from saetrain.errors import SaetrainError
 
 # A bool is an int to Python, and no number to whoever wrote the file.
-KINDS: dict[str, Callable[[Any], bool]] = {
+TYPE_CHECKS: dict[str, Callable[[Any], bool]] = {
     "text": lambda value: isinstance(value, str),
     "text or a list": lambda value: isinstance(value, (str, list)),
     "a whole number from 1": lambda value: type(value) is int and value >= 1,
@@ -20,14 +20,14 @@ KINDS: dict[str, Callable[[Any], bool]] = {
     "true, false or a list": lambda value: isinstance(value, (bool, list)),
     "a JSON object": lambda value: isinstance(value, dict),
 }
-TOP = {
+TOP_LEVEL_TYPES = {
     "d_in": "a whole number from 1",
     "d_sae": "a whole number from 1",
     "k": "a whole number from 1",
     "metadata": "a JSON object",
     "saetrain": "a JSON object",
 }
-METADATA = {
+METADATA_TYPES = {
     "model_name": "text",
     "hook_name": "text",
     "hf_hook_name": "text",
@@ -36,7 +36,7 @@ METADATA = {
     "prepend_bos": "true or false",
     "exclude_special_tokens": "true, false or a list",
 }
-OWN = {
+SAETRAIN_TYPES = {
     "model": "text",
     "model_revision": "text",
     "model_weights_sha256": "text",
@@ -51,37 +51,42 @@ OWN = {
 }
 
 
-def require_kinds(path: Path, config: Mapping[str, Any]) -> None:
+def require_entry_types(path: Path, config: Mapping[str, Any]) -> None:
     """SaetrainError unless every entry that is read is missing, null or of its kind."""
-    _require(path, "", config, TOP)
-    _require(path, "metadata.", config.get("metadata") or {}, METADATA)
-    _require(path, "saetrain.", config.get("saetrain") or {}, OWN)
+    _require_types(path, "", config, TOP_LEVEL_TYPES)
+    _require_types(path, "metadata.", config.get("metadata") or {}, METADATA_TYPES)
+    _require_types(path, "saetrain.", config.get("saetrain") or {}, SAETRAIN_TYPES)
 
 
-def _require(path: Path, within: str, entries: Mapping[str, Any], kinds: Mapping[str, str]) -> None:
-    for key, kind in kinds.items():
+def _require_types(path: Path, prefix: str, entries: Mapping[str, Any], expected_types: Mapping[str, str]) -> None:
+    for key, expected_type in expected_types.items():
         value = entries.get(key)
-        if value is not None and not KINDS[kind](value):
-            raise SaetrainError(f"{path}: {within}{key} should be {kind}, found {value!r}")
+        if value is not None and not TYPE_CHECKS[expected_type](value):
+            raise SaetrainError(f"{path}: {prefix}{key} should be {expected_type}, found {value!r}")
 
 
-def require_tensors(
-    weights: Mapping[str, Tensor], letters: Mapping[str, str], latents: int | None = None, width: int | None = None
+def require_tensor_shapes(
+    weights: Mapping[str, Tensor],
+    dim_letters: Mapping[str, str],
+    num_latents: int | None = None,
+    d_in: int | None = None,
 ) -> None:
     """ValueError unless the tensors fit one another, and the sizes where these are known.
 
     ``letters`` {tensor: a letter for each dimension, F latents and D width}, first one that has both.
     """
-    sizes = {letter: size for letter, size in (("F", latents), ("D", width)) if size is not None}
-    for name, dims in letters.items():
+    sizes = {letter: size for letter, size in (("F", num_latents), ("D", d_in)) if size is not None}
+    for name, dims in dim_letters.items():
         tensor = weights.get(name)
-        found = None if tensor is None else tuple(tensor.shape)
-        if found is not None and len(found) == len(dims):
-            for letter, size in zip(dims, found, strict=True):
+        found_shape = None if tensor is None else tuple(tensor.shape)
+        if found_shape is not None and len(found_shape) == len(dims):
+            for letter, size in zip(dims, found_shape, strict=True):
                 sizes.setdefault(letter, size)
-        wanted = tuple(sizes.get(letter) for letter in dims)
-        if found != wanted:
-            shown = str(tuple(sizes.get(letter, letter) for letter in dims)).replace("'", "")
-            raise ValueError(f"{name} should be of shape {shown}, found {'nothing' if found is None else found}")
+        expected_shape = tuple(sizes.get(letter) for letter in dims)
+        if found_shape != expected_shape:
+            expected_text = str(tuple(sizes.get(letter, letter) for letter in dims)).replace("'", "")
+            raise ValueError(
+                f"{name} should be of shape {expected_text}, found {'nothing' if found_shape is None else found_shape}"
+            )
         if tensor is not None and not tensor.is_floating_point():
             raise ValueError(f"{name} should hold floating-point numbers, found {tensor.dtype}")

@@ -13,7 +13,7 @@ from saetrain.errors import SaetrainError
 from saetrain.interop import saelens
 from saetrain.interop.reading import read_weights
 
-NORM_TOLERANCE = 1e-3
+NORM_SPREAD_TOLERANCE = 1e-3
 """Relative spread of decoder norms up to which one common factor stands for all (more where the file's own number
 format rounds by more)."""
 
@@ -28,10 +28,10 @@ def load_for_finetune(path: str, hookpoint: str, coder: TopK, model_sha256: str 
     """
     folder = Path(path)
     if not (folder / "cfg.json").exists():
-        there = sorted(path.parent.name for path in folder.glob("*/cfg.json"))
-        if there and hookpoint not in there:
-            raise SaetrainError(f"--finetune {folder}: holds no SAE of {hookpoint}; there are {', '.join(there)}")
-        folder = folder / hookpoint if there else folder
+        available = sorted(path.parent.name for path in folder.glob("*/cfg.json"))
+        if available and hookpoint not in available:
+            raise SaetrainError(f"--finetune {folder}: holds no SAE of {hookpoint}; there are {', '.join(available)}")
+        folder = folder / hookpoint if available else folder
     try:
         config, weights = read_weights(folder)
     except SaetrainError as error:
@@ -41,9 +41,9 @@ def load_for_finetune(path: str, hookpoint: str, coder: TopK, model_sha256: str 
     if k != coder.k:
         raise SaetrainError(f"--finetune {folder}: its k is {k}, --k is {coder.k}; give --k {k}")
     _check_shapes(folder, weights, coder)
-    tolerance = max(NORM_TOLERANCE, 4 * torch.finfo(weights["W_dec"].dtype).eps)
+    tolerance = max(NORM_SPREAD_TOLERANCE, 4 * torch.finfo(weights["W_dec"].dtype).eps)
     weights = {name: value.float() for name, value in weights.items()}
-    _to_unit_norm(folder, weights, tolerance, ranked_by_norm=bool(config.get("rescale_acts_by_decoder_norm")))
+    _normalize_decoder(folder, weights, tolerance, ranked_by_norm=bool(config.get("rescale_acts_by_decoder_norm")))
     with torch.no_grad():
         for name, parameter in coder.named_parameters():
             parameter.copy_(weights[name])
@@ -56,29 +56,33 @@ def load_for_finetune(path: str, hookpoint: str, coder: TopK, model_sha256: str 
 def _check_hookpoint(folder: Path, config: dict[str, Any], hookpoint: str) -> None:
     """SaetrainError when the SAE says that it belongs to another hookpoint."""
     metadata = config.get("metadata") or {}
-    ours, theirs = (config.get("saetrain") or {}).get("hookpoint"), metadata.get("hf_hook_name")
-    own = ours or theirs
-    if own and own != hookpoint and (ours or saelens.module_of(own, [hookpoint]) is None):
+    own_hookpoint, hf_hookpoint = (config.get("saetrain") or {}).get("hookpoint"), metadata.get("hf_hook_name")
+    saved_hookpoint = own_hookpoint or hf_hookpoint
+    if (
+        saved_hookpoint
+        and saved_hookpoint != hookpoint
+        and (own_hookpoint or saelens.resolve_module_name(saved_hookpoint, [hookpoint]) is None)
+    ):
         raise SaetrainError(
-            f"--finetune {folder}: it is an SAE of {own}, the run trains {hookpoint}; give the folder that holds a "
+            f"--finetune {folder}: it is an SAE of {saved_hookpoint}, the run trains {hookpoint}; give the folder that holds a "
             "folder for each hookpoint, or the same --layers or --hookpoints"
         )
 
 
 def _check_shapes(folder: Path, weights: dict[str, Tensor], coder: TopK) -> None:
-    latents, width = weights["W_dec"].shape
-    if width != coder.d_in:
+    num_latents, d_in = weights["W_dec"].shape
+    if d_in != coder.d_in:
         raise SaetrainError(
-            f"--finetune {folder}: its width is {width}, the hookpoint's {coder.d_in}; was it made for another model?"
+            f"--finetune {folder}: its width is {d_in}, the hookpoint's {coder.d_in}; was it made for another model?"
         )
-    if latents != coder.num_latents:
+    if num_latents != coder.num_latents:
         raise SaetrainError(
-            f"--finetune {folder}: it has {latents} latents, the settings ask for {coder.num_latents}; "
-            f"give --num_latents {latents}"
+            f"--finetune {folder}: it has {num_latents} latents, the settings ask for {coder.num_latents}; "
+            f"give --num_latents {num_latents}"
         )
 
 
-def _to_unit_norm(folder: Path, weights: dict[str, Tensor], tolerance: float, *, ranked_by_norm: bool) -> None:
+def _normalize_decoder(folder: Path, weights: dict[str, Tensor], tolerance: float, *, ranked_by_norm: bool) -> None:
     """Move the decoder rows' norms into the encoder, where that leaves the top k of every token as it was.
 
     It does when all norms are one constant, or when the SAE ranks latents by value times norm.

@@ -8,16 +8,16 @@ from typing import Any
 from torch import Tensor
 
 from saetrain.coders.topk import TopK
-from saetrain.interop.checks import require_tensors
+from saetrain.interop.checks import require_tensor_shapes
 
-WEIGHTS = "sae_weights.safetensors"
-LETTERS = {"W_dec": "FD", "W_enc": "DF", "b_enc": "F", "b_dec": "D"}
+WEIGHTS_FILE = "sae_weights.safetensors"
+DIM_LETTERS = {"W_dec": "FD", "W_enc": "DF", "b_enc": "F", "b_dec": "D"}
 """Dimensions of each tensor."""
-WRITTEN_FOR = "6.54.12"
+SAELENS_VERSION = "6.54.12"
 """The release whose reader this layout was tried with; a version must be there for it to be read as format 6."""
 
 
-def config(coder: TopK, about: Mapping[str, Any]) -> dict[str, Any]:
+def build_config(coder: TopK, metadata: Mapping[str, Any]) -> dict[str, Any]:
     """The keys that SAELens reads. ``about``: model, hookpoint, data set and context of the SAE."""
     return {
         "architecture": "topk",
@@ -31,41 +31,43 @@ def config(coder: TopK, about: Mapping[str, Any]) -> dict[str, Any]:
         "reshape_activations": "none",
         "rescale_acts_by_decoder_norm": False,
         "metadata": {
-            "sae_lens_version": WRITTEN_FOR,
-            "model_name": about.get("model"),
-            "hook_name": about.get("hook_name"),
-            "hf_hook_name": about.get("hookpoint"),
-            "dataset_path": about.get("dataset"),
-            "context_size": about.get("ctx_len"),
-            "prepend_bos": about.get("prepend_bos", False),
-            "exclude_special_tokens": about.get("exclude_special_tokens", True),
+            "sae_lens_version": SAELENS_VERSION,
+            "model_name": metadata.get("model"),
+            "hook_name": metadata.get("hook_name"),
+            "hf_hook_name": metadata.get("hookpoint"),
+            "dataset_path": metadata.get("dataset"),
+            "context_size": metadata.get("ctx_len"),
+            "prepend_bos": metadata.get("prepend_bos", False),
+            "exclude_special_tokens": metadata.get("exclude_special_tokens", True),
         },
     }
 
 
-def tensors(coder: TopK) -> dict[str, Tensor]:
+def export_tensors(coder: TopK) -> dict[str, Tensor]:
     """``W_enc`` (D, F), ``b_enc`` (F,), ``W_dec`` (F, D), ``b_dec`` (D,)."""
     return {name: value.detach().cpu().contiguous() for name, value in coder.named_parameters()}
 
 
-def read(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def import_tensors(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A TopK SAE of SAELens in our layout; ValueError for what a TopK SAE of raw activations can't express."""
     if config.get("architecture") != "topk":
         raise ValueError(f"its architecture is {config.get('architecture')!r}; only 'topk' can be trained on")
     for key in ("normalize_activations", "reshape_activations"):
         if config.get(key, "none") != "none":
             raise ValueError(f"its {key} is {config[key]!r}; only 'none' can be trained on")
-    require_tensors(weights, LETTERS)
-    out = {name: weights[name].clone() for name in LETTERS}
+    require_tensor_shapes(weights, DIM_LETTERS)
+    out = {name: weights[name].clone() for name in DIM_LETTERS}
     if not config.get("apply_b_dec_to_input", True):
         out["b_enc"] += out["b_dec"] @ out["W_enc"]
     return out
 
 
-def module_of(name: str, modules: Collection[str]) -> str | None:
+def resolve_module_name(name: str, modules: Collection[str]) -> str | None:
     """Which of ``modules``, of a model without its head, an `hf_hook_name` means, or None.
 
     It is one of ours, or as in `model.layers.3.output` it begins with the head's name for the rest of the model.
     """
-    bare = name.removesuffix(".output")
-    return next((each for each in (name, bare.partition(".")[2], bare) if each in modules), None)
+    base_name = name.removesuffix(".output")
+    return next(
+        (candidate for candidate in (name, base_name.partition(".")[2], base_name) if candidate in modules), None
+    )

@@ -8,14 +8,14 @@ from typing import Any
 from torch import Tensor
 
 from saetrain.coders.topk import TopK
-from saetrain.interop.checks import require_tensors
+from saetrain.interop.checks import require_tensor_shapes
 
-WEIGHTS = "sae.safetensors"
-LETTERS = {"W_dec": "FD", "encoder.weight": "FD", "encoder.bias": "F", "b_dec": "D"}
+WEIGHTS_FILE = "sae.safetensors"
+DIM_LETTERS = {"W_dec": "FD", "encoder.weight": "FD", "encoder.bias": "F", "b_dec": "D"}
 """Dimensions of each tensor."""
 
 
-def config(coder: TopK) -> dict[str, Any]:
+def build_config(coder: TopK) -> dict[str, Any]:
     """The keys that sparsify reads."""
     return {
         "activation": "topk",
@@ -30,7 +30,7 @@ def config(coder: TopK) -> dict[str, Any]:
     }
 
 
-def tensors(coder: TopK) -> dict[str, Tensor]:
+def export_tensors(coder: TopK) -> dict[str, Tensor]:
     """``encoder.weight`` (F, D), ``encoder.bias`` (F,), ``W_dec`` (F, D), ``b_dec`` (D,)."""
     return {
         "encoder.weight": coder.W_enc.detach().cpu().T.contiguous(),
@@ -40,14 +40,14 @@ def tensors(coder: TopK) -> dict[str, Tensor]:
     }
 
 
-def read(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def import_tensors(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A TopK SAE of sparsify in our layout; ValueError for what a TopK SAE can't express."""
     if config.get("activation", "topk") != "topk":
         raise ValueError(f"its activation is {config['activation']!r}; only 'topk' can be trained on")
     for key in ("transcode", "skip_connection"):
         if config.get(key):
             raise ValueError(f"it is a transcoder or has a skip connection ({key}), which can't be trained on")
-    require_tensors(weights, LETTERS)
+    require_tensor_shapes(weights, DIM_LETTERS)
     return {
         "W_enc": weights["encoder.weight"].T.contiguous(),
         "b_enc": weights["encoder.bias"].clone(),

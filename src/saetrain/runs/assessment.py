@@ -19,8 +19,15 @@ from saetrain.activations.head import HeadModel
 from saetrain.activations.model import DTYPES
 from saetrain.config import EvaluateConfig
 from saetrain.errors import SaetrainError
-from saetrain.evaluation.score import DIRECTIONS, MEAN, PRINCIPAL, RANDOM, Figure, Scores
-from saetrain.evaluation.verdict import HealthSettings, Judged, Shape, Verdict, judge
+from saetrain.evaluation.score import (
+    MEAN_RECONSTRUCTION,
+    PCA_RECONSTRUCTION,
+    RANDOM_DECODER,
+    RANDOM_DIRECTIONS,
+    MetricResult,
+    SaeScores,
+)
+from saetrain.evaluation.verdict import HealthSettings, Judgment, SaeProperties, Verdict, judge_metrics
 from saetrain.files import write_json
 from saetrain.logs.jsonl import replace_non_finite
 from saetrain.runs.directory import ASSESSMENT, EVALUATION, SAES
@@ -31,10 +38,10 @@ FORMAT = 1
 WIDTH = 120
 """Columns of a table where there is no terminal."""
 NULL_NAMES = {
-    RANDOM: "random decoder",
-    PRINCIPAL: "PCA of rank k",
-    MEAN: "mean",
-    DIRECTIONS: "random directions",
+    RANDOM_DECODER: "random decoder",
+    PCA_RECONSTRUCTION: "PCA of rank k",
+    MEAN_RECONSTRUCTION: "mean",
+    RANDOM_DIRECTIONS: "random directions",
 }
 COLUMNS = {
     "explained_variance": "expl. var.",
@@ -58,7 +65,7 @@ class TextScores:
     name: str
     in_sample: bool
     what: str
-    scores: dict[str, Scores]
+    scores: dict[str, SaeScores]
     loss_sequences: int
 
     @property
@@ -110,9 +117,9 @@ class Assessment:
         first = self.texts[0].scores
         return {
             name: {
-                "health_passed": verdict.passed,
-                "health_metrics": len(verdict.metrics),
-                **{figure: scored.estimate.value for figure, scored in first[name].figures.items()},
+                "health_passed": verdict.n_passed,
+                "health_metrics": len(verdict.judgments),
+                **{figure: scored.estimate.value for figure, scored in first[name].metrics.items()},
             }
             for name, verdict in self.verdicts.items()
         }
@@ -162,26 +169,28 @@ class Assessment:
         }
 
 
-def verdict_on(sae: Found, scores: Scores, threshold: float, settings: HealthSettings) -> Verdict:
+def verdict_on(sae: Found, scores: SaeScores, threshold: float, settings: HealthSettings) -> Verdict:
     """The verdict on one SAE by its scores on one text."""
-    estimates = {name: figure.estimate for name, figure in scores.figures.items()}
+    estimates = {name: figure.estimate for name, figure in scores.metrics.items()}
     nulls = {
-        name: {NULL_NAMES[null]: estimate.value for null, estimate in figure.nulls.items()}
-        for name, figure in scores.figures.items()
+        name: {NULL_NAMES[null]: estimate.value for null, estimate in figure.baselines.items()}
+        for name, figure in scores.metrics.items()
     }
     coder = sae.coder
     bound = alive_bound(coder.k, coder.num_latents, threshold)
-    tokens = scores.figures["dead_below_threshold"].count
-    return judge(estimates, nulls, Shape(coder.d_in, coder.num_latents, coder.k, bound, threshold, tokens), settings)
+    tokens = scores.metrics["dead_below_threshold"].count
+    return judge_metrics(
+        estimates, nulls, SaeProperties(coder.d_in, coder.num_latents, coder.k, bound, threshold, tokens), settings
+    )
 
 
-def headlines(scores: Scores) -> dict[str, Any]:
+def headlines(scores: SaeScores) -> dict[str, Any]:
     """{figure: value with interval and nulls} of those that matter most."""
-    losses = [name for name in scores.figures if name.startswith(("ce_", "delta_", "kl", "pooled", "final_hidden"))]
-    return {name: scores.figures[name].as_json(name) for name in (*HEADLINES, *losses)}
+    losses = [name for name in scores.metrics if name.startswith(("ce_", "delta_", "kl", "pooled", "final_hidden"))]
+    return {name: scores.metrics[name].as_json(name) for name in (*HEADLINES, *losses)}
 
 
-def _sae_json(sae: Found, scores: Scores) -> dict[str, Any]:
+def _sae_json(sae: Found, scores: SaeScores) -> dict[str, Any]:
     coder = sae.coder
     return {
         "folder": str(sae.folder.resolve()),
@@ -189,11 +198,11 @@ def _sae_json(sae: Found, scores: Scores) -> dict[str, Any]:
         "d_in": coder.d_in,
         "num_latents": coder.num_latents,
         "k": coder.k,
-        "documents": scores.documents,
-        "figures": {name: figure.as_json(name) for name, figure in scores.figures.items()},
-        "classes": {name: replace_non_finite(figures) for name, figures in scores.classes.items()},
+        "documents": scores.n_documents,
+        "figures": {name: figure.as_json(name) for name, figure in scores.metrics.items()},
+        "classes": {name: replace_non_finite(figures) for name, figures in scores.metrics_by_class.items()},
         "l0_percentiles": dict(zip(("p5", "p50", "p95"), scores.l0_percentiles, strict=True)),
-        "density": scores.density,
+        "density": scores.density_histogram,
     }
 
 
@@ -227,7 +236,7 @@ def report(assessment: Assessment) -> None:
         title = f"{name}: k = {coder.k}, {coder.num_latents:,} latents, width {coder.d_in}"
         console.print(figures_table(title, name, assessment.texts))
         console.print(verdict_table(verdict, f"health on {assessment.texts[0]}"))
-        for metric, judged in verdict.metrics.items():
+        for metric, judged in verdict.judgments.items():
             advice = f"; {judged.advice}" if judged.advice else ""
             console.print(Text(f"  {metric}: {judged.reason}{advice}"))
         each = zip((verdict, *assessment.others[name]), assessment.texts, strict=True)
@@ -241,24 +250,24 @@ def figures_table(title: str, sae: str, texts: list[TextScores]) -> Table:
     table = Table(
         title=Text(title), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False
     )
-    shown = [name for name in COLUMNS if name in texts[0].scores[sae].figures]
+    shown = [name for name in COLUMNS if name in texts[0].scores[sae].metrics]
     table.add_column("text", overflow="fold")
     for name in shown:
         table.add_column(COLUMNS[name].replace(" ", "\n"), justify="right", no_wrap=True, overflow="fold")
     for text in texts:
-        figures = text.scores[sae].figures
+        figures = text.scores[sae].metrics
         label = Text(f"{Path(text.name).name}\n{text.kind}\n{_counts(figures)}")
         table.add_row(label, *(_cell(figures[name]) for name in shown))
-        there = {null for name in shown for null in figures[name].nulls}
+        there = {null for name in shown for null in figures[name].baselines}
         for null in (name for name in NULL_NAMES if name in there):
-            values = [figures[name].nulls.get(null) for name in shown]
+            values = [figures[name].baselines.get(null) for name in shown]
             cells = [Text(_short(value.value) if value else "", style="dim") for value in values]
             table.add_row(Text(f"  {NULL_NAMES[null]}", style="dim"), *cells)
         table.add_section()
     return table
 
 
-def _counts(figures: dict[str, Figure]) -> str:
+def _counts(figures: dict[str, MetricResult]) -> str:
     """``8,000 tokens``, and of how many the model's loss or output was scored."""
     counts = f"{figures['explained_variance'].count:,} tokens"
     for name, what in (("ce_clean", "loss"), ("final_hidden_error", "output")):
@@ -267,7 +276,7 @@ def _counts(figures: dict[str, Figure]) -> str:
     return counts
 
 
-def _cell(figure: Figure) -> Text:
+def _cell(figure: MetricResult) -> Text:
     estimate = figure.estimate
     cell = Text(_short(estimate.value))
     if estimate.low < estimate.high:
@@ -286,12 +295,12 @@ def verdict_table(verdict: Verdict, title: str) -> Table:
     table = Table(title=Text(title), title_justify="left")
     for heading in ("health", "value", "null", "threshold", "status"):
         table.add_column(heading, no_wrap=heading == "health", overflow="fold")
-    for name, judged in verdict.metrics.items():
+    for name, judged in verdict.judgments.items():
         table.add_row(Text(name), *_verdict_cells(judged))
     return table
 
 
-def _verdict_cells(judged: Judged) -> tuple[Text, Text, Text, Text]:
+def _verdict_cells(judged: Judgment) -> tuple[Text, Text, Text, Text]:
     value = _short(judged.value)
     if judged.low < judged.high:
         value += f" [{_short(judged.low)}, {_short(judged.high)}]"

@@ -26,7 +26,7 @@ from saetrain.evaluation.heldout import EvalSettings
 from saetrain.evaluation.score import ScoreSettings
 from saetrain.evaluation.verdict import HealthSettings
 from saetrain.files import write_atomic, write_json
-from saetrain.interop.directory import CONFIG as SAE_CONFIG
+from saetrain.interop.directory import CONFIG_FILE as SAE_CONFIG
 from saetrain.logs.console import log_rank0
 from saetrain.logs.jsonl import METRICS_FILE as METRICS
 from saetrain.runs.assessment import ASSESSMENT, WIDTH

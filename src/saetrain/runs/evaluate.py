@@ -14,10 +14,10 @@ from saetrain.activations.model import resolve_device
 from saetrain.activations.read import Labelled, Place
 from saetrain.config import EvaluateConfig
 from saetrain.errors import SaetrainError, is_out_of_memory
-from saetrain.evaluation.heldout import Subject
-from saetrain.evaluation.nulls import PCA, Moments, RandomDecoder
-from saetrain.evaluation.recovered import SplicePolicy, every_token
-from saetrain.evaluation.score import Nulls, Scores, score_activations, score_losses
+from saetrain.evaluation.heldout import EvalTarget
+from saetrain.evaluation.nulls import PCA, RandomDecoder, RunningMoments
+from saetrain.evaluation.recovered import SplicePolicy, keep_all_tokens
+from saetrain.evaluation.score import Baselines, SaeScores, score_activations, score_losses
 from saetrain.runs.assessment import Assessment, TextScores, report
 from saetrain.runs.locate import Located, locate
 from saetrain.runs.match import Setting, prepare, run_config
@@ -59,10 +59,10 @@ def threshold(config: EvaluateConfig, located: Located) -> float:
     return run_config(located).dead.dead_percentage_threshold if located.run is not None else THRESHOLD
 
 
-def fit_nulls(setting: Setting, batches: Iterator[Labelled]) -> dict[str, Nulls]:
+def fit_nulls(setting: Setting, batches: Iterator[Labelled]) -> dict[str, Baselines]:
     """{SAE: what it is held against}, from activations of training tokens."""
     device = setting.head.base.device
-    moments = {name: Moments(width, device) for name, width in setting.reader.capture.widths.items()}
+    moments = {name: RunningMoments(width, device) for name, width in setting.reader.capture.widths.items()}
     for batch in batches:
         kept = torch.from_numpy(np.flatnonzero(batch.place == Place.KEPT)).to(device)
         for name, value in batch.values.items():
@@ -71,16 +71,16 @@ def fit_nulls(setting: Setting, batches: Iterator[Labelled]) -> dict[str, Nulls]
     for sae, found in setting.located.saes.items():
         found.coder.to(device)
         moment = moments[setting.hookpoints[sae]]
-        mean, k = moment.mean(), found.coder.k
-        random = RandomDecoder.of(mean, found.coder.num_latents, k, setting.config.scoring.eval_seed)
-        out[sae] = Nulls(mean, PCA(mean, moment.principal(k)), random)
+        mean, k = moment.compute_mean(), found.coder.k
+        random = RandomDecoder.from_seed(mean, found.coder.num_latents, k, setting.config.scoring.eval_seed)
+        out[sae] = Baselines(mean, PCA(mean, moment.principal_directions(k)), random)
     return out
 
 
-def score(setting: Setting, text: Scored, nulls: dict[str, Nulls]) -> TextScores:
+def score(setting: Setting, text: Scored, nulls: dict[str, Baselines]) -> TextScores:
     """All figures on one text."""
     subjects = {
-        name: Subject(setting.hookpoints[name], found.coder, nulls[name].mean)
+        name: EvalTarget(setting.hookpoints[name], found.coder, nulls[name].mean)
         for name, found in setting.located.saes.items()
     }
     total = sum(len(text.sequences[int(number)]) for number in text.numbers)
@@ -93,7 +93,11 @@ def score(setting: Setting, text: Scored, nulls: dict[str, Nulls]) -> TextScores
 
 
 def _add_losses(
-    setting: Setting, text: Scored, subjects: dict[str, Subject], nulls: dict[str, Nulls], scores: dict[str, Scores]
+    setting: Setting,
+    text: Scored,
+    subjects: dict[str, EvalTarget],
+    nulls: dict[str, Baselines],
+    scores: dict[str, SaeScores],
 ) -> None:
     """Add the figures of the model's own loss to ``scores``."""
     if not text.loss_sequences:
@@ -101,7 +105,7 @@ def _add_losses(
     numbers = text.numbers[: text.loss_sequences]
     everywhere = setting.config.scoring.splice_positions == "all"
     limits = {} if everywhere else setting.reader.limits
-    keep = every_token if everywhere else setting.reader.keep
+    keep = keep_all_tokens if everywhere else setting.reader.keep
     policies = {
         hookpoint: SplicePolicy(keep, limits.get(hookpoint, float("inf"))) for hookpoint in setting.hookpoints.values()
     }
@@ -119,4 +123,4 @@ def _add_losses(
             bar.update,
         )
     for name, figures in losses.items():
-        scores[name].figures.update(figures)
+        scores[name].metrics.update(figures)

@@ -8,8 +8,8 @@ from typing import Any
 
 from saetrain.coders.topk import TopK
 from saetrain.errors import SaetrainError
-from saetrain.interop.directory import CONFIG as SAE_CONFIG
-from saetrain.interop.reading import load_any
+from saetrain.interop.directory import CONFIG_FILE as SAE_CONFIG
+from saetrain.interop.reading import load_any_format
 from saetrain.runs.directory import CONFIG, SAES, is_run
 
 
@@ -46,7 +46,7 @@ def locate(path: str) -> Located:
     if not folder.is_dir():
         raise SaetrainError(f"{path}: there is no such folder; give a run's, or that of one SAE")
     if (folder / SAE_CONFIG).exists():
-        coder, about = load_any(folder)
+        coder, about = load_any_format(folder)
         name = str(about.get("hookpoint") or about.get("hook_name") or folder.name)
         return Located(folder, {name: Found(folder, coder, about)}, run_of(folder))
     inside = folder / SAES if (folder / SAES).is_dir() else folder
@@ -54,7 +54,7 @@ def locate(path: str) -> Located:
     if not folders:
         unfinished = "; its run is not finished: --resume goes on with it" if is_run(folder) else ""
         raise SaetrainError(f"{path}: holds no SAE (no {SAE_CONFIG}){unfinished}")
-    saes = {str(found.relative_to(inside)): Found(found, *load_any(found)) for found in folders}
+    saes = {str(found.relative_to(inside)): Found(found, *load_any_format(found)) for found in folders}
     first = next(iter(saes.values()))
     for name, sae in saes.items():
         for key in ("model", "model_weights_sha256"):

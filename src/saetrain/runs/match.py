@@ -16,8 +16,8 @@ from saetrain.config import EvaluateConfig, RunConfig, from_flat, read_yaml
 from saetrain.data.loader import token_policy
 from saetrain.data.tokenize import DEFAULT_CTX_LEN, Framing, load_tokenizer
 from saetrain.errors import SaetrainError, did_you_mean
-from saetrain.interop.directory import CONFIG as SAE_CONFIG
-from saetrain.interop.saelens import module_of
+from saetrain.interop.directory import CONFIG_FILE as SAE_CONFIG
+from saetrain.interop.saelens import resolve_module_name
 from saetrain.logs.console import log_rank0
 from saetrain.runs.directory import CONFIG
 from saetrain.runs.locate import Found, Located, run_of
@@ -101,7 +101,7 @@ def _hookpoint(config: EvaluateConfig, head: HeadModel, located: Located, sae: F
     """The module whose output the SAE takes; SaetrainError where it is not known or --hookpoint says another."""
     names = [name for name, _ in head.base.module.named_modules() if name]
     there = [str(sae.about[key]) for key in ("hookpoint", "hook_name") if sae.about.get(key)]
-    own = module_of(sae.about.get("hookpoint") or "", names) or _translated(sae.about.get("hook_name"), head)
+    own = resolve_module_name(sae.about.get("hookpoint") or "", names) or _translated(sae.about.get("hook_name"), head)
     wanted = config.hookpoint or own
     if wanted is None:
         shown = " and ".join(f"'{name}'" for name in dict.fromkeys(there))

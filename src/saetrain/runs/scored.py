@@ -16,7 +16,7 @@ from saetrain.data.sequences import Sequences
 from saetrain.data.sources import SourceSettings
 from saetrain.data.tokenize import Framing, TokenSettings
 from saetrain.errors import SaetrainError
-from saetrain.interop.directory import CONFIG as SAE_CONFIG
+from saetrain.interop.directory import CONFIG_FILE as SAE_CONFIG
 from saetrain.logs.console import log_rank0
 from saetrain.runs.match import Setting, run_config
 from saetrain.runs.metadata import location

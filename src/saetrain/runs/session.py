@@ -17,7 +17,7 @@ from saetrain.coders.folding import folded
 from saetrain.coders.topk import TopK
 from saetrain.config import EvaluateConfig, to_flat
 from saetrain.errors import SaetrainError
-from saetrain.evaluation.heldout import Subject, evaluate
+from saetrain.evaluation.heldout import EvalTarget, evaluate_coders
 from saetrain.files import write_json
 from saetrain.interop.directory import save_sae
 from saetrain.logs import MetricsLogger
@@ -312,13 +312,13 @@ class Session:
             )
         return {**next(iter(saes.values())), "tokens_per_second": rate}
 
-    def subjects(self) -> dict[str, Subject]:
+    def subjects(self) -> dict[str, EvalTarget]:
         """The SAEs as they would be saved now: folded, for raw activations."""
         found = {}
         for name, sae in self.trainer.saes.items():
             inputs = self.normalizers[sae.hookpoint]
             coder = folded(sae.coder, inputs.mean, inputs.scale, inputs.axes)
-            found[name] = Subject(sae.hookpoint, coder, inputs.mean)
+            found[name] = EvalTarget(sae.hookpoint, coder, inputs.mean)
         return found
 
     def evaluate(self, kind: Literal["eval", "final"]) -> dict[str, dict[str, float]]:
@@ -329,7 +329,7 @@ class Session:
         # Where every rank has the same SAEs, one of them scores.
         if self.first or self.prepared.division.owners:
             with distributed.phase("scoring"):
-                figures = evaluate(
+                figures = evaluate_coders(
                     self.subjects(),
                     held_out_batches(self.prepared),
                     self.config.evaluation.eval_tokens,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from saetrain.evaluation.nulls import PCA, Moments, RandomDecoder
+from saetrain.evaluation.nulls import PCA, RandomDecoder, RunningMoments
 
 
 @pytest.fixture(scope="module")
@@ -17,8 +17,8 @@ def x() -> torch.Tensor:
     return torch.randn(500, 24, generator=generator) @ mix.T + 20
 
 
-def moments(x: torch.Tensor, batches: int) -> Moments:
-    out = Moments(x.shape[1], x.device)
+def moments(x: torch.Tensor, batches: int) -> RunningMoments:
+    out = RunningMoments(x.shape[1], x.device)
     for part in x.chunk(batches):
         out.add(part)
     return out
@@ -28,11 +28,11 @@ def moments(x: torch.Tensor, batches: int) -> Moments:
 def test_pca_equals_the_singular_value_decomposition(x: torch.Tensor, rank: int) -> None:
     found = moments(x, 7)
     mean = x.double().mean(dim=0)
-    torch.testing.assert_close(found.mean(), mean.float())
+    torch.testing.assert_close(found.compute_mean(), mean.float())
     _, _, directions = np.linalg.svd((x.double() - mean).numpy(), full_matrices=False)
     basis = torch.from_numpy(directions[:rank].T)
     by_svd = mean + (x.double() - mean) @ basis @ basis.T
-    ours = PCA(found.mean(), found.principal(rank))(x)
+    ours = PCA(found.compute_mean(), found.principal_directions(rank))(x)
     torch.testing.assert_close(ours, by_svd.float(), atol=1e-3, rtol=1e-4)
     low_rank = torch.pca_lowrank(x.double(), q=24, niter=10)[2][:, :rank]
     by_library = mean + (x.double() - mean) @ low_rank @ low_rank.T
@@ -43,13 +43,13 @@ def test_pca_equals_the_singular_value_decomposition(x: torch.Tensor, rank: int)
 
 def test_moments_do_not_depend_on_the_batches(x: torch.Tensor) -> None:
     one, many = moments(x, 1), moments(x, 100)
-    torch.testing.assert_close(one.mean(), many.mean())
-    projectors = [m.principal(6) @ m.principal(6).T for m in (one, many)]
+    torch.testing.assert_close(one.compute_mean(), many.compute_mean())
+    projectors = [m.principal_directions(6) @ m.principal_directions(6).T for m in (one, many)]
     torch.testing.assert_close(*projectors, atol=1e-6, rtol=1e-5)
 
 
 def test_a_random_decoder_equals_least_squares_on_its_support(x: torch.Tensor) -> None:
-    decoder = RandomDecoder.of(x.mean(dim=0), 200, 6, seed=1)
+    decoder = RandomDecoder.from_seed(x.mean(dim=0), 200, 6, seed=1)
     codes = decoder.encode(x)
     ours = decoder(x)
     assert codes.indices is not None
@@ -66,11 +66,11 @@ def test_a_random_decoder_equals_least_squares_on_its_support(x: torch.Tensor) -
 
 
 def test_its_directions_are_uniform_of_unit_norm_and_the_seeds(x: torch.Tensor) -> None:
-    decoder = RandomDecoder.of(x.mean(dim=0), 5000, 6, seed=1)
+    decoder = RandomDecoder.from_seed(x.mean(dim=0), 5000, 6, seed=1)
     torch.testing.assert_close(decoder.directions.norm(dim=1), torch.ones(5000))
     assert float(decoder.directions.mean(dim=0).norm()) < 0.05
-    assert torch.equal(decoder.directions, RandomDecoder.of(x.mean(dim=0), 5000, 6, seed=1).directions)
-    assert not torch.equal(decoder.directions, RandomDecoder.of(x.mean(dim=0), 5000, 6, seed=2).directions)
+    assert torch.equal(decoder.directions, RandomDecoder.from_seed(x.mean(dim=0), 5000, 6, seed=1).directions)
+    assert not torch.equal(decoder.directions, RandomDecoder.from_seed(x.mean(dim=0), 5000, 6, seed=2).directions)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_as_many_directions_as_dimensions_rebuild_everything(
     x: torch.Tensor, d_in: int, num_latents: int, k: int
 ) -> None:
     part = x[:60, :d_in].contiguous()
-    decoder = RandomDecoder.of(part.mean(dim=0), num_latents, k, seed=0)
+    decoder = RandomDecoder.from_seed(part.mean(dim=0), num_latents, k, seed=0)
     ours = decoder(part)
     assert torch.isfinite(ours).all()
     spread = (part - decoder.mean).norm()
@@ -90,12 +90,12 @@ def test_as_many_directions_as_dimensions_rebuild_everything(
 
 
 def test_no_token_gives_no_reconstruction(x: torch.Tensor) -> None:
-    assert RandomDecoder.of(x.mean(dim=0), 50, 6, seed=0)(x[:0]).shape == (0, 24)
-    assert RandomDecoder.of(x.mean(dim=0), 50, 30, seed=0)(x[:0]).shape == (0, 24)
+    assert RandomDecoder.from_seed(x.mean(dim=0), 50, 6, seed=0)(x[:0]).shape == (0, 24)
+    assert RandomDecoder.from_seed(x.mean(dim=0), 50, 30, seed=0)(x[:0]).shape == (0, 24)
 
 
 def test_pieces_change_nothing(x: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    decoder = RandomDecoder.of(x.mean(dim=0), 100, 6, seed=0)
+    decoder = RandomDecoder.from_seed(x.mean(dim=0), 100, 6, seed=0)
     whole = decoder(x)
-    monkeypatch.setattr("saetrain.evaluation.nulls.GATHERED", 1000)
+    monkeypatch.setattr("saetrain.evaluation.nulls.MAX_GATHERED_ELEMENTS", 1000)
     torch.testing.assert_close(decoder(x), whole)

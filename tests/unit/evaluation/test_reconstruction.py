@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from saetrain.evaluation.bootstrap import poisson_weights
+from saetrain.evaluation.bootstrap import draw_poisson_weights
 from saetrain.evaluation.reconstruction import ReconstructionSums
 
 N, D = 600, 12
@@ -47,10 +47,10 @@ def test_figures_and_replicates_equal_formulas_over_the_whole_array(
     sums = ReconstructionSums(torch.full((D,), 28.0), replicates=40, seed=3)
     sums.add(x, estimate, docs)
     a, b = x.double().numpy(), estimate.double().numpy()
-    assert sums.metrics() == pytest.approx(by_hand(a, b, np.ones(N)), rel=1e-9)
-    weights = poisson_weights(docs, 40, seed=3)
+    assert sums.metric_values() == pytest.approx(by_hand(a, b, np.ones(N)), rel=1e-9)
+    weights = draw_poisson_weights(docs, 40, seed=3)
     drawn = [by_hand(a, b, weights[replicate]) for replicate in range(40)]
-    for name, found in sums.estimates().items():
+    for name, found in sums.metric_estimates().items():
         each = np.array([figures[name] for figures in drawn])
         each += found.value - each.mean()
         assert (found.low, found.high) == pytest.approx(tuple(np.quantile(each, [0.025, 0.975])), rel=1e-6), name
@@ -66,8 +66,8 @@ def test_batches_and_their_order_change_neither_figures_nor_intervals(
         parts = ReconstructionSums(x.mean(dim=0), replicates=30)
         for rows in reversed(np.array_split(np.random.default_rng(size).permutation(N), -(-N // size))):
             parts.add(x[rows], estimate[rows], docs[rows])
-        for name, found in whole.estimates().items():
-            again = parts.estimates()[name]
+        for name, found in whole.metric_estimates().items():
+            again = parts.metric_estimates()[name]
             assert (again.value, again.low, again.high) == pytest.approx(
                 (found.value, found.low, found.high), rel=1e-7
             ), name
@@ -79,7 +79,7 @@ def test_known_predictors(data: tuple[torch.Tensor, torch.Tensor, np.ndarray]) -
     def explained(estimate: torch.Tensor) -> float:
         sums = ReconstructionSums(torch.zeros(D))
         sums.add(x.double(), estimate, docs)
-        return sums.metrics()["explained_variance"]
+        return sums.metric_values()["explained_variance"]
 
     mean = x.double().mean(dim=0)
     assert explained(mean.expand(N, D)) == pytest.approx(0, abs=1e-9)
@@ -95,15 +95,15 @@ def test_parts_add_up(data: tuple[torch.Tensor, torch.Tensor, np.ndarray]) -> No
     first, second, empty = (ReconstructionSums(torch.full((D,), 29.0), replicates=5) for _ in range(3))
     first.add(x[:100], estimate[:100], docs[:100])
     second.add(x[100:], estimate[100:], docs[100:])
-    together = first.plus([second, empty])
-    assert together.tokens == N
-    assert together.metrics() == pytest.approx(
+    together = first.merged_with([second, empty])
+    assert together.n_tokens == N
+    assert together.metric_values() == pytest.approx(
         by_hand(x.double().numpy(), estimate.double().numpy(), np.ones(N)), rel=1e-9
     )
-    assert all(np.isnan(value) for value in empty.metrics().values())
+    assert all(np.isnan(value) for value in empty.metric_values().values())
 
 
 def test_tokens_that_do_not_vary_have_no_explained_variance() -> None:
     sums = ReconstructionSums(torch.ones(D))
     sums.add(torch.ones(5, D), torch.ones(5, D))
-    assert np.isnan(sums.metrics()["explained_variance"])
+    assert np.isnan(sums.metric_values()["explained_variance"])

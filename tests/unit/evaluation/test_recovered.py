@@ -17,14 +17,14 @@ from saetrain.coders.topk import TopK
 from saetrain.data.loader import token_policy
 from saetrain.data.masking import masked_positions
 from saetrain.errors import SaetrainError
-from saetrain.evaluation.nulls import PCA, Moments, RandomDecoder
-from saetrain.evaluation.recovered import SplicePolicy, every_token, questions
-from saetrain.evaluation.score import Figure, Nulls, ScoreSettings, Subject, score_losses
+from saetrain.evaluation.nulls import PCA, RandomDecoder, RunningMoments
+from saetrain.evaluation.recovered import SplicePolicy, iter_lm_batches, keep_all_tokens
+from saetrain.evaluation.score import Baselines, EvalTarget, MetricResult, ScoreSettings, score_losses
 from saetrain.types import CoderOutput, Codes, StepContext, TokenSequence
 
 CAUSAL_AT, MASKED_AT, ENCODER_AT = "h.1", "encoder.layer.1", "encoder.layer.3"
 KEPT = SplicePolicy(token_policy(exclude_special=True, exclude_first=True))
-ALL = SplicePolicy(every_token)
+ALL = SplicePolicy(keep_all_tokens)
 MASK_ID = 103
 SEED = 5
 Activations = Callable[[HeadModel, list[TokenSequence], str], Tensor]
@@ -47,32 +47,34 @@ class Given(TopK):
         raise NotImplementedError
 
 
-def nulls_on(x: Tensor, coder: TopK) -> Nulls:
-    moments = Moments(x.shape[1], x.device)
+def nulls_on(x: Tensor, coder: TopK) -> Baselines:
+    moments = RunningMoments(x.shape[1], x.device)
     moments.add(x)
-    mean = moments.mean()
-    return Nulls(mean, PCA(mean, moments.principal(4)), RandomDecoder.of(mean, coder.num_latents, 4, SEED))
+    mean = moments.compute_mean()
+    return Baselines(
+        mean, PCA(mean, moments.principal_directions(4)), RandomDecoder.from_seed(mean, coder.num_latents, 4, SEED)
+    )
 
 
 def ours(
     head: HeadModel,
     sequences: list[TokenSequence],
     coder: TopK,
-    nulls: Nulls,
+    nulls: Baselines,
     hookpoint: str,
     policy: SplicePolicy = KEPT,
     batch_tokens: int = 256,
     groups: int = 1,
-) -> dict[str, Figure]:
+) -> dict[str, MetricResult]:
     parts = [sequences[start::groups] for start in range(groups)]
     figures = score_losses(
-        {"sae": Subject(hookpoint, coder, nulls.mean)}, {"sae": nulls}, head, parts, {hookpoint: policy}, MASK_ID,
+        {"sae": EvalTarget(hookpoint, coder, nulls.mean)}, {"sae": nulls}, head, parts, {hookpoint: policy}, MASK_ID,
         batch_tokens, ScoreSettings(bootstrap=20, eval_seed=SEED),
     )  # fmt: skip
     return figures["sae"]
 
 
-def values(figures: dict[str, Figure]) -> dict[str, float]:
+def values(figures: dict[str, MetricResult]) -> dict[str, float]:
     return {name: figure.estimate.value for name, figure in figures.items()}
 
 
@@ -89,7 +91,7 @@ class ByHand:
         def hook(module: Any, inputs: Any, output: Any) -> Any:
             x = (output[0] if isinstance(output, tuple) else output).clone()
             for position in range(x.shape[1]):
-                if keep[position] and float(x[0, position].norm()) <= self.policy.limit:
+                if keep[position] and float(x[0, position].norm()) <= self.policy.norm_limit:
                     x[0, position] = rebuild(x[0, position].unsqueeze(0))[0] if rebuild else x[0, position]
             return (x, *output[1:]) if isinstance(output, tuple) else x
 
@@ -112,7 +114,7 @@ class ByHand:
                     ids[at] = MASK_ID
             if not pairs:
                 continue
-            keep = self.policy.keep(sequence)
+            keep = self.policy.keep_mask(sequence)
             run = {
                 name: self.outputs(ids, keep, rebuild, self.head.module).logits[0].double().softmax(dim=-1)
                 for name, rebuild in (("clean", None), *self.variants.items())
@@ -152,7 +154,7 @@ def coder_near(x: Tensor) -> TopK:
     return coder
 
 
-def variants(coder: TopK, nulls: Nulls) -> dict[str, Callable[[Tensor], Tensor]]:
+def variants(coder: TopK, nulls: Baselines) -> dict[str, Callable[[Tensor], Tensor]]:
     """The reconstruction with all F latents written out, and the ablations."""
 
     def rebuild(x: Tensor) -> Tensor:
@@ -202,7 +204,7 @@ def test_the_policies_replace_different_positions(
     nulls = nulls_on(x, coder)
     everywhere = values(ours(gpt2_head, packed, coder, nulls, CAUSAL_AT, ALL))
     kept = values(ours(gpt2_head, packed, coder, nulls, CAUSAL_AT, KEPT))
-    nowhere = SplicePolicy(every_token, limit=0.0)
+    nowhere = SplicePolicy(keep_all_tokens, norm_limit=0.0)
     untouched = values(ours(gpt2_head, packed, coder, nulls, CAUSAL_AT, nowhere))
     assert everywhere["ce_clean"] == kept["ce_clean"] == untouched["ce_clean"]
     assert abs(everywhere["ce_spliced"] - kept["ce_spliced"]) > 1e-4
@@ -215,7 +217,7 @@ def test_positions_above_the_norm_limit_stay_as_they_are(
 ) -> None:
     x = activations(gpt2_head, packed, CAUSAL_AT)
     limit = float(x.norm(dim=1).median())
-    policy = SplicePolicy(every_token, limit)
+    policy = SplicePolicy(keep_all_tokens, limit)
     coder = coder_near(x)
     nulls = nulls_on(x, coder)
     wanted = expected(ByHand(gpt2_head, CAUSAL_AT, variants(coder, nulls), policy), packed)
@@ -279,7 +281,7 @@ def test_hidden_states_and_pooled_output_equal_plain_loops(
     for name, rebuild in hand.variants.items():
         error, norm, cosines = 0.0, 0.0, []
         for sequence in single:
-            ids, keep = torch.from_numpy(sequence.ids.astype(np.int64)), KEPT.keep(sequence)
+            ids, keep = torch.from_numpy(sequence.ids.astype(np.int64)), KEPT.keep_mask(sequence)
             clean = hand.outputs(ids, keep, None, encoder_head.base.module).last_hidden_state[0].double()
             other = hand.outputs(ids, keep, rebuild, encoder_head.base.module).last_hidden_state[0].double()
             for a, b in zip(clean, other, strict=True):
@@ -292,7 +294,7 @@ def test_hidden_states_and_pooled_output_equal_plain_loops(
     for batch_tokens in (1, 200, 10_000):
         figures = ours(encoder_head, single, coder, nulls, ENCODER_AT, batch_tokens=batch_tokens)
         assert values(figures) == pytest.approx(wanted["sae"], abs=1e-5)
-        assert {name: figure.nulls["mean"].value for name, figure in figures.items()} == pytest.approx(
+        assert {name: figure.baselines["mean"].value for name, figure in figures.items()} == pytest.approx(
             wanted["mean"], abs=1e-5
         )
         assert figures["pooled_cosine"].count == len(single)
@@ -321,17 +323,17 @@ def test_an_ablation_that_costs_nothing_is_flagged(tiny_gpt2: str, packed: list[
 
 def test_a_model_without_a_mask_token_is_refused_by_name(mlm_head: HeadModel, single: list[TokenSequence]) -> None:
     with pytest.raises(SaetrainError, match="its tokenizer has no mask token"):
-        list(questions(mlm_head, single, KEPT, None, 100, 0))
+        list(iter_lm_batches(mlm_head, single, KEPT, None, 100, 0))
 
 
 def test_only_next_tokens_and_masked_tokens_are_asked_for(
     gpt2_head: HeadModel, packed: list[TokenSequence], mlm_head: HeadModel, single: list[TokenSequence]
 ) -> None:
-    asked = list(questions(gpt2_head, packed, KEPT, None, 100, 0))
-    assert sum(len(question.docs) for question in asked) == sum(len(sequence) - 1 for sequence in packed)
-    docs = np.sort(np.concatenate([question.docs for question in asked]))
+    asked = list(iter_lm_batches(gpt2_head, packed, KEPT, None, 100, 0))
+    assert sum(len(question.doc_ids) for question in asked) == sum(len(sequence) - 1 for sequence in packed)
+    docs = np.sort(np.concatenate([question.doc_ids for question in asked]))
     assert (docs == np.sort(np.concatenate([sequence.doc[1:] for sequence in packed]))).all(), "the target's document"
-    for question in questions(mlm_head, single, KEPT, MASK_ID, 100, SEED):
-        assert (question.ids[question.scored] == MASK_ID).all()
+    for question in iter_lm_batches(mlm_head, single, KEPT, MASK_ID, 100, SEED):
+        assert (question.input_ids[question.scored_mask] == MASK_ID).all()
         assert not (question.targets == MASK_ID).any()
-        assert not (question.scored & (question.mask == 0)).any()
+        assert not (question.scored_mask & (question.attention_mask == 0)).any()

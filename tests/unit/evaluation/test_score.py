@@ -9,8 +9,8 @@ import torch
 from saetrain.activations.read import Labelled, Place
 from saetrain.coders.topk import TopK
 from saetrain.errors import SaetrainError
-from saetrain.evaluation.nulls import PCA, Moments, RandomDecoder
-from saetrain.evaluation.score import Nulls, Scores, ScoreSettings, Subject, score_activations
+from saetrain.evaluation.nulls import PCA, RandomDecoder, RunningMoments
+from saetrain.evaluation.score import Baselines, EvalTarget, SaeScores, ScoreSettings, score_activations
 
 N, D, F, K, AT = 3000, 16, 96, 5, "layers.0"
 SETTINGS = ScoreSettings(bootstrap=25)
@@ -36,15 +36,15 @@ def tokens() -> Labelled:
     return Labelled({AT: x}, np.sort(rng.integers(0, 60, N)), place)
 
 
-def nulls_of(x: torch.Tensor) -> Nulls:
-    moments = Moments(D, x.device)
+def nulls_of(x: torch.Tensor) -> Baselines:
+    moments = RunningMoments(D, x.device)
     moments.add(x + 0.05)
-    mean = moments.mean()
-    return Nulls(mean, PCA(mean, moments.principal(K)), RandomDecoder.of(mean, F, K, 0))
+    mean = moments.compute_mean()
+    return Baselines(mean, PCA(mean, moments.principal_directions(K)), RandomDecoder.from_seed(mean, F, K, 0))
 
 
-def run(coder: TopK, nulls: Nulls, batches: list[Labelled]) -> Scores:
-    subjects = {"sae": Subject(AT, coder, nulls.mean)}
+def run(coder: TopK, nulls: Baselines, batches: list[Labelled]) -> SaeScores:
+    subjects = {"sae": EvalTarget(AT, coder, nulls.mean)}
     return score_activations(subjects, {"sae": nulls}, batches, THRESHOLD, SETTINGS)["sae"]
 
 
@@ -69,45 +69,45 @@ def test_figures_are_of_the_kept_tokens_beside_their_nulls(coder: TopK, tokens: 
     pre = (kept - coder.b_dec) @ coder.W_enc + coder.b_enc
     code = torch.where(pre >= pre.sort(dim=1).values[:, [-K]], pre.clamp_min(0), 0)
     estimate = code @ coder.W_dec + coder.b_dec
-    found = scores.figures["explained_variance"]
+    found = scores.metrics["explained_variance"]
     assert found.estimate.value == pytest.approx(explained(kept, estimate), abs=1e-5)
     assert found.estimate.low < found.estimate.value < found.estimate.high
     assert found.count == len(kept)
-    assert {name: null.value for name, null in found.nulls.items()} == pytest.approx(
+    assert {name: null.value for name, null in found.baselines.items()} == pytest.approx(
         {
-            "random_decoder": explained(kept, nulls.random(kept)),
+            "random_decoder": explained(kept, nulls.random_decoder(kept)),
             "pca": explained(kept, nulls.pca(kept)),
             "mean": explained(kept, nulls.mean.expand_as(kept)),
         },
         abs=1e-6,
     )
-    assert found.nulls["mean"].value < 0 < found.nulls["random_decoder"].value
+    assert found.baselines["mean"].value < 0 < found.baselines["random_decoder"].value
     rates = (code > 0).double().mean(dim=0)
-    l0 = scores.figures["l0"]
+    l0 = scores.metrics["l0"]
     assert l0.estimate.value == pytest.approx(float(rates.sum()), abs=1e-3)
     assert l0.estimate.value < K - 0.1
-    assert l0.nulls["random_decoder"].value == pytest.approx(
-        float((nulls.random.encode(kept).values > 0).sum(dim=1).double().mean())
+    assert l0.baselines["random_decoder"].value == pytest.approx(
+        float((nulls.random_decoder.encode(kept).values > 0).sum(dim=1).double().mean())
     )
-    dead = scores.figures["dead_below_threshold"]
+    dead = scores.metrics["dead_below_threshold"]
     assert dead.estimate.value == pytest.approx(float((rates < THRESHOLD).double().mean()), abs=1.01 / F)
     assert 0.05 < dead.estimate.value < 0.95
-    assert scores.documents == len(np.unique(tokens.doc))
+    assert scores.n_documents == len(np.unique(tokens.doc))
 
 
 def test_classes_of_positions_are_told_apart_and_add_up(coder: TopK, tokens: Labelled) -> None:
     x = tokens.values[AT]
     scores = run(coder, nulls_of(x), [tokens])
     estimate = coder.decode(coder.encode(x))
-    assert set(scores.classes) == {"kept", "special", "first", "outlier", "all"}
+    assert set(scores.metrics_by_class) == {"kept", "special", "first", "outlier", "all"}
     for place in Place:
         rows = torch.from_numpy(tokens.place == place)
-        of = scores.classes[place.name.lower()]
+        of = scores.metrics_by_class[place.name.lower()]
         assert of["tokens"] == int(rows.sum())
         assert of["explained_variance"] == pytest.approx(explained(x[rows], estimate[rows]), abs=1e-6)
-    assert scores.classes["all"]["tokens"] == N
-    assert scores.classes["all"]["explained_variance"] == pytest.approx(explained(x, estimate), abs=1e-6)
-    assert abs(scores.classes["all"]["fvu"] - scores.classes["kept"]["fvu"]) > 0.01
+    assert scores.metrics_by_class["all"]["tokens"] == N
+    assert scores.metrics_by_class["all"]["explained_variance"] == pytest.approx(explained(x, estimate), abs=1e-6)
+    assert abs(scores.metrics_by_class["all"]["fvu"] - scores.metrics_by_class["kept"]["fvu"]) > 0.01
 
 
 def test_batches_and_their_order_change_nothing(coder: TopK, tokens: Labelled) -> None:
@@ -119,22 +119,25 @@ def test_batches_and_their_order_change_nothing(coder: TopK, tokens: Labelled) -
         (700, np.arange(N)),
     ):
         again = run(coder, nulls, pieces(tokens, order, parts))
-        for name, figure in whole.figures.items():
-            other = again.figures[name]
+        for name, figure in whole.metrics.items():
+            other = again.metrics[name]
             assert other.count == figure.count
-            for a, b in ((figure.estimate, other.estimate), *((figure.nulls[n], other.nulls[n]) for n in figure.nulls)):
+            for a, b in (
+                (figure.estimate, other.estimate),
+                *((figure.baselines[n], other.baselines[n]) for n in figure.baselines),
+            ):
                 assert (b.value, b.low, b.high) == pytest.approx((a.value, a.low, a.high), abs=2e-5, nan_ok=True), name
-        assert again.density == whole.density
+        assert again.density_histogram == whole.density_histogram
         assert again.l0_percentiles == whole.l0_percentiles
 
 
 def test_text_without_a_token_that_counts(coder: TopK, tokens: Labelled) -> None:
     only = Labelled(tokens.values, tokens.doc, np.full(N, Place.SPECIAL, dtype=np.uint8))
     scores = run(coder, nulls_of(tokens.values[AT]), [only])
-    assert np.isnan(scores.figures["explained_variance"].estimate.value)
-    assert scores.figures["l0"].count == 0
-    assert scores.classes["special"]["tokens"] == N
-    assert scores.figures["explained_variance"].as_json("x")["value"] is None
+    assert np.isnan(scores.metrics["explained_variance"].estimate.value)
+    assert scores.metrics["l0"].count == 0
+    assert scores.metrics_by_class["special"]["tokens"] == N
+    assert scores.metrics["explained_variance"].as_json("x")["value"] is None
 
 
 @pytest.mark.parametrize(

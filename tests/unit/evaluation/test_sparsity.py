@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from saetrain.evaluation.bootstrap import poisson_weights
-from saetrain.evaluation.sparsity import DOCUMENTS, SparsitySums
+from saetrain.evaluation.bootstrap import draw_poisson_weights
+from saetrain.evaluation.sparsity import DOCUMENTS_PER_BLOCK, SparsitySums
 from saetrain.types import Codes
 
 N, F, K, THRESHOLD = 700, 40, 5, 0.01
@@ -31,8 +31,8 @@ def code() -> Codes:
 @pytest.fixture(scope="module")
 def docs() -> np.ndarray:
     """More documents than are counted at once."""
-    docs = np.random.default_rng(1).integers(0, 2 * DOCUMENTS + 5, N)
-    assert len(np.unique(docs)) > 2 * DOCUMENTS
+    docs = np.random.default_rng(1).integers(0, 2 * DOCUMENTS_PER_BLOCK + 5, N)
+    assert len(np.unique(docs)) > 2 * DOCUMENTS_PER_BLOCK
     return docs
 
 
@@ -63,15 +63,15 @@ def test_figures_and_replicates_equal_brute_force(code: Codes, docs: np.ndarray,
         sums.add(Codes(part.to_dense(), None, F) if dense else part, docs[rows])
     wanted = by_hand(active, np.ones(N))
     assert len(set(wanted.values())) >= 5, "the figures are told apart"
-    got = sums.metrics()
+    got = sums.metric_values()
     assert {name: got[name] for name in wanted} == pytest.approx(wanted, rel=1e-12)
     assert got["l0_share"] == pytest.approx(wanted["l0"] / F)
     counts = np.sort(active.sum(axis=1))
     for share, name in ((0.05, "l0_p5"), (0.5, "l0_p50"), (0.95, "l0_p95")):
         assert got[name] == counts[math.ceil(share * N) - 1]
-    weights = poisson_weights(docs, 12, seed=7)
+    weights = draw_poisson_weights(docs, 12, seed=7)
     drawn = [by_hand(active, weights[replicate]) for replicate in range(12)]
-    for name, found in sums.estimates().items():
+    for name, found in sums.metric_estimates().items():
         if name == "l0_share":
             continue
         each = np.array([figures[name] for figures in drawn])
@@ -92,16 +92,16 @@ def test_batches_and_their_order_change_nothing(code: Codes, docs: np.ndarray) -
     parts = SparsitySums(F, THRESHOLD, CPU, replicates=20)
     for rows in np.array_split(np.arange(N)[::-1].copy(), 33):
         parts.add(code.select_tokens(torch.from_numpy(rows)), docs[rows])
-    assert parts.metrics() == whole.metrics()
-    assert parts.estimates() == whole.estimates()
-    assert parts.histogram() == whole.histogram()
+    assert parts.metric_values() == whole.metric_values()
+    assert parts.metric_estimates() == whole.metric_estimates()
+    assert parts.density_histogram() == whole.density_histogram()
 
 
 def test_the_histogram_counts_every_latent_once(code: Codes) -> None:
     sums = SparsitySums(F, THRESHOLD, CPU)
     sums.add(code)
     rates = (code.to_dense() > 0).double().mean(dim=0).numpy()
-    found = sums.histogram()
+    found = sums.density_histogram()
     edges = found["edges_log10"]
     for low, high, count in zip(edges, edges[1:], found["counts"], strict=False):
         inside = [r for r in rates if r > 0 and low <= math.log10(r) and (math.log10(r) < high or high == 0)]
@@ -114,7 +114,7 @@ def test_the_histogram_counts_every_latent_once(code: Codes) -> None:
 def test_no_token_at_all(replicates: int) -> None:
     sums = SparsitySums(F, THRESHOLD, CPU, replicates)
     sums.add(Codes(torch.zeros(0, K), torch.zeros(0, K, dtype=torch.long), F), np.zeros(0, dtype=np.int64))
-    figures = sums.estimates()
+    figures = sums.metric_estimates()
     assert figures["l0"].value == 0
     assert math.isnan(figures["l0"].low)
 
@@ -125,7 +125,7 @@ def test_intervals_hold_their_figure_within_its_range() -> None:
     indices = np.stack([rng.choice(F, K, replace=False) for _ in range(100)])
     sums = SparsitySums(F, THRESHOLD, CPU, replicates=20)
     sums.add(Codes(torch.ones(100, K), torch.from_numpy(indices), F), np.arange(100) % 8)
-    for name, figure in sums.estimates().items():
+    for name, figure in sums.metric_estimates().items():
         assert 0 <= figure.low <= figure.value <= figure.high, name
         assert figure.high <= 1 or name == "l0", name
 
@@ -134,4 +134,4 @@ def test_replicates_without_tokens_leave_no_interval(code: Codes) -> None:
     """Of two documents a seventh of the replicates draws neither."""
     sums = SparsitySums(F, THRESHOLD, CPU, replicates=60)
     sums.add(code, np.arange(N) % 2)
-    assert all(math.isnan(figure.low) for figure in sums.estimates().values())
+    assert all(math.isnan(figure.low) for figure in sums.metric_estimates().values())

@@ -12,9 +12,9 @@ import pytest
 
 from saetrain.errors import SaetrainError
 from saetrain.evaluation.bootstrap import Estimate
-from saetrain.evaluation.verdict import HealthSettings, Judged, Shape, Verdict, judge
+from saetrain.evaluation.verdict import HealthSettings, Judgment, SaeProperties, Verdict, judge_metrics
 
-SHAPE = Shape(d_in=384, num_latents=4096, k=64, dead_bound=0.0, dead_rate=0.0005, tokens=20_000)
+SHAPE = SaeProperties(d_in=384, num_latents=4096, k=64, min_dead_fraction=0.0, dead_threshold=0.0005, n_tokens=20_000)
 HEALTHY = {
     "explained_variance": 0.8,
     "l0": 63.0,
@@ -30,29 +30,29 @@ NULLS: dict[str, float | None] = {
 
 
 def verdict(
-    shape: Shape = SHAPE,
+    shape: SaeProperties = SHAPE,
     settings: HealthSettings | None = None,
     nulls: dict[str, float | None] | None = None,
     **values: float,
 ) -> Verdict:
     figures = {name: Estimate(value, value - 0.01, value + 0.01) for name, value in (HEALTHY | values).items()}
-    return judge(figures, beside(NULLS | (nulls or {})), shape, settings or HealthSettings())
+    return judge_metrics(figures, beside(NULLS | (nulls or {})), shape, settings or HealthSettings())
 
 
 def beside(nulls: dict[str, float | None]) -> dict[str, dict[str, float]]:
     return {name: {"random decoder": value} for name, value in nulls.items() if value is not None}
 
 
-def one(name: str, **options: object) -> Judged:
-    return verdict(**options).metrics[name]  # type: ignore[arg-type]
+def one(name: str, **options: object) -> Judgment:
+    return verdict(**options).judgments[name]  # type: ignore[arg-type]
 
 
 def test_all_healthy() -> None:
     found = verdict()
     assert str(found) == "4/4"
-    assert [judged.status for judged in found.metrics.values()] == ["good", "pass", "good", "pass"]
-    assert not any(judged.by_construction for judged in found.metrics.values())
-    assert not any(judged.advice for judged in found.metrics.values())
+    assert [judged.status for judged in found.judgments.values()] == ["good", "pass", "good", "pass"]
+    assert not any(judged.by_construction for judged in found.judgments.values())
+    assert not any(judged.advice for judged in found.judgments.values())
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_explained_variance(value: float, status: str, advice: str) -> None:
     assert found.status == status
     assert found.advice.startswith(advice)
     assert bool(found.advice) == bool(advice)
-    assert found.passed == (status != "fail")
+    assert found.is_passing == (status != "fail")
     assert not found.by_construction
 
 
@@ -120,7 +120,7 @@ def test_dead_latents_name_their_null_and_what_they_were_counted_on() -> None:
 
 @pytest.mark.parametrize(("rate", "tokens", "few"), [(0.0005, 1999, True), (0.0005, 2000, False), (0.0, 10, False)])
 def test_too_few_tokens_for_a_rate_are_named(rate: float, tokens: int, few: bool) -> None:
-    found = one("dead", dead_below_threshold=0.3, shape=replace(SHAPE, dead_rate=rate, tokens=tokens))
+    found = one("dead", dead_below_threshold=0.3, shape=replace(SHAPE, dead_threshold=rate, n_tokens=tokens))
     assert ("scored on too few tokens" in found.reason) == few
     assert (found.advice == "score on at least 2,000 tokens (--eval_tokens)") == few
 
@@ -171,7 +171,7 @@ def test_a_code_of_more_than_a_twentieth_is_hardly_sparse(latents: int, hardly: 
     ],
 )
 def test_dead(value: float, bound: float, status: str, impossible: bool) -> None:
-    found = one("dead", dead_below_threshold=value, shape=replace(SHAPE, dead_bound=bound))
+    found = one("dead", dead_below_threshold=value, shape=replace(SHAPE, min_dead_fraction=bound))
     assert (found.status, found.by_construction) == (status, impossible)
     assert found.advice.startswith("lower --dead_percentage_threshold") == impossible
     assert (f"at least {bound:.1%} must" in found.reason) == impossible
@@ -201,18 +201,18 @@ def test_thresholds_are_those_that_are_set() -> None:
     )  # fmt: skip
     found = verdict(settings=strict)
     assert str(found) == "0/4"
-    assert found.metrics["explained_variance"].threshold == ">= 0.85 (good: 0.9)"
-    assert found.metrics["l0"].threshold == "70 to 80"
-    assert found.metrics["dead"].threshold == "<= 0.04 (good: 0.01)"
-    assert found.metrics["redundancy"].threshold == "<= 0.1"
-    assert found.metrics["l0"].by_construction, "L0 can't exceed k = 64"
-    assert found.metrics["redundancy"].by_construction, "random directions have 0.15"
+    assert found.judgments["explained_variance"].threshold == ">= 0.85 (good: 0.9)"
+    assert found.judgments["l0"].threshold == "70 to 80"
+    assert found.judgments["dead"].threshold == "<= 0.04 (good: 0.01)"
+    assert found.judgments["redundancy"].threshold == "<= 0.1"
+    assert found.judgments["l0"].by_construction, "L0 can't exceed k = 64"
+    assert found.judgments["redundancy"].by_construction, "random directions have 0.15"
     loose = HealthSettings(
         min_explained_variance=-5, good_explained_variance=0, l0_range=(0.0, 1e9), max_dead=1, good_dead=1,
         max_redundancy=1,
     )  # fmt: skip
     worst = verdict(settings=loose, explained_variance=-1, l0=0.0, dead_below_threshold=1.0)
-    assert [judged.status for judged in worst.metrics.values()] == ["pass", "pass", "good", "pass"]
+    assert [judged.status for judged in worst.judgments.values()] == ["pass", "pass", "good", "pass"]
 
 
 @pytest.mark.parametrize(
@@ -242,7 +242,7 @@ def test_the_json_has_all_of_it_and_no_nan() -> None:
     broken = {"explained_variance": math.nan, "decoder_redundancy_top100": -math.inf}
     figures = {name: Estimate(value) for name, value in (HEALTHY | broken).items()}
     nulls = beside(NULLS | {"explained_variance": math.nan})
-    found = judge(figures, nulls, SHAPE, HealthSettings()).as_json()
+    found = judge_metrics(figures, nulls, SHAPE, HealthSettings()).as_json()
     again = json.loads(json.dumps(found, allow_nan=False))
     assert (again["verdict"], again["passed"], again["of"]) == ("3/4", 3, 4)
     assert set(again["metrics"]) == {"explained_variance", "l0", "dead", "redundancy"}

@@ -15,7 +15,7 @@ from saetrain.coders.topk import TopK
 from saetrain.errors import SaetrainError
 from saetrain.interop.directory import save_sae
 from saetrain.interop.finetune import load_for_finetune
-from saetrain.interop.reading import load_any
+from saetrain.interop.reading import load_any_format
 
 D, F, K = 6, 20, 3
 Spoil = Callable[[Path], None]
@@ -35,7 +35,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 def read(folder: Path) -> tuple[TopK, dict[str, Any]]:
-    return load_any(folder)
+    return load_any_format(folder)
 
 
 def finetune(folder: Path) -> None:

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from saetrain.coders.topk import TopK
 from saetrain.evaluation.bootstrap import Estimate
-from saetrain.evaluation.score import Figure, Scores
+from saetrain.evaluation.score import MetricResult, SaeScores
 from saetrain.evaluation.verdict import HealthSettings
 from saetrain.runs.assessment import TextScores, figures_table, verdict_on, verdict_table
 from saetrain.runs.locate import Found
@@ -20,21 +20,23 @@ VALUES = {"explained_variance": 0.8, "l0": 20.0, "dead_below_threshold": 0.6, "d
 @pytest.mark.parametrize(("k", "impossible"), [(64, False), (20, True)])
 def test_the_share_that_must_be_dead_follows_from_k_not_from_what_fires(k: int, impossible: bool) -> None:
     """With 4096 latents and a rate of 0.01, 41 active ones a token keep all alive, which k = 64 allows."""
-    scores = Scores({name: Figure(Estimate(value), 1000) for name, value in VALUES.items()}, {}, {}, (0, 0, 0), 1)
-    found = verdict_on(Found(Path(), TopK(8, 4096, k), {}), scores, 0.01, HealthSettings()).metrics["dead"]
+    scores = SaeScores(
+        {name: MetricResult(Estimate(value), 1000) for name, value in VALUES.items()}, {}, {}, (0, 0, 0), 1
+    )
+    found = verdict_on(Found(Path(), TopK(8, 4096, k), {}), scores, 0.01, HealthSettings()).judgments["dead"]
     assert found.status == "fail"
     assert found.by_construction == impossible
     assert ("must at this k and num_latents" in found.reason) == impossible
 
 
-def scores(loss: dict[str, int]) -> Scores:
+def scores(loss: dict[str, int]) -> SaeScores:
     """Figures with intervals and nulls; ``loss`` {figure: tokens behind it}."""
     nulls = {name: Estimate(-0.671) for name in ("random_decoder", "pca", "mean")}
     counts = {**dict.fromkeys(VALUES, 8000), **loss}
-    figures = {name: Figure(Estimate(-0.5, -1.123, -0.456), count, nulls) for name, count in counts.items()}
+    figures = {name: MetricResult(Estimate(-0.5, -1.123, -0.456), count, nulls) for name, count in counts.items()}
     if "ce_recovered_zero" in figures:
-        figures["ce_recovered_zero"] = Figure(Estimate(-0.5, -1.123, -0.456), 4064, nulls, "small denominator")
-    return Scores(figures, {}, {}, (0, 0, 0), 9)
+        figures["ce_recovered_zero"] = MetricResult(Estimate(-0.5, -1.123, -0.456), 4064, nulls, "small denominator")
+    return SaeScores(figures, {}, {}, (0, 0, 0), 9)
 
 
 LOSSES = dict.fromkeys(("ce_clean", "ce_recovered_zero", "ce_recovered_mean", "delta_ce"), 4064)
@@ -56,7 +58,7 @@ def test_tables_fit_80_columns_with_every_figure_whole(loss: dict[str, int]) -> 
         assert shown.partition("health on")[0].count(figure) == times * columns
     assert "text " in shown
     assert "health on wikitext (in-sample)" in shown
-    for name in verdict.metrics:
+    for name in verdict.judgments:
         assert f" {name} " in shown
     assert "8,000 tokens" in shown
     assert ("loss on 4,064" in shown) == ("ce_clean" in loss)
