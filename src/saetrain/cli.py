@@ -103,7 +103,7 @@ def parse_train(words: Sequence[str]) -> RunConfig:
         if not getattr(config, name):
             where = f" or as '{name}:' in {path}" if path else ""
             raise SaetrainError(f"{name.upper()} is missing: give it on the command line{where}")
-    config.mixing.shares(len(config.dataset))
+    config.mixing.normalized_shares(len(config.dataset))
     return config
 
 

@@ -91,7 +91,7 @@ import saetrain.data.loader as loader
 from saetrain.training.trainer import SaeTrainer
 read, count = loader.ShardedSequences.read, SaeTrainer.micro_step
 def slow(self, shard, cursor, tokens):
-    if cursor != self.start:
+    if cursor != self.start_cursor:
         time.sleep(3)
     return read(self, shard, cursor, tokens)
 loader.ShardedSequences.read = slow

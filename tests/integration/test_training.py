@@ -301,7 +301,7 @@ def test_texts_of_the_held_out_split_are_not_trained_on(tmp_path: Path, tiny_ber
     trained = {
         int(doc)
         for shard in range(16)
-        for sequence in prepared.train.read(shard, prepared.train.start, 20_000)[0]
+        for sequence in prepared.train.read(shard, prepared.train.start_cursor, 20_000)[0]
         for doc in sequence.doc
     }
     assert not trained & {*range(40, 60)}, "these repeat texts of the validation split, in other letters"

@@ -89,7 +89,7 @@ def ours(tmp_path_factory: pytest.TempPathFactory, language_model: str, topics_j
 def fewer_than_k_fire(setting: Setting, text: Scored) -> None:
     """Lower the SAE's bias, on disk too, so that a fifth of what fires falls below zero: L0 then varies."""
     sae = setting.located.saes["h.2"]
-    batches = (batch for group in text.groups(text.numbers) for batch in setting.reader.labelled(group))
+    batches = (batch for group in text.groups(text.numbers) for batch in setting.reader.iterate_labelled(group))
     x = torch.cat([batch.values["h.2"] for batch in batches])
     sae.coder.b_enc -= sae.coder.encode(x).values.flatten()[:100_000].quantile(0.2)
     save_sae(sae.folder, sae.coder, {name: value for name, value in sae.about.items() if name != "format"})

@@ -17,7 +17,7 @@ from saetrain.types import TokenSequence
 PROBE_TOKENS = 8
 
 
-class _Stop(Exception):
+class _StopForward(Exception):
     """Raised in the last hookpoint's hook: what lies above it is not needed."""
 
 
@@ -34,11 +34,11 @@ class ActivationCapture:
         self.model = model
         self.hookpoints = hookpoints
         self._modules = {name: model.module.get_submodule(name) for name in hookpoints}
-        self._last: str | None = None
-        order = self._probe()
-        self._last = order[-1]
+        self._last_hookpoint: str | None = None
+        order = self._probe_hookpoints()
+        self._last_hookpoint = order[-1]
 
-    def _probe(self) -> list[str]:
+    def _probe_hookpoints(self) -> list[str]:
         """Run a few tokens through the whole model: the order in which the hookpoints end, and their widths."""
         length = min(PROBE_TOKENS, self.model.max_positions or PROBE_TOKENS)
         ids = torch.ones(2, length, dtype=torch.long, device=self.model.device)
@@ -59,17 +59,17 @@ class ActivationCapture:
     def __call__(self, ids_BS: Tensor, mask_BS: Tensor) -> dict[str, Tensor]:
         """{hookpoint: (B, S, D) in the model's dtype} for token ids and their attention mask, both (B, S)."""
         found: dict[str, Tensor] = {}
-        handles = [module.register_forward_hook(self._hook(name, found)) for name, module in self._modules.items()]
+        handles = [module.register_forward_hook(self._make_hook(name, found)) for name, module in self._modules.items()]
         try:
-            self.model.module(input_ids=ids_BS, attention_mask=mask_BS, **self.model.options())
-        except _Stop:
+            self.model.module(input_ids=ids_BS, attention_mask=mask_BS, **self.model.forward_kwargs())
+        except _StopForward:
             pass
         finally:
             for handle in handles:
                 handle.remove()
         return found
 
-    def _hook(self, name: str, found: dict[str, Tensor]) -> Callable[..., None]:
+    def _make_hook(self, name: str, found: dict[str, Tensor]) -> Callable[..., None]:
         def hook(module: torch.nn.Module, inputs: Any, output: Any) -> None:
             value = output[0] if isinstance(output, (tuple, list)) and output else output
             if not isinstance(value, Tensor):
@@ -80,8 +80,8 @@ class ActivationCapture:
             if name in found:
                 raise SaetrainError(f"--hookpoints {name}: the module runs several times in one forward pass")
             found[name] = value
-            if name == self._last:
-                raise _Stop
+            if name == self._last_hookpoint:
+                raise _StopForward
 
         return hook
 
@@ -97,7 +97,7 @@ def pad_batch(sequences: list[TokenSequence], device: torch.device) -> tuple[Ten
     return copy_to_device_async(ids, device), copy_to_device_async(mask, device)
 
 
-def length_batches(sequences: list[TokenSequence], tokens: int) -> list[list[int]]:
+def batch_by_length(sequences: list[TokenSequence], tokens: int) -> list[list[int]]:
     """Numbers of ``sequences`` grouped by length, each group at most ``tokens`` padded tokens (or one sequence)."""
     order = sorted(range(len(sequences)), key=lambda number: (-len(sequences[number]), number))
     batches: list[list[int]] = []

@@ -8,18 +8,25 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from saetrain.activations.model import BaseModel, ModelSettings, check_architecture, describe, load_config, load_module
+from saetrain.activations.model import (
+    BaseModel,
+    ModelSettings,
+    build_base_model,
+    detect_causal,
+    load_config,
+    load_module,
+)
 
-Kind = Literal["causal", "masked", "none"]
+HeadKind = Literal["causal", "masked", "none"]
 
-OTHERWISE_PRETRAINED = {"ElectraForPreTraining", "FunnelForPreTraining", "SplinterForPreTraining"}
+PRETRAINED_WITHOUT_LM_HEAD = {"ElectraForPreTraining", "FunnelForPreTraining", "SplinterForPreTraining"}
 """Pre-trained to tell replaced tokens or to find spans, so without a head that predicts tokens."""
-EITHER = {"FlaubertWithLMHeadModel", "XLMWithLMHeadModel", "XLNetLMHeadModel"}
+AMBIGUOUS_HEADS = {"FlaubertWithLMHeadModel", "XLMWithLMHeadModel", "XLNetLMHeadModel"}
 """Heads that serve permuted, masked or next tokens, so that one forward pass without more knowledge scores none."""
 
 
 @dataclass(frozen=True)
-class HeadModel:
+class LMHeadModel:
     """A frozen model with its head.
 
     ``base``: the part below the head, whose modules hookpoints name; ``kind``: `causal` and `masked` predict tokens,
@@ -28,22 +35,22 @@ class HeadModel:
 
     module: nn.Module
     base: BaseModel
-    kind: Kind
+    kind: HeadKind
     architecture: str
 
-    def logits(self, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
+    def compute_logits(self, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
         """(B, S, V) in the model's dtype; of a model with a head."""
         assert self.kind != "none", self.architecture
-        logits: Tensor = self.module(input_ids=ids_BS, attention_mask=mask_BS, **self.base.options()).logits
+        logits: Tensor = self.module(input_ids=ids_BS, attention_mask=mask_BS, **self.base.forward_kwargs()).logits
         return logits
 
-    def hidden(self, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
+    def compute_final_hidden(self, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
         """The final hidden state (B, S, D), behind the final norm where there is one."""
-        out: Tensor = self.base.module(input_ids=ids_BS, attention_mask=mask_BS, **self.base.options())[0]
+        out: Tensor = self.base.module(input_ids=ids_BS, attention_mask=mask_BS, **self.base.forward_kwargs())[0]
         return out
 
 
-def load_with_head(name: str, settings: ModelSettings) -> HeadModel:
+def load_model_with_head(name: str, settings: ModelSettings) -> LMHeadModel:
     """Load ``name`` with the head that its configuration's `architectures` names; as ``load_model`` otherwise.
 
     SaetrainError when weights of the head are missing from the files: the library would fill it with random numbers.
@@ -51,34 +58,34 @@ def load_with_head(name: str, settings: ModelSettings) -> HeadModel:
     from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
     config = load_config(name, settings)
-    causal = check_architecture(name, config)
+    causal = detect_causal(name, config)
     architecture = (config.architectures or [""])[0]
-    kind = head_kind(architecture, causal)
+    kind = classify_head(architecture, causal)
     auto_class: Any = {"causal": AutoModelForCausalLM, "masked": AutoModelForMaskedLM, "none": AutoModel}[kind]
     module = load_module(auto_class, name, settings)
     base = module if kind == "none" else getattr(module, str(module.base_model_prefix))
-    return HeadModel(module, describe(name, base, config, causal, settings), kind, architecture)
+    return LMHeadModel(module, build_base_model(name, base, config, causal, settings), kind, architecture)
 
 
-def head_kind(architecture: str, causal: bool) -> Kind:
+def classify_head(architecture: str, causal: bool) -> HeadKind:
     """What the class ``architecture`` of transformers predicts."""
     from transformers.models.auto import modeling_auto
 
-    if architecture in EITHER:
+    if architecture in AMBIGUOUS_HEADS:
         return "none"
-    if architecture in _classes(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) or architecture.endswith(
+    if architecture in _class_names(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) or architecture.endswith(
         "ForCausalLM"
     ):
         return "causal"
-    masked = _classes(modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES)
+    masked = _class_names(modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES)
     # BERT's own checkpoints hold the head of its pre-training, of which the masked-LM head is a part.
-    masked |= _classes(modeling_auto.MODEL_FOR_PRETRAINING_MAPPING_NAMES) - OTHERWISE_PRETRAINED
+    masked |= _class_names(modeling_auto.MODEL_FOR_PRETRAINING_MAPPING_NAMES) - PRETRAINED_WITHOUT_LM_HEAD
     if not causal and (architecture in masked or architecture.endswith("ForMaskedLM")):
         return "masked"
     return "none"
 
 
-def _classes(mapping: Any) -> set[str]:
+def _class_names(mapping: Any) -> set[str]:
     return {name for value in mapping.values() for name in ((value,) if isinstance(value, str) else value)}
 
 

@@ -42,7 +42,7 @@ class HookpointSettings:
 def resolve_hookpoints(model: BaseModel, settings: HookpointSettings) -> list[str]:
     """Module names, in the model's own order; SaetrainError for a layer or pattern that it lacks."""
     if settings.hookpoints is not None:
-        return _match(model.module, settings.hookpoints)
+        return _match_modules(model.module, settings.hookpoints)
     name, blocks = find_blocks(model)
     if settings.layer_stride is not None:
         layers: tuple[int, ...] = tuple(range(0, len(blocks), settings.layer_stride))
@@ -71,7 +71,7 @@ def find_blocks(model: BaseModel) -> tuple[str, nn.ModuleList]:
     return min(found, key=lambda item: item[0].count("."))
 
 
-def _match(module: nn.Module, patterns: tuple[str, ...]) -> list[str]:
+def _match_modules(module: nn.Module, patterns: tuple[str, ...]) -> list[str]:
     names = [name for name, _ in module.named_modules() if name]
     chosen: set[str] = set()
     for pattern in patterns:

@@ -21,9 +21,9 @@ from saetrain.types import shown_default
 Dtype = Literal["float32", "bfloat16", "float16"]
 DTYPES: dict[Dtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-UNMASKED = {"flaubert", "xlm", "xlnet"}
+BIDIRECTIONAL_FAMILIES = {"flaubert", "xlm", "xlnet"}
 """Families whose heads are called like those of causal models, though their attention goes both ways."""
-NAMES_IN_CONFIG = ("_name_or_path", "_commit_hash", "transformers_version")
+IGNORED_CONFIG_KEYS = ("_name_or_path", "_commit_hash", "transformers_version")
 """Entries of a model's configuration that decide nothing."""
 
 
@@ -51,7 +51,7 @@ class ModelSettings:
         if self.model_batch_tokens is not None and self.model_batch_tokens < 1:
             raise SaetrainError(f"--model_batch_tokens {self.model_batch_tokens}: must be at least 1")
 
-    def batch_tokens(self, device: torch.device) -> int:
+    def resolve_batch_tokens(self, device: torch.device) -> int:
         """Tokens that the model takes at once on ``device``."""
         if self.model_batch_tokens is not None:
             return self.model_batch_tokens
@@ -74,7 +74,7 @@ class BaseModel:
     revision: str | None
     """The hub's commit, where the model came from the hub."""
 
-    def options(self) -> dict[str, bool]:
+    def forward_kwargs(self) -> dict[str, bool]:
         """What every forward pass is called with beside tokens and mask."""
         return {"use_cache": False} if self.causal else {}
 
@@ -113,7 +113,7 @@ def load_config(name: str, settings: ModelSettings) -> Any:
     return _from_pretrained(AutoConfig, name, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
 
 
-def check_architecture(name: str, config: Any) -> bool:
+def detect_causal(name: str, config: Any) -> bool:
     """Whether the model is causal; SaetrainError for models that do not take tokens in one stream."""
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -125,7 +125,7 @@ def check_architecture(name: str, config: Any) -> bool:
             f"model {name}: '{config.model_type}' is an encoder-decoder, which is not supported; "
             "use an encoder (BERT) or a decoder (GPT-2, Llama, …)"
         )
-    if config.model_type in UNMASKED:
+    if config.model_type in BIDIRECTIONAL_FAMILIES:
         return False
     architectures = " ".join(config.architectures or [])
     if getattr(config, "is_decoder", False) or "CausalLM" in architectures or "LMHeadModel" in architectures:
@@ -148,8 +148,8 @@ def load_model(name: str, settings: ModelSettings) -> BaseModel:
     from transformers import AutoModel
 
     config = load_config(name, settings)
-    causal = check_architecture(name, config)
-    return describe(name, load_module(AutoModel, name, settings), config, causal, settings)
+    causal = detect_causal(name, config)
+    return build_base_model(name, load_module(AutoModel, name, settings), config, causal, settings)
 
 
 def load_module(auto_class: Any, name: str, settings: ModelSettings) -> nn.Module:
@@ -157,11 +157,11 @@ def load_module(auto_class: Any, name: str, settings: ModelSettings) -> nn.Modul
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    device, dtype = _place(settings)
+    device, dtype = _resolve_device_and_dtype(settings)
     module, info = _from_pretrained(
         auto_class,
         name,
-        revision=_commit(name, settings.revision) or settings.revision,
+        revision=_find_commit(name, settings.revision) or settings.revision,
         trust_remote_code=settings.trust_remote_code,
         dtype=dtype,
         output_loading_info=True,
@@ -177,14 +177,14 @@ def load_module(auto_class: Any, name: str, settings: ModelSettings) -> nn.Modul
     return loaded
 
 
-def _place(settings: ModelSettings) -> tuple[torch.device, torch.dtype]:
+def _resolve_device_and_dtype(settings: ModelSettings) -> tuple[torch.device, torch.dtype]:
     device = resolve_device(settings.device)
     return device, DTYPES[settings.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
 
 
-def describe(name: str, module: nn.Module, config: Any, causal: bool, settings: ModelSettings) -> BaseModel:
+def build_base_model(name: str, module: nn.Module, config: Any, causal: bool, settings: ModelSettings) -> BaseModel:
     """A loaded module, which has no head, with what is known of it."""
-    device, dtype = _place(settings)
+    device, dtype = _resolve_device_and_dtype(settings)
     return BaseModel(
         module=module,
         name=name,
@@ -193,11 +193,11 @@ def describe(name: str, module: nn.Module, config: Any, causal: bool, settings: 
         max_positions=_max_positions(config, module),
         device=device,
         dtype=dtype,
-        revision=_commit(name, settings.revision),
+        revision=_find_commit(name, settings.revision),
     )
 
 
-def _commit(name: str, revision: str | None) -> str | None:
+def _find_commit(name: str, revision: str | None) -> str | None:
     """The hub's commit that the configuration was taken from, or None for a local folder."""
     if os.path.isdir(name):
         return None
@@ -216,10 +216,10 @@ def _from_pretrained(cls: Any, name: str, **options: Any) -> Any:
     except SaetrainError:
         raise
     except Exception as error:  # the library and its file readers raise many unrelated types
-        raise SaetrainError(_explain(name, error)) from error
+        raise SaetrainError(_explain_load_error(name, error)) from error
 
 
-def _explain(name: str, error: Exception) -> str:
+def _explain_load_error(name: str, error: Exception) -> str:
     text = str(error)
     if "trust_remote_code" in text:
         return (
@@ -249,17 +249,17 @@ def _max_positions(config: Any, module: nn.Module) -> int | None:
     return int(positions) - (0 if padding is None else padding + 1)
 
 
-def code_hash(model: BaseModel) -> str:
+def hash_model_code(model: BaseModel) -> str:
     """Hash of the rest that decides what the model computes: its configuration, and Python files in a local folder."""
     config = model.config.to_dict()
-    settings = {key: value for key, value in config.items() if key not in NAMES_IN_CONFIG}
+    settings = {key: value for key, value in config.items() if key not in IGNORED_CONFIG_KEYS}
     folder = Path(model.name)
     own = {file.name: hash_file(file) for file in sorted(folder.glob("*.py"))} if folder.is_dir() else {}
     text = json.dumps([settings, own], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def weights_hash(model: BaseModel) -> str | None:
+def hash_model_weights(model: BaseModel) -> str | None:
     """SHA-256 over the model's weight files, or None where they are not to be found."""
     folder = Path(model.name)
     if not folder.is_dir():

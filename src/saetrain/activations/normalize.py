@@ -30,7 +30,7 @@ class Normalizer:
     variance: float
     norm_limit: float
 
-    def __call__(self, x_ND: Tensor, *, half: bool = False) -> Tensor:
+    def __call__(self, x_ND: Tensor, *, bf16: bool = False) -> Tensor:
         """Raw activations of any float dtype -> x' in fp32; ``half``: turned by a product in bf16."""
         wide = x_ND.float()
         # One pass over memory where they are wide already, and no second piece of memory where they were not.
@@ -38,21 +38,21 @@ class Normalizer:
             centred = torch.add(-self.mean / self.scale, wide, alpha=1 / self.scale)
         else:
             centred = wide.sub_(self.mean).div_(self.scale)
-        return (centred.bfloat16() @ self._axes_half).float() if half else centred @ self.axes
+        return (centred.bfloat16() @ self._axes_bf16).float() if bf16 else centred @ self.axes
 
     @cached_property
-    def _axes_half(self) -> Tensor:
+    def _axes_bf16(self) -> Tensor:
         return self.axes.bfloat16()
 
-    def undo(self, x_ND: Tensor) -> Tensor:
+    def denormalize(self, x_ND: Tensor) -> Tensor:
         """x' -> raw units, fp32; differentiable."""
         return torch.add(self.mean, x_ND @ self.axes.T, alpha=self.scale)
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensor_constants(self) -> dict[str, Tensor]:
         """The constants that are tensors."""
         return {"mean": self.mean, "axes": self.axes}
 
-    def constants(self) -> dict[str, float | None]:
+    def scalar_constants(self) -> dict[str, float | None]:
         """The others, as JSON takes them."""
         limit = self.norm_limit if self.norm_limit != float("inf") else None
         return {"scale": self.scale, "variance": self.variance, "norm_limit": limit}
@@ -68,38 +68,38 @@ class Normalizer:
         return float(self.mean.norm()) / self.variance**0.5
 
 
-def norm_limits(sample: Activations) -> dict[str, float]:
+def compute_norm_limits(sample: Activations) -> dict[str, float]:
     """{hookpoint: OUTLIER_FACTOR medians of the sample's norms}."""
     return {name: OUTLIER_FACTOR * float(value.float().norm(dim=1).median()) for name, value in sample.values.items()}
 
 
-def calibrate(sample: Activations, limits: dict[str, float]) -> dict[str, Normalizer]:
+def fit_normalizers(sample: Activations, limits: dict[str, float]) -> dict[str, Normalizer]:
     """The constants of each hookpoint, from a sample of kept tokens (sums in fp64).
 
     Raises SaetrainError when a hookpoint's activations do not vary.
     """
-    fine = torch.ones(len(sample), dtype=torch.bool, device=next(iter(sample.values.values())).device)
+    accept = torch.ones(len(sample), dtype=torch.bool, device=next(iter(sample.values.values())).device)
     for name, limit in limits.items():
-        fine &= sample.values[name].float().norm(dim=1) <= limit
+        accept &= sample.values[name].float().norm(dim=1) <= limit
     out: dict[str, Normalizer] = {}
     for name, value in sample.values.items():
-        x = value[fine].double()
+        x = value[accept].double()
         mean = x.mean(dim=0)
         x -= mean
         variance = float(x.pow(2).sum(dim=1).mean())
         if not variance > 0:
             raise SaetrainError(f"--hookpoints {name}: its activations are the same on every token; nothing to learn")
         scale = (variance / x.shape[1]) ** 0.5
-        axes = principal_axes(x.T @ x).float().contiguous()
+        axes = compute_principal_axes(x.T @ x).float().contiguous()
         out[name] = Normalizer(mean.float(), scale, axes, variance, limits.get(name, float("inf")))
     return out
 
 
-def principal_axes(gram_DD: Tensor) -> Tensor:
+def compute_principal_axes(gram_DD: Tensor) -> Tensor:
     """Eigenvectors (D, D), a column each, that rounding of ``gram_DD`` does not turn where eigenvalues are equal."""
     width = len(gram_DD)
     # A slope far below what matters decides among equals, as there are where tokens are fewer than D.
-    slope = torch.linspace(0, 1e-6, width, dtype=gram_DD.dtype, device=gram_DD.device)
-    _, axes = torch.linalg.eigh(gram_DD + (gram_DD.trace() / width * slope).diag())
+    tie_breaker = torch.linspace(0, 1e-6, width, dtype=gram_DD.dtype, device=gram_DD.device)
+    _, axes = torch.linalg.eigh(gram_DD + (gram_DD.trace() / width * tie_breaker).diag())
     largest = axes.abs().argmax(dim=0, keepdim=True)
     return axes * axes.gather(0, largest).sign()

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saetrain.activations.capture import ActivationCapture, length_batches, pad_batch
+from saetrain.activations.capture import ActivationCapture, batch_by_length, pad_batch
 from saetrain.errors import SaetrainError, is_out_of_memory
 from saetrain.transfer import PendingCopy, copy_to_device_async
 from saetrain.types import DATASET_ROW_BITS, TokenKind, TokenSequence
 
-Keep = Callable[[TokenSequence], np.ndarray]
+TokenPolicy = Callable[[TokenSequence], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,14 @@ class Activations:
         return len(self.doc)
 
 
-class Reading:
+class Extraction:
     """Sequences on their way through the model, a batch of it at a time."""
 
-    def __init__(self, reader: ActivationReader, sequences: list[TokenSequence]) -> None:
-        self._batches = reader.batches(sequences)
+    def __init__(self, extractor: ActivationExtractor, sequences: list[TokenSequence]) -> None:
+        self._batches = extractor.iterate_batches(sequences)
         self._parts: list[Activations] = []
 
-    def advance(self) -> int | None:
+    def run_next_batch(self) -> int | None:
         """Run the model's next batch: how many tokens came of it, outliers too; None when all is done."""
         part = next(self._batches, None)
         if part is None:
@@ -50,7 +50,7 @@ class Reading:
         self._parts.append(part)
         return len(part) + part.n_outliers
 
-    def finish(self) -> Activations:
+    def run_remaining(self) -> Activations:
         """Run what is left, and give all of it."""
         self._parts.extend(self._batches)
         parts = self._parts
@@ -58,7 +58,7 @@ class Reading:
         return Activations(values, np.concatenate([part.doc for part in parts]), sum(part.n_outliers for part in parts))
 
 
-class Place(IntEnum):
+class TokenClass(IntEnum):
     """What a token is to a score."""
 
     KEPT = 0
@@ -72,7 +72,7 @@ class Place(IntEnum):
 
 
 @dataclass(frozen=True)
-class Labelled:
+class LabelledActivations:
     """Activations of all n tokens of a batch but padding: ``values`` and ``doc`` as in :class:`Activations`.
 
     ``place`` (n,) uint8 of :class:`Place`.
@@ -80,10 +80,10 @@ class Labelled:
 
     values: dict[str, Tensor]
     doc: np.ndarray
-    place: np.ndarray
+    token_class: np.ndarray
 
 
-class ActivationReader:
+class ActivationExtractor:
     """Runs sequences through the model and keeps the positions that the token policy and the norm limits allow.
 
     ``limits`` {hookpoint: largest norm}: a token that exceeds one at any hookpoint is left out at all of them, so
@@ -91,75 +91,81 @@ class ActivationReader:
     """
 
     def __init__(
-        self, capture: ActivationCapture, keep: Keep, batch_tokens: int, data_sets: tuple[str, ...] = ()
+        self, capture: ActivationCapture, keep: TokenPolicy, batch_tokens: int, data_sets: tuple[str, ...] = ()
     ) -> None:
         self.capture, self.keep, self.batch_tokens = capture, keep, batch_tokens
         self._data_sets = data_sets
-        self.limits: dict[str, float] = {}
-        self.between_batches: Callable[[], None] | None = None
+        self.norm_limits: dict[str, float] = {}
+        self.before_batch: Callable[[], None] | None = None
         """Called before each model batch; may raise to give up."""
-        self.ahead = 1 if capture.model.device.type == "cuda" else 0
+        self.max_in_flight = 1 if capture.model.device.type == "cuda" else 0
         """Model batches that are begun before the norms of the one before them are looked at."""
 
-    def batches(self, sequences: list[TokenSequence]) -> Iterator[Activations]:
+    def iterate_batches(self, sequences: list[TokenSequence]) -> Iterator[Activations]:
         """One :class:`Activations` per model batch; SaetrainError when an activation is not finite."""
-        looked_at: deque[tuple[dict[str, Tensor], np.ndarray, PendingCopy]] = deque()
-        for chosen, captured in self._forward(sequences):
+        in_flight: deque[tuple[dict[str, Tensor], np.ndarray, PendingCopy]] = deque()
+        for chosen, captured in self._run_batches(sequences):
             keep = np.concatenate([self.keep(sequence) for sequence in chosen])
             docs = np.concatenate([sequence.doc for sequence in chosen])[keep]
-            values = self._pick(captured, chosen, keep)
+            values = self._select_kept(captured, chosen, keep)
             # Whoever takes batches one at a time would else hold the whole of each meanwhile.
             del captured
-            looked_at.append((values, docs, PendingCopy(self._norms(values))))
-            if len(looked_at) > self.ahead:
-                yield self._passed(*looked_at.popleft())
-        while looked_at:
-            yield self._passed(*looked_at.popleft())
+            in_flight.append((values, docs, PendingCopy(self._compute_norms(values))))
+            if len(in_flight) > self.max_in_flight:
+                yield self._filter_outliers(*in_flight.popleft())
+        while in_flight:
+            yield self._filter_outliers(*in_flight.popleft())
 
-    def _passed(self, values: dict[str, Tensor], docs: np.ndarray, norms: PendingCopy) -> Activations:
-        fine = self._judged(list(values), docs, norms.get().numpy())
-        if fine.all():
+    def _filter_outliers(self, values: dict[str, Tensor], docs: np.ndarray, norms: PendingCopy) -> Activations:
+        accept = self._check_norms(list(values), docs, norms.get().numpy())
+        if accept.all():
             return Activations(values, docs, 0)
-        return Activations(self._rows(values, np.flatnonzero(fine)), docs[fine], int((~fine).sum()))
+        return Activations(self._select_rows(values, np.flatnonzero(accept)), docs[accept], int((~accept).sum()))
 
-    def labelled(self, sequences: list[TokenSequence]) -> Iterator[Labelled]:
+    def iterate_labelled(self, sequences: list[TokenSequence]) -> Iterator[LabelledActivations]:
         """All tokens of each model batch but padding, with what each is.
 
         SaetrainError when a kept one's activation is not finite; others that are not are left out.
         """
-        for chosen, captured in self._forward(sequences):
+        for chosen, captured in self._run_batches(sequences):
             keep = np.concatenate([self.keep(sequence) for sequence in chosen])
             kinds = np.concatenate([sequence.kind for sequence in chosen])
             docs = np.concatenate([sequence.doc for sequence in chosen])
-            values = self._pick(captured, chosen, np.ones(len(docs), dtype=bool))
-            place = np.where(keep, Place.KEPT, np.where(kinds & TokenKind.SPECIAL, Place.SPECIAL, Place.FIRST))
+            values = self._select_kept(captured, chosen, np.ones(len(docs), dtype=bool))
+            token_class = np.where(
+                keep, TokenClass.KEPT, np.where(kinds & TokenKind.SPECIAL, TokenClass.SPECIAL, TokenClass.FIRST)
+            )
             kept = np.flatnonzero(keep)
-            place[kept[~self.within_limits(self._rows(values, kept), docs[kept])]] = Place.OUTLIER
+            token_class[kept[~self.mask_within_limits(self._select_rows(values, kept), docs[kept])]] = (
+                TokenClass.OUTLIER
+            )
             # Training never sees the other tokens, so an overflow there is no reason to refuse.
-            fine = np.flatnonzero(keep | np.isfinite(self._norms(values).cpu().numpy()).all(axis=0))
-            values = values if len(fine) == len(docs) else self._rows(values, fine)
-            yield Labelled(values, docs[fine], place[fine].astype(np.uint8))
+            accepted_rows = np.flatnonzero(keep | np.isfinite(self._compute_norms(values).cpu().numpy()).all(axis=0))
+            values = values if len(accepted_rows) == len(docs) else self._select_rows(values, accepted_rows)
+            yield LabelledActivations(values, docs[accepted_rows], token_class[accepted_rows].astype(np.uint8))
 
-    def _forward(self, sequences: list[TokenSequence]) -> Iterator[tuple[list[TokenSequence], dict[str, Tensor]]]:
+    def _run_batches(self, sequences: list[TokenSequence]) -> Iterator[tuple[list[TokenSequence], dict[str, Tensor]]]:
         """(sequences, {hookpoint: (B, S, D)}) of each model batch."""
-        for numbers in length_batches(sequences, self.batch_tokens):
-            if self.between_batches is not None:
-                self.between_batches()
+        for numbers in batch_by_length(sequences, self.batch_tokens):
+            if self.before_batch is not None:
+                self.before_batch()
             chosen = [sequences[number] for number in numbers]
-            yield chosen, self._capture(*pad_batch(chosen, self.capture.model.device))
+            yield chosen, self._capture_activations(*pad_batch(chosen, self.capture.model.device))
 
-    def _pick(self, captured: dict[str, Tensor], chosen: list[TokenSequence], keep: np.ndarray) -> dict[str, Tensor]:
+    def _select_kept(
+        self, captured: dict[str, Tensor], chosen: list[TokenSequence], keep: np.ndarray
+    ) -> dict[str, Tensor]:
         """The kept tokens' activations, of ``keep`` over all tokens of ``chosen`` without padding."""
         longest = max(map(len, chosen))
-        real = np.concatenate([row * longest + np.arange(len(sequence)) for row, sequence in enumerate(chosen)])
-        picked = copy_to_device_async(real[keep], self.capture.model.device)
+        unpadded = np.concatenate([row * longest + np.arange(len(sequence)) for row, sequence in enumerate(chosen)])
+        picked = copy_to_device_async(unpadded[keep], self.capture.model.device)
         return {name: value.flatten(0, 1).index_select(0, picked) for name, value in captured.items()}
 
-    def _rows(self, values: dict[str, Tensor], numbers: np.ndarray) -> dict[str, Tensor]:
+    def _select_rows(self, values: dict[str, Tensor], numbers: np.ndarray) -> dict[str, Tensor]:
         rows = copy_to_device_async(numbers, self.capture.model.device)
         return {name: value[rows] for name, value in values.items()}
 
-    def _capture(self, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    def _capture_activations(self, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
         try:
             return self.capture(ids, mask)
         except (RuntimeError, MemoryError) as error:
@@ -173,34 +179,34 @@ class ActivationReader:
                 f"out of memory while the model read {rows} x {length} tokens: lower {advice}"
             ) from error
 
-    def read(self, sequences: list[TokenSequence]) -> Activations:
+    def extract_all(self, sequences: list[TokenSequence]) -> Activations:
         """All of ``sequences`` at once."""
-        return Reading(self, sequences).finish()
+        return Extraction(self, sequences).run_remaining()
 
-    def within_limits(self, values: dict[str, Tensor], docs: np.ndarray) -> np.ndarray:
+    def mask_within_limits(self, values: dict[str, Tensor], docs: np.ndarray) -> np.ndarray:
         """(n,) bool of kept tokens from data set rows ``docs``; SaetrainError when an activation is not finite."""
-        return self._judged(list(values), docs, self._norms(values).cpu().numpy())
+        return self._check_norms(list(values), docs, self._compute_norms(values).cpu().numpy())
 
-    def _norms(self, values: dict[str, Tensor]) -> Tensor:
+    def _compute_norms(self, values: dict[str, Tensor]) -> Tensor:
         """(hookpoints, n) fp32."""
         return torch.stack([value.float().norm(dim=1) for value in values.values()])
 
-    def _judged(self, names: list[str], docs: np.ndarray, norms: np.ndarray) -> np.ndarray:
+    def _check_norms(self, names: list[str], docs: np.ndarray, norms: np.ndarray) -> np.ndarray:
         """As :meth:`within_limits`, by the ``norms`` (hookpoints, n)."""
-        fine = np.ones(len(docs), dtype=bool)
+        accept = np.ones(len(docs), dtype=bool)
         for name, own in zip(names, norms, strict=True):
             finite = np.isfinite(own)
             if not finite.all():
-                rows = self._name_rows(docs[~finite])
+                rows = self._describe_rows(docs[~finite])
                 raise SaetrainError(
                     f"the model's activations at {name} are not finite on data set rows {rows}; "
                     "a wider --dtype (float32 or bfloat16) usually mends it"
                 )
-            if name in self.limits:
-                fine &= own <= self.limits[name]
-        return fine
+            if name in self.norm_limits:
+                accept &= own <= self.norm_limits[name]
+        return accept
 
-    def _name_rows(self, docs: np.ndarray) -> str:
+    def _describe_rows(self, docs: np.ndarray) -> str:
         """The first few rows, with their data set where several are mixed."""
         rows = np.unique(docs)[:5].tolist()
         if len(self._data_sets) < 2:

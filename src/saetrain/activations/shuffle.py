@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saetrain.activations.ahead import ReadAhead, SequenceSource
-from saetrain.activations.read import ActivationReader, Activations, Reading
+from saetrain.activations.ahead import Prefetcher, SequenceSource
+from saetrain.activations.read import ActivationExtractor, Activations, Extraction
 from saetrain.errors import SaetrainError
 from saetrain.transfer import copy_to_device_async
 from saetrain.types import Cursor
 
-EARLY_POOLS = 2
+MAX_EARLY_POOLS = 2
 """Pools that may be filled before they are needed: what more memory is taken for them."""
 
 
@@ -52,11 +52,11 @@ class ShardState:
 
 
 @dataclass
-class _Early:
+class _EarlyPool:
     """A pool that is being filled before it is needed."""
 
-    asked: tuple[Cursor, int]
-    reading: Reading
+    request: tuple[Cursor, int]
+    extraction: Extraction
     next_cursor: Cursor
 
 
@@ -67,158 +67,162 @@ class _Pool:
     next_cursor: Cursor
 
 
-class MixingBuffer:
+class ShuffleBuffer:
     """Deals the shards' shuffled activations; ``owned`` are the shards that this rank serves."""
 
     def __init__(
         self,
-        reader: ActivationReader,
+        extractor: ActivationExtractor,
         source: SequenceSource,
-        owned: list[int],
+        owned_shards: list[int],
         n_shards: int,
         pool_tokens: int,
         seed: int,
     ) -> None:
         assert pool_tokens >= 1, pool_tokens
-        self._reader, self._source, self._ahead = reader, source, ReadAhead(source)
-        self._owned, self._n_shards = owned, n_shards
+        self._extractor, self._source, self._prefetcher = extractor, source, Prefetcher(source)
+        self._owned_shards, self._n_shards = owned_shards, n_shards
         self._pool_tokens, self._seed = pool_tokens, seed
         self._pools: dict[int, _Pool] = {}
-        self._next: dict[int, tuple[Cursor, int]] = {}
-        self._coming: dict[int, tuple[Cursor, int]] = {}
-        self._early: dict[int, _Early] = {}
-        self._credit = 0
-        self._states = {shard: ShardState(0, 0, 0, source.start) for shard in owned}
-        self.outliers_left_out = 0
-        self.tokens_read = 0
-        self._expect()
+        self._to_prefetch: dict[int, tuple[Cursor, int]] = {}
+        self._upcoming: dict[int, tuple[Cursor, int]] = {}
+        self._early_pools: dict[int, _EarlyPool] = {}
+        self._token_budget = 0
+        self._shard_states = {shard: ShardState(0, 0, 0, source.start_cursor) for shard in owned_shards}
+        self.n_outliers = 0
+        self.n_tokens_read = 0
+        self._hint_cursors()
 
-    def _expect(self) -> None:
-        self._source.expect({shard: state.cursor for shard, state in self._states.items()})
+    def _hint_cursors(self) -> None:
+        self._source.hint_cursors({shard: state.cursor for shard, state in self._shard_states.items()})
 
-    def state(self) -> dict[str, list[int]]:
+    def state_dict(self) -> dict[str, list[int]]:
         """What :meth:`restore` needs: {shard: [pool, tokens, taken, cursor…]}."""
-        return {str(shard): [s.pool, s.tokens, s.taken, *s.cursor] for shard, s in self._states.items()}
+        return {str(shard): [s.pool, s.tokens, s.taken, *s.cursor] for shard, s in self._shard_states.items()}
 
-    def restore(self, state: dict[str, list[int]]) -> None:
+    def load_state_dict(self, state: dict[str, list[int]]) -> None:
         """Stand where :meth:`state` was taken; the pools are computed again when they are next needed."""
-        rows = {shard: state[str(shard)] for shard in self._owned}
-        self._states = {shard: ShardState(row[0], row[1], row[2], tuple(row[3:])) for shard, row in rows.items()}
+        rows = {shard: state[str(shard)] for shard in self._owned_shards}
+        self._shard_states = {shard: ShardState(row[0], row[1], row[2], tuple(row[3:])) for shard, row in rows.items()}
         self._pools.clear()
-        self._ahead.forget()
-        for waiting in (self._next, self._coming, self._early):
+        self._prefetcher.cancel_prefetches()
+        for waiting in (self._to_prefetch, self._upcoming, self._early_pools):
             waiting.clear()
-        self._expect()
+        self._hint_cursors()
 
     def close(self) -> None:
         """Read no further ahead."""
-        self._ahead.close()
+        self._prefetcher.close()
 
-    def take(self, first: int, count: int, last: int) -> dict[str, Tensor]:
+    def take_activations(self, first: int, count: int, n_run_samples: int) -> dict[str, Tensor]:
         """{hookpoint: (n, D)}: this rank's share of samples ``first`` to ``first + count`` of the whole run.
 
         ``last``: samples that the whole run needs, so that no pool is filled beyond its use.
         """
         pieces = [
             piece
-            for shard in self._owned
-            for piece in self._take(shard, *self._share(shard, first, first + count), self._share(shard, 0, last)[1])
+            for shard in self._owned_shards
+            for piece in self._take_from_shard(
+                shard, *self._shard_range(shard, first, first + count), self._shard_range(shard, 0, n_run_samples)[1]
+            )
         ]
         # Only now, for a pool that is needed at once must not wait for one that is needed later.
-        for shard, (cursor, tokens) in self._next.items():
-            self._ahead.expect(shard, cursor, tokens)
-        self._coming.update(self._next)
-        self._next.clear()
-        taken = {name: torch.cat([piece[name] for piece in pieces]) for name in self._reader.capture.hookpoints}
-        self._credit += len(next(iter(taken.values())))
+        for shard, (cursor, tokens) in self._to_prefetch.items():
+            self._prefetcher.start_prefetch(shard, cursor, tokens)
+        self._upcoming.update(self._to_prefetch)
+        self._to_prefetch.clear()
+        taken = {name: torch.cat([piece[name] for piece in pieces]) for name in self._extractor.capture.hookpoints}
+        self._token_budget += len(next(iter(taken.values())))
         return taken
 
-    def work_ahead(self) -> None:
+    def prefetch_pools(self) -> None:
         """Run the model for pools that run out next, over about as many tokens as were handed out since.
 
         Changes nothing but time: it spreads the refills evenly over the steps.
         """
-        left = {shard: len(self._pools[shard].activations) - self._states[shard].taken for shard in self._coming}
-        for shard in sorted(left, key=left.__getitem__)[:EARLY_POOLS]:
-            self._fill_early(shard)
-        self._credit = min(self._credit, 0)
+        left = {
+            shard: len(self._pools[shard].activations) - self._shard_states[shard].taken for shard in self._upcoming
+        }
+        for shard in sorted(left, key=left.__getitem__)[:MAX_EARLY_POOLS]:
+            self._prefetch_pool(shard)
+        self._token_budget = min(self._token_budget, 0)
 
-    def _fill_early(self, shard: int) -> None:
+    def _prefetch_pool(self, shard: int) -> None:
         """As much of the shard's next pool as there is credit for, unless its text is not there yet."""
-        asked = self._coming[shard]
-        if self._credit <= 0 or not (shard in self._early or self._ahead.ready(shard, *asked)):
+        request = self._upcoming[shard]
+        if self._token_budget <= 0 or not (shard in self._early_pools or self._prefetcher.is_ready(shard, *request)):
             return
-        if shard not in self._early:
-            sequences, behind = self._ahead.read(shard, *asked)
-            self._early[shard] = _Early(asked, Reading(self._reader, sequences), behind)
+        if shard not in self._early_pools:
+            sequences, next_cursor = self._prefetcher.read(shard, *request)
+            self._early_pools[shard] = _EarlyPool(request, Extraction(self._extractor, sequences), next_cursor)
         try:
-            while self._credit > 0:
-                tokens = self._early[shard].reading.advance()
+            while self._token_budget > 0:
+                tokens = self._early_pools[shard].extraction.run_next_batch()
                 if tokens is None:
                     return
-                self._credit -= tokens
+                self._token_budget -= tokens
         except SaetrainError:
             # It is raised where the pool is needed, for the steps before it are good.
-            del self._early[shard], self._coming[shard]
+            del self._early_pools[shard], self._upcoming[shard]
         except BaseException:
             # What was broken off half-way can't be gone on with.
-            del self._early[shard]
+            del self._early_pools[shard]
             raise
 
-    def _share(self, shard: int, first: int, stop: int) -> tuple[int, int]:
+    def _shard_range(self, shard: int, first: int, stop: int) -> tuple[int, int]:
         """The shard's own sample numbers among samples ``first`` to ``stop`` of the run, as a range."""
 
-        def before(position: int) -> int:
+        def count_before(position: int) -> int:
             return (position - shard + self._n_shards - 1) // self._n_shards
 
-        return before(first), before(stop)
+        return count_before(first), count_before(stop)
 
-    def _take(self, shard: int, start: int, stop: int, last: int) -> list[dict[str, Tensor]]:
+    def _take_from_shard(self, shard: int, start: int, stop: int, shard_end: int) -> list[dict[str, Tensor]]:
         pieces = []
         while start < stop:
-            pool = self._pool(shard, last - start)
-            state = self._states[shard]
+            pool = self._current_pool(shard, shard_end - start)
+            state = self._shard_states[shard]
             taken = min(stop - start, len(pool.activations) - state.taken)
             rows = pool.order[state.taken : state.taken + taken]
             pieces.append({name: value.index_select(0, rows) for name, value in pool.activations.values.items()})
-            self._states[shard] = replace(state, taken=state.taken + taken)
+            self._shard_states[shard] = replace(state, taken=state.taken + taken)
             start += taken
         return pieces
 
-    def _pool(self, shard: int, needed: int) -> _Pool:
+    def _current_pool(self, shard: int, needed: int) -> _Pool:
         """The shard's pool with something left in it, read anew where it is missing or used up."""
-        state = self._states[shard]
+        state = self._shard_states[shard]
         if state.tokens and shard not in self._pools:
-            self._pools[shard] = self._fill(shard, state, needed + state.taken)
+            self._pools[shard] = self._fill_pool(shard, state, needed + state.taken)
         while not state.tokens or state.taken >= len(self._pools[shard].activations):
-            cursor = self._pools.pop(shard).next_cursor if state.tokens else self._source.start
-            state = ShardState(state.pool + bool(state.tokens), self._size(shard, state, needed), 0, cursor)
-            self._states[shard] = state
-            self._pools[shard] = self._fill(shard, state, needed)
+            cursor = self._pools.pop(shard).next_cursor if state.tokens else self._source.start_cursor
+            state = ShardState(state.pool + bool(state.tokens), self._next_pool_size(shard, state, needed), 0, cursor)
+            self._shard_states[shard] = state
+            self._pools[shard] = self._fill_pool(shard, state, needed)
         return self._pools[shard]
 
-    def _size(self, shard: int, state: ShardState, needed: int) -> int:
+    def _next_pool_size(self, shard: int, state: ShardState, needed: int) -> int:
         """Tokens of the shard's next pool; first pools differ, so that the refills spread over the steps."""
         full = self._pool_tokens
         if not state.tokens:
             full = max(1, full * (shard + 1) // self._n_shards)
         return min(full, needed)
 
-    def _fill(self, shard: int, state: ShardState, needed: int) -> _Pool:
+    def _fill_pool(self, shard: int, state: ShardState, needed: int) -> _Pool:
         """Pool ``state.pool`` of the shard; from its start to the run's end ``needed`` activations are used."""
-        early, asked = self._early.pop(shard, None), (state.cursor, state.tokens)
-        self._coming.pop(shard, None)
-        if early is not None and early.asked == asked:
-            reading, cursor = early.reading, early.next_cursor
+        early, request = self._early_pools.pop(shard, None), (state.cursor, state.tokens)
+        self._upcoming.pop(shard, None)
+        if early is not None and early.request == request:
+            extraction, cursor = early.extraction, early.next_cursor
         else:
-            sequences, cursor = self._ahead.read(shard, *asked)
-            reading = Reading(self._reader, sequences)
-        activations = reading.finish()
+            sequences, cursor = self._prefetcher.read(shard, *request)
+            extraction = Extraction(self._extractor, sequences)
+        activations = extraction.run_remaining()
         rest = needed - len(activations)
         if rest > 0:
-            self._next[shard] = cursor, self._size(shard, state, rest)
-        self.outliers_left_out += activations.n_outliers
-        self.tokens_read += len(activations) + activations.n_outliers
+            self._to_prefetch[shard] = cursor, self._next_pool_size(shard, state, rest)
+        self.n_outliers += activations.n_outliers
+        self.n_tokens_read += len(activations) + activations.n_outliers
         order = np.random.default_rng([self._seed, shard, state.pool]).permutation(len(activations))
         device = next(iter(activations.values.values())).device
         return _Pool(activations, copy_to_device_async(order, device), cursor)

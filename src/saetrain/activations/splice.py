@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 @contextlib.contextmanager
-def spliced(module: nn.Module, replace: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def splice_output(module: nn.Module, replace: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Within it, the output (B, S, D) of ``module`` goes through ``replace``, in its own dtype and its own tuple."""
 
     def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
@@ -25,6 +25,6 @@ def spliced(module: nn.Module, replace: Callable[[Tensor], Tensor]) -> Iterator[
         handle.remove()
 
 
-def put(x_BSD: Tensor, where_BS: Tensor, rows_ND: Tensor) -> Tensor:
+def replace_positions(x_BSD: Tensor, mask_BS: Tensor, rows_ND: Tensor) -> Tensor:
     """``x_BSD`` with ``rows_ND`` at the N positions that ``where_BS`` (bool) marks; differentiable in the rows."""
-    return x_BSD.masked_scatter(where_BS.unsqueeze(-1), rows_ND.to(x_BSD.dtype))
+    return x_BSD.masked_scatter(mask_BS.unsqueeze(-1), rows_ND.to(x_BSD.dtype))

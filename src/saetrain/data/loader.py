@@ -36,7 +36,7 @@ class LoaderSettings:
             raise SaetrainError(f"--shuffle_seed {self.shuffle_seed}: must not be negative")
 
 
-def token_policy(exclude_special: bool, exclude_first: bool) -> Callable[[TokenSequence], np.ndarray]:
+def build_token_policy(exclude_special: bool, exclude_first: bool) -> Callable[[TokenSequence], np.ndarray]:
     """Which positions of a sequence count: a function to (S,) bool."""
     excluded = np.uint8(exclude_special * TokenKind.SPECIAL | exclude_first * TokenKind.FIRST)
     return lambda sequence: np.asarray((sequence.kind & excluded) == 0)
@@ -48,12 +48,12 @@ class ShardedSource(ABC):
     What :meth:`read` gives is a function of its arguments alone, whatever was read before and by whom.
     """
 
-    start: Cursor
+    start_cursor: Cursor
     """The cursor at the beginning of every shard."""
 
     def __init__(self, n_shards: int, exclude_special: bool, exclude_first: bool) -> None:
         self.n_shards = n_shards
-        self.keep = token_policy(exclude_special, exclude_first)
+        self.keep = build_token_policy(exclude_special, exclude_first)
         """The positions that the token policy trains on, (S,) bool of a sequence."""
 
     @abstractmethod
@@ -61,10 +61,10 @@ class ShardedSource(ABC):
         """The shard's sequences from ``cursor`` on until they hold ``tokens`` kept tokens, and the next cursor."""
 
     @abstractmethod
-    def expect(self, cursors: Mapping[int, Cursor]) -> None:
+    def hint_cursors(self, cursors: Mapping[int, Cursor]) -> None:
         """Say which shards will be read from where, which changes nothing but time and memory."""
 
-    def interrupt_by(self, check: Callable[[], None]) -> None:
+    def set_interrupt_check(self, check: Callable[[], None]) -> None:
         """Call ``check``, which may raise, wherever a read may take long; here nothing does."""
         del check
 
@@ -72,7 +72,7 @@ class ShardedSource(ABC):
 class ShardedSequences(ShardedSource):
     """Sequences that can be had in any order: the endless permutations, dealt. Its cursor counts the shard's cards."""
 
-    start: Cursor = (0,)
+    start_cursor: Cursor = (0,)
 
     def __init__(
         self, sequences: Sequences, settings: LoaderSettings, exclude_special: bool, exclude_first: bool
@@ -84,33 +84,33 @@ class ShardedSequences(ShardedSource):
         count = len(sequences)
 
         @lru_cache(maxsize=2)
-        def permutation(epoch: int) -> np.ndarray:
+        def permute_epoch(epoch: int) -> np.ndarray:
             return np.random.default_rng([seed, epoch]).permutation(count)
 
-        self._permutation = permutation
+        self._permute_epoch = permute_epoch
 
     def read(self, shard: int, cursor: Cursor, tokens: int) -> tuple[list[TokenSequence], Cursor]:
         """The shard's sequences from ``cursor`` on until they hold ``tokens`` kept tokens, and the next cursor."""
         out: list[TokenSequence] = []
         held, empty = 0, 0
-        (card,) = cursor
+        (index,) = cursor
         while held < tokens:
-            epoch, at = divmod(card * self.n_shards + shard, len(self._sequences))
-            sequence = self._sequences[int(self._permutation(epoch)[at])]
+            epoch, position = divmod(index * self.n_shards + shard, len(self._sequences))
+            sequence = self._sequences[int(self._permute_epoch(epoch)[position])]
             kept = int(self.keep(sequence).sum())
             empty = 0 if kept else empty + 1
             if empty > len(self._sequences):
-                self._require_text()
+                self._require_kept_token()
                 empty = 0
             out.append(sequence)
             held += kept
-            card += 1
-        return out, (card,)
+            index += 1
+        return out, (index,)
 
-    def expect(self, cursors: Mapping[int, Cursor]) -> None:
+    def hint_cursors(self, cursors: Mapping[int, Cursor]) -> None:
         """Nothing to do: any sequence can be had at any time."""
 
-    def _require_text(self) -> None:
+    def _require_kept_token(self) -> None:
         """SaetrainError when no sequence has a kept token; one shard may meet none for long all the same."""
         if not any(self.keep(self._sequences[number]).any() for number in range(len(self._sequences))):
             raise SaetrainError(NO_KEPT_TOKEN)

@@ -25,7 +25,7 @@ class MixSettings:
         if self.mix is not None and not all(0 < weight < float("inf") for weight in self.mix):
             raise SaetrainError(f"--mix {' '.join(f'{w:g}' for w in self.mix)}: weights must be positive numbers")
 
-    def shares(self, count: int) -> tuple[float, ...]:
+    def normalized_shares(self, count: int) -> tuple[float, ...]:
         """The shares of ``count`` data sets, which add up to 1; SaetrainError when the weights are not as many."""
         if self.mix is None:
             return (1 / count,) * count
@@ -37,12 +37,12 @@ class MixSettings:
         return tuple(weight / sum(self.mix) for weight in self.mix)
 
 
-def laggard(held: list[int], shares: tuple[float, ...]) -> int:
+def furthest_behind(held: list[int], shares: tuple[float, ...]) -> int:
     """The part whose tokens so far are the smallest multiple of its share."""
     return min(range(len(held)), key=lambda part: held[part] / shares[part])
 
 
-def of_part(sequence: TokenSequence, part: int) -> TokenSequence:
+def tag_part(sequence: TokenSequence, part: int) -> TokenSequence:
     """The sequence with document numbers that say which data set it is from."""
     return TokenSequence(sequence.ids, sequence.kind, sequence.doc + (part << DATASET_ROW_BITS))
 
@@ -56,43 +56,45 @@ class MixedSequences(ShardedSource):
         assert len({part.n_shards for part in parts}) == 1, "parts of unequal shards"
         super().__init__(parts[0].n_shards, exclude_special, exclude_first)
         self._parts, self._shares = parts, shares
-        self.start: Cursor = tuple(number for part in parts for number in (*part.start, 0))
+        self.start_cursor: Cursor = tuple(number for part in parts for number in (*part.start_cursor, 0))
 
-    def _split(self, cursor: Cursor) -> tuple[list[Cursor], list[int]]:
+    def _split_cursor(self, cursor: Cursor) -> tuple[list[Cursor], list[int]]:
         """(each part's cursor, the tokens that it has given)."""
-        cursors, held, at = [], [], 0
+        cursors, held, offset = [], [], 0
         for part in self._parts:
-            end = at + len(part.start)
-            cursors.append(cursor[at:end])
+            end = offset + len(part.start_cursor)
+            cursors.append(cursor[offset:end])
             held.append(cursor[end])
-            at = end + 1
+            offset = end + 1
         return cursors, held
 
     def read(self, shard: int, cursor: Cursor, tokens: int) -> tuple[list[TokenSequence], Cursor]:
         """The shard's sequences from ``cursor`` on until they hold ``tokens`` kept tokens, and the next cursor."""
         out: list[TokenSequence] = []
-        cursors, held = self._split(cursor)
+        cursors, held = self._split_cursor(cursor)
         wanted = sum(held) + tokens
         while sum(held) < wanted:
-            number = laggard(held, self._shares)
+            number = furthest_behind(held, self._shares)
             sequences, cursors[number] = self._parts[number].read(shard, cursors[number], 1)
             held[number] += sum(int(self.keep(sequence).sum()) for sequence in sequences)
-            out.extend(of_part(sequence, number) for sequence in sequences)
-        return out, tuple(value for at, count in zip(cursors, held, strict=True) for value in (*at, count))
+            out.extend(tag_part(sequence, number) for sequence in sequences)
+        return out, tuple(
+            value for part_cursor, count in zip(cursors, held, strict=True) for value in (*part_cursor, count)
+        )
 
-    def expect(self, cursors: Mapping[int, Cursor]) -> None:
+    def hint_cursors(self, cursors: Mapping[int, Cursor]) -> None:
         """Hand each part its own cursors."""
-        split = {shard: self._split(cursor)[0] for shard, cursor in cursors.items()}
+        split = {shard: self._split_cursor(cursor)[0] for shard, cursor in cursors.items()}
         for number, part in enumerate(self._parts):
-            part.expect({shard: each[number] for shard, each in split.items()})
+            part.hint_cursors({shard: each[number] for shard, each in split.items()})
 
-    def interrupt_by(self, check: Callable[[], None]) -> None:
+    def set_interrupt_check(self, check: Callable[[], None]) -> None:
         """Hand ``check`` to each part."""
         for part in self._parts:
-            part.interrupt_by(check)
+            part.set_interrupt_check(check)
 
 
-class MixedHeldOut(Sequences):
+class MixedHeldOutSequences(Sequences):
     """Held-out sequences of several data sets, in an order that keeps to their shares as long as each has some."""
 
     def __init__(self, parts: list[Sequences], shares: tuple[float, ...]) -> None:
@@ -106,19 +108,19 @@ class MixedHeldOut(Sequences):
 
     def __getitem__(self, index: int) -> TokenSequence:
         part = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return of_part(self._parts[part][index - int(self._starts[part])], part)
+        return tag_part(self._parts[part][index - int(self._starts[part])], part)
 
-    def mixed_order(self, seed: int) -> np.ndarray:
+    def shuffled_order(self, seed: int) -> np.ndarray:
         """Numbers of the sequences until one data set has no more, each in a mixed order of its own."""
         if seed not in self._orders:
-            self._orders[seed] = self._make_order(seed)
+            self._orders[seed] = self._compute_order(seed)
         return self._orders[seed]
 
-    def _make_order(self, seed: int) -> np.ndarray:
-        orders = [part.mixed_order(seed) for part in self._parts]
+    def _compute_order(self, seed: int) -> np.ndarray:
+        orders = [part.shuffled_order(seed) for part in self._parts]
         held, taken = [0] * len(orders), [0] * len(orders)
         out = []
-        while taken[part := laggard(held, self._shares)] < len(orders[part]):
+        while taken[part := furthest_behind(held, self._shares)] < len(orders[part]):
             number = int(orders[part][taken[part]])
             out.append(int(self._starts[part]) + number)
             held[part] += int((self._parts[part][number].kind == TokenKind.TEXT).sum())

@@ -9,14 +9,14 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from saetrain.data.text import Batch
+from saetrain.data.text import Rows
 from saetrain.data.tokenize import Framing
 from saetrain.types import TokenKind, TokenSequence
 
 if TYPE_CHECKING:
     import datasets
 
-DIGEST_TOKENS = 1 << 22
+DIGEST_CHUNK_TOKENS = 1 << 22
 """Tokens that are hashed at once."""
 
 
@@ -38,8 +38,8 @@ class TokenTable:
         self._ids = [(chunk.values.to_numpy(), chunk.offsets.to_numpy()) for chunk in ids]
         self._special = [(chunk.values, chunk.offsets.to_numpy()) for chunk in special]
         self._chunk_starts = np.cumsum([0] + [len(chunk) for chunk in ids])
-        self.lengths = _concat([np.diff(offsets) for _, offsets in self._ids])
-        self.special_counts = _concat([self._count_special(values, offsets) for values, offsets in self._special])
+        self.lengths = _concat_int64([np.diff(offsets) for _, offsets in self._ids])
+        self.special_counts = _concat_int64([self._count_special(values, offsets) for values, offsets in self._special])
         self.doc = table.column("doc").to_numpy().astype(np.int64)
         self.text_hash = table.column("text_hash").to_numpy().astype(np.int64)
 
@@ -51,8 +51,10 @@ class TokenTable:
         digest = xxhash.xxh3_64(rows.tobytes())
         digest.update(self.lengths.tobytes())
         for values, offsets in self._ids:
-            for start in range(int(offsets[0]), int(offsets[-1]), DIGEST_TOKENS):
-                digest.update(values[start : min(start + DIGEST_TOKENS, int(offsets[-1]))].astype(np.uint32).tobytes())
+            for start in range(int(offsets[0]), int(offsets[-1]), DIGEST_CHUNK_TOKENS):
+                digest.update(
+                    values[start : min(start + DIGEST_CHUNK_TOKENS, int(offsets[-1]))].astype(np.uint32).tobytes()
+                )
         return str(digest.hexdigest())
 
     @staticmethod
@@ -61,7 +63,7 @@ class TokenTable:
         running = np.concatenate([[0], np.cumsum(flags, dtype=np.int64)])
         return np.asarray(running[offsets[1:]] - running[offsets[:-1]])
 
-    def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+    def get_row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """(ids, special) of a row."""
         chunk = int(np.searchsorted(self._chunk_starts, index, side="right")) - 1
         local = index - int(self._chunk_starts[chunk])
@@ -73,19 +75,19 @@ class TokenTable:
         return ids[start:stop], special
 
 
-def batch_table(batch: Batch) -> TokenTable:
+def build_token_table(batch: Rows) -> TokenTable:
     """The table of one batch of tokenized documents, in memory."""
     offsets = np.concatenate([[0], np.cumsum([len(ids) for ids in batch["ids"]], dtype=np.int64)]).astype(np.int32)
 
-    def column(name: str, dtype: type) -> pa.Array:
+    def build_list_array(name: str, dtype: type) -> pa.Array:
         values = np.concatenate([np.asarray(v) for v in batch[name]]) if batch[name] else np.zeros(0)
         return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values.astype(dtype)))
 
     return TokenTable(
         pa.table(
             {
-                "ids": column("ids", np.uint32),
-                "special": column("special", np.bool_),
+                "ids": build_list_array("ids", np.uint32),
+                "special": build_list_array("special", np.bool_),
                 "doc": pa.array(batch["doc"], pa.int64()),
                 "text_hash": pa.array(batch["text_hash"], pa.int64()),
             }
@@ -93,7 +95,7 @@ def batch_table(batch: Batch) -> TokenTable:
     )
 
 
-def _concat(parts: list[np.ndarray]) -> np.ndarray:
+def _concat_int64(parts: list[np.ndarray]) -> np.ndarray:
     return np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, dtype=np.int64)
 
 
@@ -112,7 +114,7 @@ class Sequences(ABC):
     @abstractmethod
     def __getitem__(self, index: int) -> TokenSequence: ...
 
-    def mixed_order(self, seed: int) -> np.ndarray:
+    def shuffled_order(self, seed: int) -> np.ndarray:
         """Numbers of the sequences in the order in which an evaluation takes them."""
         return np.random.default_rng([seed, 1]).permutation(len(self))
 
@@ -130,8 +132,8 @@ class DocumentSequences(Sequences):
 
     def __getitem__(self, index: int) -> TokenSequence:
         row = int(self._rows[index])
-        ids, special = self._table.row(row)
-        return TokenSequence(ids.astype(np.int32), _kinds(special), np.full(len(ids), self._table.doc[row]))
+        ids, special = self._table.get_row(row)
+        return TokenSequence(ids.astype(np.int32), _token_kinds(special), np.full(len(ids), self._table.doc[row]))
 
 
 class PackedSequences(Sequences):
@@ -145,10 +147,10 @@ class PackedSequences(Sequences):
         self._table, self._rows, self._framing = table, rows, framing
         self._ends = np.cumsum(table.lengths[rows])
         self._stride = framing.ctx_len - (framing.bos is not None)
-        total = int(self._ends[-1]) if len(rows) else 0
-        self._count = -(-total // self._stride)
+        n_tokens = int(self._ends[-1]) if len(rows) else 0
+        self._count = -(-n_tokens // self._stride)
         special = int(table.special_counts[rows].sum()) if exclude_special else 0
-        self.text_tokens = max(total - special - (self._count if framing.bos is None else 0), 0)
+        self.text_tokens = max(n_tokens - special - (self._count if framing.bos is None else 0), 0)
 
     def __len__(self) -> int:
         return self._count
@@ -158,20 +160,20 @@ class PackedSequences(Sequences):
         stop = min(start + self._stride, int(self._ends[-1]))
         first = int(np.searchsorted(self._ends, start, side="right"))
         ids, special, docs = [], [], []
-        position, at = start, first
+        position, row_index = start, first
         while position < stop:
-            row = int(self._rows[at])
-            offset = position - (int(self._ends[at]) - int(self._table.lengths[row]))
-            row_ids, row_special = self._table.row(row)
+            row = int(self._rows[row_index])
+            offset = position - (int(self._ends[row_index]) - int(self._table.lengths[row]))
+            row_ids, row_special = self._table.get_row(row)
             take = min(stop - position, len(row_ids) - offset)
             ids.append(row_ids[offset : offset + take])
             special.append(row_special[offset : offset + take])
             docs.append(np.full(take, self._table.doc[row]))
-            position, at = position + take, at + 1
-        return self._window(np.concatenate(ids), np.concatenate(special), np.concatenate(docs))
+            position, row_index = position + take, row_index + 1
+        return self._build_window(np.concatenate(ids), np.concatenate(special), np.concatenate(docs))
 
-    def _window(self, ids: np.ndarray, special: np.ndarray, docs: np.ndarray) -> TokenSequence:
-        kinds = _kinds(special)
+    def _build_window(self, ids: np.ndarray, special: np.ndarray, docs: np.ndarray) -> TokenSequence:
+        kinds = _token_kinds(special)
         if self._framing.bos is not None and ids[0] != self._framing.bos:
             ids = np.concatenate([[self._framing.bos], ids])
             kinds = np.concatenate([[np.uint8(TokenKind.SPECIAL)], kinds])
@@ -180,11 +182,11 @@ class PackedSequences(Sequences):
         return TokenSequence(ids.astype(np.int32), kinds, docs)
 
 
-def _kinds(special: np.ndarray) -> np.ndarray:
+def _token_kinds(special: np.ndarray) -> np.ndarray:
     return np.where(special, np.uint8(TokenKind.SPECIAL), np.uint8(TokenKind.TEXT))
 
 
-def sequences_of(table: TokenTable, rows: np.ndarray, framing: Framing, exclude_special: bool) -> Sequences:
+def build_sequences(table: TokenTable, rows: np.ndarray, framing: Framing, exclude_special: bool) -> Sequences:
     """The sequences of the table's ``rows`` (int64 row numbers) under ``framing``."""
     if framing.causal:
         return PackedSequences(table, rows, framing, exclude_special)

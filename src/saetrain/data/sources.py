@@ -11,7 +11,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any
 
-from saetrain.data.rows import BadRow, find_files, first_bad_row, load_leniently, sample_column
+from saetrain.data.rows import BadRow, choose_file_column, find_first_bad_row, find_split_files, load_leniently
 from saetrain.data.text import TextColumn
 from saetrain.errors import SaetrainError, did_you_mean
 from saetrain.hub import is_hub_reachable, offline_mode, refuse_missing_path, require_hub
@@ -47,23 +47,23 @@ class SourceSettings:
 
 
 @dataclass(frozen=True)
-class Alias:
+class DatasetAlias:
     """What people mean by a bare name."""
 
     path: str
     config: str | None
     column: str
-    distinct: bool = False
+    deduplicate: bool = False
 
 
 ALIASES = {
-    "wikitext": Alias("Salesforce/wikitext", "wikitext-103-raw-v1", "text"),
-    "squad": Alias("rajpurkar/squad", "plain_text", "context", distinct=True),
+    "wikitext": DatasetAlias("Salesforce/wikitext", "wikitext-103-raw-v1", "text"),
+    "squad": DatasetAlias("rajpurkar/squad", "plain_text", "context", deduplicate=True),
 }
 
 
 @dataclass(frozen=True)
-class Source:
+class TextSource:
     """Rows to train on, rows that the data set itself sets apart, and how they were found."""
 
     train: Any
@@ -74,24 +74,24 @@ class Source:
     description: str
     text_column: str | None
     """Column that the user or the alias names; None: to be found."""
-    distinct: bool
+    deduplicate: bool
     """Whether rows repeat the same text on purpose (SQuAD's paragraphs, one row a question)."""
     column: TextColumn | None = None
     """The text column where it had to be found to open the files; the rows then have a column `BAD_ROW`."""
-    diagnose: Callable[[], BadRow | None] = lambda: None
+    find_bad_row: Callable[[], BadRow | None] = lambda: None
     """Looks for the first row that can't be read, in local files."""
 
 
 @dataclass(frozen=True)
-class _Loaded:
+class _LoadedSplits:
     train: Any
     held_out: Any
     held_out_split: str | None
     column: TextColumn | None
-    diagnose: Callable[[], BadRow | None]
+    find_bad_row: Callable[[], BadRow | None]
 
 
-def open_source(name: str, settings: SourceSettings) -> Source:
+def open_dataset(name: str, settings: SourceSettings) -> TextSource:
     """Open data set ``name`` (local path or hub id).
 
     Raises SaetrainError when there is no such data set, split or configuration, when a file is broken, or when
@@ -108,15 +108,15 @@ def open_source(name: str, settings: SourceSettings) -> Source:
     config = settings.dataset_config or (alias.config if alias else None)
     loaded = _load_hub(path, config, settings, alias.column if alias else None)
     chosen = loaded.train.info.config_name
-    return Source(
+    return TextSource(
         **vars(loaded),
         description=f"hub data set {path}{f' ({chosen})' if chosen not in (None, 'default') else ''}",
         text_column=settings.text_column or (alias.column if alias else None),
-        distinct=bool(alias and alias.distinct),
+        deduplicate=bool(alias and alias.deduplicate),
     )
 
 
-def _open_local(path: Path, settings: SourceSettings) -> Source:
+def _open_local(path: Path, settings: SourceSettings) -> TextSource:
     saved = (path / "dataset_dict.json").exists() or (path / "state.json").exists()
     if settings.dataset_config is not None and (saved or path.is_file()):
         raise SaetrainError(f"--dataset_config {settings.dataset_config}: {path} has no configurations; leave it out")
@@ -124,16 +124,16 @@ def _open_local(path: Path, settings: SourceSettings) -> Source:
         loaded = _load_saved(path, settings)
     else:
         kind, options = _loader_options(path)
-        loaded = _load(kind, settings.dataset_config, settings, str(path), **options)
-    return Source(
+        loaded = _load_splits(kind, settings.dataset_config, settings, str(path), **options)
+    return TextSource(
         **vars(loaded),
         description=f"local {'folder' if path.is_dir() else 'file'} {path}",
         text_column=settings.text_column,
-        distinct=False,
+        deduplicate=False,
     )
 
 
-def _load_saved(path: Path, settings: SourceSettings) -> _Loaded:
+def _load_saved(path: Path, settings: SourceSettings) -> _LoadedSplits:
     """A folder that `save_to_disk` wrote; what is streamed of it lies memory-mapped all the same."""
     import datasets
 
@@ -141,7 +141,7 @@ def _load_saved(path: Path, settings: SourceSettings) -> _Loaded:
         loaded = datasets.load_from_disk(str(path))
     except Exception as error:  # a broken file raises whatever its reader does
         raise SaetrainError(explain_load_error(str(path), error)) from error
-    base = split_names(settings.split)[0]
+    base = parse_split_names(settings.split)[0]
     splits = loaded if isinstance(loaded, datasets.DatasetDict) else {base: loaded}
     _check_split(settings.split, list(splits), str(path))
     if base != settings.split:
@@ -149,17 +149,17 @@ def _load_saved(path: Path, settings: SourceSettings) -> _Loaded:
             f"--split {settings.split}: {path} was saved by `datasets`, of which a part cannot be named; "
             f"give one of {', '.join(splits)}"
         )
-    name = _held_out_name(list(splits), settings.split)
+    name = _held_out_split_name(list(splits), settings.split)
     train, held_out = (
-        (_as_stream(splits[split], str(path)) if settings.streaming else splits[split]) if split else None
+        (_to_iterable_dataset(splits[split], str(path)) if settings.streaming else splits[split]) if split else None
         for split in (base, name)
     )
-    return _Loaded(train, held_out, name, None, lambda: None)
+    return _LoadedSplits(train, held_out, name, None, lambda: None)
 
 
-def _as_stream(rows: Any, shown: str) -> Any:
+def _to_iterable_dataset(rows: Any, display_name: str) -> Any:
     if not len(rows):
-        raise SaetrainError(f"data set {shown}: it has no rows")
+        raise SaetrainError(f"data set {display_name}: it has no rows")
     return rows.to_iterable_dataset()
 
 
@@ -193,21 +193,21 @@ def _kind_options(kind: str, files: list[Path]) -> dict[str, Any]:
     return {"sample_by": "paragraph" if parted else "line"}
 
 
-def _load_hub(path: str, config: str | None, settings: SourceSettings, column: str | None) -> _Loaded:
+def _load_hub(path: str, config: str | None, settings: SourceSettings, column: str | None) -> _LoadedSplits:
     """Load from a local cache that holds the data set, else over the network."""
     prepared = _prepared_configs(path)
     if config in prepared or (config is None and prepared):
         with offline_mode():
-            return _load(path, config, settings, path, configs=prepared, column=column)
-    downloaded = _downloaded(path)
+            return _load_splits(path, config, settings, path, configs=prepared, column=column)
+    downloaded = _find_downloaded(path)
     if downloaded is not None:
         try:
-            return _load(downloaded, config, settings, path, column=column)
+            return _load_splits(downloaded, config, settings, path, column=column)
         except SaetrainError:  # the download may be a part of the data set
             if not is_hub_reachable():
                 raise
     require_hub(f"data set '{path}'")
-    return _load(path, config, settings, path, column=column)
+    return _load_splits(path, config, settings, path, column=column)
 
 
 def _prepared_configs(path: str) -> list[str]:
@@ -224,7 +224,7 @@ def _prepared_configs(path: str) -> list[str]:
     )
 
 
-def _downloaded(path: str) -> str | None:
+def _find_downloaded(path: str) -> str | None:
     """Folder of hub data set ``path`` in the hub's own cache, or None."""
     from huggingface_hub import snapshot_download
 
@@ -234,17 +234,17 @@ def _downloaded(path: str) -> str | None:
         return None
 
 
-def _load(
+def _load_splits(
     path: str,
     config: str | None,
     settings: SourceSettings,
-    shown: str,
+    display_name: str,
     *,
     configs: list[str] | None = None,
     column: str | None = None,
     data_files: dict[str, str] | None = None,
     **options: Any,
-) -> _Loaded:
+) -> _LoadedSplits:
     """The rows of the wanted split and of the one to hold out.
 
     ``configs``: the data set's configurations where it lies prepared in the library's cache; ``column``: the text
@@ -254,93 +254,97 @@ def _load(
 
     options["data_files"] = data_files
 
-    def diagnose() -> BadRow | None:
-        files = find_files(path, config, "+".join(split_names(settings.split)), **options)
-        return first_bad_row(files) if files is not None and files.local else None
+    def find_bad_row() -> BadRow | None:
+        files = find_split_files(path, config, "+".join(parse_split_names(settings.split)), **options)
+        return find_first_bad_row(files) if files is not None and files.are_local else None
 
     try:
         if data_files is None:
-            config = _pick_config(configs or datasets.get_dataset_config_names(path), config, shown)
+            config = _pick_config(configs or datasets.get_dataset_config_names(path), config, display_name)
             names = datasets.get_dataset_split_names(path, config)
         else:
             names = list(data_files)
-        _check_split(settings.split, names, shown)
-        held_out_name = _held_out_name(names, settings.split)
+        _check_split(settings.split, names, display_name)
+        held_out_name = _held_out_split_name(names, settings.split)
         splits = [split for split in (settings.split, held_out_name) if split]
-        files = [find_files(path, config, split, **options) for split in splits] if settings.skip_bad_rows else [None]
-        found = sample_column(files[0], settings.text_column or column) if files[0] else None
+        files = (
+            [find_split_files(path, config, split, **options) for split in splits] if settings.skip_bad_rows else [None]
+        )
+        found = choose_file_column(files[0], settings.text_column or column) if files[0] else None
         rows = [
             load_leniently(file, found, settings.streaming)
             if file and found
-            else _load_split(path, config, split, settings.streaming, configs is not None, options)
+            else _load_one_split(path, config, split, settings.streaming, configs is not None, options)
             for split, file in zip_longest(splits, files)
         ]
     except SaetrainError:
         raise
     except Exception as error:  # the libraries raise a dozen unrelated types here
-        bad = _diagnosis(diagnose)
+        bad = _try_find_bad_row(find_bad_row)
         raise SaetrainError(
-            f"data set '{shown}' could not be read: {bad}; --skip_bad_rows leaves such rows out"
+            f"data set '{display_name}' could not be read: {bad}; --skip_bad_rows leaves such rows out"
             if bad
-            else explain_load_error(shown, error)
+            else explain_load_error(display_name, error)
         ) from error
-    return _Loaded(rows[0], rows[1] if held_out_name else None, held_out_name, found, partial(_diagnosis, diagnose))
+    return _LoadedSplits(
+        rows[0], rows[1] if held_out_name else None, held_out_name, found, partial(_try_find_bad_row, find_bad_row)
+    )
 
 
-def _load_split(
+def _load_one_split(
     path: str, config: str | None, split: str, streaming: bool, prepared: bool, options: dict[str, Any]
 ) -> Any:
     import datasets
 
     if streaming and prepared:  # the library does not stream what it has prepared on disk
-        return _as_stream(datasets.load_dataset(path, config, split=split, **options), path)
+        return _to_iterable_dataset(datasets.load_dataset(path, config, split=split, **options), path)
     return datasets.load_dataset(path, config, split=split, streaming=streaming, **options)
 
 
-def _diagnosis(diagnose: Callable[[], BadRow | None]) -> BadRow | None:
+def _try_find_bad_row(find_bad_row: Callable[[], BadRow | None]) -> BadRow | None:
     """The row that broke the loading, where one did."""
     try:
-        return diagnose()
+        return find_bad_row()
     except (OSError, ValueError, SaetrainError):  # what kept the data set from being opened may keep its files so
         return None
 
 
-def _pick_config(names: list[str], config: str | None, shown: str) -> str:
+def _pick_config(names: list[str], config: str | None, display_name: str) -> str:
     """The configuration to load; SaetrainError when ``names`` lack the one asked for, or hold several to choose."""
     if config is not None:
         if config not in names:
             raise SaetrainError(
-                f"--dataset_config {config}: {shown} has no such configuration.{did_you_mean(config, names)} "
+                f"--dataset_config {config}: {display_name} has no such configuration.{did_you_mean(config, names)} "
                 f"It has: {', '.join(names)}"
             )
         return config
     if len(names) > 1 and "default" not in names:
         raise SaetrainError(
-            f"data set {shown} has several configurations: name one by --dataset_config. It has: {', '.join(names)}"
+            f"data set {display_name} has several configurations: name one by --dataset_config. It has: {', '.join(names)}"
         )
     return "default" if len(names) > 1 else names[0]
 
 
-def split_names(wanted: str) -> list[str]:
+def parse_split_names(wanted: str) -> list[str]:
     """Names of the splits in an expression such as ``train[:10%]+test``."""
     return [part.split("[")[0].strip() for part in wanted.split("+")]
 
 
-def _check_split(wanted: str, names: list[str], shown: str) -> None:
-    lacking = [name for name in split_names(wanted) if name not in names]
+def _check_split(wanted: str, names: list[str], display_name: str) -> None:
+    lacking = [name for name in parse_split_names(wanted) if name not in names]
     if lacking:
         raise SaetrainError(
-            f"--split {wanted}: {shown} has no split '{lacking[0]}'.{did_you_mean(lacking[0], names)} "
+            f"--split {wanted}: {display_name} has no split '{lacking[0]}'.{did_you_mean(lacking[0], names)} "
             f"It has: {', '.join(names)}"
         )
 
 
-def _held_out_name(names: list[str], wanted: str) -> str | None:
+def _held_out_split_name(names: list[str], wanted: str) -> str | None:
     """The split to hold out: none of those that are trained on."""
-    return next((name for name in HELD_OUT_SPLITS if name in names and name not in split_names(wanted)), None)
+    return next((name for name in HELD_OUT_SPLITS if name in names and name not in parse_split_names(wanted)), None)
 
 
-def explain_load_error(shown: str, error: Exception) -> str:
+def explain_load_error(display_name: str, error: Exception) -> str:
     """One line for what went wrong while opening a data set, with the advice that fits."""
     from datasets.data_files import EmptyDatasetError
     from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
@@ -349,18 +353,16 @@ def explain_load_error(shown: str, error: Exception) -> str:
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, GatedRepoError):
-            return (
-                f"data set '{shown}' is gated: accept its terms on the hub and set HF_TOKEN to a token that has access"
-            )
+            return f"data set '{display_name}' is gated: accept its terms on the hub and set HF_TOKEN to a token that has access"
         if isinstance(cause, RepositoryNotFoundError):
-            return f"data set '{shown}' is not on the hub, or is private: check the name, or set HF_TOKEN"
+            return f"data set '{display_name}' is not on the hub, or is private: check the name, or set HF_TOKEN"
         cause = cause.__cause__
-    if isinstance(error, DatasetNotFoundError) and "gated" in str(error).replace(shown, ""):
-        return f"data set '{shown}' is gated: accept its terms on the hub and set HF_TOKEN to a token that has access"
+    if isinstance(error, DatasetNotFoundError) and "gated" in str(error).replace(display_name, ""):
+        return f"data set '{display_name}' is gated: accept its terms on the hub and set HF_TOKEN to a token that has access"
     if isinstance(error, (DataFilesNotFoundError, EmptyDatasetError, DatasetNotFoundError)):
         return (
-            f"data set '{shown}' was not found: no local path of that name, and not on the hub (or private there: set "
+            f"data set '{display_name}' was not found: no local path of that name, and not on the hub (or private there: set "
             "HF_TOKEN to a token that has access)"
         )
     detail = str(error.__cause__ or error).splitlines()
-    return f"data set '{shown}' could not be read: {detail[0] if detail else type(error).__name__}"
+    return f"data set '{display_name}' could not be read: {detail[0] if detail else type(error).__name__}"

@@ -16,7 +16,7 @@ PROMPT_COLUMNS = ("instruction", "input", "output")
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "bing": "assistant", "chatgpt": "assistant"}
 SAMPLE_ROWS = 64
 
-Batch = dict[str, list[Any]]
+Rows = dict[str, list[Any]]
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class TextColumn:
     columns: tuple[str, ...]
     reason: str
 
-    def describe(self) -> str:
+    def describe_choice(self) -> str:
         """The line that is printed: what was chosen, and how to choose another."""
         return f"text from column {' + '.join(self.columns)} ({self.reason}); --text_column names another"
 
@@ -38,10 +38,10 @@ def find_text_column(rows: datasets.Dataset, wanted: str | None) -> TextColumn:
 
     Raises SaetrainError when ``wanted`` is missing or holds no text, or when no column holds any.
     """
-    return choose_column(list(rows.column_names), rows[: min(SAMPLE_ROWS, len(rows))], wanted)
+    return choose_text_column(list(rows.column_names), rows[: min(SAMPLE_ROWS, len(rows))], wanted)
 
 
-def choose_column(names: list[str], sample: Batch, wanted: str | None) -> TextColumn:
+def choose_text_column(names: list[str], sample: Rows, wanted: str | None) -> TextColumn:
     """The same from the first rows alone, as {name: values}."""
     if wanted is not None:
         if wanted not in names:
@@ -49,29 +49,31 @@ def choose_column(names: list[str], sample: Batch, wanted: str | None) -> TextCo
                 f"--text_column {wanted}: no such column.{did_you_mean(wanted, names)} "
                 f"The data set has {', '.join(names)}"
             )
-        kind = _kind(sample[wanted])
+        kind = _column_kind(sample[wanted])
         if kind is None:
             raise SaetrainError(
                 f"--text_column {wanted}: holds neither strings, chat messages nor token ids; "
                 f"the data set has {', '.join(names)}"
             )
         return TextColumn(kind, (wanted,), "by name")
-    return _search(names, sample)
+    return _guess_text_column(names, sample)
 
 
-def _search(names: list[str], sample: Batch) -> TextColumn:
-    if "text" in names and _kind(sample["text"]) == "text":
+def _guess_text_column(names: list[str], sample: Rows) -> TextColumn:
+    if "text" in names and _column_kind(sample["text"]) == "text":
         return TextColumn("text", ("text",), "plain text")
     for name in CHAT_COLUMNS:
-        if name in names and _kind(sample[name]) == "chat":
+        if name in names and _column_kind(sample[name]) == "chat":
             return TextColumn("chat", (name,), "chat messages")
-    if "input_ids" in names and _kind(sample["input_ids"]) == "ids":
+    if "input_ids" in names and _column_kind(sample["input_ids"]) == "ids":
         return TextColumn("ids", ("input_ids",), "tokenized already")
-    prompts = tuple(name for name in PROMPT_COLUMNS if name in names and _kind(sample[name]) == "text")
+    prompts = tuple(name for name in PROMPT_COLUMNS if name in names and _column_kind(sample[name]) == "text")
     if "instruction" in prompts and len(prompts) > 1:
         return TextColumn("prompt", prompts, "instruction rows")
     lengths = {
-        name: sum(len(v) for v in sample[name] if isinstance(v, str)) for name in names if _kind(sample[name]) == "text"
+        name: sum(len(v) for v in sample[name] if isinstance(v, str))
+        for name in names
+        if _column_kind(sample[name]) == "text"
     }
     if not lengths or not max(lengths.values()):
         raise SaetrainError(
@@ -81,7 +83,7 @@ def _search(names: list[str], sample: Batch) -> TextColumn:
     return TextColumn("text", (max(lengths, key=lambda name: lengths[name]),), "the longest strings")
 
 
-def _kind(values: list[Any]) -> str | None:
+def _column_kind(values: list[Any]) -> str | None:
     """What a column holds, judged by its first value that is set and no empty list."""
     value = next((v for v in values if v is not None and v != []), None)
     if isinstance(value, str):
@@ -92,12 +94,12 @@ def _kind(values: list[Any]) -> str | None:
     return "ids" if isinstance(value, list) and isinstance(turn, int) else None
 
 
-def holds(value: Any, kind: str) -> bool:
+def matches_kind(value: Any, kind: str) -> bool:
     """Whether ``value`` is what a column of this ``TextColumn.kind`` may hold; nothing at all is allowed."""
-    return value is None or value == [] or _kind([value]) == ("text" if kind == "prompt" else kind)
+    return value is None or value == [] or _column_kind([value]) == ("text" if kind == "prompt" else kind)
 
 
-def renderer(column: TextColumn, tokenizer: Any) -> Callable[[Batch], list[str]]:
+def build_renderer(column: TextColumn, tokenizer: Any) -> Callable[[Rows], list[str]]:
     """The function that turns a batch of rows into one string per row; rows without text give ``""``."""
     first = column.columns[0]
     if column.kind == "text":
@@ -112,7 +114,7 @@ def renderer(column: TextColumn, tokenizer: Any) -> Callable[[Batch], list[str]]
 
 
 def _render_chat(value: Any, tokenizer: Any) -> str:
-    messages = _messages(value)
+    messages = _to_messages(value)
     if not messages:
         return ""
     if tokenizer.chat_template:
@@ -129,7 +131,7 @@ def _render_chat(value: Any, tokenizer: Any) -> str:
     return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
 
 
-def _messages(value: Any) -> list[dict[str, str]]:
+def _to_messages(value: Any) -> list[dict[str, str]]:
     """OpenAI's (role, content) or ShareGPT's (from, value) rows as role and content."""
     if isinstance(value, dict):
         keys = list(value)

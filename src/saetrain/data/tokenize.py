@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 
-from saetrain.data.text import Batch, TextColumn, renderer
+from saetrain.data.text import Rows, TextColumn, build_renderer
 from saetrain.errors import SaetrainError
 from saetrain.hub import load_cached_or_fetch
 from saetrain.types import shown_default
@@ -21,7 +21,7 @@ from saetrain.types import shown_default
 if TYPE_CHECKING:
     import datasets
 
-FORMAT = 2
+CACHE_FORMAT_VERSION = 2
 """Part of the cache's fingerprint: raise it when what is stored changes."""
 DEFAULT_CTX_LEN = 512
 ROW_TOKENS = 4096
@@ -92,7 +92,7 @@ class Framing:
     """Put behind each document."""
 
     @staticmethod
-    def of(tokenizer: Any, causal: bool, ctx_len: int) -> Framing:
+    def from_tokenizer(tokenizer: Any, causal: bool, ctx_len: int) -> Framing:
         """Read the framing off ``tokenizer``'s own behaviour."""
         if not causal:
             return Framing(False, ctx_len, None, None)
@@ -100,7 +100,7 @@ class Framing:
         bos = tokenizer.bos_token_id
         return Framing(True, ctx_len, bos if bos is not None and own[:1] == [bos] else None, tokenizer.eos_token_id)
 
-    def describe(self, tokenizer: Any) -> str:
+    def describe_packing(self, tokenizer: Any) -> str:
         """One line for the user."""
         if not self.causal:
             return f"one document or a part of one per sequence, up to {self.ctx_len} tokens with their special ones"
@@ -124,7 +124,7 @@ def tokenize_rows(
 
     features = Features(
         {
-            "ids": List(Value(ids_type(tokenizer))),
+            "ids": List(Value(ids_dtype(tokenizer))),
             "special": List(Value("bool")),
             "doc": Value("int64"),
             "text_hash": Value("int64"),
@@ -132,13 +132,13 @@ def tokenize_rows(
     )
     os.environ["TOKENIZERS_PARALLELISM"] = "false" if num_proc > 1 else "true"
     progress = datasets.is_progress_bar_enabled()
-    fingerprint = _fingerprint(rows, column, tokenizer, framing)
+    fingerprint = _fingerprint_tokens(rows, column, tokenizer, framing)
     # Beside the rows' own files, as the library would have it, may be a folder of the user's.
     folder = Path(datasets.config.HF_DATASETS_CACHE, "saetrain")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tokenized = rows.map(
-            row_encoder(column, tokenizer, framing),
+            build_row_encoder(column, tokenizer, framing),
             batched=True,
             with_indices=True,
             remove_columns=rows.column_names,
@@ -160,30 +160,30 @@ def tokenize_rows(
     return tokenized
 
 
-def ids_type(tokenizer: Any) -> str:
+def ids_dtype(tokenizer: Any) -> str:
     """The smallest type that holds every id of the tokenizer's vocabulary."""
     return "uint16" if len(tokenizer) <= 1 << 16 else "uint32"
 
 
-def row_encoder(column: TextColumn, tokenizer: Any, framing: Framing) -> Callable[[Batch, list[int]], Batch]:
+def build_row_encoder(column: TextColumn, tokenizer: Any, framing: Framing) -> Callable[[Rows, list[int]], Rows]:
     """The function that tokenizes one batch of rows."""
     if column.kind == "ids":
-        return _ids_encoder(column.columns[0], tokenizer, framing)
-    render = renderer(column, tokenizer)
+        return _build_ids_encoder(column.columns[0], tokenizer, framing)
+    render = build_renderer(column, tokenizer)
     # A chat template writes special tokens as text, so only there may text turn into special ids.
     literal = column.kind != "chat"
     special_ids = set() if literal else set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
 
-    def encode(batch: Batch, indices: list[int]) -> Batch:
+    def encode_rows(batch: Rows, indices: list[int]) -> Rows:
         if literal:
             _require_strings(batch, column, indices)
         texts = render(batch)
         filled = [i for i, text in enumerate(texts) if text.strip()]
-        out: Batch = {"ids": [], "special": [], "doc": [], "text_hash": []}
+        out: Rows = {"ids": [], "special": [], "doc": [], "text_hash": []}
         if not filled:
             return out
-        hashes = [text_hash(texts[i]) for i in filled]
-        pieces = _pieces([texts[i] for i in filled], tokenizer, framing, split_special_tokens=literal)
+        hashes = [hash_text(texts[i]) for i in filled]
+        pieces = _tokenize_pieces([texts[i] for i in filled], tokenizer, framing, split_special_tokens=literal)
         for piece, ids, special in pieces:
             out["ids"].append(ids)
             out["special"].append(special | np.isin(ids, list(special_ids)) if special_ids else special)
@@ -191,10 +191,10 @@ def row_encoder(column: TextColumn, tokenizer: Any, framing: Framing) -> Callabl
             out["text_hash"].append(hashes[piece])
         return out
 
-    return encode
+    return encode_rows
 
 
-def _require_strings(batch: Batch, column: TextColumn, indices: list[int]) -> None:
+def _require_strings(batch: Rows, column: TextColumn, indices: list[int]) -> None:
     for name in column.columns:
         for index, value in zip(indices, batch[name], strict=True):
             if not isinstance(value, str) and value is not None:
@@ -204,20 +204,24 @@ def _require_strings(batch: Batch, column: TextColumn, indices: list[int]) -> No
                 )
 
 
-def _pieces(
+def _tokenize_pieces(
     texts: list[str], tokenizer: Any, framing: Framing, **options: Any
 ) -> list[tuple[int, np.ndarray, np.ndarray]]:
     """(index into ``texts``, ids, special) of each stored row."""
     if not framing.causal:
-        return [piece for call in _calls(texts) for piece in _encoder_pieces(call, tokenizer, framing, options)]
+        return [
+            piece
+            for call in _group_parts(texts)
+            for piece in _tokenize_encoder_pieces(call, tokenizer, framing, options)
+        ]
     options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False, **options}
     documents: dict[int, list[np.ndarray]] = {}
-    for call in _calls(texts):
+    for call in _group_parts(texts):
         encoded = tokenizer([part for _, part in call], **options)["input_ids"]
         for (number, _), ids in zip(call, encoded, strict=True):
             documents.setdefault(number, []).append(np.asarray(ids, dtype=np.int64))
     joined = ((number, np.concatenate(parts)) for number, parts in documents.items())
-    framed = ((number, *_frame(ids, framing)) for number, ids in joined if len(ids))
+    framed = ((number, *_add_special_tokens(ids, framing)) for number, ids in joined if len(ids))
     return [
         (number, ids[start : start + ROW_TOKENS], special[start : start + ROW_TOKENS])
         for number, ids, special in framed
@@ -225,7 +229,7 @@ def _pieces(
     ]
 
 
-def _encoder_pieces(
+def _tokenize_encoder_pieces(
     call: list[tuple[int, str]], tokenizer: Any, framing: Framing, options: dict[str, Any]
 ) -> list[tuple[int, np.ndarray, np.ndarray]]:
     encoded = tokenizer(
@@ -250,12 +254,12 @@ def _encoder_pieces(
     ]
 
 
-def _calls(texts: list[str]) -> Iterator[list[tuple[int, str]]]:
+def _group_parts(texts: list[str]) -> Iterator[list[tuple[int, str]]]:
     """The texts' parts, each with its text's index, in lists of about CALL_CHARS characters."""
     call: list[tuple[int, str]] = []
     held = 0
     for number, text in enumerate(texts):
-        for part in text_parts(text):
+        for part in split_text(text):
             call.append((number, part))
             held += len(part)
             if held >= CALL_CHARS:
@@ -265,7 +269,7 @@ def _calls(texts: list[str]) -> Iterator[list[tuple[int, str]]]:
         yield call
 
 
-def text_parts(text: str) -> Iterator[str]:
+def split_text(text: str) -> Iterator[str]:
     """``text`` in parts of at most PART_CHARS characters, cut before a word where there is a white space.
 
     WordPiece and byte-level BPE give the same tokens for such parts as for the whole.
@@ -274,13 +278,16 @@ def text_parts(text: str) -> Iterator[str]:
     while len(text) - start > PART_CHARS:
         window = text[start : start + PART_CHARS + 1]
         # The white space right before a word belongs to the word.
-        cut = next((at - 1 for at in range(PART_CHARS, 1, -1) if window[at - 1].isspace() > window[at].isspace()), 0)
+        cut = next(
+            (index - 1 for index in range(PART_CHARS, 1, -1) if window[index - 1].isspace() > window[index].isspace()),
+            0,
+        )
         start, previous = start + (cut or PART_CHARS), start
         yield text[previous:start]
     yield text[start:]
 
 
-def _frame(ids: np.ndarray, framing: Framing) -> tuple[np.ndarray, np.ndarray]:
+def _add_special_tokens(ids: np.ndarray, framing: Framing) -> tuple[np.ndarray, np.ndarray]:
     # A chat template may have written them already.
     before = [] if framing.bos is None or ids[0] == framing.bos else [framing.bos]
     after = [] if framing.eos is None or ids[-1] == framing.eos else [framing.eos]
@@ -291,19 +298,19 @@ def _frame(ids: np.ndarray, framing: Framing) -> tuple[np.ndarray, np.ndarray]:
     return framed, special
 
 
-def _ids_encoder(name: str, tokenizer: Any, framing: Framing) -> Callable[[Batch, list[int]], Batch]:
+def _build_ids_encoder(name: str, tokenizer: Any, framing: Framing) -> Callable[[Rows, list[int]], Rows]:
     """Rows that hold ids already: special ones are known by their id, for nothing else tells."""
     special_ids = list(set(tokenizer.all_special_ids) - {tokenizer.unk_token_id})
     size = len(tokenizer)
     # Many decoders are padded with their EOS, which also parts documents.
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id != tokenizer.eos_token_id else None
 
-    def encode(batch: Batch, indices: list[int]) -> Batch:
-        out: Batch = {"ids": [], "special": [], "doc": [], "text_hash": []}
-        for at, (index, row) in enumerate(zip(indices, batch[name], strict=True)):
+    def encode_rows(batch: Rows, indices: list[int]) -> Rows:
+        out: Rows = {"ids": [], "special": [], "doc": [], "text_hash": []}
+        for position, (index, row) in enumerate(zip(indices, batch[name], strict=True)):
             ids = np.asarray(row or [], dtype=np.int64)
-            if "attention_mask" in batch and len(batch["attention_mask"][at] or []) == len(ids):
-                ids = ids[np.asarray(batch["attention_mask"][at], dtype=bool)]
+            if "attention_mask" in batch and len(batch["attention_mask"][position] or []) == len(ids):
+                ids = ids[np.asarray(batch["attention_mask"][position], dtype=bool)]
             elif padding is not None:
                 ids = ids[ids != padding]
             if ids.size and (ids.min() < 0 or ids.max() >= size):
@@ -312,7 +319,7 @@ def _ids_encoder(name: str, tokenizer: Any, framing: Framing) -> Callable[[Batch
                     f"the model's vocabulary of {size}; the data set was made with another tokenizer"
                 )
             step = ROW_TOKENS if framing.causal else framing.ctx_len
-            document = _hash(ids.tobytes())
+            document = _hash_bytes(ids.tobytes())
             for start in range(0, len(ids), step):
                 piece = ids[start : start + step]
                 out["ids"].append(piece)
@@ -321,16 +328,16 @@ def _ids_encoder(name: str, tokenizer: Any, framing: Framing) -> Callable[[Batch
                 out["text_hash"].append(document)
         return out
 
-    return encode
+    return encode_rows
 
 
-def text_hash(text: str) -> int:
+def hash_text(text: str) -> int:
     """Hash of a text without regard to case, width forms and white space, so that near copies agree; 0 to 2^63."""
     normal = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
-    return _hash(normal.encode("utf-8", "replace"))
+    return _hash_bytes(normal.encode("utf-8", "replace"))
 
 
-def _hash(data: bytes) -> int:
+def _hash_bytes(data: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") >> 1
 
 
@@ -344,11 +351,11 @@ def tokenizer_identity(tokenizer: Any) -> dict[str, Any]:
     }
 
 
-def _fingerprint(rows: datasets.Dataset, column: TextColumn, tokenizer: Any, framing: Framing) -> str:
+def _fingerprint_tokens(rows: datasets.Dataset, column: TextColumn, tokenizer: Any, framing: Framing) -> str:
     """Hash of all that decides the stored tokens: the rows, the column, the tokenizer's own file, the framing."""
-    return digest(
+    return hash_json(
         {
-            "format": FORMAT,
+            "format": CACHE_FORMAT_VERSION,
             "rows": rows._fingerprint,
             "column": [column.kind, *column.columns],
             **tokenizer_identity(tokenizer),
@@ -358,6 +365,6 @@ def _fingerprint(rows: datasets.Dataset, column: TextColumn, tokenizer: Any, fra
     )
 
 
-def digest(value: Any) -> str:
+def hash_json(value: Any) -> str:
     """Hash of what JSON can hold."""
     return hashlib.blake2b(json.dumps(value).encode(), digest_size=16).hexdigest()

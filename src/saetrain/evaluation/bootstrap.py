@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saetrain.data.masking import mixed
+from saetrain.data.masking import mix_bits
 
 INTERVAL_COVERAGE = 0.95
 ValueRange = tuple[float, float]
@@ -39,8 +39,8 @@ class Estimate:
 
 def draw_poisson_weights(docs: np.ndarray, replicates: int, seed: int) -> np.ndarray:
     """(replicates, documents) float64, each a draw from Poisson(1) that document, replicate and seed decide."""
-    streams = mixed(np.arange(replicates, dtype=np.uint64) + np.uint64(seed) * np.uint64(1 << 20))
-    random_bits = mixed(docs.astype(np.uint64)[None, :] ^ streams[:, None])
+    streams = mix_bits(np.arange(replicates, dtype=np.uint64) + np.uint64(seed) * np.uint64(1 << 20))
+    random_bits = mix_bits(docs.astype(np.uint64)[None, :] ^ streams[:, None])
     cumulative = np.cumsum([math.exp(-1) / math.factorial(count) for count in range(16)])
     return np.searchsorted(cumulative, random_bits / 2.0**64).astype(np.float64)
 

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saetrain.activations.capture import length_batches, pad_batch
-from saetrain.activations.head import HeadModel, token_log_probs
-from saetrain.activations.splice import put, spliced
-from saetrain.data.masking import masked_positions
+from saetrain.activations.capture import batch_by_length, pad_batch
+from saetrain.activations.head import LMHeadModel, token_log_probs
+from saetrain.activations.splice import replace_positions, splice_output
+from saetrain.data.masking import select_masked_positions
 from saetrain.errors import SaetrainError
 from saetrain.evaluation.bootstrap import AT_MOST_ONE, COSINE_RANGE, NON_NEGATIVE, DocumentSums, Formula, ValueRange
 from saetrain.types import TokenSequence
@@ -64,7 +64,7 @@ class LossScorer:
 
     def __init__(
         self,
-        head: HeadModel,
+        head: LMHeadModel,
         hookpoint: str,
         variants: Mapping[str, ReplaceFn],
         policy: SplicePolicy,
@@ -92,9 +92,9 @@ class LossScorer:
 
         def replace_activation(x_BSD: Tensor) -> Tensor:
             mask_BS = self._policy.splice_mask(x_BSD, lm_batch.keep_mask)
-            return put(x_BSD, mask_BS, self._variants[variant](x_BSD[mask_BS].float()))
+            return replace_positions(x_BSD, mask_BS, self._variants[variant](x_BSD[mask_BS].float()))
 
-        with spliced(self._hookpoint_module, replace_activation):
+        with splice_output(self._hookpoint_module, replace_activation):
             return model_outputs(self._head, lm_batch)
 
     def _add_losses(self, lm_batch: LMBatch, clean_log_probs: Tensor) -> None:
@@ -133,15 +133,15 @@ def _mean_pool(hidden_BSD: Tensor, mask_BS: Tensor) -> Tensor:
     return (hidden_BSD.double() * weights).sum(dim=1) / weights.sum(dim=1)
 
 
-def model_outputs(head: HeadModel, lm_batch: LMBatch) -> Tensor:
+def model_outputs(head: LMHeadModel, lm_batch: LMBatch) -> Tensor:
     """Log-probabilities (n, V) in fp32 at the scored positions, or of a model without a head the states (B, S, D)."""
     if head.kind == "none":
-        return head.hidden(lm_batch.input_ids, lm_batch.attention_mask)
-    return token_log_probs(head.logits(lm_batch.input_ids, lm_batch.attention_mask)[lm_batch.scored_mask])
+        return head.compute_final_hidden(lm_batch.input_ids, lm_batch.attention_mask)
+    return token_log_probs(head.compute_logits(lm_batch.input_ids, lm_batch.attention_mask)[lm_batch.scored_mask])
 
 
 def iter_lm_batches(
-    head: HeadModel,
+    head: LMHeadModel,
     sequences: Iterable[TokenSequence],
     policy: SplicePolicy,
     mask_id: int | None,
@@ -152,14 +152,14 @@ def iter_lm_batches(
     sequences = list(sequences)
     vocabulary = head.base.config.get_text_config().vocab_size
     max_batch_tokens = batch_tokens if head.kind == "none" else min(batch_tokens, max(1, MAX_LOGITS // vocabulary))
-    for indices in length_batches(sequences, max_batch_tokens):
+    for indices in batch_by_length(sequences, max_batch_tokens):
         lm_batch = _build_lm_batch(head, [sequences[index] for index in indices], policy, mask_id, seed)
         if len(lm_batch.doc_ids):
             yield lm_batch
 
 
 def _build_lm_batch(
-    head: HeadModel, chosen: list[TokenSequence], policy: SplicePolicy, mask_id: int | None, seed: int
+    head: LMHeadModel, chosen: list[TokenSequence], policy: SplicePolicy, mask_id: int | None, seed: int
 ) -> LMBatch:
     input_ids, attention_mask = pad_batch(chosen, head.base.device)
     keep_BS, scored_BS = np.zeros(input_ids.shape, dtype=bool), np.zeros(input_ids.shape, dtype=bool)
@@ -170,7 +170,9 @@ def _build_lm_batch(
             scored_S = np.arange(len(sequence)) < len(sequence) - 1
             row_targets, row_docs = sequence.ids[1:], sequence.doc[1:]
         else:
-            scored_S = masked_positions(sequence, seed) if head.kind == "masked" else np.ones(len(sequence), dtype=bool)
+            scored_S = (
+                select_masked_positions(sequence, seed) if head.kind == "masked" else np.ones(len(sequence), dtype=bool)
+            )
             row_targets, row_docs = sequence.ids[scored_S], sequence.doc[scored_S]
         scored_BS[row, : len(sequence)] = scored_S
         targets.append(row_targets)

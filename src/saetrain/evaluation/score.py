@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saetrain.activations.head import HeadModel
-from saetrain.activations.read import Labelled, Place
+from saetrain.activations.head import LMHeadModel
+from saetrain.activations.read import LabelledActivations, TokenClass
 from saetrain.coders.base import SparseCoder
 from saetrain.errors import SaetrainError
 from saetrain.evaluation import recovered
@@ -119,8 +119,8 @@ class _ActivationScorer:
         self.target, self.baselines = target, baselines
         device, bootstrap_args = target.centre.device, (settings.bootstrap, settings.eval_seed)
         self.sums_by_class = {
-            token_class: ReconstructionSums(target.centre, *(bootstrap_args if token_class is Place.KEPT else ()))
-            for token_class in Place
+            token_class: ReconstructionSums(target.centre, *(bootstrap_args if token_class is TokenClass.KEPT else ()))
+            for token_class in TokenClass
         }
         self.baseline_sums = {
             name: ReconstructionSums(target.centre, *bootstrap_args)
@@ -137,11 +137,13 @@ class _ActivationScorer:
             x, doc, token_class = x_ND[chunk].float(), docs[chunk], token_classes[chunk]
             codes = coder.encode(x)
             x_hat = coder.decode(codes)
-            rows_by_class = {kind: torch.from_numpy(np.flatnonzero(token_class == kind)).to(x.device) for kind in Place}
+            rows_by_class = {
+                kind: torch.from_numpy(np.flatnonzero(token_class == kind)).to(x.device) for kind in TokenClass
+            }
             for kind, sums in self.sums_by_class.items():
                 sums.add(x[rows_by_class[kind]], x_hat[rows_by_class[kind]], doc[token_class == kind])
-            kept, kept_docs = x[rows_by_class[Place.KEPT]], doc[token_class == Place.KEPT]
-            self.sparsity_sums.add(codes.select_tokens(rows_by_class[Place.KEPT]), kept_docs)
+            kept, kept_docs = x[rows_by_class[TokenClass.KEPT]], doc[token_class == TokenClass.KEPT]
+            self.sparsity_sums.add(codes.select_tokens(rows_by_class[TokenClass.KEPT]), kept_docs)
             random_codes = baselines.random_decoder.encode(kept)
             self.random_sparsity_sums.add(random_codes, kept_docs)
             self.baseline_sums[RANDOM_DECODER].add(kept, baselines.random_decoder.decode(random_codes, kept), kept_docs)
@@ -151,7 +153,7 @@ class _ActivationScorer:
     def collect_metrics(self) -> dict[str, MetricResult]:
         """Of the kept tokens, each beside its nulls."""
         out: dict[str, MetricResult] = {}
-        kept_sums = self.sums_by_class[Place.KEPT]
+        kept_sums = self.sums_by_class[TokenClass.KEPT]
         baseline_estimates = {name: sums.metric_estimates() for name, sums in self.baseline_sums.items()}
         for name, estimate in kept_sums.metric_estimates().items():
             out[name] = MetricResult(
@@ -178,7 +180,7 @@ class _ActivationScorer:
 def score_activations(
     targets: Mapping[str, EvalTarget],
     baselines: Mapping[str, Baselines],
-    batches: Iterable[Labelled],
+    batches: Iterable[LabelledActivations],
     dead_threshold: float,
     settings: ScoreSettings,
     on_progress: Callable[[int], object] = lambda tokens: None,
@@ -194,7 +196,7 @@ def score_activations(
     for batch in batches:
         documents.update(np.unique(batch.doc).tolist())
         for scorer in scorers.values():
-            scorer.add(batch.values[scorer.target.hookpoint], batch.doc, batch.place)
+            scorer.add(batch.values[scorer.target.hookpoint], batch.doc, batch.token_class)
         on_progress(len(batch.doc))
     return {
         name: SaeScores(
@@ -220,7 +222,7 @@ def _geometry_with_baselines(coder: SparseCoder) -> dict[str, MetricResult]:
 def score_losses(
     targets: Mapping[str, EvalTarget],
     baselines: Mapping[str, Baselines],
-    head: HeadModel,
+    head: LMHeadModel,
     sequence_groups: Iterable[list[TokenSequence]],
     policies: Mapping[str, SplicePolicy],
     mask_id: int | None,
@@ -264,7 +266,7 @@ def _build_variants(coder: SparseCoder, baselines: Baselines) -> dict[str, recov
     }
 
 
-def _loss_metrics(head: HeadModel, scorer: LossScorer) -> dict[str, MetricResult]:
+def _loss_metrics(head: LMHeadModel, scorer: LossScorer) -> dict[str, MetricResult]:
     if not scorer.n_tokens:
         return {}
     if head.kind == "none":

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from saetrain.activations.head import HeadModel
+from saetrain.activations.head import LMHeadModel
 from saetrain.activations.model import DTYPES
 from saetrain.config import EvaluateConfig
 from saetrain.errors import SaetrainError
@@ -93,7 +93,7 @@ class Assessment:
 
     @staticmethod
     def of(
-        config: EvaluateConfig, located: Located, head: HeadModel, texts: list[TextScores], threshold: float
+        config: EvaluateConfig, located: Located, head: LMHeadModel, texts: list[TextScores], threshold: float
     ) -> Assessment:
         """Judge each SAE by its scores on each text."""
         judged = {

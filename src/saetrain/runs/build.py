@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from saetrain import distributed, launch
-from saetrain.activations.normalize import Normalizer, calibrate
+from saetrain.activations.normalize import Normalizer, fit_normalizers
 from saetrain.coders.folding import unfold_
 from saetrain.coders.topk import TopK
 from saetrain.config import RunConfig
@@ -72,9 +72,11 @@ def measure(run: Prepared) -> dict[str, Normalizer]:
     """Constants of each hookpoint's inputs, from the first training tokens; rank 0's hold everywhere."""
     normalizers = _measured(run) if launch.rank() == 0 else {}
     constants = distributed.broadcast_from_rank0(
-        {name: value.constants() for name, value in normalizers.items()}, MEASURING
+        {name: value.scalar_constants() for name, value in normalizers.items()}, MEASURING
     )
-    parts = {(name, part): value for name, each in normalizers.items() for part, value in each.tensors().items()}
+    parts = {
+        (name, part): value for name, each in normalizers.items() for part, value in each.tensor_constants().items()
+    }
     sent = distributed.broadcast_tensors({":".join(key): value for key, value in parts.items()}, MEASURING)
     tensors = {name: {part: sent[f"{name}:{part}"] for part in ("mean", "axes")} for name in run.hookpoints}
     return _normalizers(run, constants, tensors)
@@ -83,7 +85,7 @@ def measure(run: Prepared) -> dict[str, Normalizer]:
 def _measured(run: Prepared) -> dict[str, Normalizer]:
     log_rank0("measuring centre, scale and principal axes of the activations")
     sample = read_sample(run)
-    normalizers = calibrate(sample, run.reader.limits)
+    normalizers = fit_normalizers(sample, run.reader.norm_limits)
     kept = len(sample)
     for name, normalizer in normalizers.items():
         outliers = int((sample.values[name].float().norm(dim=1) > normalizer.norm_limit).sum())
@@ -110,7 +112,7 @@ def _normalizers(
         limit = values["norm_limit"] if values["norm_limit"] is not None else float("inf")
         normalizers[name] = Normalizer(scale=values["scale"], variance=values["variance"], norm_limit=limit, **own)
     if run.config.buffer.exclude_sinks:
-        run.reader.limits = {name: normalizer.norm_limit for name, normalizer in normalizers.items()}
+        run.reader.norm_limits = {name: normalizer.norm_limit for name, normalizer in normalizers.items()}
     return normalizers
 
 
@@ -138,7 +140,7 @@ def make_sae(run: Prepared, hookpoint: str, coder: TopK, normalizer: Normalizer,
     return SaeTrainer(
         hookpoint,
         coder,
-        partial(normalizer, half=kernels.compute_dtype == "bfloat16"),
+        partial(normalizer, bf16=kernels.compute_dtype == "bfloat16"),
         make_engine(coder, kernels, config.optim, alone=config.train.grad_acc_steps == 1 and not shared(run)),
         FiringTracker(coder.num_latents, window, config.dead.dead_percentage_threshold, device),
         data_variance=normalizer.scaled_variance,

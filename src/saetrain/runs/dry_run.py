@@ -66,10 +66,10 @@ def _print(text: str) -> None:
 
 def measure(run: Prepared, trainer: Trainer) -> float:
     """Seconds per optimizer step: the model's share by its tokens per second, the SAEs' by steps on one batch."""
-    sequences = run.train.read(0, run.train.start, max(MEASURED_TOKENS, run.reader.batch_tokens))[0]
-    run.reader.read(sequences[:1])
+    sequences = run.train.read(0, run.train.start_cursor, max(MEASURED_TOKENS, run.reader.batch_tokens))[0]
+    run.reader.extract_all(sequences[:1])
     start = time.perf_counter()
-    activations = run.reader.read(sequences)
+    activations = run.reader.extract_all(sequences)
     model = (time.perf_counter() - start) / len(activations) * run.plan.tokens_per_step / launch.world_size()
     micro = run.plan.tokens_per_step // run.config.train.grad_acc_steps
     if not run.division.owners:

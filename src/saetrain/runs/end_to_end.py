@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from saetrain.activations.capture import pad_batch
-from saetrain.activations.deal import Dealt
-from saetrain.activations.head import HeadModel, load_with_head, token_log_probs
+from saetrain.activations.deal import IndexedSequence
+from saetrain.activations.head import LMHeadModel, load_model_with_head, token_log_probs
 from saetrain.activations.normalize import Normalizer
-from saetrain.activations.read import ActivationReader
-from saetrain.activations.splice import put, spliced
+from saetrain.activations.read import ActivationExtractor
+from saetrain.activations.splice import replace_positions, splice_output
 from saetrain.config import RunConfig
-from saetrain.data.masking import masked_positions
+from saetrain.data.masking import select_masked_positions
 from saetrain.errors import SaetrainError, is_out_of_memory
 from saetrain.losses import cross_entropy, kl_divergence
 from saetrain.training.engine import SplicedBatch
@@ -33,9 +33,9 @@ NUMBER_BITS = 40
 """Bits of a mask's seed that are left to the sequence's number."""
 
 
-def load_head(config: RunConfig) -> HeadModel:
+def load_head(config: RunConfig) -> LMHeadModel:
     """The model with its head; SaetrainError where it has none that predicts tokens."""
-    head = load_with_head(config.model, config.base)
+    head = load_model_with_head(config.model, config.base)
     if head.kind == "none":
         what = f"is a {head.architecture}" if head.architecture else "names no architecture"
         raise SaetrainError(
@@ -55,7 +55,7 @@ def require_one_hookpoint(config: RunConfig, hookpoints: list[str]) -> None:
         )
 
 
-def require_mask(config: RunConfig, head: HeadModel, tokenizer: Any) -> None:
+def require_mask(config: RunConfig, head: LMHeadModel, tokenizer: Any) -> None:
     """SaetrainError when a masked model's tokens can't be masked."""
     if head.kind == "masked" and tokenizer.mask_token_id is None:
         raise SaetrainError(
@@ -85,11 +85,11 @@ class Asker:
     """Sequences -> questions. ``mask_id`` is the tokenizer's mask token; the masks are drawn from ``seed``."""
 
     def __init__(
-        self, head: HeadModel, keep: Callable[[TokenSequence], np.ndarray], mask_id: int | None, seed: int
+        self, head: LMHeadModel, keep: Callable[[TokenSequence], np.ndarray], mask_id: int | None, seed: int
     ) -> None:
         self._head, self._keep, self._mask_id, self._seed = head, keep, mask_id, seed
 
-    def __call__(self, dealt: list[Dealt]) -> Question:
+    def __call__(self, dealt: list[IndexedSequence]) -> Question:
         """One batch of them, padded to the longest."""
         chosen = [each.sequence for each in dealt]
         ids, mask = pad_batch(chosen, self._head.base.device)
@@ -111,12 +111,12 @@ class Asker:
             targets=torch.from_numpy(np.concatenate(targets).astype(np.int64)).to(ids.device),
         )
 
-    def _asked(self, dealt: Dealt) -> np.ndarray:
+    def _asked(self, dealt: IndexedSequence) -> np.ndarray:
         """(S,) bool. The number in the run draws the mask, so that each pass over the text has other ones."""
         if self._head.kind == "causal":
             return np.arange(len(dealt.sequence)) < len(dealt.sequence) - 1
-        seed = (self._seed << NUMBER_BITS) + dealt.number
-        return masked_positions(dealt.sequence, seed % (1 << 64))
+        seed = (self._seed << NUMBER_BITS) + dealt.index
+        return select_masked_positions(dealt.sequence, seed % (1 << 64))
 
 
 def _padded(rows: list[np.ndarray], length: int) -> np.ndarray:
@@ -141,7 +141,7 @@ class EndToEnd:
     """Makes micro-batches whose loss is the model's own; ``normalizer`` is that of the SAE's inputs."""
 
     def __init__(
-        self, head: HeadModel, reader: ActivationReader, normalizer: Normalizer, settings: TrainSettings
+        self, head: LMHeadModel, reader: ActivationExtractor, normalizer: Normalizer, settings: TrainSettings
     ) -> None:
         self._head, self._reader, self._normalizer, self._settings = head, reader, normalizer, settings
         (self._hookpoint,) = reader.capture.hookpoints
@@ -151,7 +151,7 @@ class EndToEnd:
         """The micro-batch of ``question``, in an optimizer step of so many kept tokens and scored positions."""
         x_BSD, clean = self._clean(question)
         raw = x_BSD[question.keep]
-        fine = self._reader.within_limits({self._hookpoint: raw}, question.docs)
+        fine = self._reader.mask_within_limits({self._hookpoint: raw}, question.docs)
         fine_N = torch.from_numpy(fine).to(x_BSD.device)
         where = question.keep.clone()
         where[question.keep] = fine_N
@@ -170,7 +170,7 @@ class EndToEnd:
                 seen.append(x_BSD)
                 return x_BSD
 
-            with spliced(self._module, look):
+            with splice_output(self._module, look):
                 log_probs = self._log_probs(question)
             return seen[0], log_probs
         except (RuntimeError, MemoryError) as error:
@@ -183,12 +183,12 @@ class EndToEnd:
 
     def _log_probs(self, question: Question) -> Tensor:
         """(m, V) fp32 at the scored positions."""
-        return token_log_probs(self._head.logits(question.ids, question.mask)[question.scored])
+        return token_log_probs(self._head.compute_logits(question.ids, question.mask)[question.scored])
 
     def _terms(self, splice: _Splice, output: CoderOutput) -> dict[str, Tensor]:
         """The model's loss, a mean over the step's scored positions, beside what is kept of the coder's own terms."""
-        rows_ND = self._normalizer.undo(output.reconstruction)
-        with spliced(self._module, lambda x_BSD: put(x_BSD, splice.where, rows_ND)):
+        rows_ND = self._normalizer.denormalize(output.reconstruction)
+        with splice_output(self._module, lambda x_BSD: replace_positions(x_BSD, splice.where, rows_ND)):
             log_probs = self._log_probs(splice.question)
         if splice.clean is None:
             loss = cross_entropy(log_probs, splice.question.targets)

@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from saetrain.activations.model import resolve_device
-from saetrain.activations.read import Labelled, Place
+from saetrain.activations.read import LabelledActivations, TokenClass
 from saetrain.config import EvaluateConfig
 from saetrain.errors import SaetrainError, is_out_of_memory
 from saetrain.evaluation.heldout import EvalTarget
@@ -44,7 +44,7 @@ def evaluate(config: EvaluateConfig, most: int | None = None) -> Assessment:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        tokens = config.base.batch_tokens(resolve_device(config.base.device))
+        tokens = config.base.resolve_batch_tokens(resolve_device(config.base.device))
         raise SaetrainError(
             f"out of memory while scoring: lower --model_batch_tokens from {tokens} to {max(1, tokens // 2)}"
         ) from error
@@ -59,12 +59,12 @@ def threshold(config: EvaluateConfig, located: Located) -> float:
     return run_config(located).dead.dead_percentage_threshold if located.run is not None else THRESHOLD
 
 
-def fit_nulls(setting: Setting, batches: Iterator[Labelled]) -> dict[str, Baselines]:
+def fit_nulls(setting: Setting, batches: Iterator[LabelledActivations]) -> dict[str, Baselines]:
     """{SAE: what it is held against}, from activations of training tokens."""
     device = setting.head.base.device
     moments = {name: RunningMoments(width, device) for name, width in setting.reader.capture.widths.items()}
     for batch in batches:
-        kept = torch.from_numpy(np.flatnonzero(batch.place == Place.KEPT)).to(device)
+        kept = torch.from_numpy(np.flatnonzero(batch.token_class == TokenClass.KEPT)).to(device)
         for name, value in batch.values.items():
             moments[name].add(value[kept].float())
     out = {}
@@ -85,7 +85,7 @@ def score(setting: Setting, text: Scored, nulls: dict[str, Baselines]) -> TextSc
     }
     total = sum(len(text.sequences[int(number)]) for number in text.numbers)
     with tqdm(total=total, unit="tok", desc=f"{Path(text.name).name}: activations", disable=None) as bar:
-        batches = (batch for group in text.groups(text.numbers) for batch in setting.reader.labelled(group))
+        batches = (batch for group in text.groups(text.numbers) for batch in setting.reader.iterate_labelled(group))
         dead = threshold(setting.config, setting.located)
         scores = score_activations(subjects, nulls, batches, dead, setting.config.scoring, bar.update)
     _add_losses(setting, text, subjects, nulls, scores)
@@ -104,7 +104,7 @@ def _add_losses(
         return
     numbers = text.numbers[: text.loss_sequences]
     everywhere = setting.config.scoring.splice_positions == "all"
-    limits = {} if everywhere else setting.reader.limits
+    limits = {} if everywhere else setting.reader.norm_limits
     keep = keep_all_tokens if everywhere else setting.reader.keep
     policies = {
         hookpoint: SplicePolicy(keep, limits.get(hookpoint, float("inf"))) for hookpoint in setting.hookpoints.values()

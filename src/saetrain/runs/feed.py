@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from saetrain import distributed, launch
-from saetrain.activations.deal import SequenceDealer
+from saetrain.activations.deal import SequenceSampler
 from saetrain.activations.normalize import Normalizer
-from saetrain.activations.shuffle import MixingBuffer
+from saetrain.activations.shuffle import ShuffleBuffer
 from saetrain.runs.end_to_end import Asker, EndToEnd, Question
 from saetrain.runs.prepare import Prepared
 from saetrain.training.trainer import Batch
@@ -82,16 +82,16 @@ class MixedFeed(Feed):
     def __init__(self, run: Prepared, owned: list[int]) -> None:
         self._run, shards = run, run.train.n_shards
         pool, seed = max(1, run.config.buffer.buffer_tokens // shards), run.config.loader.shuffle_seed
-        self._buffer = MixingBuffer(run.reader, run.train, owned, shards, pool, seed)
+        self._buffer = ShuffleBuffer(run.reader, run.train, owned, shards, pool, seed)
         self._share = run.plan.tokens_per_step // run.config.train.grad_acc_steps
 
     def fetch(self, number: int) -> dict[str, Tensor]:
         """This rank's shards' part of the ranks' batch_size x ctx_len activations."""
-        return self._buffer.take(number * self._share, self._share, self._run.plan.tokens)
+        return self._buffer.take_activations(number * self._share, self._share, self._run.plan.tokens)
 
     def work_ahead(self) -> None:
         """The next pools, for activations don't depend on the SAEs."""
-        self._buffer.work_ahead()
+        self._buffer.prefetch_pools()
 
     def exchanges(self, number: int) -> bool:
         """Where SAEs are dealt to the ranks."""
@@ -114,11 +114,11 @@ class MixedFeed(Feed):
 
     def state(self) -> State:
         """The buffer's."""
-        return self._buffer.state()
+        return self._buffer.state_dict()
 
     def restore(self, state: State) -> None:
         """Into the buffer."""
-        self._buffer.restore(state)
+        self._buffer.load_state_dict(state)
 
     def close(self) -> None:
         """Close the buffer."""
@@ -141,7 +141,7 @@ class SequenceFeed(Feed):
     def __init__(self, run: Prepared, owned: list[int], normalizers: dict[str, Normalizer]) -> None:
         assert run.head is not None
         self._run, self._settings = run, run.config.train
-        self._dealer = SequenceDealer(run.train, owned, run.train.n_shards)
+        self._dealer = SequenceSampler(run.train, owned, run.train.n_shards)
         seed = run.config.loader.shuffle_seed
         self._ask = Asker(run.head, run.reader.keep, run.tokenizer.mask_token_id, seed)
         (normalizer,) = normalizers.values()
@@ -154,8 +154,8 @@ class SequenceFeed(Feed):
         micro = number % self._settings.grad_acc_steps
         if micro == 0:
             self._step = [self._question(number + more) for more in range(self._settings.grad_acc_steps)]
-        if self._run.reader.between_batches is not None:
-            self._run.reader.between_batches()
+        if self._run.reader.before_batch is not None:
+            self._run.reader.before_batch()
         return self._step[micro]
 
     def exchanges(self, number: int) -> bool:
@@ -174,15 +174,15 @@ class SequenceFeed(Feed):
     def _question(self, number: int) -> Question:
         share = self._settings.batch_size * launch.world_size()
         last = self._run.plan.steps * self._settings.grad_acc_steps * share
-        return self._ask(self._dealer.take(number * share, share, last))
+        return self._ask(self._dealer.take_sequences(number * share, share, last))
 
     def state(self) -> State:
         """The dealer's."""
-        return self._dealer.state()
+        return self._dealer.state_dict()
 
     def restore(self, state: State) -> None:
         """Into the dealer."""
-        self._dealer.restore(state)
+        self._dealer.load_state_dict(state)
 
     def close(self) -> None:
         """Close the dealer."""

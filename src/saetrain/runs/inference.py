@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saetrain.activations.capture import ActivationCapture, length_batches, pad_batch
-from saetrain.activations.model import BaseModel, ModelSettings, load_model, weights_hash
+from saetrain.activations.capture import ActivationCapture, batch_by_length, pad_batch
+from saetrain.activations.model import BaseModel, ModelSettings, hash_model_weights, load_model
 from saetrain.coders.topk import TopK
 from saetrain.data.tokenize import Framing, load_tokenizer
 from saetrain.errors import SaetrainError
@@ -75,7 +75,7 @@ class SAE:
         read = [self._sequence(text, tokenizer, framing) for text in texts]
         sequences = [sequence for sequence, _ in read]
         out: dict[int, TokenCodes] = {}
-        for numbers in length_batches(sequences, BATCH_TOKENS):
+        for numbers in batch_by_length(sequences, BATCH_TOKENS):
             ids, mask = pad_batch([sequences[n] for n in numbers], model.device)
             x_ND = capture(ids, mask)[self.about["hookpoint"]][mask.bool()].float()
             codes, start = self.encode(x_ND), 0
@@ -96,14 +96,14 @@ class SAE:
         about = self.about
         settings = ModelSettings(revision=about["model_revision"], dtype=about["model_dtype"], device=self._device())
         model = load_model(about["model"], settings)
-        expected, found = about["model_weights_sha256"], weights_hash(model)
+        expected, found = about["model_weights_sha256"], hash_model_weights(model)
         if expected is not None and found != expected:
             raise SaetrainError(
                 f"model {about['model']}: its weights are not those that the SAE in {self.path} was trained on "
                 f"(SHA-256 {str(found)[:12]}…, expected {expected[:12]}…)"
             )
         tokenizer = load_tokenizer(about["model"], about["model_revision"], trust_remote_code=False)
-        framing = Framing.of(tokenizer, about["causal"], about["ctx_len"])
+        framing = Framing.from_tokenizer(tokenizer, about["causal"], about["ctx_len"])
         return model, tokenizer, ActivationCapture(model, [about["hookpoint"]]), framing
 
     def _device(self) -> str:

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from saetrain.activations.capture import ActivationCapture
-from saetrain.activations.head import HeadModel, load_with_head
+from saetrain.activations.head import LMHeadModel, load_model_with_head
 from saetrain.activations.hookpoints import find_blocks
-from saetrain.activations.model import ModelSettings, load_config, weights_hash
-from saetrain.activations.read import ActivationReader
+from saetrain.activations.model import ModelSettings, hash_model_weights, load_config
+from saetrain.activations.read import ActivationExtractor
 from saetrain.config import EvaluateConfig, RunConfig, from_flat, read_yaml
-from saetrain.data.loader import token_policy
+from saetrain.data.loader import build_token_policy
 from saetrain.data.tokenize import DEFAULT_CTX_LEN, Framing, load_tokenizer
 from saetrain.errors import SaetrainError, did_you_mean
 from saetrain.interop.directory import CONFIG_FILE as SAE_CONFIG
@@ -30,12 +30,12 @@ class Setting:
 
     config: EvaluateConfig
     located: Located
-    head: HeadModel
+    head: LMHeadModel
     tokenizer: Any
     framing: Framing
     hookpoints: dict[str, str]
     """{SAE: its hookpoint}."""
-    reader: ActivationReader
+    reader: ActivationExtractor
     exclude_special: bool
     exclude_first: bool
     most: int | None = None
@@ -55,7 +55,7 @@ def prepare(config: EvaluateConfig, located: Located) -> Setting:
         base, dtype=base.dtype or located.says("model_dtype"), revision=base.revision or located.says("model_revision")
     )
     _require_model(config, located, name, base)
-    head = load_with_head(name, base)
+    head = load_model_with_head(name, base)
     _require_weights(head, located)
     tokenizer = load_tokenizer(name, base.revision, base.trust_remote_code)
     check_vocabulary(head.base, len(tokenizer))
@@ -69,11 +69,15 @@ def prepare(config: EvaluateConfig, located: Located) -> Setting:
                 f"are {width} wide; was it trained on another model?"
             )
     special, first = _policy(config, located)
-    reader = ActivationReader(capture, token_policy(special, first), base.batch_tokens(head.base.device))
+    reader = ActivationExtractor(
+        capture, build_token_policy(special, first), base.resolve_batch_tokens(head.base.device)
+    )
     if first:
         limits = {hookpoints[sae]: found.about.get("norm_limit") for sae, found in located.saes.items()}
-        reader.limits = {hookpoint: limit for hookpoint, limit in limits.items() if limit is not None}
-    framing = _framing(located, tokenizer, Framing.of(tokenizer, head.base.causal, _ctx_len(config, located, head)))
+        reader.norm_limits = {hookpoint: limit for hookpoint, limit in limits.items() if limit is not None}
+    framing = _framing(
+        located, tokenizer, Framing.from_tokenizer(tokenizer, head.base.causal, _ctx_len(config, located, head))
+    )
     return Setting(config, located, head, tokenizer, framing, hookpoints, reader, special, first)
 
 
@@ -88,8 +92,8 @@ def _require_model(config: EvaluateConfig, located: Located, name: str, base: Mo
         raise SaetrainError(f"{error} ({named} names this model; --model says where it is now)") from error
 
 
-def _require_weights(head: HeadModel, located: Located) -> None:
-    expected, found = located.says("model_weights_sha256"), weights_hash(head.base)
+def _require_weights(head: LMHeadModel, located: Located) -> None:
+    expected, found = located.says("model_weights_sha256"), hash_model_weights(head.base)
     if expected is not None and found != expected:
         raise SaetrainError(
             f"model {head.base.name}: its weights are not those that the SAE in {located.path} was trained on "
@@ -97,7 +101,7 @@ def _require_weights(head: HeadModel, located: Located) -> None:
         )
 
 
-def _hookpoint(config: EvaluateConfig, head: HeadModel, located: Located, sae: Found) -> str:
+def _hookpoint(config: EvaluateConfig, head: LMHeadModel, located: Located, sae: Found) -> str:
     """The module whose output the SAE takes; SaetrainError where it is not known or --hookpoint says another."""
     names = [name for name, _ in head.base.module.named_modules() if name]
     there = [str(sae.about[key]) for key in ("hookpoint", "hook_name") if sae.about.get(key)]
@@ -114,7 +118,7 @@ def _hookpoint(config: EvaluateConfig, head: HeadModel, located: Located, sae: F
     return wanted
 
 
-def _translated(name: str | None, head: HeadModel) -> str | None:
+def _translated(name: str | None, head: LMHeadModel) -> str | None:
     """Our name of a hookpoint that another library names: TransformerLens' residual streams, sparsify's layers."""
     if name is None or name in dict(head.base.module.named_modules()):
         return name
@@ -141,7 +145,7 @@ def _policy(config: EvaluateConfig, located: Located) -> tuple[bool, bool]:
     )
 
 
-def _ctx_len(config: EvaluateConfig, located: Located, head: HeadModel) -> int:
+def _ctx_len(config: EvaluateConfig, located: Located, head: LMHeadModel) -> int:
     most = head.base.max_positions
     wanted = config.ctx_len or located.says("ctx_len") or min(DEFAULT_CTX_LEN, most or DEFAULT_CTX_LEN)
     if most is not None and wanted > most:

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from saetrain import distributed, launch
 from saetrain.activations.capture import ActivationCapture
-from saetrain.activations.head import HeadModel
+from saetrain.activations.head import LMHeadModel
 from saetrain.activations.hookpoints import resolve_hookpoints
-from saetrain.activations.model import DTYPES, BaseModel, load_model, weights_hash
-from saetrain.activations.normalize import norm_limits
-from saetrain.activations.read import ActivationReader
+from saetrain.activations.model import DTYPES, BaseModel, hash_model_weights, load_model
+from saetrain.activations.normalize import compute_norm_limits
+from saetrain.activations.read import ActivationExtractor
 from saetrain.config import RunConfig
 from saetrain.data.loader import ShardedSource
 from saetrain.data.sequences import Sequences
@@ -88,7 +88,7 @@ class Prepared:
     framing: Framing
     hookpoints: list[str]
     capture: ActivationCapture
-    reader: ActivationReader
+    reader: ActivationExtractor
     train: ShardedSource
     held_out: Sequences
     data: dict[str, Any]
@@ -96,7 +96,7 @@ class Prepared:
     plan: Plan
     weights_sha256: str | None
     """Hash of the model's weight files."""
-    head: HeadModel | None
+    head: LMHeadModel | None
     """The model with its head, where the loss is its own."""
     division: Division
     """Who of several processes trains what."""
@@ -122,11 +122,13 @@ def prepare(config: RunConfig) -> Prepared:
     require_shards(config, step_tokens(config, ctx_len) // config.train.grad_acc_steps)
     division = _divide(config, ctx_len, model, capture)
     check_memory(config, model, capture.widths, ctx_len, division)
-    framing = Framing.of(tokenizer, model.causal, ctx_len)
+    framing = Framing.from_tokenizer(tokenizer, model.causal, ctx_len)
     text = distributed.local_rank0_first(
         "reading and tokenizing the data set", lambda: load_text(config, tokenizer, framing)
     )
-    reader = ActivationReader(capture, text.train.keep, config.base.batch_tokens(model.device), config.dataset)
+    reader = ActivationExtractor(
+        capture, text.train.keep, config.base.resolve_batch_tokens(model.device), config.dataset
+    )
     plan = make_plan(config, ctx_len, text.tokens)
     return Prepared(
         config,
@@ -140,7 +142,7 @@ def prepare(config: RunConfig) -> Prepared:
         text.held_out,
         text.about,
         plan,
-        weights_hash(model),
+        hash_model_weights(model),
         head,
         division,
     )
@@ -239,7 +241,7 @@ def make_plan(config: RunConfig, ctx_len: int, text_tokens: tuple[int | None, ..
             f"(batch_size {config.train.batch_size} x ctx_len {ctx_len} x grad_acc_steps "
             f"{config.train.grad_acc_steps} x {launch.world_size()} ranks)"
         )
-    return Plan(per_step, steps, config.dataset, config.mixing.shares(len(config.dataset)), text_tokens)
+    return Plan(per_step, steps, config.dataset, config.mixing.normalized_shares(len(config.dataset)), text_tokens)
 
 
 def read_sample(run: Prepared) -> Any:
@@ -247,22 +249,24 @@ def read_sample(run: Prepared) -> Any:
     there = run.plan.train_tokens
     wanted = CALIBRATION_TOKENS if there is None else min(CALIBRATION_TOKENS, max(there, 1))
     each = -(-wanted // run.train.n_shards)
-    sequences = [s for shard in range(run.train.n_shards) for s in run.train.read(shard, run.train.start, each)[0]]
-    sample = run.reader.read(sequences)
+    sequences = [
+        s for shard in range(run.train.n_shards) for s in run.train.read(shard, run.train.start_cursor, each)[0]
+    ]
+    sample = run.reader.extract_all(sequences)
     total = sum(map(len, sequences))
     what = "special or at position 0" if run.model.causal else "special"
     log_rank0(f"{1 - len(sample) / total:.1%} of the tokens are {what} and left out")
     if run.config.buffer.exclude_sinks:
-        run.reader.limits = norm_limits(sample)
+        run.reader.norm_limits = compute_norm_limits(sample)
     return sample
 
 
 def held_out_batches(run: Prepared) -> Iterator[dict[str, Tensor]]:
     """Raw activations of the held-out sequences, in a fixed mixed order."""
-    order = run.held_out.mixed_order(run.config.loader.shuffle_seed)
+    order = run.held_out.shuffled_order(run.config.loader.shuffle_seed)
     for start in range(0, len(order), EVAL_SEQUENCES):
         sequences = [run.held_out[int(number)] for number in order[start : start + EVAL_SEQUENCES]]
-        for batch in run.reader.batches(sequences):
+        for batch in run.reader.iterate_batches(sequences):
             if len(batch):
                 yield batch.values
 

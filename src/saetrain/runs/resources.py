@@ -9,7 +9,7 @@ import torch
 
 from saetrain import launch
 from saetrain.activations.model import BaseModel
-from saetrain.activations.shuffle import EARLY_POOLS
+from saetrain.activations.shuffle import MAX_EARLY_POOLS
 from saetrain.config import RunConfig
 from saetrain.errors import SaetrainError
 from saetrain.training.parallel import Division
@@ -40,7 +40,7 @@ def memory_needed(config: RunConfig, model: BaseModel, widths: dict[str, int], c
     mixing = buffered * sum(widths.values()) * model.dtype.itemsize
     if launch.world_size() > 1 and not division.owners:
         own_shards = max(1, config.loader.data_shards // launch.world_size())
-        mixing += mixing * min(EARLY_POOLS, own_shards) // own_shards
+        mixing += mixing * min(MAX_EARLY_POOLS, own_shards) // own_shards
     if config.train.end_to_end:
         vocabulary = model.module.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
         mixing = LOGITS * FLOAT * config.train.batch_size * ctx_len * vocabulary

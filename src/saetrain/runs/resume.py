@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from saetrain import launch
-from saetrain.activations.model import code_hash
+from saetrain.activations.model import hash_model_code
 from saetrain.config import RunConfig, from_flat, to_flat
-from saetrain.data.tokenize import digest, tokenizer_identity
+from saetrain.data.tokenize import hash_json, tokenizer_identity
 from saetrain.errors import SaetrainError
 from saetrain.evaluation.score import ScoreSettings
 from saetrain.evaluation.verdict import HealthSettings
@@ -65,8 +65,8 @@ def identity(run: Prepared) -> dict[str, Any]:
     """What the model's weights and the text are, whatever their names."""
     return {
         "model_weights_sha256": run.weights_sha256,
-        "model_config": code_hash(run.model),
-        "tokenizer": digest(tokenizer_identity(run.tokenizer)),
+        "model_config": hash_model_code(run.model),
+        "tokenizer": hash_json(tokenizer_identity(run.tokenizer)),
         "text": run.data["fingerprint"],
     }
 
@@ -118,7 +118,7 @@ def reconcile(run: Prepared, checkpoint: Checkpoint) -> Prepared:
     _same(now, then, "text", "DATASET: its text is not the one")
     config: RunConfig = dataclasses.replace(from_flat(flat, "checkpoint"), where=run.config.where)
     plan = make_plan(config, run.framing.ctx_len, run.plan.text_tokens)
-    run.reader.batch_tokens = config.base.batch_tokens(run.model.device)
+    run.reader.batch_tokens = config.base.resolve_batch_tokens(run.model.device)
     return dataclasses.replace(run, config=config, plan=plan)
 
 

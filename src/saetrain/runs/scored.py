@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from saetrain.activations.read import Labelled
+from saetrain.activations.read import LabelledActivations
 from saetrain.config import EvaluateConfig, RunConfig, from_flat
 from saetrain.data.heldout import HeldOutTexts
 from saetrain.data.sequences import Sequences
@@ -74,7 +74,7 @@ def own_config(setting: Setting) -> RunConfig | None:
     return dataclasses.replace(config, tokens=tokens, buffer=buffer)
 
 
-def open_texts(setting: Setting) -> tuple[list[Scored], Iterator[Labelled]]:
+def open_texts(setting: Setting) -> tuple[list[Scored], Iterator[LabelledActivations]]:
     """(the texts to score on, the SAE's own first; activations of other tokens, on which the nulls are fitted)."""
     config, own = setting.config, own_config(setting)
     # Without a fingerprint nothing tells whether it is still the text of then, and it may be as large as the Pile.
@@ -178,7 +178,7 @@ def _choose(setting: Setting, name: str, in_sample: bool, what: str, sequences: 
     """The first sequences of a mixed order that hold --eval_tokens tokens; SaetrainError when there are fewer."""
     asked = setting.config.eval_tokens
     wanted = setting.budget(asked or setting.most, EVAL_TOKENS)
-    order = sequences.mixed_order(seed)
+    order = sequences.shuffled_order(seed)
     count, held = enough(setting, sequences, order, wanted)
     if asked is not None and held < asked:
         raise SaetrainError(
@@ -223,21 +223,21 @@ def _with_losses(setting: Setting, text: Scored) -> Scored:
     return dataclasses.replace(text, loss_sequences=count)
 
 
-def _training_sample(setting: Setting, text: Text) -> Iterator[Labelled]:
+def _training_sample(setting: Setting, text: Text) -> Iterator[LabelledActivations]:
     shards = text.train.n_shards
     wanted = setting.config.scoring.fit_tokens
     known = [tokens for tokens in text.tokens if tokens is not None]
     if len(known) == len(text.tokens):
         wanted = max(1, min(wanted, sum(known)))
     for shard in range(shards):
-        sequences, _ = text.train.read(shard, text.train.start, -(-wanted // shards))
-        yield from setting.reader.labelled(sequences)
+        sequences, _ = text.train.read(shard, text.train.start_cursor, -(-wanted // shards))
+        yield from setting.reader.iterate_labelled(sequences)
 
 
-def _apart(setting: Setting, texts: list[Scored]) -> tuple[list[Scored], Iterator[Labelled]]:
+def _apart(setting: Setting, texts: list[Scored]) -> tuple[list[Scored], Iterator[LabelledActivations]]:
     """Without training text: the nulls are fitted on the end of the first text, which is then not scored on."""
     first = texts[0]
-    order = first.sequences.mixed_order(setting.config.scoring.eval_seed)
+    order = first.sequences.shuffled_order(setting.config.scoring.eval_seed)
     count, _ = enough(setting, first.sequences, order[::-1], setting.config.scoring.fit_tokens)
     count = max(1, min(count, len(order) // 2))
     log_rank0(
@@ -256,4 +256,4 @@ def _apart(setting: Setting, texts: list[Scored]) -> tuple[list[Scored], Iterato
             "the nulls are fitted on, for the training text is not at hand; give fewer, or lower --fit_tokens"
         )
     texts = [dataclasses.replace(first, numbers=kept), *texts[1:]]
-    return texts, (batch for group in first.groups(fitted) for batch in setting.reader.labelled(group))
+    return texts, (batch for group in first.groups(fitted) for batch in setting.reader.iterate_labelled(group))

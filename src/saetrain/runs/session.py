@@ -96,7 +96,7 @@ class Session:
         self.ranks = RankFigures()
         self._left_out, self._last_left_out = 0, -1
         self.stop = StopWish()
-        prepared.train.interrupt_by(self._check)
+        prepared.train.set_interrupt_check(self._check)
         self.line = ProgressLine(self.trainer.steps, self.trainer.step)
 
     def train(self) -> None:
@@ -171,7 +171,7 @@ class Session:
     def _step(self) -> bool:
         """One optimizer step; False when it was dropped because of a signal."""
         trainer = self.trainer
-        self.prepared.reader.between_batches = self.stop.check
+        self.prepared.reader.before_batch = self.stop.check
         place = trainer.step + 1, self.place
         try:
             spikes = trainer.train_step(self._micro_batch, self._heed, self._meanwhile)
@@ -180,7 +180,7 @@ class Session:
             trainer.drop_step()
             return False
         finally:
-            self.prepared.reader.between_batches = None
+            self.prepared.reader.before_batch = None
         self._places.append(place)
         self.place = self.feed.state()
         self._hear(spikes)
@@ -364,11 +364,11 @@ class Session:
         tensors = self.together.tensors(
             {name: sae.state() for name, sae in self.trainer.saes.items()}, "sending states"
         )
-        tensors.update({f"normalizer:{name}": value.tensors() for name, value in self.normalizers.items()})
+        tensors.update({f"normalizer:{name}": value.tensor_constants() for name, value in self.normalizers.items()})
         values = {
             "settings": self.settings,
             "identity": identity(self.prepared),
-            "normalizers": {name: value.constants() for name, value in self.normalizers.items()},
+            "normalizers": {name: value.scalar_constants() for name, value in self.normalizers.items()},
             "rates": self.together.merged(
                 {name: [sae.peak_lr, sae.firing.window] for name, sae in self.trainer.saes.items()}
             ),
@@ -398,7 +398,7 @@ class Session:
                 "hookpoint": hookpoint,
                 "hook_name": hook_name(self.prepared, hookpoint),
                 "init_seed": seed,
-                "norm_limit": self.prepared.reader.limits.get(hookpoint),
+                "norm_limit": self.prepared.reader.norm_limits.get(hookpoint),
                 "held_out_figures": replace_non_finite(figures[name]),
             }
             coder = TopK.of(tensors, self.config.sae.k)

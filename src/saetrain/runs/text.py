@@ -13,22 +13,22 @@ import numpy as np
 
 from saetrain.config import RunConfig
 from saetrain.data.heldout import (
-    MAX_SHARE,
-    MIN_TOKENS,
+    MAX_HELD_OUT_SHARE,
+    MIN_HELD_OUT_TOKENS,
     HeldOutTexts,
-    distinct_rows,
-    divide_stream,
-    split_rows,
+    deduplicate_rows,
+    hold_out_from_stream,
+    split_held_out_rows,
 )
 from saetrain.data.loader import ShardedSequences, ShardedSource
-from saetrain.data.mix import MixedHeldOut, MixedSequences
-from saetrain.data.rows import BAD_ROW
-from saetrain.data.sequences import Sequences, TokenTable, batch_table, sequences_of
-from saetrain.data.sources import Source, SourceSettings, open_source
-from saetrain.data.stream import StreamedRows, StreamedSequences, columns_of, encoded_blocks
-from saetrain.data.text import SAMPLE_ROWS, TextColumn, choose_column, find_text_column
-from saetrain.data.tokenfile import is_token_folder, open_ids, open_tokens
-from saetrain.data.tokenize import Framing, TokenSettings, digest, row_encoder, tokenize_rows
+from saetrain.data.mix import MixedHeldOutSequences, MixedSequences
+from saetrain.data.rows import BAD_ROW_COLUMN
+from saetrain.data.sequences import Sequences, TokenTable, build_sequences, build_token_table
+from saetrain.data.sources import SourceSettings, TextSource, open_dataset
+from saetrain.data.stream import StreamedRows, StreamedSequences, iterate_encoded_blocks, to_columns
+from saetrain.data.text import SAMPLE_ROWS, TextColumn, choose_text_column, find_text_column
+from saetrain.data.tokenfile import is_token_folder, open_raw_ids, open_tokens
+from saetrain.data.tokenize import Framing, TokenSettings, build_row_encoder, hash_json, tokenize_rows
 from saetrain.errors import SaetrainError
 from saetrain.logs.console import log_rank0
 
@@ -54,7 +54,7 @@ class Text:
 
 def load_text(config: RunConfig, tokenizer: Any, framing: Framing) -> Text:
     """The text of all data sets; prints what was chosen. SaetrainError for what can't be read or is too small."""
-    log_rank0(f"tokens: {framing.describe(tokenizer)}")
+    log_rank0(f"tokens: {framing.describe_packing(tokenizer)}")
     divided = [_divide(name, config, tokenizer, framing) for name in config.dataset]
     parts = []
     for number, part in enumerate(divided):
@@ -62,12 +62,12 @@ def load_text(config: RunConfig, tokenizer: Any, framing: Framing) -> Text:
         parts.append(part.finish(HeldOutTexts.union(others)))
     if len(parts) == 1:
         return parts[0]
-    shares = config.mixing.shares(len(parts))
+    shares = config.mixing.normalized_shares(len(parts))
     log_rank0("mixed: " + ", ".join(f"{share:.1%} {name}" for share, name in zip(shares, config.dataset, strict=True)))
     special, first = config.tokens.exclude_special_tokens, config.buffer.exclude_sinks
     return Text(
         MixedSequences([part.train for part in parts], shares, special, first),
-        MixedHeldOut([part.held_out for part in parts], shares),
+        MixedHeldOutSequences([part.held_out for part in parts], shares),
         tuple(tokens for part in parts for tokens in part.tokens),
         {name: [part.about[name] for part in parts] for name in parts[0].about},
         lambda: HeldOutTexts.union([part.trained_on() for part in parts]),
@@ -104,10 +104,10 @@ def _divide(name: str, config: RunConfig, tokenizer: Any, framing: Framing) -> _
     source = open_text(name, config.source, tokenizer)
     if config.source.streaming:
         column = source.column or _find_streamed_column(name, source)
-        log_rank0(f"{source.description}: {column.describe()}")
+        log_rank0(f"{source.description}: {column.describe_choice()}")
         return _streamed(name, source, column, config, tokenizer, framing)
     column, rows = tokenized(name, source, tokenizer, framing, config.tokens)
-    return _split(name, rows, column.columns, source.held_out_split, source.distinct, config, framing)
+    return _split(name, rows, column.columns, source.held_out_split, source.deduplicate, config, framing)
 
 
 def other_text(
@@ -133,34 +133,34 @@ def unseen(
 ) -> tuple[Sequences, str]:
     """(the sequences of ``table`` without the texts in ``seen``, what they are); SaetrainError when none are left."""
     fresh, said = _without(table, np.arange(len(table)), seen, "of texts that the SAE was trained on are left out")
-    sequences = sequences_of(table, fresh, framing, exclude_special)
+    sequences = build_sequences(table, fresh, framing, exclude_special)
     if not sequences.text_tokens:
         raise SaetrainError(f"data set {name}: {what} holds no text that the SAE was not trained on")
     log_rank0(f"data set {name}: {what}, {sequences.text_tokens:,} tokens{said}")
     return sequences, what + said
 
 
-def open_text(name: str, settings: SourceSettings, tokenizer: Any) -> Source:
+def open_text(name: str, settings: SourceSettings, tokenizer: Any) -> TextSource:
     """The data set, from wherever it is; SaetrainError when it has no rows, or nowhere to be read to."""
     _require_cache()
     if name.endswith(".bin") and Path(name).is_file():
-        source = open_ids(Path(name), tokenizer, settings.streaming)
+        source = open_raw_ids(Path(name), tokenizer, settings.streaming)
     else:
-        source = open_source(name, settings)
+        source = open_dataset(name, settings)
     if not settings.streaming and not len(source.train):
         raise SaetrainError(f"data set {name}: split {settings.split} has no rows")
     return source
 
 
-def _find_streamed_column(name: str, source: Source) -> TextColumn:
-    sample = columns_of(list(islice(_rows(source.train, name, source)(0), SAMPLE_ROWS)))
+def _find_streamed_column(name: str, source: TextSource) -> TextColumn:
+    sample = to_columns(list(islice(_rows(source.train, name, source)(0), SAMPLE_ROWS)))
     if not sample:
         raise SaetrainError(f"data set {name}: it has no rows")
-    return choose_column(list(sample), sample, source.text_column)
+    return choose_text_column(list(sample), sample, source.text_column)
 
 
 def tokenized(
-    name: str, source: Source, tokenizer: Any, framing: Framing, settings: TokenSettings
+    name: str, source: TextSource, tokenizer: Any, framing: Framing, settings: TokenSettings
 ) -> tuple[TextColumn, dict[str, Any]]:
     """(the column that was chosen, the tokens of {`train`, perhaps `held_out`: rows}); prints what was done."""
     splits = {"train": source.train}
@@ -168,7 +168,7 @@ def tokenized(
         splits["held_out"] = sample_rows(source.held_out)
     try:
         column = source.column or find_text_column(source.train, source.text_column)
-        log_rank0(f"{source.description}: {column.describe()}")
+        log_rank0(f"{source.description}: {column.describe_choice()}")
         processes = settings.data_preprocessing_num_proc
         return column, {
             split: tokenize_rows(_without_bad(name, rows), column, tokenizer, framing, processes)
@@ -176,18 +176,18 @@ def tokenized(
         }
     except UnicodeDecodeError as error:  # the library takes any bytes for strings, and fails when it hands them out
         raise SaetrainError(
-            f"data set {name}: could not be read: {source.diagnose() or error}; --skip_bad_rows leaves such rows out"
+            f"data set {name}: could not be read: {source.find_bad_row() or error}; --skip_bad_rows leaves such rows out"
         ) from error
 
 
 def _without_bad(name: str, rows: Any) -> Any:
     """The rows without the column that marks bad ones, which have no text; prints how many they are."""
-    if BAD_ROW not in rows.column_names:
+    if BAD_ROW_COLUMN not in rows.column_names:
         return rows
-    bad = [problem for problem in rows[BAD_ROW] if problem]
+    bad = [problem for problem in rows[BAD_ROW_COLUMN] if problem]
     if bad:
         log_rank0(f"data set {name}: {len(bad):,} of {len(rows):,} rows left out as bad, the first: {bad[0]}")
-    return rows.remove_columns(BAD_ROW)
+    return rows.remove_columns(BAD_ROW_COLUMN)
 
 
 def sample_rows(rows: Any) -> Any:
@@ -218,26 +218,26 @@ def _split(
     """Training and held-out sequences of tokenized rows ({`train`, perhaps `held_out`: rows})."""
     special = config.tokens.exclude_special_tokens
     table = TokenTable(tokens["train"])
-    rows = distinct_rows(table) if distinct else np.arange(len(table))
+    rows = deduplicate_rows(table) if distinct else np.arange(len(table))
     held, held_rows, how, whole = table, rows[:0], "", True
     if "held_out" in tokens:
         held = TokenTable(tokens["held_out"])
-        held_rows = distinct_rows(held) if distinct else np.arange(len(held))
+        held_rows = deduplicate_rows(held) if distinct else np.arange(len(held))
         how = f"split '{held_out_split}'"
         fresh = ~np.isin(table.text_hash[rows], held.text_hash)
         if not fresh.all():
             how += f"; {table.lengths[rows[~fresh]].sum():,} tokens of the same texts are not trained on"
         rows = rows[fresh]
-    there = sequences_of(held, held_rows, framing, special).text_tokens
-    if there < min(MIN_TOKENS, table.lengths[rows].sum() * MAX_SHARE):
+    there = build_sequences(held, held_rows, framing, special).text_tokens
+    if there < min(MIN_HELD_OUT_TOKENS, table.lengths[rows].sum() * MAX_HELD_OUT_SHARE):
         small = f"; split '{held_out_split}' has only {there:,}" if how else ""
-        rows, held_rows, how, whole = split_rows(table, rows, config.evaluation.eval_tokens)
+        rows, held_rows, how, whole = split_held_out_rows(table, rows, config.evaluation.eval_tokens)
         held, how = table, how + small
-    held_out = sequences_of(held, held_rows, framing, special)
+    held_out = build_sequences(held, held_rows, framing, special)
 
     def finish(others: HeldOutTexts) -> Text:
         kept, said = _without(table, rows, others, "that another data set holds out are not trained on")
-        train = sequences_of(table, kept, framing, special)
+        train = build_sequences(table, kept, framing, special)
         if not len(train) or not len(held_out):
             raise SaetrainError(
                 f"data set {name}: too small to train on and hold text out: {len(table)} rows, "
@@ -254,10 +254,14 @@ def _split(
         }
         source = ShardedSequences(train, config.loader, special, config.buffer.exclude_sinks)
         return Text(
-            source, held_out, (train.text_tokens,), about, lambda: HeldOutTexts.of(table, kept, whole_documents=True)
+            source,
+            held_out,
+            (train.text_tokens,),
+            about,
+            lambda: HeldOutTexts.from_rows(table, kept, whole_documents=True),
         )
 
-    return _Divided(HeldOutTexts.of(held, held_rows, whole), finish)
+    return _Divided(HeldOutTexts.from_rows(held, held_rows, whole), finish)
 
 
 def _without(table: TokenTable, rows: np.ndarray, others: HeldOutTexts, what: str) -> tuple[np.ndarray, str]:
@@ -272,25 +276,25 @@ def _without(table: TokenTable, rows: np.ndarray, others: HeldOutTexts, what: st
 
 
 def _streamed(
-    name: str, source: Source, column: TextColumn, config: RunConfig, tokenizer: Any, framing: Framing
+    name: str, source: TextSource, column: TextColumn, config: RunConfig, tokenizer: Any, framing: Framing
 ) -> _Divided:
     """A stream's training sequences, and the held-out ones that are read off its beginning."""
-    if source.distinct:
+    if source.deduplicate:
         raise SaetrainError(
             f"data set {name}: rows that repeat one text can't be told apart while streaming; leave out --streaming"
         )
-    rows, encode = _rows(source.train, name, source, column), row_encoder(column, tokenizer, framing)
+    rows, encode = _rows(source.train, name, source, column), build_row_encoder(column, tokenizer, framing)
     special, tokens = config.tokens.exclude_special_tokens, config.evaluation.eval_tokens
     apart = None
     if source.held_out is not None:
-        apart = encoded_blocks(_rows(source.held_out, name, source, column), encode)
-    held, texts, share = divide_stream(encoded_blocks(rows, encode), apart, tokens)
+        apart = iterate_encoded_blocks(_rows(source.held_out, name, source, column), encode)
+    held, texts, share = hold_out_from_stream(iterate_encoded_blocks(rows, encode), apart, tokens)
     how = f"the first documents of split '{source.held_out_split}'"
     if share:
         how = f"documents chosen by a hash of their text, {share:.1%} of all"
         how += f"; split '{source.held_out_split}' has too few tokens" if source.held_out is not None else ""
-    table = batch_table(held)
-    held_out = sequences_of(table, np.arange(len(table)), framing, special)
+    table = build_token_table(held)
+    held_out = build_sequences(table, np.arange(len(table)), framing, special)
     if not len(held_out):
         raise SaetrainError(f"data set {name}: split '{source.held_out_split}' holds no text")
 
@@ -299,12 +303,12 @@ def _streamed(
         log_rank0(
             f"training text: streamed, so its length is not known; held out: {held_out.text_tokens:,} tokens ({how})"
         )
-        heads = [batch_table(block) for block in islice(encoded_blocks(rows, encode), FINGERPRINT_BLOCKS)]
+        heads = [build_token_table(block) for block in islice(iterate_encoded_blocks(rows, encode), FINGERPRINT_BLOCKS)]
         about = {
             "text_columns": list(column.columns),
             "held_out": how,
             "train_tokens_available": None,
-            "fingerprint": digest([*(head.digest(np.arange(len(head))) for head in heads), left_out.digest()]),
+            "fingerprint": hash_json([*(head.digest(np.arange(len(head))) for head in heads), left_out.digest()]),
         }
         sequences = StreamedSequences(
             rows,
@@ -318,13 +322,13 @@ def _streamed(
         )
         return Text(sequences, held_out, (None,), about, HeldOutTexts)
 
-    return _Divided(HeldOutTexts.of(table, np.arange(len(table)), whole_documents=True), finish)
+    return _Divided(HeldOutTexts.from_rows(table, np.arange(len(table)), whole_documents=True), finish)
 
 
-def _rows(rows: Any, name: str, source: Source, column: TextColumn | None = None) -> StreamedRows:
+def _rows(rows: Any, name: str, source: TextSource, column: TextColumn | None = None) -> StreamedRows:
     """The stream's rows, of its columns those that are needed."""
     if column is not None:
-        needed = [*column.columns, BAD_ROW, *(["attention_mask"] if column.kind == "ids" else [])]
+        needed = [*column.columns, BAD_ROW_COLUMN, *(["attention_mask"] if column.kind == "ids" else [])]
         there = rows.column_names or needed
         rows = rows.select_columns([column for column in needed if column in there])
-    return StreamedRows(rows, name, log_rank0, source.diagnose)
+    return StreamedRows(rows, name, log_rank0, source.find_bad_row)

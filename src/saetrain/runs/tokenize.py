@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from saetrain.activations.model import ModelSettings, check_architecture, load_config
+from saetrain.activations.model import ModelSettings, detect_causal, load_config
 from saetrain.config import TokenizeConfig
 from saetrain.data.sources import SourceSettings
-from saetrain.data.tokenfile import check_target, is_token_folder, save_tokens
+from saetrain.data.tokenfile import check_output_folder, is_token_folder, save_tokens
 from saetrain.data.tokenize import DEFAULT_CTX_LEN, Framing, TokenSettings, load_tokenizer
 from saetrain.errors import SaetrainError
 from saetrain.logs.console import log_rank0
@@ -20,7 +20,7 @@ def tokenize(config: TokenizeConfig) -> None:
     """Write the folder; SaetrainError for what the user can mend."""
     quiet_libraries()
     out = Path(config.out)
-    check_target(out)
+    check_output_folder(out)
     if is_token_folder(config.dataset):
         raise SaetrainError(f"DATASET {config.dataset}: holds tokens already; name the data set that it was made of")
     source_settings = SourceSettings(
@@ -40,7 +40,7 @@ def tokenize(config: TokenizeConfig) -> None:
         "split": config.split,
         "dataset_config": config.dataset_config,
         "text_columns": list(column.columns),
-        "distinct": source.distinct,
+        "distinct": source.deduplicate,
         "held_out_split": source.held_out_split,
         "splits": list(splits),
     }
@@ -56,4 +56,4 @@ def _framing(config: TokenizeConfig, tokenizer: object) -> Framing:
     length = config.ctx_len or min(DEFAULT_CTX_LEN, most or DEFAULT_CTX_LEN)
     if most is not None and length > most:
         raise SaetrainError(f"--ctx_len {length}: {config.model} has positions for at most {most} tokens")
-    return Framing.of(tokenizer, check_architecture(config.model, model), length)
+    return Framing.from_tokenizer(tokenizer, detect_causal(config.model, model), length)

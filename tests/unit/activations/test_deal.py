@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from saetrain.activations.deal import SequenceDealer
+from saetrain.activations.deal import SequenceSampler
 from saetrain.data.loader import LoaderSettings, ShardedSequences
 from saetrain.data.sequences import Sequences
 from saetrain.types import TokenKind, TokenSequence
@@ -33,20 +33,20 @@ def source() -> ShardedSequences:
     return ShardedSequences(Rows(), LoaderSettings(data_shards=SHARDS), True, True)
 
 
-def dealt(dealer: SequenceDealer, first: int, count: int) -> dict[int, int]:
+def dealt(dealer: SequenceSampler, first: int, count: int) -> dict[int, int]:
     """{number in the run: row}."""
-    return {each.number: int(each.sequence.doc[0]) for each in dealer.take(first, count, LAST)}
+    return {each.index: int(each.sequence.doc[0]) for each in dealer.take_sequences(first, count, LAST)}
 
 
-def make(owned: list[int] | None = None) -> SequenceDealer:
-    return SequenceDealer(source(), list(range(SHARDS)) if owned is None else owned, SHARDS)
+def make(owned: list[int] | None = None) -> SequenceSampler:
+    return SequenceSampler(source(), list(range(SHARDS)) if owned is None else owned, SHARDS)
 
 
 def test_sequence_i_is_the_next_of_shard_i_mod_v_that_has_a_token() -> None:
     text = source()
     expected = {}
     for shard in range(SHARDS):
-        rows = [int(s.doc[0]) for s in text.read(shard, text.start, 200)[0] if text.keep(s).any()]
+        rows = [int(s.doc[0]) for s in text.read(shard, text.start_cursor, 200)[0] if text.keep(s).any()]
         expected.update({place * SHARDS + shard: row for place, row in enumerate(rows)})
     found = dealt(make(), 0, LAST)
     assert found == {number: expected[number] for number in range(LAST)}
@@ -70,5 +70,5 @@ def test_restored_it_goes_on(stop: int) -> None:
     before, after = make(), make()
     dealt(before, 0, stop)
     dealt(after, 0, 3)
-    after.restore(before.state())
+    after.load_state_dict(before.state_dict())
     assert dealt(after, stop, LAST - stop) == {number: whole[number] for number in range(stop, LAST)}

@@ -11,8 +11,8 @@ import pytest
 import torch
 import transformers
 
-from saetrain.activations.head import head_kind, load_with_head
-from saetrain.activations.model import ModelSettings, check_architecture, load_model
+from saetrain.activations.head import classify_head, load_model_with_head
+from saetrain.activations.model import ModelSettings, detect_causal, load_model
 from saetrain.errors import SaetrainError
 
 CPU = ModelSettings(device="cpu")
@@ -52,7 +52,7 @@ SMALL: dict[str, Any] = {
 )
 def test_heads_by_architecture(architecture: str, config: str, kind: str) -> None:
     made = getattr(transformers, config)(architectures=[architecture] if architecture else None)
-    assert head_kind(architecture, check_architecture("x", made)) == kind
+    assert classify_head(architecture, detect_causal("x", made)) == kind
 
 
 def saved(folder: Path, cls: str, config: str, **options: Any) -> str:
@@ -77,7 +77,7 @@ def saved(folder: Path, cls: str, config: str, **options: Any) -> str:
 def test_the_base_is_the_model_without_its_head(tmp_path: Path, cls: str, config: str, kind: str, block: str) -> None:
     """Hookpoints name the same modules in both, and these compute the same."""
     name = saved(tmp_path, cls, config)
-    head, alone = load_with_head(name, CPU), load_model(name, CPU)
+    head, alone = load_model_with_head(name, CPU), load_model(name, CPU)
     assert head.kind == kind
     assert head.base.causal == (kind == "causal")
     ids = torch.randint(5, 50, (2, 7), generator=torch.Generator().manual_seed(0))
@@ -90,12 +90,12 @@ def test_the_base_is_the_model_without_its_head(tmp_path: Path, cls: str, config
                 which, output[0] if isinstance(output, tuple) else output
             )
         )
-    torch.testing.assert_close(head.hidden(ids, mask), alone.module(ids, attention_mask=mask)[0])
+    torch.testing.assert_close(head.compute_final_hidden(ids, mask), alone.module(ids, attention_mask=mask)[0])
     torch.testing.assert_close(found["head"], found["alone"])
     if kind != "none":
         own = getattr(transformers, cls).from_pretrained(name).eval()(ids, attention_mask=mask)
         theirs = own.prediction_logits if "prediction_logits" in own else own.logits
-        torch.testing.assert_close(head.logits(ids, mask), theirs)
+        torch.testing.assert_close(head.compute_logits(ids, mask), theirs)
     assert not any(parameter.requires_grad for parameter in head.module.parameters())
     assert not head.module.training
 
@@ -118,15 +118,15 @@ def test_a_head_whose_weights_are_missing_is_refused(
     tmp_path: Path, cls: str, config: str, claimed: str, lacking: str
 ) -> None:
     name = saved(tmp_path, cls, config)
-    assert load_with_head(name, CPU).kind == "none", "of what it says it is, it is whole"
+    assert load_model_with_head(name, CPU).kind == "none", "of what it says it is, it is whole"
     rename(tmp_path, claimed)
     with pytest.raises(SaetrainError, match=rf"its files lack \d+ of the weights \({lacking}"):
-        load_with_head(name, CPU)
+        load_model_with_head(name, CPU)
 
 
 def test_a_head_that_is_tied_to_the_embeddings_is_not_missing(tmp_path: Path, tiny_gpt2: str) -> None:
     folder = Path(shutil.copytree(tiny_gpt2, tmp_path / "copy"))
-    head = load_with_head(str(folder), CPU)
+    head = load_model_with_head(str(folder), CPU)
     assert head.kind == "causal"
     module: Any = head.module
     assert module.lm_head.weight is module.transformer.wte.weight

@@ -15,11 +15,11 @@ from transformers import AutoModel
 
 from saetrain.activations.model import (
     ModelSettings,
-    check_architecture,
+    detect_causal,
+    hash_model_weights,
     load_config,
     load_model,
     resolve_device,
-    weights_hash,
 )
 from saetrain.errors import SaetrainError
 from saetrain.files import hash_file
@@ -47,12 +47,12 @@ def own_bert(tiny_bert: str, tmp_path: Path) -> Path:
     ],
 )
 def test_encoders_and_decoders_are_told_apart(name: str, causal: bool) -> None:
-    assert check_architecture("x", getattr(transformers, name)()) is causal
+    assert detect_causal("x", getattr(transformers, name)()) is causal
 
 
 def test_a_bert_made_a_decoder_is_causal() -> None:
-    assert check_architecture("x", transformers.BertConfig(is_decoder=True))
-    assert check_architecture("x", transformers.BertConfig(architectures=["BertLMHeadModel"]))
+    assert detect_causal("x", transformers.BertConfig(is_decoder=True))
+    assert detect_causal("x", transformers.BertConfig(architectures=["BertLMHeadModel"]))
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_downloaded_model_needs_no_network(cached_model: str, tiny_bert: str) ->
     model, local = load_model(cached_model, settings), load_model(tiny_bert, settings)
     assert (model.revision, local.revision) == ("0123456789" * 4, None)
     assert load_model(cached_model, ModelSettings(device="cpu", revision=model.revision)).revision == model.revision
-    assert weights_hash(model) == weights_hash(local) == hash_file(Path(tiny_bert) / "model.safetensors")
+    assert hash_model_weights(model) == hash_model_weights(local) == hash_file(Path(tiny_bert) / "model.safetensors")
     with pytest.raises(SaetrainError, match="no network"):
         load_model(cached_model, ModelSettings(device="cpu", revision="other"))
 
@@ -168,11 +168,11 @@ def test_hash_of_weights_in_several_files_depends_on_each(own_bert: Path) -> Non
     model.save_pretrained(own_bert, max_shard_size="1MB")
     assert len(list(own_bert.glob("*.safetensors"))) > 1
     loaded = load_model(str(own_bert), ModelSettings(device="cpu"))
-    before = weights_hash(loaded)
+    before = hash_model_weights(loaded)
     last = sorted(own_bert.glob("*.safetensors"))[-1]
     save_file({key: w + 1 for key, w in load_file(last).items()}, last, metadata={"format": "pt"})
     assert len(before or "") == 64
-    assert weights_hash(loaded) != before
+    assert hash_model_weights(loaded) != before
 
 
 @pytest.mark.parametrize(

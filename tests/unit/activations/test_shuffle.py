@@ -13,8 +13,8 @@ import torch
 
 from saetrain.activations.capture import ActivationCapture
 from saetrain.activations.model import BaseModel
-from saetrain.activations.read import ActivationReader
-from saetrain.activations.shuffle import BufferSettings, MixingBuffer
+from saetrain.activations.read import ActivationExtractor
+from saetrain.activations.shuffle import BufferSettings, ShuffleBuffer
 from saetrain.data.loader import LoaderSettings, ShardedSequences
 from saetrain.data.sequences import Sequences
 from saetrain.errors import SaetrainError
@@ -52,17 +52,17 @@ def capture(bert: BaseModel) -> ActivationCapture:
     return ActivationCapture(bert, NAMES)
 
 
-def make(capture: ActivationCapture, owned: list[int] | None = None, pool: int = 20, seed: int = 1) -> MixingBuffer:
+def make(capture: ActivationCapture, owned: list[int] | None = None, pool: int = 20, seed: int = 1) -> ShuffleBuffer:
     data = ShardedSequences(DOCUMENTS, LoaderSettings(data_shards=SHARDS), True, True)
-    reader = ActivationReader(capture, data.keep, 64)
-    return MixingBuffer(reader, data, list(range(SHARDS)) if owned is None else owned, SHARDS, pool, seed)
+    reader = ActivationExtractor(capture, data.keep, 64)
+    return ShuffleBuffer(reader, data, list(range(SHARDS)) if owned is None else owned, SHARDS, pool, seed)
 
 
-def steps(buffer: MixingBuffer, count: int, size: int, first: int = 0, last: int | None = None) -> list[torch.Tensor]:
+def steps(buffer: ShuffleBuffer, count: int, size: int, first: int = 0, last: int | None = None) -> list[torch.Tensor]:
     """Micro-steps ``first`` to ``first + count`` of ``size`` samples each, the hookpoints side by side."""
     out = []
     for step in range(first, first + count):
-        taken = buffer.take(step * size, size, count * size if last is None else last)
+        taken = buffer.take_activations(step * size, size, count * size if last is None else last)
         assert list(taken) == NAMES
         out.append(torch.cat(list(taken.values()), dim=1))
     return out
@@ -107,11 +107,11 @@ def test_restored_buffer_goes_on_bit_for_bit(capture: ActivationCapture, stop: i
     expected = steps(whole, 12, 30, last=total)
     before, after = make(capture, pool=pool), make(capture, pool=pool)
     steps(before, stop, 30, last=total)
-    after.restore(before.state())
-    assert after.state() == before.state()
+    after.load_state_dict(before.state_dict())
+    assert after.state_dict() == before.state_dict()
     for found, want in zip(steps(after, 12 - stop, 30, first=stop, last=total), expected[stop:], strict=True):
         assert torch.equal(found, want)
-    assert after.state() == whole.state()
+    assert after.state_dict() == whole.state_dict()
 
 
 def test_state_is_integers_that_json_keeps(capture: ActivationCapture) -> None:
@@ -119,26 +119,26 @@ def test_state_is_integers_that_json_keeps(capture: ActivationCapture) -> None:
 
     buffer = make(capture)
     steps(buffer, 3, 30)
-    assert json.loads(json.dumps(buffer.state())) == buffer.state()
+    assert json.loads(json.dumps(buffer.state_dict())) == buffer.state_dict()
 
 
 @pytest.mark.parametrize("needed", [40, 200, 1000])
 def test_no_more_is_read_than_the_run_needs(capture: ActivationCapture, needed: int) -> None:
     buffer = make(capture, pool=10_000)
     steps(buffer, 1, needed)
-    assert needed <= buffer.tokens_read <= needed + SHARDS * LONGEST
+    assert needed <= buffer.n_tokens_read <= needed + SHARDS * LONGEST
 
 
 def test_an_epoch_loses_and_doubles_nothing(capture: ActivationCapture) -> None:
     # One shard, so that an epoch's end is a sample number; the embeddings of all tokens differ.
     data = ShardedSequences(DOCUMENTS, LoaderSettings(data_shards=1), True, True)
-    reader = ActivationReader(capture, data.keep, 64)
+    reader = ActivationExtractor(capture, data.keep, 64)
     total = DOCUMENTS.text_tokens
-    everything = reader.read([DOCUMENTS[number] for number in range(len(DOCUMENTS))]).values[NAMES[0]]
+    everything = reader.extract_all([DOCUMENTS[number] for number in range(len(DOCUMENTS))]).values[NAMES[0]]
     assert len(torch.unique(everything, dim=0)) == total
     for pool in (1, 50, total):
-        buffer = MixingBuffer(reader, data, [0], 1, pool, 1)
-        taken = buffer.take(0, 2 * total, 2 * total)[NAMES[0]]
+        buffer = ShuffleBuffer(reader, data, [0], 1, pool, 1)
+        taken = buffer.take_activations(0, 2 * total, 2 * total)[NAMES[0]]
         # Pools are cut between sequences, so that the last of the first epoch may hold some of the second.
         counts = torch.unique(taken.round(decimals=4), dim=0, return_counts=True)[1]
         assert counts.tolist() == [2] * total
@@ -147,37 +147,37 @@ def test_an_epoch_loses_and_doubles_nothing(capture: ActivationCapture) -> None:
     )
 
 
-def buffer_of_one_epoch(reader: ActivationReader, data: ShardedSequences, total: int) -> torch.Tensor:
-    return MixingBuffer(reader, data, [0], 1, total, 1).take(0, total, total)[NAMES[0]]
+def buffer_of_one_epoch(reader: ActivationExtractor, data: ShardedSequences, total: int) -> torch.Tensor:
+    return ShuffleBuffer(reader, data, [0], 1, total, 1).take_activations(0, total, total)[NAMES[0]]
 
 
 def test_samples_are_mixed_and_the_order_is_the_seed_s(capture: ActivationCapture) -> None:
     orders = [torch.cat(steps(make(capture, pool=10_000, seed=seed), 1, 300)) for seed in (1, 1, 2)]
     assert torch.equal(orders[0], orders[1])
     assert not torch.equal(orders[0], orders[2])
-    read = ActivationReader(capture, lambda sequence: sequence.kind == 0, 64)
-    unmixed = read.read([DOCUMENTS[number] for number in range(len(DOCUMENTS))])
+    read = ActivationExtractor(capture, lambda sequence: sequence.kind == 0, 64)
+    unmixed = read.extract_all([DOCUMENTS[number] for number in range(len(DOCUMENTS))])
     docs = unmixed.doc[torch.cdist(orders[0][:, :32], unmixed.values[NAMES[0]]).argmin(1).numpy()]
     # In the order of the text nearly all neighbours would be of one document, of which there are 61.
     assert np.mean(docs[1:] == docs[:-1]) < 0.3
 
 
 def test_hookpoints_of_a_sample_belong_to_one_token(capture: ActivationCapture) -> None:
-    taken = make(capture).take(0, 100, 100)
-    reader = ActivationReader(capture, lambda sequence: sequence.kind == 0, 64)
-    everything = reader.read([DOCUMENTS[number] for number in range(len(DOCUMENTS))])
+    taken = make(capture).take_activations(0, 100, 100)
+    reader = ActivationExtractor(capture, lambda sequence: sequence.kind == 0, 64)
+    everything = reader.extract_all([DOCUMENTS[number] for number in range(len(DOCUMENTS))])
     nearest = {name: torch.cdist(taken[name], everything.values[name]).argmin(1) for name in NAMES}
     assert torch.equal(nearest[NAMES[0]], nearest[NAMES[1]])
 
 
 def test_outliers_are_counted_and_made_up_for(capture: ActivationCapture) -> None:
     buffer = make(capture)
-    norms = make(capture).take(0, 400, 400)[NAMES[1]].norm(dim=1)
-    buffer._reader.limits = {NAMES[1]: float(norms.median())}
-    taken = buffer.take(0, 200, 200)[NAMES[1]]
+    norms = make(capture).take_activations(0, 400, 400)[NAMES[1]].norm(dim=1)
+    buffer._extractor.norm_limits = {NAMES[1]: float(norms.median())}
+    taken = buffer.take_activations(0, 200, 200)[NAMES[1]]
     assert len(taken) == 200
     assert float(taken.norm(dim=1).max()) <= float(norms.median())
-    assert 0 < buffer.outliers_left_out < buffer.tokens_read
+    assert 0 < buffer.n_outliers < buffer.n_tokens_read
 
 
 def test_settings_out_of_range() -> None:
@@ -192,23 +192,23 @@ def test_working_ahead_changes_no_sample(capture: ActivationCapture, pool: int) 
     for step, want in enumerate(expected):
         (found,) = steps(buffer, 1, 30, first=step, last=total)
         assert torch.equal(found, want)
-        before = buffer.state()
+        before = buffer.state_dict()
         _wait_for_text(buffer)
-        buffer.work_ahead()
-        assert buffer.state() == before
+        buffer.prefetch_pools()
+        assert buffer.state_dict() == before
 
 
 def test_working_ahead_spreads_the_models_work_over_the_steps(capture: ActivationCapture) -> None:
     buffer, calls = make(capture, pool=80), []
-    reader = buffer._reader
-    reader.between_batches = lambda: calls.append(len(calls))
+    reader = buffer._extractor
+    reader.before_batch = lambda: calls.append(len(calls))
     in_steps, ahead = [], []
     for step in range(20):
         before = len(calls)
         steps(buffer, 1, 20, first=step, last=4000)
         taken = len(calls)
         _wait_for_text(buffer)
-        buffer.work_ahead()
+        buffer.prefetch_pools()
         in_steps.append(taken - before)
         ahead.append(len(calls) - taken)
     assert sum(in_steps[1:]) <= 1
@@ -228,11 +228,11 @@ def test_nobody_waits_for_text_that_is_needed_later(
         return read(self, *asked)
 
     monkeypatch.setattr(ShardedSequences, "read", waiting)
-    expect = buffer._ahead.expect
-    monkeypatch.setattr(buffer._ahead, "expect", lambda *asked: (slow.set(), expect(*asked)))
+    expect = buffer._prefetcher.start_prefetch
+    monkeypatch.setattr(buffer._prefetcher, "start_prefetch", lambda *asked: (slow.set(), expect(*asked)))
     found = steps(buffer, 1, 20, last=400)
-    buffer.work_ahead()
-    assert not buffer._early
+    buffer.prefetch_pools()
+    assert not buffer._early_pools
     there.set()
     found += steps(buffer, 2, 20, first=1, last=400)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
@@ -247,23 +247,23 @@ def test_an_error_of_a_later_pool_is_raised_where_the_pool_is_needed(
     def broken(*_: Any) -> Any:
         raise SaetrainError("row 7 is broken")
 
-    monkeypatch.setattr(ActivationReader, "_judged", broken)
+    monkeypatch.setattr(ActivationExtractor, "_check_norms", broken)
     _wait_for_text(buffer)
-    buffer._credit = 1000
-    buffer.work_ahead()
+    buffer._token_budget = 1000
+    buffer.prefetch_pools()
     with pytest.raises(SaetrainError, match="row 7"):
         steps(buffer, 20, 20, first=1, last=4000)
 
 
-def _wait_for_text(buffer: MixingBuffer) -> None:
-    for _, future in buffer._ahead._expected.values():
+def _wait_for_text(buffer: ShuffleBuffer) -> None:
+    for _, future in buffer._prefetcher._prefetches.values():
         future.result()
 
 
 def test_a_pool_that_was_broken_off_half_way_is_read_again(capture: ActivationCapture) -> None:
     total = 12 * 30
     expected, buffer = steps(make(capture, pool=100), 12, 30), make(capture, pool=100)
-    reader = buffer._reader
+    reader = buffer._extractor
 
     def give_up() -> None:
         raise KeyboardInterrupt
@@ -272,9 +272,9 @@ def test_a_pool_that_was_broken_off_half_way_is_read_again(capture: ActivationCa
         (found,) = steps(buffer, 1, 30, first=step, last=total)
         assert torch.equal(found, want)
         _wait_for_text(buffer)
-        buffer.work_ahead()
-        buffer._credit = 1000
-        reader.between_batches = give_up
+        buffer.prefetch_pools()
+        buffer._token_budget = 1000
+        reader.before_batch = give_up
         with contextlib.suppress(KeyboardInterrupt):
-            buffer.work_ahead()
-        reader.between_batches = None
+            buffer.prefetch_pools()
+        reader.before_batch = None

@@ -15,8 +15,8 @@ from torch.nn.functional import linear
 pytest.importorskip("triton")
 
 from benchmarks.gpu import kernel_checks
-from benchmarks.gpu.steps import PATHS, SKEWED, coder_of, paths_of
-from benchmarks.gpu.timing import floor
+from benchmarks.gpu.steps import SKEWED, STEP_BUILDERS, build_coder, builders_for
+from benchmarks.gpu.timing import floor_ms
 from benchmarks.peers import sparsify_gpu
 from saetrain.training.triton_check import Shape, Way
 
@@ -54,17 +54,17 @@ def test_without_a_gpu_it_checks_says_what_it_would_time_and_ends_well(tmp_path:
 def test_an_update_that_is_off_is_called_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     off = {Way("sparse"): 2e-3, Way("dense"): float("nan"), Way("dense", half=True): 2e-3}
     monkeypatch.setattr(kernel_checks, "distances", lambda *_, **__: off)
-    assert [check["fine"] for check in kernel_checks.correct("cpu", quick=True)] == [False, False, True]
+    assert [check["fine"] for check in kernel_checks.check_kernels("cpu", quick=True)] == [False, False, True]
 
 
 def test_the_floor_counts_the_product_and_the_weights() -> None:
     shape = Shape(100, 1000, 3, 50)
-    assert floor(shape, {"flops_per_s": 1e9, "bytes_per_s": 1e30}) == pytest.approx(2 * 50 * 100 * 1000 / 1e6)
-    assert floor(shape, {"flops_per_s": 1e30, "bytes_per_s": 1e9}) == pytest.approx(200_000 * 26 / 1e6)
+    assert floor_ms(shape, {"flops_per_s": 1e9, "bytes_per_s": 1e30}) == pytest.approx(2 * 50 * 100 * 1000 / 1e6)
+    assert floor_ms(shape, {"flops_per_s": 1e30, "bytes_per_s": 1e9}) == pytest.approx(200_000 * 26 / 1e6)
 
 
 def test_the_peer_s_gradients_are_those_of_autograd() -> None:
-    coder = coder_of(SMALL, "cpu")
+    coder = build_coder(SMALL, "cpu")
     x = torch.randn(50, 12, generator=torch.Generator().manual_seed(1)).requires_grad_()
     weight, bias = coder.W_enc.detach().T.contiguous().requires_grad_(), coder.b_enc.detach().clone().requires_grad_()
     values, indices = sparsify_gpu.Encode.apply(x, weight, bias, 3)
@@ -80,24 +80,24 @@ def test_the_peer_s_gradients_are_those_of_autograd() -> None:
 def test_every_path_trains() -> None:
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(50, 3, generator=generator) @ torch.randn(3, 12, generator=generator)
-    peer = sparsify_gpu.Step(coder_of(SMALL, "cpu"), None)
+    peer = sparsify_gpu.Step(build_coder(SMALL, "cpu"), None)
     fvu = [peer(x) for _ in range(200)]
     assert fvu[-1] < 0.7 * fvu[0]
-    for name in paths_of(SMALL, SMALL):
+    for name in builders_for(SMALL, SMALL):
         if name != SKEWED:
-            step = paths_of(SMALL, SMALL)[name](SMALL, "cpu")
+            step = builders_for(SMALL, SMALL)[name](SMALL, "cpu")
             step(x)
             step(x)
-            assert 0 < step.check().get("fired", 1) <= 1
+            assert 0 < step.check_steps().get("fired", 1) <= 1
 
 
 def test_a_step_that_was_left_out_is_not_timed_for_one() -> None:
-    step = PATHS["torch"](SMALL, "cpu")
+    step = STEP_BUILDERS["torch"](SMALL, "cpu")
     x = torch.randn(50, 12)
     step(x)
     step(x * float("nan"))
     with pytest.raises(AssertionError, match="1 of 2 steps were applied"):
-        step.check()
+        step.check_steps()
 
 
 @pytest.mark.parametrize(

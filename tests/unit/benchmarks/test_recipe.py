@@ -14,13 +14,13 @@ from torch import Tensor
 
 from benchmarks import saetrain_runner
 from benchmarks.recipe import ablation, defaults, page, rule, task_runner
-from benchmarks.recipe.components import AXES, IDLE, PIECES
-from benchmarks.recipe.report import plot, table
+from benchmarks.recipe.components import AXES, COMPONENTS, IDLE
+from benchmarks.recipe.report import comparison_table, draw_comparison
 from benchmarks.recipe.results import Results
-from benchmarks.recipe.saetrain import fit
-from benchmarks.recipe.sweep import TOOLS, Comparison, settled
+from benchmarks.recipe.saetrain import fit_sae
+from benchmarks.recipe.sweep import TOOLS, Comparison, is_settled
 from benchmarks.recipe.task import Batches, Task
-from benchmarks.recipe.worker import score
+from benchmarks.recipe.worker import score_sae
 from saetrain import optim
 from saetrain.coders import base
 from saetrain.training import native_engine
@@ -45,7 +45,7 @@ def test_scores_are_those_of_the_definition() -> None:
         first = rows[:, 0] > 0
         return rows / 2, torch.stack([torch.ones_like(first), first, torch.zeros_like(first)], dim=1)
 
-    found = score(rebuild, held_out, [-held_out.abs()[:7]])
+    found = score_sae(rebuild, held_out, [-held_out.abs()[:7]])
     error = (held_out / 2).double().square().sum()
     variance = (held_out - held_out.double().mean(dim=0)).square().sum()
     assert found["fvu"] == pytest.approx(float(error / variance))
@@ -66,13 +66,13 @@ def test_batches_are_an_order_of_all_rows_pass_after_pass() -> None:
 def filled(found: Results, gap: float) -> Comparison:
     """A comparison of two seeds that is complete for ours and sparsify's Adam, and where sae-lens fails."""
     comparison = Comparison(MAKE, (8,), (1, 2))
-    for task in comparison.default(TOOLS[0], 8):
+    for task in comparison.default_tasks(TOOLS[0], 8):
         found.add(task, result(0.1 + task.seed / 1000))
     adam = next(tool for tool in TOOLS if tool.name == "sparsify adam")
     for lr, fvu in ((0.004, 0.3), (0.008, 0.1 + gap), (0.016, 0.3)):
-        for task in comparison.default(adam, 8)[: 2 if lr == 0.008 else 1]:
+        for task in comparison.default_tasks(adam, 8)[: 2 if lr == 0.008 else 1]:
             found.add(dataclasses.replace(task, lr=lr), result(fvu + task.seed / 1000, lr, 0.5))
-    for task in comparison.default(next(tool for tool in TOOLS if tool.name == "sae-lens"), 8):
+    for task in comparison.default_tasks(next(tool for tool in TOOLS if tool.name == "sae-lens"), 8):
         found.add(task, {"error": "ValueError: too short"})
     return comparison
 
@@ -80,7 +80,7 @@ def filled(found: Results, gap: float) -> Comparison:
 @pytest.mark.parametrize("gap", [0.02, -0.02])
 def test_the_table_says_who_is_below_whom(tmp_path: Path, gap: float) -> None:
     found = results(tmp_path)
-    text = table(filled(found, gap), found)
+    text = comparison_table(filled(found, gap), found)
     assert "| 8 | saetrain | 0.01, `--lr auto` | 0.1015 (0.1010 to 0.1020) |" in text
     assert f"| 8 | sparsify adam | 0.008, best | {0.1015 + gap:.4f}" in text
     assert "| 8 | sae-lens | none, default | fails: ValueError: too short |" in text
@@ -91,7 +91,7 @@ def test_the_table_says_who_is_below_whom(tmp_path: Path, gap: float) -> None:
 def test_the_plot_has_a_panel_for_each_length(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     found = results(tmp_path)
-    plot(filled(found, 0.02), found, tmp_path / "plot.png")
+    draw_comparison(filled(found, 0.02), found, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -106,24 +106,24 @@ def test_results_are_read_back_with_command_and_commit(tmp_path: Path) -> None:
 
 def test_the_rule_is_measured_anew_where_it_takes_another_rate(tmp_path: Path) -> None:
     found, tasks = results(tmp_path), [TASK, dataclasses.replace(TASK, latents=192)]
-    found.add(tasks[0], result(0.5, rule.rule_of(tasks[0])))
-    found.add(tasks[1], result(0.5, 2 * rule.rule_of(tasks[1])))
-    rule.drop_stale(tasks, found)
+    found.add(tasks[0], result(0.5, rule.rule_rate(tasks[0])))
+    found.add(tasks[1], result(0.5, 2 * rule.rule_rate(tasks[1])))
+    rule.discard_stale(tasks, found)
     assert [task for task, _ in found.runs] == [tasks[0]]
 
 
 def test_results_of_other_code_are_named_or_measured_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = results(tmp_path)
     found.runs.append((TASK, {**result(0.5), "commit": "abcdef0"}))
-    found.renew([TASK], again=False)
+    found.discard_if_again([TASK], again=False)
     assert "some results are of other code (abcdef0; now" in capsys.readouterr().out
     assert found.get(TASK)
-    found.renew([TASK], again=True)
+    found.discard_if_again([TASK], again=True)
     assert found.get(TASK) is None
 
 
 def test_the_defaults_are_compared_with_the_rule_over_the_same_batches() -> None:
-    default, auto = defaults.tasks("minilm-3")
+    default, auto = defaults.default_tasks("minilm-3")
     assert (default.lr, default.k, default.latents, default.tokens) == (0.001, 192, 12288, 2048)
     assert default.options == {"weight_decay": 0.0}
     assert auto == dataclasses.replace(default, lr=None, options={})
@@ -132,16 +132,16 @@ def test_the_defaults_are_compared_with_the_rule_over_the_same_batches() -> None
 def test_each_piece_of_the_recipe_has_a_row(tmp_path: Path) -> None:
     found = results(tmp_path)
     for steps in ablation.FACTORS:
-        for piece in (None, *PIECES):
-            for number, task in enumerate(ablation.tasks(piece, steps)):
+        for piece in (None, *COMPONENTS):
+            for number, task in enumerate(ablation.ablation_tasks(piece, steps)):
                 found.add(task, result(0.2 - number / 100, task.lr or 0.0))
-    text = ablation.table(found)
-    assert {AXES, IDLE} <= PIECES.keys()
-    assert all(f"| {piece} | " in text for piece in ("(all in place)", *PIECES))
-    assert text.count("0.1800") == text.count("0.2000") == len(PIECES) + 1
+    text = ablation.ablation_table(found)
+    assert {AXES, IDLE} <= COMPONENTS.keys()
+    assert all(f"| {piece} | " in text for piece in ("(all in place)", *COMPONENTS))
+    assert text.count("0.1800") == text.count("0.2000") == len(COMPONENTS) + 1
 
 
-@pytest.mark.parametrize("piece", PIECES)
+@pytest.mark.parametrize("piece", COMPONENTS)
 def test_each_piece_can_be_switched_off(piece: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = torch.randn(200, 6, generator=torch.Generator().manual_seed(0)) * torch.arange(1.0, 7.0)
     for module, names in (
@@ -157,20 +157,20 @@ def test_each_piece_can_be_switched_off(piece: str, monkeypatch: pytest.MonkeyPa
     task = dataclasses.replace(TASK, latents=100, k=2, steps=80, lr=0.01)
     found = []
     for options in ({}, {"without": piece}):
-        rebuild, _ = fit(dataclasses.replace(task, options=options), Batches(rows, task))
+        rebuild, _ = fit_sae(dataclasses.replace(task, options=options), Batches(rows, task))
         found.append(rebuild(rows)[0])
     assert not torch.allclose(*found, rtol=1e-3, atol=1e-3)
 
 
 def test_a_sweep_is_settled_by_its_neighbours() -> None:
-    assert not settled({})
-    assert not settled({0.01: 0.2, 0.02: 0.1})
-    assert settled({0.01: 0.2, 0.02: 0.1, 0.04: 0.3})
+    assert not is_settled({})
+    assert not is_settled({0.01: 0.2, 0.02: 0.1})
+    assert is_settled({0.01: 0.2, 0.02: 0.1, 0.04: 0.3})
 
 
 def test_the_page_holds_the_tables_of_the_results() -> None:
     text = page.PAGE.read_text()
-    assert page.filled(text) == text
+    assert page.fill_tables(text) == text
 
 
 def test_a_run_that_was_killed_leaves_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,4 +179,4 @@ def test_a_run_that_was_killed_leaves_no_result(tmp_path: Path, monkeypatch: pyt
     killer.chmod(0o755)
     monkeypatch.setattr(task_runner, "python_of", lambda tool: killer)
     with pytest.raises(SystemExit, match="ended by signal 9"):
-        task_runner.run(TASK, tmp_path, 1)
+        task_runner.run_task(TASK, tmp_path, 1)

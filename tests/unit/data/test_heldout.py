@@ -9,18 +9,18 @@ import numpy as np
 import pytest
 
 from saetrain.data.heldout import (
-    HASHES,
-    MAX_SHARE,
-    MIN_TOKENS,
-    STREAM_SHARE,
+    HASH_SPACE,
+    MAX_HELD_OUT_SHARE,
+    MIN_HELD_OUT_TOKENS,
+    STREAM_HELD_OUT_SHARE,
     HeldOutTexts,
-    distinct_rows,
-    divide_stream,
-    row_hashes,
-    split_rows,
-    split_stream,
+    deduplicate_rows,
+    hash_rows,
+    hold_out_by_hash,
+    hold_out_from_stream,
+    split_held_out_rows,
 )
-from saetrain.data.sequences import TokenTable, batch_table
+from saetrain.data.sequences import TokenTable, build_token_table
 from saetrain.data.text import TextColumn
 from saetrain.data.tokenize import Framing, tokenize_rows
 from saetrain.errors import SaetrainError
@@ -46,7 +46,7 @@ def documents(count: int, length: int, seed: int = 0, copies: int = 1) -> Table:
 
 
 def split(table: Table, tokens: int = 0) -> tuple[np.ndarray, np.ndarray, str]:
-    return split_rows(table, np.arange(len(table.doc)), tokens)[:3]  # type: ignore[arg-type]
+    return split_held_out_rows(table, np.arange(len(table.doc)), tokens)[:3]  # type: ignore[arg-type]
 
 
 def test_copies_fall_on_one_side() -> None:
@@ -64,30 +64,30 @@ def test_at_least_20k_tokens_where_the_data_have_them_and_at_most_a_tenth(count:
     table = documents(count, length)
     _, held, _ = split(table, asked)
     total, out = table.lengths.sum(), table.lengths[held].sum()
-    assert total * MAX_SHARE >= MIN_TOKENS
-    assert MIN_TOKENS <= out <= total * MAX_SHARE
-    assert out >= 0.9 * min(asked, total * MAX_SHARE)
+    assert total * MAX_HELD_OUT_SHARE >= MIN_HELD_OUT_TOKENS
+    assert MIN_HELD_OUT_TOKENS <= out <= total * MAX_HELD_OUT_SHARE
+    assert out >= 0.9 * min(asked, total * MAX_HELD_OUT_SHARE)
 
 
 def test_real_documents_of_an_encoder_go_to_one_side_whole(wordpiece: Any, topics: list[str]) -> None:
     # 465,000 characters, each document twice, once shouted: the same text to the hash.
     rows = datasets.Dataset.from_dict({"text": [*topics, *(text.upper() for text in topics)]})
-    framing = Framing.of(wordpiece, False, 128)
+    framing = Framing.from_tokenizer(wordpiece, False, 128)
     table = TokenTable(tokenize_rows(rows, TextColumn("text", ("text",), ""), wordpiece, framing, 1))
-    train, held, how, _ = split_rows(table, np.arange(len(table)), 0)
+    train, held, how, _ = split_held_out_rows(table, np.arange(len(table)), 0)
     assert how.startswith("documents")
     assert not set(table.doc[train]) & set(table.doc[held])
     assert {int(doc) % len(topics) for doc in table.doc[held]}.isdisjoint(
         int(d) % len(topics) for d in table.doc[train]
     )
-    assert table.lengths[held].sum() >= 0.8 * min(MIN_TOKENS, table.lengths.sum() * MAX_SHARE)
+    assert table.lengths[held].sum() >= 0.8 * min(MIN_HELD_OUT_TOKENS, table.lengths.sum() * MAX_HELD_OUT_SHARE)
 
 
 def test_small_data_hold_out_nearly_a_tenth() -> None:
     table = documents(100, 50)
     _, held, how = split(table)
     share = table.lengths[held].sum() / table.lengths.sum()
-    assert 0.05 <= share <= MAX_SHARE
+    assert 0.05 <= share <= MAX_HELD_OUT_SHARE
     assert how.startswith("documents")
 
 
@@ -110,7 +110,7 @@ def test_parts_are_held_out_where_documents_are_too_long() -> None:
     table = parts([7, 8, 9], 500, 200)
     train, held, how = split(table)
     assert how.startswith("parts of documents")
-    assert MIN_TOKENS <= table.lengths[held].sum() <= table.lengths.sum() * MAX_SHARE
+    assert MIN_HELD_OUT_TOKENS <= table.lengths[held].sum() <= table.lengths.sum() * MAX_HELD_OUT_SHARE
     assert not set(train) & set(held)
 
 
@@ -134,13 +134,13 @@ def test_a_single_document_of_a_decoder_can_be_parted() -> None:
 def test_distinct_rows_are_all_rows_of_the_first_document_with_each_text() -> None:
     # Documents 0 and 5 are copies in two rows each; the rows of document 3 were empty and are not there.
     table = Table([11, 11, 12, 11, 11, 13], [4, 2, 4, 4, 2, 9], [0, 0, 2, 5, 5, 6])
-    assert distinct_rows(table).tolist() == [0, 1, 2, 5]  # type: ignore[arg-type]
-    assert distinct_rows(Table([], [], [])).tolist() == []  # type: ignore[arg-type]
+    assert deduplicate_rows(table).tolist() == [0, 1, 2, 5]  # type: ignore[arg-type]
+    assert deduplicate_rows(Table([], [], [])).tolist() == []  # type: ignore[arg-type]
 
 
 def blocks(count: int, length: int, size: int = 32, seed: int = 0) -> list[dict[str, Any]]:
     """A stream of ``count`` documents of ``length`` tokens in blocks."""
-    hashes = np.random.default_rng(seed).integers(0, HASHES, count).tolist()
+    hashes = np.random.default_rng(seed).integers(0, HASH_SPACE, count).tolist()
     return [
         {
             "ids": [np.zeros(length)] * len(part),
@@ -155,11 +155,11 @@ def blocks(count: int, length: int, size: int = 32, seed: int = 0) -> list[dict[
 
 def test_a_stream_holds_out_a_share_of_hash_space() -> None:
     stream = blocks(9000, 100)
-    held, texts = split_stream(stream, 0)
+    held, texts = hold_out_by_hash(stream, 0)
     assert 20_000 <= sum(map(len, held["ids"])) < 20_000 + 32 * 100
-    assert texts(batch_table(held)).all()
-    everything = np.concatenate([texts(batch_table(block)) for block in stream])
-    assert abs(everything.mean() - STREAM_SHARE) < 0.01
+    assert texts(build_token_table(held)).all()
+    everything = np.concatenate([texts(build_token_table(block)) for block in stream])
+    assert abs(everything.mean() - STREAM_HELD_OUT_SHARE) < 0.01
     # The first ones in the stream's order, and every later one is left out as well.
     assert held["doc"] == np.flatnonzero(everything)[: len(held["doc"])].tolist()
 
@@ -167,8 +167,8 @@ def test_a_stream_holds_out_a_share_of_hash_space() -> None:
 def test_a_short_stream_holds_out_the_text_with_the_smallest_hash() -> None:
     for seed in range(20):
         stream = blocks(3, 100, seed=seed)
-        held, texts = split_stream(stream, 0)
-        mask = texts(batch_table(stream[0]))
+        held, texts = hold_out_by_hash(stream, 0)
+        mask = texts(build_token_table(stream[0]))
         assert mask.sum() >= 1
         assert not mask.all()
         assert int(np.argmin(stream[0]["text_hash"])) in held["doc"]
@@ -177,55 +177,62 @@ def test_a_short_stream_holds_out_the_text_with_the_smallest_hash() -> None:
 @pytest.mark.parametrize("count", [0, 1])
 def test_a_stream_of_one_text_is_too_small(count: int) -> None:
     with pytest.raises(SaetrainError, match="too small to train on and hold text out"):
-        split_stream(blocks(count, 100), 0)
+        hold_out_by_hash(blocks(count, 100), 0)
 
 
 def test_a_split_that_is_set_apart_gives_its_first_documents() -> None:
     stream = blocks(1000, 100)
-    held, texts, share = divide_stream(iter([]), stream, 0)
+    held, texts, share = hold_out_from_stream(iter([]), stream, 0)
     assert share == 0
     assert held["doc"] == list(range(len(held["doc"])))
     assert 200 <= len(held["doc"]) < 232
-    assert texts(batch_table(held)).all()
-    assert not texts(batch_table(stream[-1])).any()
+    assert texts(build_token_table(held)).all()
+    assert not texts(build_token_table(stream[-1])).any()
 
 
 def test_a_split_that_is_too_small_is_not_scored_on_but_never_trained_on_either() -> None:
     stream, apart = blocks(9000, 100), blocks(20, 100, seed=1)
-    held, texts, share = divide_stream(stream, apart, 0)
-    assert share == pytest.approx(STREAM_SHARE)
-    assert sum(map(len, held["ids"])) >= MIN_TOKENS
-    assert texts(batch_table(apart[0])).all()
-    own, _, share = divide_stream(blocks(50, 10), apart, 0)
+    held, texts, share = hold_out_from_stream(stream, apart, 0)
+    assert share == pytest.approx(STREAM_HELD_OUT_SHARE)
+    assert sum(map(len, held["ids"])) >= MIN_HELD_OUT_TOKENS
+    assert texts(build_token_table(apart[0])).all()
+    own, _, share = hold_out_from_stream(blocks(50, 10), apart, 0)
     assert (len(own["ids"]), share) == (20, 0), "the stream itself has less to hold out"
-    own, _, share = divide_stream(blocks(1, 10), apart, 0)
+    own, _, share = hold_out_from_stream(blocks(1, 10), apart, 0)
     assert (len(own["ids"]), share) == (20, 0), "the stream itself has nothing to hold out"
 
 
 def test_rows_are_told_by_text_and_place_in_the_document() -> None:
-    first = row_hashes(Table([7, 7, 7, 9], [1] * 4, [0, 0, 0, 1]))  # type: ignore[arg-type]
-    other = row_hashes(Table([9, 7, 7, 7], [1] * 4, [4, 5, 5, 5]))  # type: ignore[arg-type]
+    first = hash_rows(Table([7, 7, 7, 9], [1] * 4, [0, 0, 0, 1]))  # type: ignore[arg-type]
+    other = hash_rows(Table([9, 7, 7, 7], [1] * 4, [4, 5, 5, 5]))  # type: ignore[arg-type]
     assert len(set(first.tolist())) == 4
     assert first.tolist() == np.roll(other, -1).tolist()
-    assert row_hashes(Table([], [], [])).tolist() == []  # type: ignore[arg-type]
+    assert hash_rows(Table([], [], [])).tolist() == []  # type: ignore[arg-type]
 
 
 def test_whole_documents_are_known_again_by_their_text_and_parts_by_their_place() -> None:
     held: Any = Table([7, 7, 9], [1] * 3, [0, 0, 1])
     near_copy: Any = Table([5, 7, 7, 7, 7], [1] * 5, [0, 1, 1, 1, 1])
-    assert HeldOutTexts.of(held, np.array([0, 1]), whole_documents=True)(near_copy).tolist() == [False] + [True] * 4
     assert (
-        HeldOutTexts.of(held, np.array([1]), whole_documents=False)(near_copy).tolist()
+        HeldOutTexts.from_rows(held, np.array([0, 1]), whole_documents=True)(near_copy).tolist() == [False] + [True] * 4
+    )
+    assert (
+        HeldOutTexts.from_rows(held, np.array([1]), whole_documents=False)(near_copy).tolist()
         == [False, False, True] + [False] * 2
     )
-    both = HeldOutTexts.union([HeldOutTexts(limit=6), HeldOutTexts.of(held, np.array([2]), True)])
+    both = HeldOutTexts.union([HeldOutTexts(hash_limit=6), HeldOutTexts.from_rows(held, np.array([2]), True)])
     assert both(near_copy).tolist() == [True] + [False] * 4
     assert not HeldOutTexts.union([])
     assert (
         len(
             {
                 one.digest()
-                for one in (both, HeldOutTexts(), HeldOutTexts(limit=6), HeldOutTexts.of(held, np.array([2]), True))
+                for one in (
+                    both,
+                    HeldOutTexts(),
+                    HeldOutTexts(hash_limit=6),
+                    HeldOutTexts.from_rows(held, np.array([2]), True),
+                )
             }
         )
         == 4

@@ -45,7 +45,7 @@ def stream(data: ShardedSequences, length: int) -> list[int]:
     """The first ``length`` sequence numbers of the run, in the order in which they are dealt."""
     shards = [[] for _ in range(data.n_shards)]  # type: ignore[var-annotated]
     for shard, out in enumerate(shards):
-        cursor = data.start
+        cursor = data.start_cursor
         while len(out) * data.n_shards < length + data.n_shards:
             read, cursor = data.read(shard, cursor, 1)
             out.extend(numbers(read))
@@ -78,7 +78,7 @@ def test_reading_goes_on_from_any_cursor() -> None:
     data = sharded(23)
     whole, end = data.read(2, (0,), 100)
     pieces: list[int] = []
-    cursor = data.start
+    cursor = data.start_cursor
     while cursor < end:
         read, cursor = data.read(2, cursor, 1)
         pieces.extend(numbers(read))

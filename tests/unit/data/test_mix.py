@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from saetrain.data.loader import LoaderSettings, ShardedSequences, ShardedSource
-from saetrain.data.mix import MixedHeldOut, MixedSequences, MixSettings
+from saetrain.data.mix import MixedHeldOutSequences, MixedSequences, MixSettings
 from saetrain.errors import SaetrainError
 from saetrain.types import DATASET_ROW_BITS, Cursor, TokenSequence
 from tests.unit.data.test_loader import Numbered
@@ -41,7 +41,7 @@ def tokens_of_parts(data: MixedSequences, sequences: list[TokenSequence], count:
 def test_shares_are_met_within_one_percent(shares: tuple[float, ...]) -> None:
     data = mixed(shares)
     for shard in range(4):
-        held = tokens_of_parts(data, data.read(shard, data.start, 4000)[0], len(shares))
+        held = tokens_of_parts(data, data.read(shard, data.start_cursor, 4000)[0], len(shares))
         np.testing.assert_allclose(held / held.sum(), shares, atol=0.01)
 
 
@@ -52,12 +52,12 @@ def test_any_reader_gets_the_same_and_goes_on_from_any_cursor(wordpiece: Any, wi
         parts = [ShardedSequences(Numbered(40), LoaderSettings(data_shards=4), True, False), *extra]
         return mixed(SHARES) if not extra else MixedSequences(parts, (0.4, 0.6), True, False)
 
-    whole = {shard: make().read(shard, make().start, 1500)[0] for shard in range(4)}
+    whole = {shard: make().read(shard, make().start_cursor, 1500)[0] for shard in range(4)}
     together = make()
     for shard in (3, 0, 2, 1):
-        done, cursor = together.read(shard, together.start, 700)
+        done, cursor = together.read(shard, together.start_cursor, 700)
         fresh = make()
-        fresh.expect({shard: cursor})
+        fresh.hint_cursors({shard: cursor})
         rest, _ = fresh.read(shard, cursor, 1500)
         found = [(s.ids.tolist(), s.doc.tolist()) for s in [*done, *rest]][: len(whole[shard])]
         assert found == [(s.ids.tolist(), s.doc.tolist()) for s in whole[shard]]
@@ -65,31 +65,31 @@ def test_any_reader_gets_the_same_and_goes_on_from_any_cursor(wordpiece: Any, wi
 
 def test_a_cursor_is_plain_integers_of_all_parts() -> None:
     data = mixed(SHARES)
-    assert data.start == (0, 0) * 3
-    cursor: Cursor = data.read(1, data.start, 200)[1]
+    assert data.start_cursor == (0, 0) * 3
+    cursor: Cursor = data.read(1, data.start_cursor, 200)[1]
     assert all(type(number) is int for number in cursor)
     assert sum(cursor[1::2]) >= 200
 
 
 def test_document_numbers_say_the_data_set_and_the_row() -> None:
     data = mixed(SHARES)
-    for sequence in data.read(0, data.start, 500)[0]:
+    for sequence in data.read(0, data.start_cursor, 500)[0]:
         assert set((sequence.doc % (1 << DATASET_ROW_BITS)).tolist()) == {int(sequence.ids[0])}
 
 
 def test_weights_become_shares() -> None:
-    assert MixSettings(mix=(3.0, 1.0)).shares(2) == (0.75, 0.25)
-    assert MixSettings().shares(4) == (0.25,) * 4
+    assert MixSettings(mix=(3.0, 1.0)).normalized_shares(2) == (0.75, 0.25)
+    assert MixSettings().normalized_shares(4) == (0.25,) * 4
     with pytest.raises(SaetrainError, match=r"--mix 3 1: 2 weights for 3 data sets"):
-        MixSettings(mix=(3.0, 1.0)).shares(3)
+        MixSettings(mix=(3.0, 1.0)).normalized_shares(3)
     for bad in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(SaetrainError, match=r"--mix .*must be positive"):
             MixSettings(mix=(1.0, bad))
 
 
 def test_held_out_sequences_are_mixed_in_the_same_shares() -> None:
-    held = MixedHeldOut([Numbered(60), Numbered(300)], (0.25, 0.75))
-    order = held.mixed_order(1)
+    held = MixedHeldOutSequences([Numbered(60), Numbered(300)], (0.25, 0.75))
+    order = held.shuffled_order(1)
     assert len(set(order.tolist())) == len(order)
     sequences = [held[int(number)] for number in order]
     for stop in (60, len(order)):
@@ -97,7 +97,7 @@ def test_held_out_sequences_are_mixed_in_the_same_shares() -> None:
             [part_of(s) for s in sequences[:stop]], [int((s.kind == 0).sum()) for s in sequences[:stop]]
         )
         np.testing.assert_allclose(tokens / tokens.sum(), (0.25, 0.75), atol=0.03)
-    assert held.mixed_order(1).tolist() == order.tolist() != held.mixed_order(2).tolist()
+    assert held.shuffled_order(1).tolist() == order.tolist() != held.shuffled_order(2).tolist()
 
 
 def test_parts_of_ids_and_of_text(wordpiece: Any) -> None:
@@ -109,5 +109,5 @@ def test_parts_of_ids_and_of_text(wordpiece: Any) -> None:
         streamed(iterable(documents(40)), wordpiece),
     ]
     data = MixedSequences(parts, (0.5, 0.5), True, False)
-    held = tokens_of_parts(data, data.read(0, data.start, 3000)[0], 2)
+    held = tokens_of_parts(data, data.read(0, data.start_cursor, 3000)[0], 2)
     np.testing.assert_allclose(held / held.sum(), (0.5, 0.5), atol=0.01)

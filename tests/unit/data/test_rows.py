@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from saetrain.data.rows import BAD_ROW, find_files, first_bad_row
-from saetrain.data.sources import SourceSettings, open_source
+from saetrain.data.rows import BAD_ROW_COLUMN, find_first_bad_row, find_split_files
+from saetrain.data.sources import SourceSettings, open_dataset
 from saetrain.data.stream import StreamedRows
 from saetrain.errors import SaetrainError
 
@@ -56,9 +56,9 @@ def write_parquet(path: Path, group: int = 2) -> Path:
 
 def read(path: Path, streaming: bool) -> tuple[list[str | None], list[str]]:
     """(texts, what is wrong with the bad ones) when bad rows are left out."""
-    source = open_source(str(path), SourceSettings(skip_bad_rows=True, streaming=streaming))
+    source = open_dataset(str(path), SourceSettings(skip_bad_rows=True, streaming=streaming))
     rows = list(source.train)
-    return [row["text"] for row in rows], [row[BAD_ROW] for row in rows if row[BAD_ROW]]
+    return [row["text"] for row in rows], [row[BAD_ROW_COLUMN] for row in rows if row[BAD_ROW_COLUMN]]
 
 
 def without(*numbers: int) -> list[str | None]:
@@ -94,22 +94,22 @@ def test_broken_row_groups_are_left_out(tmp_path: Path, streaming: bool) -> None
 def test_broken_json_line_is_named_while_loading(tmp_path: Path, name: str) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", JSON_BREAKS[name])
     with pytest.raises(SaetrainError, match=r"could not be read: .*a\.jsonl, line 21: .* --skip_bad_rows leaves"):
-        open_source(str(path), SourceSettings())
+        open_dataset(str(path), SourceSettings())
 
 
 def test_broken_csv_and_parquet_rows_are_named_while_loading(tmp_path: Path) -> None:
     with pytest.raises(SaetrainError, match=r"a\.csv, line 22: has 4 fields, the header has 2; --skip_bad_rows"):
-        open_source(str(write_csv(tmp_path / "a.csv", CSV_BREAKS["too many"])), SourceSettings())
+        open_dataset(str(write_csv(tmp_path / "a.csv", CSV_BREAKS["too many"])), SourceSettings())
     with pytest.raises(SaetrainError, match=r"a\.parquet, rows 21 to 30 \(row group 2\): .*--skip_bad_rows"):
-        open_source(str(write_parquet(tmp_path / "a.parquet")), SourceSettings())
+        open_dataset(str(write_parquet(tmp_path / "a.parquet")), SourceSettings())
 
 
 def test_broken_rows_are_named_while_streaming_without_further_tries(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "a.parquet")
-    source = open_source(str(path), SourceSettings(streaming=True))
+    source = open_dataset(str(path), SourceSettings(streaming=True))
     said: list[str] = []
     with pytest.raises(SaetrainError, match=r"a\.parquet, rows 21 to 30 .*--skip_bad_rows"):
-        list(StreamedRows(source.train, str(path), said.append, source.diagnose)(0))
+        list(StreamedRows(source.train, str(path), said.append, source.find_bad_row)(0))
     assert not said
 
 
@@ -117,40 +117,40 @@ def test_a_folder_with_a_validation_file_and_a_compressed_one(tmp_path: Path) ->
     write_jsonl(tmp_path / "train.jsonl", JSON_BREAKS["cut"])
     content = (tmp_path / "train.jsonl").read_bytes()
     (tmp_path / "validation.jsonl").write_bytes(content)
-    source = open_source(str(tmp_path), SourceSettings(skip_bad_rows=True))
+    source = open_dataset(str(tmp_path), SourceSettings(skip_bad_rows=True))
     assert source.held_out_split == "validation"
     assert [len(source.train), len(source.held_out)] == [50, 50]
     (tmp_path / "packed").mkdir()
     (tmp_path / "packed" / "train.jsonl.gz").write_bytes(gzip.compress(content))
-    files = find_files(str(tmp_path / "packed"), None, "train")
+    files = find_split_files(str(tmp_path / "packed"), None, "train")
     assert files is not None
-    assert str(first_bad_row(files)).startswith(f"{files.paths[0]}, line 21")
+    assert str(find_first_bad_row(files)).startswith(f"{files.paths[0]}, line 21")
 
 
 def test_other_columns_and_ids(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"input_ids": [1, 2]}\n{"input_ids": "x"}\n{"input_ids": [3]}\n')
-    source = open_source(str(path), SourceSettings(skip_bad_rows=True))
+    source = open_dataset(str(path), SourceSettings(skip_bad_rows=True))
     assert source.column is not None
     assert (source.column.kind, source.train["input_ids"][:]) == ("ids", [[1, 2], None, [3]])
     with pytest.raises(SaetrainError, match="--text_column body: no such column"):
-        open_source(str(path), SourceSettings(skip_bad_rows=True, text_column="body"))
+        open_dataset(str(path), SourceSettings(skip_bad_rows=True, text_column="body"))
 
 
 def test_files_that_changed_are_read_anew(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", JSON_BREAKS["cut"])
     settings = SourceSettings(skip_bad_rows=True)
-    first, again = (open_source(str(path), settings).train for _ in range(2))
+    first, again = (open_dataset(str(path), settings).train for _ in range(2))
     assert first._fingerprint == again._fingerprint
     path.write_text('{"text": "new"}\n')
-    changed = open_source(str(path), settings).train
+    changed = open_dataset(str(path), settings).train
     assert changed["text"][:] == ["new"]
     assert changed._fingerprint != first._fingerprint
 
 
 def test_whole_files_give_what_the_library_gives(topics_jsonl: str) -> None:
-    plain = open_source(topics_jsonl, SourceSettings()).train
-    lenient: Any = open_source(topics_jsonl, SourceSettings(skip_bad_rows=True)).train
+    plain = open_dataset(topics_jsonl, SourceSettings()).train
+    lenient: Any = open_dataset(topics_jsonl, SourceSettings(skip_bad_rows=True)).train
     assert isinstance(lenient, datasets.Dataset)
     assert lenient["text"][:] == plain["text"][:]
-    assert not any(lenient[BAD_ROW])
+    assert not any(lenient[BAD_ROW_COLUMN])

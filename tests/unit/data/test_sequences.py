@@ -9,7 +9,7 @@ import datasets
 import numpy as np
 import pytest
 
-from saetrain.data.sequences import DocumentSequences, PackedSequences, Sequences, TokenTable, sequences_of
+from saetrain.data.sequences import DocumentSequences, PackedSequences, Sequences, TokenTable, build_sequences
 from saetrain.data.text import TextColumn
 from saetrain.data.tokenize import Framing, tokenize_rows
 from saetrain.types import TokenKind
@@ -33,7 +33,7 @@ def same(a: Sequences, b: Sequences) -> None:
 @pytest.mark.parametrize("ctx_len", [4, 7, 64, 100_000])
 def test_packed_windows_laid_end_to_end_are_the_documents(bpe: Any, topics: list[str], ctx_len: int) -> None:
     texts = ["one", "", topics[0], "a few words", topics[1], "x"]
-    framing = Framing.of(bpe, True, ctx_len)
+    framing = Framing.from_tokenizer(bpe, True, ctx_len)
     packed = PackedSequences(TokenTable(tokens(texts, bpe, framing)), np.arange(5), framing, True)
     windows = [packed[number] for number in range(len(packed))]
     expected = [(i, doc) for doc, text in enumerate(texts) if text for i in [*bpe(text)["input_ids"], framing.eos]]
@@ -49,7 +49,7 @@ def test_packed_windows_laid_end_to_end_are_the_documents(bpe: Any, topics: list
 
 
 def test_every_packed_window_begins_with_bos_where_the_tokenizer_sets_it(bos_bpe: Any, topics: list[str]) -> None:
-    framing = Framing.of(bos_bpe, True, 16)
+    framing = Framing.from_tokenizer(bos_bpe, True, 16)
     texts = [topics[0], "two words", topics[1]]
     table = TokenTable(tokens(texts, bos_bpe, framing))
     packed = PackedSequences(table, np.arange(len(table)), framing, True)
@@ -67,7 +67,7 @@ def test_every_packed_window_begins_with_bos_where_the_tokenizer_sets_it(bos_bpe
 
 
 def test_packing_takes_the_rows_that_it_is_given(bpe: Any) -> None:
-    framing = Framing.of(bpe, True, 8)
+    framing = Framing.from_tokenizer(bpe, True, 8)
     table = TokenTable(tokens(["first text", "second text", "third text"], bpe, framing))
     packed = PackedSequences(table, np.array([2, 0]), framing, False)
     docs = np.concatenate([packed[number].doc for number in range(len(packed))])
@@ -76,7 +76,7 @@ def test_packing_takes_the_rows_that_it_is_given(bpe: Any) -> None:
 
 
 def test_an_encoder_s_sequences_are_its_stored_rows(wordpiece: Any, topics: list[str]) -> None:
-    framing = Framing.of(wordpiece, False, 32)
+    framing = Framing.from_tokenizer(wordpiece, False, 32)
     rows = tokens([*topics[:3], "short"], wordpiece, framing)
     table = TokenTable(rows)
     chosen = np.arange(0, len(rows), 2)
@@ -96,7 +96,7 @@ def test_an_encoder_s_sequences_are_its_stored_rows(wordpiece: Any, topics: list
 @pytest.mark.parametrize("causal", [True, False])
 def test_how_the_table_is_chunked_changes_nothing(wordpiece: Any, bpe: Any, topics: list[str], causal: bool) -> None:
     tokenizer = bpe if causal else wordpiece
-    framing = Framing.of(tokenizer, causal, 32)
+    framing = Framing.from_tokenizer(tokenizer, causal, 32)
     whole = tokens([*topics[:4], "short", "x"], tokenizer, framing)
     size = len(whole)
     # Slices of one array keep its offset, which is where reading the buffers directly goes wrong.
@@ -109,19 +109,19 @@ def test_how_the_table_is_chunked_changes_nothing(wordpiece: Any, bpe: Any, topi
         np.testing.assert_array_equal(getattr(table, name), getattr(other, name))
     rows = np.arange(size)
     assert table.digest(rows) == other.digest(rows)
-    same(sequences_of(table, rows, framing, True), sequences_of(other, rows, framing, True))
+    same(build_sequences(table, rows, framing, True), build_sequences(other, rows, framing, True))
 
 
 def test_no_rows_make_no_sequences(bpe: Any, wordpiece: Any) -> None:
     for tokenizer, causal in ((bpe, True), (wordpiece, False)):
-        framing = Framing.of(tokenizer, causal, 16)
+        framing = Framing.from_tokenizer(tokenizer, causal, 16)
         table = TokenTable(tokens(["some text"], tokenizer, framing))
-        none = sequences_of(table, np.zeros(0, dtype=np.int64), framing, True)
+        none = build_sequences(table, np.zeros(0, dtype=np.int64), framing, True)
         assert (len(none), none.text_tokens) == (0, 0)
 
 
 def test_the_digest_is_of_ids_and_rows(bpe: Any) -> None:
-    framing = Framing.of(bpe, True, 16)
+    framing = Framing.from_tokenizer(bpe, True, 16)
     texts = [["some text", "more"], ["Some text", "more"], ["some  text", "more"], ["some text more"]]
     tables = [TokenTable(tokens(each, bpe, framing)) for each in texts]
     digests = {table.digest(np.arange(len(table))) for table in tables} | {tables[0].digest(np.arange(1))}

@@ -11,7 +11,7 @@ from typing import Any
 import datasets
 import pytest
 
-from saetrain.data.sources import Source, SourceSettings, open_source
+from saetrain.data.sources import SourceSettings, TextSource, open_dataset
 from saetrain.errors import SaetrainError
 
 TEXTS = [f"text number {i}" for i in range(20)]
@@ -41,11 +41,11 @@ def two_configs(tmp_path: Path, rows: datasets.Dataset) -> Path:
     return folder
 
 
-def open_(path: object, **settings: Any) -> Source:
-    return open_source(str(path), SourceSettings(**settings))
+def open_(path: object, **settings: Any) -> TextSource:
+    return open_dataset(str(path), SourceSettings(**settings))
 
 
-def texts(source: Source) -> list[str]:
+def texts(source: TextSource) -> list[str]:
     return list(source.train["text"])
 
 
@@ -281,5 +281,5 @@ def test_squad_means_its_paragraphs(hub_cache: Path, tmp_path: Path) -> None:
     (folder / "README.md").write_text("---\nconfigs:\n- config_name: plain_text\n  data_files: '*.parquet'\n---\n")
     prepared_cache(tmp_path, folder, "rajpurkar", "squad", "plain_text")
     source = open_("squad")
-    assert (source.text_column, source.distinct) == ("context", True)
-    assert open_source("squad", SourceSettings(text_column="question")).text_column == "question"
+    assert (source.text_column, source.deduplicate) == ("context", True)
+    assert open_dataset("squad", SourceSettings(text_column="question")).text_column == "question"

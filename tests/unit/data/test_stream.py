@@ -17,12 +17,12 @@ import pytest
 
 from saetrain.data import stream
 from saetrain.data.loader import LoaderSettings
-from saetrain.data.rows import BAD_ROW
+from saetrain.data.rows import BAD_ROW_COLUMN
 from saetrain.data.sequences import TokenTable
-from saetrain.data.sources import SourceSettings, open_source
-from saetrain.data.stream import BLOCK_ROWS, BlockReader, StreamedRows, StreamedSequences, encoded_blocks
+from saetrain.data.sources import SourceSettings, open_dataset
+from saetrain.data.stream import BLOCK_ROWS, BlockReader, StreamedRows, StreamedSequences, iterate_encoded_blocks
 from saetrain.data.text import TextColumn
-from saetrain.data.tokenize import Framing, row_encoder, text_hash
+from saetrain.data.tokenize import Framing, build_row_encoder, hash_text
 from saetrain.errors import SaetrainError
 from saetrain.types import Cursor, TokenSequence
 
@@ -37,7 +37,7 @@ def none_held_out(table: TokenTable) -> np.ndarray:
 
 @pytest.fixture(autouse=True)
 def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream, "PAUSES_S", (0.0,) * 3)
+    monkeypatch.setattr(stream, "RETRY_DELAYS_S", (0.0,) * 3)
 
 
 def documents(count: int) -> list[str]:
@@ -64,11 +64,11 @@ def streamed(
     held_out: Callable[[TokenTable], np.ndarray] = none_held_out,
     column: TextColumn = TEXT,
 ) -> StreamedSequences:
-    framing = Framing.of(tokenizer, causal, 16)
+    framing = Framing.from_tokenizer(tokenizer, causal, 16)
     return StreamedSequences(
         rows_of(data),
         "some",
-        row_encoder(column, tokenizer, framing),
+        build_row_encoder(column, tokenizer, framing),
         held_out,
         framing,
         loader=LoaderSettings(shuffle_seed=seed, data_shards=shards),
@@ -101,7 +101,7 @@ def test_a_shard_gives_the_same_alone_and_with_others_in_any_order(tokenizer: An
     # In small pieces, in turn, as the mixing buffer reads.
     pieces: dict[int, list[Any]] = {shard: [] for shard in range(SHARDS)}
     cursors: dict[int, Cursor] = dict.fromkeys(range(SHARDS), (0, 0))
-    together.expect(dict(cursors))
+    together.hint_cursors(dict(cursors))
     while any(len(pieces[shard]) < len(alone[shard]) for shard in range(SHARDS)):
         for shard in range(SHARDS):
             sequences, cursors[shard] = together.read(shard, cursors[shard], 30)
@@ -116,7 +116,7 @@ def test_reading_goes_on_from_any_cursor_in_a_fresh_process(tokenizer: Any, caus
     whole, _ = streamed(iterable(texts), tokenizer, causal=causal).read(1, (0, 0), 6000)
     done, cursor = streamed(iterable(texts), tokenizer, causal=causal).read(1, (0, 0), 2500)
     fresh = streamed(iterable(texts), tokenizer, causal=causal)
-    fresh.expect({1: json.loads(json.dumps(cursor))})
+    fresh.hint_cursors({1: json.loads(json.dumps(cursor))})
     rest, _ = fresh.read(1, tuple(json.loads(json.dumps(cursor))), 6000)
     assert (plain(done) + plain(rest))[: len(whole)] == plain(whole)
 
@@ -128,13 +128,15 @@ def test_every_pass_gives_every_document_once(wordpiece: Any, count: int, shards
     order: list[str] = []
     number = 0
     while len(order) < 3 * count:
-        order.extend(row["text"] for row in blocks.get(number, number, lambda _: False))
-        blocks.waiting.clear()
+        order.extend(row["text"] for row in blocks.read_block(number, number, lambda _: False))
+        blocks.waiting_blocks.clear()
         number += 1
     assert order == documents(count) * 3
     # Every shard meets every block in the end.
-    assert blocks.period is not None
-    assert {blocks.index(1 + shards * ordinal) for ordinal in range(blocks.period)} == set(range(blocks.period))
+    assert blocks.blocks_per_pass is not None
+    assert {blocks.index_in_pass(1 + shards * ordinal) for ordinal in range(blocks.blocks_per_pass)} == set(
+        range(blocks.blocks_per_pass)
+    )
 
 
 def test_passes_are_mixed_anew_and_the_order_is_the_seed_s(wordpiece: Any) -> None:
@@ -143,12 +145,12 @@ def test_passes_are_mixed_anew_and_the_order_is_the_seed_s(wordpiece: Any) -> No
     for ordinal in range(3):
         sequences, _ = data.read(0, (ordinal, 0), 1)
         assert sequences
-        passes.append([s.doc[0] for s in data._current[0][1]])
+        passes.append([s.doc[0] for s in data._current_blocks[0][1]])
     assert len({tuple(order) for order in passes}) == 3
     assert len({tuple(sorted(order)) for order in passes}) == 1
     other = streamed(iterable(documents(20)), wordpiece, shards=1, seed=1)
     other.read(0, (0, 0), 1)
-    assert [s.doc[0] for s in other._current[0][1]] != passes[0]
+    assert [s.doc[0] for s in other._current_blocks[0][1]] != passes[0]
 
 
 def test_the_stream_is_read_forwards_once_and_passed_blocks_are_dropped(wordpiece: Any) -> None:
@@ -169,25 +171,25 @@ def test_the_stream_is_read_forwards_once_and_passed_blocks_are_dropped(wordpiec
     for _ in range(20):
         for shard in range(SHARDS):
             _, cursors[shard] = data.read(shard, cursors[shard], 300)
-            assert len(data._blocks.waiting) <= 3 * SHARDS
+            assert len(data._blocks.waiting_blocks) <= 3 * SHARDS
     assert opened == [0]
     assert served[0] <= (max(cursor[0] for cursor in cursors.values()) + 1) * SHARDS * BLOCK_ROWS
     # After a restart it is opened once, at the first block that is needed.
     again = streamed(Counting(), wordpiece)
-    again.expect(cursors)
+    again.hint_cursors(cursors)
     for shard in (2, 0, 3, 1):
         again.read(shard, cursors[shard], 300)
     first = min(cursor[0] * SHARDS + shard for shard, cursor in cursors.items())
     assert opened == [0, first * BLOCK_ROWS]
     # Blocks of shards that nobody expects do not wait.
-    again.expect({1: cursors[1]})
-    assert {number % SHARDS for number in again._blocks.waiting} <= {1}
+    again.hint_cursors({1: cursors[1]})
+    assert {number % SHARDS for number in again._blocks.waiting_blocks} <= {1}
 
 
 def test_held_out_texts_are_left_out_wherever_they_occur(wordpiece: Any) -> None:
     texts = documents(90)
     copies = [*texts, *(text.upper() for text in texts[:10])]
-    secret = {text_hash(text) for text in texts[:5]}
+    secret = {hash_text(text) for text in texts[:5]}
     data = streamed(
         iterable(copies), wordpiece, shards=1, held_out=lambda table: np.isin(table.text_hash, list(secret))
     )
@@ -210,7 +212,7 @@ def test_rows_of_ids(bpe: Any) -> None:
     )
     sequences, _ = data.read(0, (0, 0), 1)
     assert sequences
-    first = sorted((s for s in data._current[0][1]), key=lambda s: (s.doc[0], s.ids[0]))
+    first = sorted((s for s in data._current_blocks[0][1]), key=lambda s: (s.doc[0], s.ids[0]))
     assert sum(map(len, first)) == 20 * BLOCK_ROWS
 
 
@@ -266,7 +268,7 @@ def test_a_source_that_fails_for_good_names_itself_the_row_and_the_error() -> No
 def test_a_wish_to_stop_is_heard_while_the_source_is_waited_for(
     monkeypatch: pytest.MonkeyPatch, wordpiece: Any
 ) -> None:
-    monkeypatch.setattr(stream, "PAUSES_S", (60.0,))
+    monkeypatch.setattr(stream, "RETRY_DELAYS_S", (60.0,))
     calls = []
 
     def stop_soon() -> None:
@@ -275,13 +277,13 @@ def test_a_wish_to_stop_is_heard_while_the_source_is_waited_for(
             raise KeyboardInterrupt
 
     data = streamed(generated(Flaky(100, 50, 99)), wordpiece)
-    data.interrupt_by(stop_soon)
+    data.set_interrupt_check(stop_soon)
     started = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         data.read(0, (0, 0), 9000)
     assert time.monotonic() - started < 30
     again = streamed(iterable(documents(900)), wordpiece)
-    again.interrupt_by(stop_soon)
+    again.set_interrupt_check(stop_soon)
     with pytest.raises(KeyboardInterrupt):  # between blocks too
         again.read(0, (0, 0), 9000)
 
@@ -371,7 +373,7 @@ def test_a_server_that_drops_connections(server: tuple[str, list[int]]) -> None:
 
 
 def test_bad_rows_are_counted_once_over_all_passes() -> None:
-    rows = [{"text": "a", BAD_ROW: ""}, {"text": None, BAD_ROW: "x.jsonl, line 2: is no JSON"}]
+    rows = [{"text": "a", BAD_ROW_COLUMN: ""}, {"text": None, BAD_ROW_COLUMN: "x.jsonl, line 2: is no JSON"}]
     said: list[str] = []
     reader = rows_of(datasets.Dataset.from_list(rows).to_iterable_dataset(), said)
     for _ in range(2):
@@ -380,8 +382,8 @@ def test_bad_rows_are_counted_once_over_all_passes() -> None:
 
 
 def test_encoded_blocks_number_the_rows(wordpiece: Any) -> None:
-    encode = row_encoder(TEXT, wordpiece, Framing.of(wordpiece, False, 100))
-    batches = list(islice(encoded_blocks(rows_of(iterable(documents(70))), encode), 9))
+    encode = build_row_encoder(TEXT, wordpiece, Framing.from_tokenizer(wordpiece, False, 100))
+    batches = list(islice(iterate_encoded_blocks(rows_of(iterable(documents(70))), encode), 9))
     assert [batch["doc"] for batch in batches] == [list(range(32)), list(range(32, 64)), list(range(64, 70))]
 
 
@@ -390,11 +392,11 @@ def test_local_sources_stream_the_rows_that_they_hold(tmp_path: Any, kind: str) 
     data = datasets.Dataset.from_dict({"text": documents(50), "other": list(range(50))})
     path = tmp_path / f"rows.{kind}"
     {"jsonl": data.to_json, "parquet": data.to_parquet, "saved": data.save_to_disk}[kind](path)
-    source = open_source(str(path), SourceSettings(streaming=True))
+    source = open_dataset(str(path), SourceSettings(streaming=True))
     assert isinstance(source.train, datasets.IterableDataset)
     assert [row["text"] for row in rows_of(source.train)(20)] == documents(50)[20:]
 
 
 def test_a_part_of_a_split_is_refused(topics_jsonl: str) -> None:
     with pytest.raises(SaetrainError, match=r"--split train\[:5\]: .* together with --streaming"):
-        open_source(topics_jsonl, SourceSettings(streaming=True, split="train[:5]"))
+        open_dataset(topics_jsonl, SourceSettings(streaming=True, split="train[:5]"))

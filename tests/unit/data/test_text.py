@@ -7,7 +7,7 @@ from typing import Any
 import datasets
 import pytest
 
-from saetrain.data.text import TextColumn, find_text_column, renderer
+from saetrain.data.text import TextColumn, build_renderer, find_text_column
 from saetrain.errors import SaetrainError
 
 OPENAI = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]
@@ -20,7 +20,7 @@ def find(columns: dict[str, list[Any]], wanted: str | None = None) -> TextColumn
 
 def render(columns: dict[str, list[Any]], tokenizer: Any, wanted: str | None = None) -> list[str]:
     rows = datasets.Dataset.from_dict(columns)
-    return renderer(find_text_column(rows, wanted), tokenizer)(rows[:])
+    return build_renderer(find_text_column(rows, wanted), tokenizer)(rows[:])
 
 
 @pytest.mark.parametrize(
@@ -43,8 +43,8 @@ def render(columns: dict[str, list[Any]], tokenizer: Any, wanted: str | None = N
 def test_column_is_found(columns: dict[str, list[Any]], kind: str, chosen: tuple[str, ...] | None) -> None:
     column = find(columns)
     assert (column.kind, column.columns) == (kind, chosen or ("instruction", "input", "output"))
-    assert "--text_column" in column.describe()
-    assert " + ".join(column.columns) in column.describe()
+    assert "--text_column" in column.describe_choice()
+    assert " + ".join(column.columns) in column.describe_choice()
 
 
 def test_column_can_be_named() -> None:

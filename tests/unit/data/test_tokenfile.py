@@ -13,7 +13,14 @@ import pytest
 
 from saetrain.data import tokenfile
 from saetrain.data.text import TextColumn
-from saetrain.data.tokenfile import FILE, is_token_folder, open_ids, open_tokens, save_tokens, stored_ctx_len
+from saetrain.data.tokenfile import (
+    METADATA_FILE,
+    is_token_folder,
+    open_raw_ids,
+    open_tokens,
+    save_tokens,
+    stored_ctx_len,
+)
 from saetrain.data.tokenize import Framing, tokenize_rows
 from saetrain.errors import SaetrainError
 
@@ -27,7 +34,7 @@ def rows_of(tokenizer: Any, framing: Framing, texts: list[str]) -> datasets.Data
 
 @pytest.fixture
 def framing(wordpiece: Any) -> Framing:
-    return Framing.of(wordpiece, False, 32)
+    return Framing.from_tokenizer(wordpiece, False, 32)
 
 
 @pytest.fixture
@@ -49,7 +56,7 @@ def test_rows_come_back_as_they_were(folder: Path, wordpiece: Any, framing: Fram
 
 def test_ids_beyond_two_bytes_never_wrap(tmp_path: Path, bpe: Any) -> None:
     bpe.add_tokens([f"extra{i}" for i in range(1 << 16)])
-    framing = Framing.of(bpe, True, 16)
+    framing = Framing.from_tokenizer(bpe, True, 16)
     rows = rows_of(bpe, framing, ["a extra65535 b"])
     save_tokens(tmp_path / "t", {"train": rows}, ABOUT, bpe, framing)
     stored = open_tokens(tmp_path / "t", bpe, framing)[0]["train"]
@@ -65,7 +72,9 @@ def test_what_was_made_for_something_else_is_refused_by_name(
             open_tokens(folder, tokenizer, wanted)
         return str(caught.value)
 
-    assert "was made for an encoder, and the model is a causal model" in refused(bpe, Framing.of(bpe, True, 32))
+    assert "was made for an encoder, and the model is a causal model" in refused(
+        bpe, Framing.from_tokenizer(bpe, True, 32)
+    )
     assert "was made with another tokenizer (that of some-model)" in refused(bpe, framing)
     assert "was made for --ctx_len 32, and 16 is asked for" in refused(
         wordpiece, dataclasses.replace(framing, ctx_len=16)
@@ -75,16 +84,16 @@ def test_what_was_made_for_something_else_is_refused_by_name(
 
 
 def test_a_causal_model_s_tokens_serve_any_context_length(tmp_path: Path, bpe: Any) -> None:
-    framing = Framing.of(bpe, True, 32)
+    framing = Framing.from_tokenizer(bpe, True, 32)
     save_tokens(tmp_path / "t", {"train": rows_of(bpe, framing, ["some text"])}, ABOUT, bpe, framing)
-    assert len(open_tokens(tmp_path / "t", bpe, Framing.of(bpe, True, 64))[0]["train"]) == 1
+    assert len(open_tokens(tmp_path / "t", bpe, Framing.from_tokenizer(bpe, True, 64))[0]["train"]) == 1
 
 
 def test_an_interrupted_write_leaves_nothing_that_is_taken_for_whole(
     tmp_path: Path, wordpiece: Any, framing: Framing, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = {"train": rows_of(wordpiece, framing, ["some text"])}
-    for step in ("_sync", "write_json"):
+    for step in ("_fsync_folder", "write_json"):
         for error in (OSError("disk full"), KeyboardInterrupt()):
 
             def fail(*_: Any, error: BaseException = error) -> None:
@@ -106,10 +115,10 @@ def test_broken_folders_are_named(folder: Path, wordpiece: Any, framing: Framing
         file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(SaetrainError, match="could not be read"):
         open_tokens(folder, wordpiece, framing)
-    (folder / FILE).write_text(json.dumps({"format": 99}))
+    (folder / METADATA_FILE).write_text(json.dumps({"format": 99}))
     with pytest.raises(SaetrainError, match="of format 99"):
         open_tokens(folder, wordpiece, framing)
-    (folder / FILE).write_text("{")
+    (folder / METADATA_FILE).write_text("{")
     with pytest.raises(SaetrainError, match="is broken"):
         stored_ctx_len((str(folder),))
 
@@ -119,19 +128,19 @@ def test_raw_ids_are_parted_behind_each_end_of_text(tmp_path: Path, bpe: Any, st
     end = bpe.eos_token_id
     documents = [[300, 301, end], [302, end], [303, 304]]
     np.array(sum(documents, []), dtype=np.uint16).tofile(tmp_path / "a.bin")  # noqa: RUF017
-    source = open_ids(tmp_path / "a.bin", bpe, streaming)
+    source = open_raw_ids(tmp_path / "a.bin", bpe, streaming)
     assert [row["input_ids"] for row in source.train] == documents
 
 
 def test_raw_ids_follow_the_vocabulary_and_the_file(tmp_path: Path, bpe: Any) -> None:
     path = tmp_path / "a.bin"
     np.array([300, 301, 302], dtype=np.uint16).tofile(path)
-    assert open_ids(path, bpe, False).train["input_ids"][:] == [[300, 301, 302]]
+    assert open_raw_ids(path, bpe, False).train["input_ids"][:] == [[300, 301, 302]]
     np.array([300, 301, 303, 304], dtype=np.uint16).tofile(path)
-    assert open_ids(path, bpe, False).train["input_ids"][:] == [[300, 301, 303, 304]]
+    assert open_raw_ids(path, bpe, False).train["input_ids"][:] == [[300, 301, 303, 304]]
     bpe.add_tokens([f"extra{i}" for i in range(1 << 16)])
     np.array([70_000], dtype=np.uint32).tofile(path)
-    assert open_ids(path, bpe, False).train["input_ids"][:] == [[70_000]]
+    assert open_raw_ids(path, bpe, False).train["input_ids"][:] == [[70_000]]
     path.write_bytes(b"123")
     with pytest.raises(SaetrainError, match="3 bytes are no file of uint32 ids"):
-        open_ids(path, bpe, False)
+        open_raw_ids(path, bpe, False)

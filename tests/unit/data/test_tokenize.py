@@ -13,9 +13,9 @@ import datasets
 import numpy as np
 import pytest
 
-from saetrain.data.sources import SourceSettings, open_source
+from saetrain.data.sources import SourceSettings, open_dataset
 from saetrain.data.text import TextColumn, find_text_column
-from saetrain.data.tokenize import ROW_TOKENS, Framing, TokenSettings, load_tokenizer, text_hash, tokenize_rows
+from saetrain.data.tokenize import ROW_TOKENS, Framing, TokenSettings, hash_text, load_tokenizer, tokenize_rows
 from saetrain.errors import SaetrainError
 
 TEXT = TextColumn("text", ("text",), "")
@@ -57,7 +57,7 @@ def test_special_tokens_written_in_a_text_stay_text(wordpiece: Any, bpe: Any) ->
     assert sum(row["special"]) == 2
     assert not {wordpiece.sep_token_id, wordpiece.cls_token_id, wordpiece.pad_token_id} & set(row["ids"][1:-1])
 
-    row = tokenize(["a <|endoftext|> b"], bpe, Framing.of(bpe, True, 16))[0]
+    row = tokenize(["a <|endoftext|> b"], bpe, Framing.from_tokenizer(bpe, True, 16))[0]
     assert row["ids"].count(bpe.eos_token_id) == 1
     assert bpe.decode(row["ids"][:-1]) == "a <|endoftext|> b"
     assert row["special"] == [False] * (len(row["ids"]) - 1) + [True]
@@ -70,7 +70,7 @@ def test_unknown_words_are_text(wordpiece: Any) -> None:
 
 
 def test_decoder_framing_follows_the_tokenizer(bpe: Any, bos_bpe: Any) -> None:
-    plain, framed = Framing.of(bpe, True, 16), Framing.of(bos_bpe, True, 16)
+    plain, framed = Framing.from_tokenizer(bpe, True, 16), Framing.from_tokenizer(bos_bpe, True, 16)
     assert (plain.bos, plain.eos) == (None, bpe.eos_token_id)
     assert (framed.bos, framed.eos) == (bos_bpe.bos_token_id, bos_bpe.eos_token_id)
     text = ids_of(bpe, "hello there")
@@ -78,19 +78,19 @@ def test_decoder_framing_follows_the_tokenizer(bpe: Any, bos_bpe: Any) -> None:
     row = tokenize(["hello there"], bos_bpe, framed)[0]
     assert row["ids"] == [framed.bos, *text, framed.eos]
     assert row["special"] == [True, *[False] * len(text), True]
-    assert "BOS '<s>' and EOS '<|endoftext|>'" in framed.describe(bos_bpe)
-    assert "parted by EOS '<|endoftext|>'" in plain.describe(bpe)
+    assert "BOS '<s>' and EOS '<|endoftext|>'" in framed.describe_packing(bos_bpe)
+    assert "parted by EOS '<|endoftext|>'" in plain.describe_packing(bpe)
 
 
 def test_encoder_framing_sets_nothing_of_its_own(wordpiece: Any) -> None:
-    framing = Framing.of(wordpiece, False, 64)
+    framing = Framing.from_tokenizer(wordpiece, False, 64)
     assert framing == Framing(False, 64, None, None)
-    assert "up to 64 tokens" in framing.describe(wordpiece)
+    assert "up to 64 tokens" in framing.describe_packing(wordpiece)
 
 
 def test_long_documents_of_a_decoder_are_stored_in_parts(bpe: Any, topics: list[str]) -> None:
     text = " ".join(topics[:8])
-    rows = tokenize([text, "short"], bpe, Framing.of(bpe, True, 16))
+    rows = tokenize([text, "short"], bpe, Framing.from_tokenizer(bpe, True, 16))
     lengths = [len(ids) for ids in rows["ids"]]
     assert len(lengths) > 2
     assert max(lengths) == ROW_TOKENS
@@ -101,7 +101,7 @@ def test_long_documents_of_a_decoder_are_stored_in_parts(bpe: Any, topics: list[
 
 def test_chat_templates_marks_are_special_and_not_doubled(chat_bpe: Any) -> None:
     rows = datasets.Dataset.from_dict({"messages": [[{"role": "user", "content": "hi [SEP]"}]]})
-    tokens = tokenize_rows(rows, find_text_column(rows, None), chat_bpe, Framing.of(chat_bpe, True, 16), 1)
+    tokens = tokenize_rows(rows, find_text_column(rows, None), chat_bpe, Framing.from_tokenizer(chat_bpe, True, 16), 1)
     ids, special = np.asarray(tokens[0]["ids"]), np.asarray(tokens[0]["special"])
     user = chat_bpe.convert_tokens_to_ids("<|user|>")
     assert ids[special].tolist() == [chat_bpe.bos_token_id, user, chat_bpe.eos_token_id]
@@ -111,7 +111,7 @@ def test_chat_templates_marks_are_special_and_not_doubled(chat_bpe: Any) -> None
 def test_ids_take_two_bytes_where_they_fit(wordpiece: Any, bpe: Any) -> None:
     assert tokenize(["a b"], wordpiece, ENCODER).features["ids"].feature.dtype == "uint16"
     bpe.add_tokens([f"extra{i}" for i in range(1 << 16)])
-    rows = tokenize(["a extra65535"], bpe, Framing.of(bpe, True, 16))
+    rows = tokenize(["a extra65535"], bpe, Framing.from_tokenizer(bpe, True, 16))
     assert rows.features["ids"].feature.dtype == "uint32"
     assert max(rows[0]["ids"]) == len(bpe) - 1 > 1 << 16
 
@@ -121,13 +121,13 @@ def count_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     import saetrain.data.tokenize as module
 
     calls: list[int] = []
-    original = module._pieces
+    original = module._tokenize_pieces
 
     def counted(texts: list[str], *args: Any, **options: Any) -> Any:
         calls.append(len(texts))
         return original(texts, *args, **options)
 
-    monkeypatch.setattr(module, "_pieces", counted)
+    monkeypatch.setattr(module, "_tokenize_pieces", counted)
     return calls
 
 
@@ -144,7 +144,7 @@ def test_second_run_tokenizes_only_what_changed(
 
     def run(tokenizer: Any, framing: Framing, column: str = "text") -> list[list[int]]:
         calls.clear()
-        rows = open_source(str(file), SourceSettings()).train
+        rows = open_dataset(str(file), SourceSettings()).train
         tokens = tokenize_rows(rows, TextColumn("text", (column,), ""), tokenizer, framing, 1)
         return list(tokens["ids"])
 
@@ -160,10 +160,10 @@ def test_second_run_tokenizes_only_what_changed(
     assert calls == [9]
     run(wordpiece, ENCODER, column="other")
     assert calls == [9]
-    run(bpe, Framing.of(bpe, True, 32))
+    run(bpe, Framing.from_tokenizer(bpe, True, 32))
     assert calls == [9]
     # Packing happens after storing, so that another window length needs no new tokens.
-    run(bpe, Framing.of(bpe, True, 16))
+    run(bpe, Framing.from_tokenizer(bpe, True, 16))
     assert calls == []
     wordpiece.add_tokens(["row"])
     run(wordpiece, ENCODER)
@@ -179,7 +179,7 @@ def test_saved_folder_is_left_as_it_was(tmp_path: Path, wordpiece: Any) -> None:
     folder = tmp_path / "saved"
     datasets.Dataset.from_dict({"text": ["a", "b"]}).save_to_disk(folder)
     before = sorted(folder.iterdir())
-    tokenize_rows(open_source(str(folder), SourceSettings()).train, TEXT, wordpiece, ENCODER, 1)
+    tokenize_rows(open_dataset(str(folder), SourceSettings()).train, TEXT, wordpiece, ENCODER, 1)
     assert sorted(folder.iterdir()) == before
 
 
@@ -218,16 +218,16 @@ def test_rows_of_ids_are_cut_and_their_padding_dropped(wordpiece: Any, bpe: Any)
     bpe.pad_token = bpe.eos_token
     end = bpe.eos_token_id
     masked = datasets.Dataset.from_dict({"input_ids": [[300, 301, end, end, end]], "attention_mask": [[1, 1, 1, 0, 0]]})
-    tokens = tokenize_rows(masked, IDS, bpe, Framing.of(bpe, True, 16), 1)
+    tokens = tokenize_rows(masked, IDS, bpe, Framing.from_tokenizer(bpe, True, 16), 1)
     assert tokens["ids"][:] == [[300, 301, end]]
     assert tokens["special"][:] == [[False, False, True]]
 
 
 def test_text_hash_forgets_case_width_and_white_space() -> None:
     same = ["Hello  World", "hello world", " HELLO\n\tworld ", "hello\u00a0world", "\uff28ello World"]
-    assert len({text_hash(text) for text in same}) == 1
-    assert text_hash("hello worlds") != text_hash("hello world")
-    assert 0 <= text_hash("\ud800") < 1 << 63
+    assert len({hash_text(text) for text in same}) == 1
+    assert hash_text("hello worlds") != hash_text("hello world")
+    assert 0 <= hash_text("\ud800") < 1 << 63
 
 
 @pytest.mark.parametrize(("field", "value"), [("ctx_len", 3), ("data_preprocessing_num_proc", 0)])
@@ -262,7 +262,7 @@ def test_texts_cut_into_parts_give_the_same_tokens(
     import saetrain.data.tokenize as module
 
     tokenizer = bpe if causal else wordpiece
-    framing = Framing.of(tokenizer, causal, 512)
+    framing = Framing.from_tokenizer(tokenizer, causal, 512)
     text = "  \n\n".join(topics[:40])
     whole = tokenize([text, "x"], tokenizer, framing)
     monkeypatch.setattr(module, "PART_CHARS", 777)
@@ -286,7 +286,7 @@ def test_parts_are_the_text(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import saetrain.data.tokenize as module
 
     monkeypatch.setattr(module, "PART_CHARS", 50)
-    parts = list(module.text_parts(text))
+    parts = list(module.split_text(text))
     assert "".join(parts) == text
     assert max(map(len, parts)) <= 50
 
@@ -294,7 +294,7 @@ def test_parts_are_the_text(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("causal", [False, True])
 def test_text_of_one_endless_line_takes_little_time_and_memory(wordpiece: Any, bpe: Any, causal: bool) -> None:
     tokenizer = bpe if causal else wordpiece
-    framing = Framing.of(tokenizer, causal, 512)
+    framing = Framing.from_tokenizer(tokenizer, causal, 512)
     start, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     rows = tokenize(["xy" * 5_000_000 + "z", "short"], tokenizer, framing)
     assert time.monotonic() - start < 60

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from saetrain.activations.head import HeadModel, load_with_head
+from saetrain.activations.head import LMHeadModel, load_model_with_head
 from saetrain.activations.model import ModelSettings
 from saetrain.types import TokenKind, TokenSequence
 
@@ -48,19 +48,19 @@ def sure_mlm(tmp_path_factory: pytest.TempPathFactory, tiny_mlm: str) -> str:
 
 
 @pytest.fixture(scope="session")
-def gpt2_head(sure_gpt2: str) -> HeadModel:
-    return load_with_head(sure_gpt2, CPU)
+def gpt2_head(sure_gpt2: str) -> LMHeadModel:
+    return load_model_with_head(sure_gpt2, CPU)
 
 
 @pytest.fixture(scope="session")
-def mlm_head(sure_mlm: str) -> HeadModel:
-    return load_with_head(sure_mlm, CPU)
+def mlm_head(sure_mlm: str) -> LMHeadModel:
+    return load_model_with_head(sure_mlm, CPU)
 
 
 @pytest.fixture(scope="session")
-def encoder_head(minilm: str) -> HeadModel:
+def encoder_head(minilm: str) -> LMHeadModel:
     """MiniLM, a trained sentence encoder that predicts nothing."""
-    return load_with_head(minilm, CPU)
+    return load_model_with_head(minilm, CPU)
 
 
 @pytest.fixture(scope="session")
@@ -99,10 +99,10 @@ def single(minilm: str, topics: list[str]) -> list[TokenSequence]:
 
 
 @pytest.fixture(scope="session")
-def activations() -> Callable[[HeadModel, list[TokenSequence], str], torch.Tensor]:
+def activations() -> Callable[[LMHeadModel, list[TokenSequence], str], torch.Tensor]:
     """Takes a module's output on each sequence alone, (n, D) over all their tokens, without the package's capture."""
 
-    def run(head: HeadModel, sequences: list[TokenSequence], hookpoint: str) -> torch.Tensor:
+    def run(head: LMHeadModel, sequences: list[TokenSequence], hookpoint: str) -> torch.Tensor:
         rows: list[torch.Tensor] = []
 
         def hook(module: Any, inputs: Any, output: Any) -> None:

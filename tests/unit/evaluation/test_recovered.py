@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from saetrain.activations.head import HeadModel, load_with_head
+from saetrain.activations.head import LMHeadModel, load_model_with_head
 from saetrain.activations.model import ModelSettings
 from saetrain.coders.topk import TopK
-from saetrain.data.loader import token_policy
-from saetrain.data.masking import masked_positions
+from saetrain.data.loader import build_token_policy
+from saetrain.data.masking import select_masked_positions
 from saetrain.errors import SaetrainError
 from saetrain.evaluation.nulls import PCA, RandomDecoder, RunningMoments
 from saetrain.evaluation.recovered import SplicePolicy, iter_lm_batches, keep_all_tokens
@@ -23,11 +23,11 @@ from saetrain.evaluation.score import Baselines, EvalTarget, MetricResult, Score
 from saetrain.types import CoderOutput, Codes, StepContext, TokenSequence
 
 CAUSAL_AT, MASKED_AT, ENCODER_AT = "h.1", "encoder.layer.1", "encoder.layer.3"
-KEPT = SplicePolicy(token_policy(exclude_special=True, exclude_first=True))
+KEPT = SplicePolicy(build_token_policy(exclude_special=True, exclude_first=True))
 ALL = SplicePolicy(keep_all_tokens)
 MASK_ID = 103
 SEED = 5
-Activations = Callable[[HeadModel, list[TokenSequence], str], Tensor]
+Activations = Callable[[LMHeadModel, list[TokenSequence], str], Tensor]
 
 
 class Given(TopK):
@@ -57,7 +57,7 @@ def nulls_on(x: Tensor, coder: TopK) -> Baselines:
 
 
 def ours(
-    head: HeadModel,
+    head: LMHeadModel,
     sequences: list[TokenSequence],
     coder: TopK,
     nulls: Baselines,
@@ -82,7 +82,7 @@ def values(figures: dict[str, MetricResult]) -> dict[str, float]:
 class ByHand:
     """One sequence at a time through the bare model, the output of one module replaced position by position."""
 
-    head: HeadModel
+    head: LMHeadModel
     hookpoint: str
     variants: dict[str, Callable[[Tensor], Tensor]]
     policy: SplicePolicy
@@ -109,7 +109,7 @@ class ByHand:
             if self.head.kind == "causal":
                 pairs = [(at, int(ids[at + 1])) for at in range(len(ids) - 1)]
             else:
-                pairs = [(at, int(ids[at])) for at in np.flatnonzero(masked_positions(sequence, SEED))]
+                pairs = [(at, int(ids[at])) for at in np.flatnonzero(select_masked_positions(sequence, SEED))]
                 for at, _ in pairs:
                     ids[at] = MASK_ID
             if not pairs:
@@ -197,7 +197,7 @@ def test_losses_equal_plain_loops(
 
 
 def test_the_policies_replace_different_positions(
-    gpt2_head: HeadModel, packed: list[TokenSequence], activations: Activations
+    gpt2_head: LMHeadModel, packed: list[TokenSequence], activations: Activations
 ) -> None:
     x = activations(gpt2_head, packed, CAUSAL_AT)
     coder = coder_near(x)
@@ -213,7 +213,7 @@ def test_the_policies_replace_different_positions(
 
 
 def test_positions_above_the_norm_limit_stay_as_they_are(
-    gpt2_head: HeadModel, packed: list[TokenSequence], activations: Activations
+    gpt2_head: LMHeadModel, packed: list[TokenSequence], activations: Activations
 ) -> None:
     x = activations(gpt2_head, packed, CAUSAL_AT)
     limit = float(x.norm(dim=1).median())
@@ -271,7 +271,7 @@ def test_figures_depend_neither_on_batches_nor_on_order(
 
 
 def test_hidden_states_and_pooled_output_equal_plain_loops(
-    encoder_head: HeadModel, single: list[TokenSequence], activations: Activations
+    encoder_head: LMHeadModel, single: list[TokenSequence], activations: Activations
 ) -> None:
     x = activations(encoder_head, single, ENCODER_AT)
     coder = coder_near(x)
@@ -302,7 +302,7 @@ def test_hidden_states_and_pooled_output_equal_plain_loops(
 
 
 def test_a_perfect_sae_leaves_an_encoder_as_it_is(
-    encoder_head: HeadModel, single: list[TokenSequence], activations: Activations
+    encoder_head: LMHeadModel, single: list[TokenSequence], activations: Activations
 ) -> None:
     x = activations(encoder_head, single, ENCODER_AT)
     perfect = Given(x.shape[1], lambda x: x)
@@ -312,7 +312,7 @@ def test_a_perfect_sae_leaves_an_encoder_as_it_is(
 
 def test_an_ablation_that_costs_nothing_is_flagged(tiny_gpt2: str, packed: list[TokenSequence]) -> None:
     """With untrained weights no token depends on its context, so nothing is lost and a ratio to it is noise."""
-    head = load_with_head(tiny_gpt2, ModelSettings(device="cpu"))
+    head = load_model_with_head(tiny_gpt2, ModelSettings(device="cpu"))
     coder = TopK(32, 64, 4).requires_grad_(False)
     nulls = nulls_on(torch.randn(50, 32, generator=torch.Generator().manual_seed(0)) * 0.1, coder)
     figures = ours(head, packed, coder, nulls, "h.3")
@@ -321,13 +321,13 @@ def test_an_ablation_that_costs_nothing_is_flagged(tiny_gpt2: str, packed: list[
     assert figures["ce_spliced"].flag == ""
 
 
-def test_a_model_without_a_mask_token_is_refused_by_name(mlm_head: HeadModel, single: list[TokenSequence]) -> None:
+def test_a_model_without_a_mask_token_is_refused_by_name(mlm_head: LMHeadModel, single: list[TokenSequence]) -> None:
     with pytest.raises(SaetrainError, match="its tokenizer has no mask token"):
         list(iter_lm_batches(mlm_head, single, KEPT, None, 100, 0))
 
 
 def test_only_next_tokens_and_masked_tokens_are_asked_for(
-    gpt2_head: HeadModel, packed: list[TokenSequence], mlm_head: HeadModel, single: list[TokenSequence]
+    gpt2_head: LMHeadModel, packed: list[TokenSequence], mlm_head: LMHeadModel, single: list[TokenSequence]
 ) -> None:
     asked = list(iter_lm_batches(gpt2_head, packed, KEPT, None, 100, 0))
     assert sum(len(question.doc_ids) for question in asked) == sum(len(sequence) - 1 for sequence in packed)

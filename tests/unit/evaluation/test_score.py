@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from saetrain.activations.read import Labelled, Place
+from saetrain.activations.read import LabelledActivations, TokenClass
 from saetrain.coders.topk import TopK
 from saetrain.errors import SaetrainError
 from saetrain.evaluation.nulls import PCA, RandomDecoder, RunningMoments
@@ -27,13 +27,13 @@ def coder() -> TopK:
 
 
 @pytest.fixture(scope="module")
-def tokens() -> Labelled:
+def tokens() -> LabelledActivations:
     """Tokens of each class, the left-out ones ten times as large."""
     rng = np.random.default_rng(0)
     place = rng.choice(4, N, p=[0.85, 0.08, 0.05, 0.02]).astype(np.uint8)
     x = torch.randn(N, D, generator=torch.Generator().manual_seed(0)) + 3
-    x[torch.from_numpy(place != Place.KEPT)] *= 10
-    return Labelled({AT: x}, np.sort(rng.integers(0, 60, N)), place)
+    x[torch.from_numpy(place != TokenClass.KEPT)] *= 10
+    return LabelledActivations({AT: x}, np.sort(rng.integers(0, 60, N)), place)
 
 
 def nulls_of(x: torch.Tensor) -> Baselines:
@@ -43,14 +43,14 @@ def nulls_of(x: torch.Tensor) -> Baselines:
     return Baselines(mean, PCA(mean, moments.principal_directions(K)), RandomDecoder.from_seed(mean, F, K, 0))
 
 
-def run(coder: TopK, nulls: Baselines, batches: list[Labelled]) -> SaeScores:
+def run(coder: TopK, nulls: Baselines, batches: list[LabelledActivations]) -> SaeScores:
     subjects = {"sae": EvalTarget(AT, coder, nulls.mean)}
     return score_activations(subjects, {"sae": nulls}, batches, THRESHOLD, SETTINGS)["sae"]
 
 
-def pieces(tokens: Labelled, order: np.ndarray, parts: int) -> list[Labelled]:
+def pieces(tokens: LabelledActivations, order: np.ndarray, parts: int) -> list[LabelledActivations]:
     return [
-        Labelled({AT: tokens.values[AT][torch.from_numpy(rows)]}, tokens.doc[rows], tokens.place[rows])
+        LabelledActivations({AT: tokens.values[AT][torch.from_numpy(rows)]}, tokens.doc[rows], tokens.token_class[rows])
         for rows in np.array_split(order, parts)
     ]
 
@@ -60,9 +60,9 @@ def explained(x: torch.Tensor, estimate: torch.Tensor) -> float:
     return float(1 - (a - b).pow(2).sum() / (a - a.mean(dim=0)).pow(2).sum())
 
 
-def test_figures_are_of_the_kept_tokens_beside_their_nulls(coder: TopK, tokens: Labelled) -> None:
+def test_figures_are_of_the_kept_tokens_beside_their_nulls(coder: TopK, tokens: LabelledActivations) -> None:
     x = tokens.values[AT]
-    kept = x[torch.from_numpy(tokens.place == Place.KEPT)]
+    kept = x[torch.from_numpy(tokens.token_class == TokenClass.KEPT)]
     nulls = nulls_of(kept)
     scores = run(coder, nulls, [tokens])
     # The reconstruction, with all F latents written out.
@@ -95,13 +95,13 @@ def test_figures_are_of_the_kept_tokens_beside_their_nulls(coder: TopK, tokens: 
     assert scores.n_documents == len(np.unique(tokens.doc))
 
 
-def test_classes_of_positions_are_told_apart_and_add_up(coder: TopK, tokens: Labelled) -> None:
+def test_classes_of_positions_are_told_apart_and_add_up(coder: TopK, tokens: LabelledActivations) -> None:
     x = tokens.values[AT]
     scores = run(coder, nulls_of(x), [tokens])
     estimate = coder.decode(coder.encode(x))
     assert set(scores.metrics_by_class) == {"kept", "special", "first", "outlier", "all"}
-    for place in Place:
-        rows = torch.from_numpy(tokens.place == place)
+    for place in TokenClass:
+        rows = torch.from_numpy(tokens.token_class == place)
         of = scores.metrics_by_class[place.name.lower()]
         assert of["tokens"] == int(rows.sum())
         assert of["explained_variance"] == pytest.approx(explained(x[rows], estimate[rows]), abs=1e-6)
@@ -110,7 +110,7 @@ def test_classes_of_positions_are_told_apart_and_add_up(coder: TopK, tokens: Lab
     assert abs(scores.metrics_by_class["all"]["fvu"] - scores.metrics_by_class["kept"]["fvu"]) > 0.01
 
 
-def test_batches_and_their_order_change_nothing(coder: TopK, tokens: Labelled) -> None:
+def test_batches_and_their_order_change_nothing(coder: TopK, tokens: LabelledActivations) -> None:
     nulls = nulls_of(tokens.values[AT])
     whole = run(coder, nulls, [tokens])
     for parts, order in (
@@ -131,8 +131,8 @@ def test_batches_and_their_order_change_nothing(coder: TopK, tokens: Labelled) -
         assert again.l0_percentiles == whole.l0_percentiles
 
 
-def test_text_without_a_token_that_counts(coder: TopK, tokens: Labelled) -> None:
-    only = Labelled(tokens.values, tokens.doc, np.full(N, Place.SPECIAL, dtype=np.uint8))
+def test_text_without_a_token_that_counts(coder: TopK, tokens: LabelledActivations) -> None:
+    only = LabelledActivations(tokens.values, tokens.doc, np.full(N, TokenClass.SPECIAL, dtype=np.uint8))
     scores = run(coder, nulls_of(tokens.values[AT]), [only])
     assert np.isnan(scores.metrics["explained_variance"].estimate.value)
     assert scores.metrics["l0"].count == 0

@@ -14,7 +14,7 @@ from saetrain.activations.normalize import Normalizer
 from saetrain.cli import parse_train
 from saetrain.coders.folding import folded
 from saetrain.coders.topk import TopK
-from saetrain.data.masking import masked_positions
+from saetrain.data.masking import select_masked_positions
 from saetrain.errors import SaetrainError
 from saetrain.runs.build import build_trainer
 from saetrain.runs.end_to_end import EndToEnd
@@ -51,7 +51,7 @@ class Ready:
 
     def sequences(self) -> list[TokenSequence]:
         """The first step's: the first one of each shard in turn."""
-        return [self.run.train.read(shard, self.run.train.start, 1)[0][-1] for shard in range(6)]
+        return [self.run.train.read(shard, self.run.train.start_cursor, 1)[0][-1] for shard in range(6)]
 
 
 @pytest.fixture
@@ -90,11 +90,11 @@ def rebuilt(weights: dict[str, Tensor], x: Tensor, normalizer: Normalizer, k: in
 def loss_by_hand(ready: Ready, model: Any, weights: dict[str, Tensor], causal: bool) -> Tensor:
     """The step's loss, from the run's sequences and constants and nothing else of it."""
     loss_fn = ready.run.config.train.loss_fn
-    limit = ready.run.reader.limits[ready.hookpoint]
+    limit = ready.run.reader.norm_limits[ready.hookpoint]
     total, recon, scored, kept = torch.zeros(()), torch.zeros(()), 0, 0
     for number, sequence in enumerate(ready.sequences()):
         ids = torch.from_numpy(sequence.ids).long()
-        asked = torch.from_numpy(masked_positions(sequence, (SEED << 40) + number))
+        asked = torch.from_numpy(select_masked_positions(sequence, (SEED << 40) + number))
         labels = torch.where(asked, ids, -100)
         if causal:
             labels = torch.cat([ids[1:], torch.tensor([-100])])
@@ -133,7 +133,7 @@ def test_loss_and_gradients_equal_those_computed_by_hand(model: str, loss: str, 
     causal = model == "tiny_gpt2"
     # Behind BERT's layer norm all activations are as long.
     if causal:
-        made.run.reader.limits[made.hookpoint] = float(made.normalizer.mean.norm() + made.normalizer.variance**0.5)
+        made.run.reader.norm_limits[made.hookpoint] = float(made.normalizer.mean.norm() + made.normalizer.variance**0.5)
     auto = AutoModelForCausalLM if causal else AutoModelForMaskedLM
     plain = auto.from_pretrained(made.run.model.name).eval().requires_grad_(False)
     weights = {name: p.detach().clone().requires_grad_() for name, p in made.sae.coder.named_parameters()}
@@ -184,7 +184,7 @@ def test_the_kl_of_a_perfect_sae_is_zero_and_its_ce_the_model_s(model: str, read
     assert question is not None
     assert made.run.head is not None
     with torch.no_grad():
-        logits = made.run.head.logits(question.ids, question.mask)[question.scored]
+        logits = made.run.head.compute_logits(question.ids, question.mask)[question.scored]
     clean = cross_entropy(logits, question.targets)
     made.feed.restore({str(shard): [0] for shard in range(16)})
     assert terms_of(made, perfect(32))["ce"] == pytest.approx(float(clean), rel=1e-5)
