@@ -29,7 +29,7 @@ from saetrain.logs import LogSettings
 from saetrain.optim import OptimSettings
 from saetrain.training.checkpoint import CheckpointSettings
 from saetrain.training.engine import KernelSettings
-from saetrain.training.firing import LIFT, DeadSettings
+from saetrain.training.firing import DEFAULT_DEAD_BIAS_LIFT, DeadSettings
 from saetrain.training.parallel import ParallelSettings
 from saetrain.training.trainer import TrainSettings
 from saetrain.types import shown_default
@@ -97,7 +97,7 @@ class RunConfig:
     def dead_bias_lr_multiplier(self) -> float:
         """Times the learning rate by which a step raises biases of dead latents."""
         given = self.dead.dead_bias_lift
-        return given if given is not None else LIFT if self._can_raise_dead_bias else 0.0
+        return given if given is not None else DEFAULT_DEAD_BIAS_LIFT if self._can_raise_dead_bias else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,18 +16,18 @@ from saetrain.types import shown_default
 BETAS = (0.8, 0.99)
 EPS = 1e-8
 """Adam's constants; the eps suits gradients of a loss over the variance, averaged over thousands of tokens."""
-ENCODER_SHARE = 0.5
+ENCODER_LR_RATIO = 0.5
 """The encoder's learning rate over the decoder's: latents die of an encoder that moves too fast (docs/recipe.md)."""
-DECAY_SHARE = 0.8
+LR_DECAY_SHARE = 0.8
 """Share of the run, at its end, over which the learning rate falls linearly to zero."""
 SGD_LR = 1.0
 """A rate that trains with momentum 0.9 on a loss over the variance (found by trial: 0.001 leaves FVU at 0.74 there,
 1 at 0.14)."""
-LR, LR_LATENTS, LR_K, LR_TOKENS, LR_STEPS = 0.016, -0.4, 0.1, 0.25, -0.2
+LR_RULE_BASE, LR_POWER_LATENTS, LR_POWER_K, LR_POWER_TOKENS, LR_POWER_STEPS = 0.016, -0.4, 0.1, 0.25, -0.2
 """The rule: the best rate for 3072 latents, k = 32 and 400 steps of 1024 tokens, and its powers."""
-AUTO_DECAY = 0.15
+AUTO_WEIGHT_DECAY = 0.15
 """Weight decay beside the rule's rate."""
-FAR_OFF = 3.0
+LR_WARNING_FACTOR = 3.0
 """Factor off the rule from which the start says so."""
 
 
@@ -56,11 +56,11 @@ class OptimSettings:
                 raise SaetrainError(f"--{name} {value}: must not be negative")
 
     @property
-    def decay(self) -> float:
+    def effective_weight_decay(self) -> float:
         """The weight decay: as given, or what the rule for the learning rate was fitted with."""
         if self.weight_decay is not None:
             return self.weight_decay
-        return AUTO_DECAY if self.lr == "auto" else 0.0
+        return AUTO_WEIGHT_DECAY if self.lr == "auto" else 0.0
 
 
 @dataclass(frozen=True)
@@ -73,95 +73,97 @@ class RunSize:
     steps: int
 
 
-def lr_rule(size: RunSize) -> float:
+def recommended_lr(size: RunSize) -> float:
     """The learning rate of `--lr auto`, fitted to the best of fixed rates (docs/recipe.md)."""
     return float(
-        LR
-        * (size.num_latents / 3072) ** LR_LATENTS
-        * (size.k / 32) ** LR_K
-        * (size.tokens_per_step / 1024) ** LR_TOKENS
-        * (size.steps / 400) ** LR_STEPS
+        LR_RULE_BASE
+        * (size.num_latents / 3072) ** LR_POWER_LATENTS
+        * (size.k / 32) ** LR_POWER_K
+        * (size.tokens_per_step / 1024) ** LR_POWER_TOKENS
+        * (size.steps / 400) ** LR_POWER_STEPS
     )
 
 
 def resolve_lr(settings: OptimSettings, size: RunSize) -> float:
     """The peak learning rate: as given, or by the rule."""
-    return lr_rule(size) if settings.lr == "auto" else settings.lr
+    return recommended_lr(size) if settings.lr == "auto" else settings.lr
 
 
-def lr_remark(lr: float, size: RunSize) -> str | None:
+def describe_unusual_lr(lr: float, size: RunSize) -> str | None:
     """What to say of a learning rate that is far off the rule."""
-    rule = lr_rule(size)
-    ratio = lr / rule
-    if 1 / FAR_OFF <= ratio <= FAR_OFF:
+    recommended = recommended_lr(size)
+    ratio = lr / recommended
+    if 1 / LR_WARNING_FACTOR <= ratio <= LR_WARNING_FACTOR:
         return None
-    far = f"{ratio:.1f} times" if ratio > 1 else f"1/{1 / ratio:.1f} of"
+    relation = f"{ratio:.1f} times" if ratio > 1 else f"1/{1 / ratio:.1f} of"
     return (
-        f"--lr {lr:g} is {far} the {rule:.2g} that --lr auto takes for {size.num_latents} latents, k = {size.k} and "
+        f"--lr {lr:g} is {relation} the {recommended:.2g} that --lr auto takes for {size.num_latents} latents, k = {size.k} and "
         f"{size.steps} steps of {size.tokens_per_step} tokens"
     )
 
 
-def sgd_remark(lr: float) -> str | None:
+def describe_small_sgd_lr(lr: float) -> str | None:
     """What to say of a learning rate by which sgd hardly moves."""
     if lr >= SGD_LR / 10:
         return None
     return f"--lr {lr:g} hardly trains with --optimizer sgd: rates near {SGD_LR:g} do on this loss"
 
 
-def warmup_steps(settings: OptimSettings, steps: int) -> int:
-    """Optimizer steps of the warm-up in a run of ``steps``."""
+def resolve_warmup_steps(settings: OptimSettings, steps: int) -> int:
+    """Optimizer steps of the warm-up in a run of ``total_steps``."""
     return settings.lr_warmup_steps if settings.lr_warmup_steps is not None else min(1000, steps // 20)
 
 
-def lr_factor(step: int, steps: int, warmup: int) -> float:
+def lr_factor(step: int, total_steps: int, warmup_steps: int) -> float:
     """Share of the peak learning rate at optimizer step ``step``, from 0: up, level, then linearly down."""
-    rising = min(1.0, (step + 1) / (warmup + 1))
-    decay = max(1, round(steps * DECAY_SHARE))
-    return rising * min(1.0, (steps - step) / (decay + 1))
+    warmup_factor = min(1.0, (step + 1) / (warmup_steps + 1))
+    decay_steps = max(1, round(total_steps * LR_DECAY_SHARE))
+    return warmup_factor * min(1.0, (total_steps - step) / (decay_steps + 1))
 
 
 Parameters = Mapping[str, nn.Parameter]
-ENCODER = frozenset({"W_enc", "b_enc"})
-LATENT = ("W_enc", "b_enc", "W_dec")
+ENCODER_PARAMETERS = frozenset({"W_enc", "b_enc"})
+LATENT_PARAMETERS = ("W_enc", "b_enc", "W_dec")
 """Parameters that have a row for each latent where they lie in memory."""
-PIECE, PIECE_ELSEWHERE = 1 << 17, 1 << 24
+CHUNK_ELEMENTS_CPU, CHUNK_ELEMENTS_ACCELERATOR = 1 << 17, 1 << 24
 """Numbers of a tensor that Adam steps at once: on a CPU few enough for a core's cache."""
 
 
-def _pieces(rows: Tensor, tensor: Tensor) -> Iterable[Tensor | slice]:
-    """Places of ``rows`` in ``tensor``, some at a time; slices, which need no copies, where they are all."""
-    numbers = PIECE if tensor.device.type == "cpu" else PIECE_ELSEWHERE
-    size = max(1, numbers * len(tensor) // tensor.numel())
+def _split_rows(rows: Tensor, tensor: Tensor) -> Iterable[Tensor | slice]:
+    """Places of ``active`` in ``tensor``, some at a time; slices, which need no copies, where they are all."""
+    max_elements = CHUNK_ELEMENTS_CPU if tensor.device.type == "cpu" else CHUNK_ELEMENTS_ACCELERATOR
+    size = max(1, max_elements * len(tensor) // tensor.numel())
     if len(rows) == len(tensor):
-        return [slice(at, at + size) for at in range(0, len(tensor), size)]
+        return [slice(start, start + size) for start in range(0, len(tensor), size)]
     return rows.split(size)
 
 
-def _adam_piece(tensors: Sequence[Tensor], piece: Tensor | slice, step: Tensor, rate: float, keep: float) -> None:
-    """Adam over ``piece`` of parameter, gradient and moments; ``keep`` is what weight decay leaves of the parameter."""
-    parameter, gradient, first, second = (tensor[piece] for tensor in tensors)
-    if keep != 1:
-        parameter.mul_(keep)
+def _adam_step_chunk(
+    tensors: Sequence[Tensor], chunk: Tensor | slice, step: Tensor, lr: float, decay_factor: float
+) -> None:
+    """Adam over ``chunk`` of parameter, gradient and moments; ``decay_factor`` is what weight decay leaves of the parameter."""
+    parameter, gradient, first, second = (tensor[chunk] for tensor in tensors)
+    if decay_factor != 1:
+        parameter.mul_(decay_factor)
     adam(
         [parameter], [gradient], [first], [second], [], [step.clone()],
-        fused=True, amsgrad=False, beta1=BETAS[0], beta2=BETAS[1], lr=rate, weight_decay=0, eps=EPS, maximize=False,
+        fused=True, amsgrad=False, beta1=BETAS[0], beta2=BETAS[1], lr=lr, weight_decay=0, eps=EPS, maximize=False,
     )  # fmt: skip
-    if isinstance(piece, Tensor):
+    if isinstance(chunk, Tensor):
         for tensor, value in zip((tensors[0], *tensors[2:]), (parameter, first, second), strict=True):
-            tensor[piece] = value
+            tensor[chunk] = value
 
 
-def _adam(parameters: list[Tensor]) -> torch.optim.Optimizer:
+def _build_adam(parameters: list[Tensor]) -> torch.optim.Optimizer:
     # It holds the moments; its steps, which are all of its rows, are not taken.
     return torch.optim.Adam(parameters, lr=0.0, betas=BETAS, eps=EPS)
 
 
-def _sgd(parameters: list[Tensor]) -> torch.optim.Optimizer:
+def _build_sgd(parameters: list[Tensor]) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.0, momentum=0.9)
 
 
-OPTIMIZERS: dict[str, Callable[[list[Tensor]], torch.optim.Optimizer]] = {"adam": _adam, "sgd": _sgd}
+OPTIMIZERS: dict[str, Callable[[list[Tensor]], torch.optim.Optimizer]] = {"adam": _build_adam, "sgd": _build_sgd}
 """Name of ``--optimizer`` -> how it is built."""
 
 
@@ -169,7 +171,7 @@ class Optimizer:
     """A torch optimizer in the order that leaves the saved decoder at unit norm.
 
     Project, clip, step, renormalise: the projection needs unit rows, and clipping after it sees the gradient that
-    is really applied. ``project`` takes the radial part out of the decoder's gradient, ``renormalize`` scales its
+    is really applied. ``project_gradients`` takes the radial part out of the decoder's gradient, ``renormalize`` scales its
     rows, all or those at some places, back to unit norm. Adam leaves a latent alone, weights and moments, on a step
     that gives its bias no gradient: on one in which it does not fire (docs/recipe.md).
     """
@@ -184,16 +186,16 @@ class Optimizer:
     ) -> None:
         self._parameters, self._settings = dict(parameters), settings
         self._project, self._renormalize = project, renormalize
-        self._turned = {name for name, p in parameters.items() if in_memory_order(p) is not p}
-        self._stored = {name: nn.Parameter(in_memory_order(p.detach())) for name, p in parameters.items()}
-        self._lazy = settings.optimizer == "adam"
-        self.torch = OPTIMIZERS[settings.optimizer](list(self._stored.values()))
-        if self._lazy:
-            for own in self._stored.values():
+        self._transposed = {name for name, p in parameters.items() if to_memory_order(p) is not p}
+        self._memory_views = {name: nn.Parameter(to_memory_order(p.detach())) for name, p in parameters.items()}
+        self._is_lazy = settings.optimizer == "adam"
+        self.torch_optimizer = OPTIMIZERS[settings.optimizer](list(self._memory_views.values()))
+        if self._is_lazy:
+            for own in self._memory_views.values():
                 moments = {key: torch.zeros_like(own, requires_grad=False) for key in ("exp_avg", "exp_avg_sq")}
-                self.torch.state[own] = {"step": torch.zeros((), device=own.device), **moments}
+                self.torch_optimizer.state[own] = {"step": torch.zeros((), device=own.device), **moments}
 
-    def project(self) -> Tensor:
+    def project_gradients(self) -> Tensor:
         """Project the gradients; gives their norm, before clipping."""
         # The fused optimizer walks memory, so a gradient that lies in another order would be applied elsewhere.
         assert all(p.grad is None or p.grad.stride() == p.stride() for p in self._parameters.values()), (
@@ -207,35 +209,38 @@ class Optimizer:
         # Scaling by one would read and write all gradients for nothing.
         if 0 < self._settings.max_grad_norm < float(norm):
             torch.nn.utils.clip_grads_with_norm_(self._parameters.values(), self._settings.max_grad_norm, norm)
-        if self._lazy:
+        if self._is_lazy:
             self._step_active(lr)
             return
-        if self._settings.decay:
+        if self._settings.effective_weight_decay:
             with torch.no_grad():
-                self._parameters["W_enc"].mul_(1 - lr * self._settings.decay)
+                self._parameters["W_enc"].mul_(1 - lr * self._settings.effective_weight_decay)
         for name, parameter in self._parameters.items():
-            self._stored[name].grad = None if parameter.grad is None else in_memory_order(parameter.grad)
-        for group in self.torch.param_groups:
+            self._memory_views[name].grad = None if parameter.grad is None else to_memory_order(parameter.grad)
+        for group in self.torch_optimizer.param_groups:
             group["lr"] = lr
-        self.torch.step()
+        self.torch_optimizer.step()
         self._renormalize(None)
 
     @torch.no_grad()
     def _step_active(self, lr: float) -> None:
         """Adam over the latents whose bias has a gradient, some at a time, and over ``b_dec``."""
-        rows = self._active_latents()
+        active = self._active_latents()
         for name, parameter in self._parameters.items():
             assert parameter.grad is not None
-            state = self.torch.state[self._stored[name]]
+            state = self.torch_optimizer.state[self._memory_views[name]]
             tensors = [parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"]]
             if name == "W_enc":
-                tensors = [*(tensor.T for tensor in tensors[:2]), *(self._shown(name, each).T for each in tensors[2:])]
-            rate = lr * (ENCODER_SHARE if name in ENCODER else 1.0)
-            keep = 1 - rate * self._settings.decay if name == "W_enc" else 1.0
-            for piece in _pieces(rows, tensors[0]) if name in LATENT else [slice(None)]:
-                _adam_piece(tensors, piece, state["step"], rate, keep)
+                tensors = [
+                    *(tensor.T for tensor in tensors[:2]),
+                    *(self._in_parameter_shape(name, each).T for each in tensors[2:]),
+                ]
+            parameter_lr = lr * (ENCODER_LR_RATIO if name in ENCODER_PARAMETERS else 1.0)
+            decay_factor = 1 - parameter_lr * self._settings.effective_weight_decay if name == "W_enc" else 1.0
+            for chunk in _split_rows(active, tensors[0]) if name in LATENT_PARAMETERS else [slice(None)]:
+                _adam_step_chunk(tensors, chunk, state["step"], parameter_lr, decay_factor)
             state["step"] += 1
-        self._renormalize(None if len(rows) == len(self._parameters["b_enc"]) else rows)
+        self._renormalize(None if len(active) == len(self._parameters["b_enc"]) else active)
 
     def _active_latents(self) -> Tensor:
         """Places of those whose bias has a gradient."""
@@ -243,38 +248,38 @@ class Optimizer:
         assert bias is not None
         return bias.nonzero().squeeze(1)
 
-    def _shown(self, name: str, stored: Tensor) -> Tensor:
+    def _in_parameter_shape(self, name: str, stored: Tensor) -> Tensor:
         """A tensor that lies in memory as the optimizer's does, in the parameter's shape."""
-        return stored.T if stored.dim() == 2 and name in self._turned else stored
+        return stored.T if stored.dim() == 2 and name in self._transposed else stored
 
-    def drop(self) -> None:
+    def zero_grad(self) -> None:
         """Forget the gradients."""
         for parameter in self._parameters.values():
             if parameter.grad is not None:
                 parameter.grad.zero_()
 
-    def state(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         """The optimizer's tensors as ``{parameter.key: tensor}``."""
         return {
-            f"{name}.{key}": self._shown(name, value)
-            for name, own in self._stored.items()
-            for key, value in self.torch.state[own].items()
+            f"{name}.{key}": self._in_parameter_shape(name, value)
+            for name, own in self._memory_views.items()
+            for key, value in self.torch_optimizer.state[own].items()
             if isinstance(value, Tensor)
         }
 
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Take back what :meth:`state` gave."""
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take back what :meth:`state_dict` gave."""
         for name, value in state.items():
             parameter, key = name.rsplit(".", 1)
-            own, shown = self._stored[parameter], self._parameters[parameter]
+            own, shown = self._memory_views[parameter], self._parameters[parameter]
             # A moment must lie in memory as its parameter does, and the count of steps beside it.
-            moment = value.shape == shown.shape and value.dim() > 0
-            fitted = torch.empty_like(own) if moment else value.to(own.device)
-            if moment:
-                fitted.copy_(value.T if parameter in self._turned else value)
-            self.torch.state[own][key] = fitted
+            is_moment = value.shape == shown.shape and value.dim() > 0
+            loaded = torch.empty_like(own) if is_moment else value.to(own.device)
+            if is_moment:
+                loaded.copy_(value.T if parameter in self._transposed else value)
+            self.torch_optimizer.state[own][key] = loaded
 
 
-def in_memory_order(tensor: Tensor) -> Tensor:
+def to_memory_order(tensor: Tensor) -> Tensor:
     """The same memory, transposed where rows lie across it: optimizers copy what they can't walk straight through."""
     return tensor.T if tensor.dim() == 2 and not tensor.is_contiguous() else tensor

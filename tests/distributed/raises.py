@@ -5,9 +5,9 @@ import time
 
 import saetrain.runs.session as session
 from saetrain.cli import main
-from saetrain.training.trainer import SaeTrainer
+from saetrain.training.trainer import SaeState
 
-take_step, save = SaeTrainer.micro_step, session.save_checkpoint
+take_step, save = SaeState.forward_backward, session.save_checkpoint
 
 
 def micro_step(self, batch, progress):  # type: ignore[no-untyped-def]
@@ -21,6 +21,6 @@ def save_checkpoint(*arguments):  # type: ignore[no-untyped-def]
     return save(*arguments)
 
 
-SaeTrainer.micro_step = micro_step
+SaeState.forward_backward = micro_step
 session.save_checkpoint = save_checkpoint
 main()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from saetrain.training.checkpoint import damage, list_checkpoints
+from saetrain.training.checkpoint import find_damage, list_checkpoints
 from tests.distributed.conftest import (
     ENDS_S,
     Launcher,
@@ -44,7 +44,7 @@ def whole(run: Path) -> None:
     """Nothing half-written is left."""
     checkpoints = list_checkpoints(run / "checkpoints")
     assert checkpoints
-    assert all(damage(path) is None for path in checkpoints)
+    assert all(find_damage(path) is None for path in checkpoints)
     assert not (run / "sae").exists()
 
 

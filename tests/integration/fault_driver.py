@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from saetrain.training.checkpoint import load_checkpoint, newest_whole, save_checkpoint
+from saetrain.training.checkpoint import find_newest_valid, load_checkpoint, save_checkpoint
 
 faults = ctypes.CDLL(sys.argv[1])
 faults.fault_seen.restype = ctypes.c_long
@@ -26,7 +26,7 @@ def save(folder: Path, step: int) -> None:
 
 def check(folder: Path, allowed: set[int]) -> None:
     """The newest whole checkpoint is one of ``allowed``, and holds exactly what was saved."""
-    path, _ = newest_whole(folder)
+    path, _ = find_newest_valid(folder)
     assert path is not None, "nothing to resume from"
     found = load_checkpoint(path)
     step = found.values["step"]

@@ -16,7 +16,7 @@ import torch
 
 from saetrain.cli import main
 from saetrain.files import hash_file
-from saetrain.optim import DECAY_SHARE, lr_factor
+from saetrain.optim import LR_DECAY_SHARE, lr_factor
 from tests.integration.test_resume import (
     SETTINGS,
     STEPS,
@@ -70,7 +70,7 @@ def test_a_signal_saves_the_step_and_loses_nothing(
 )
 def test_a_second_ctrl_c_ends_at_once(signals: list[str], code: int, reached: bool) -> None:
     lines = "".join(f"    os.kill(os.getpid(), signal.{name})\n" for name in signals)
-    source = f"import os, signal\nfrom saetrain.training.stop import StopWish\nwith StopWish():\n{lines}    print('on')"
+    source = f"import os, signal\nfrom saetrain.training.stop import PreemptionHandler\nwith PreemptionHandler():\n{lines}    print('on')"
     done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=False)
     assert done.returncode == code
     assert ("on" in done.stdout) == reached
@@ -257,7 +257,7 @@ def test_more_tokens_go_on_and_the_consequence_is_said(
     shutil.copytree(whole, run)
     resume(tmp_path, tiny_bert, topics_jsonl, "--max_tokens", str(2 * STEPS * 128))
     assert (
-        f"the decay of the learning rate moves to the last {DECAY_SHARE:.0%} of the longer run"
+        f"the decay of the learning rate moves to the last {LR_DECAY_SHARE:.0%} of the longer run"
         in capfd.readouterr().err
     )
     train = [r for r in records(run) if r["kind"] == "train"]

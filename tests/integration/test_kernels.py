@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from saetrain.cli import main
-from saetrain.kernels.processor import half_is_fast
+from saetrain.kernels.processor import has_fast_bf16
 
 BASE = "--k 4 --num_latents 64 --batch_size 2 --ctx_len 32 --eval_tokens 500 --max_tokens 640 --buffer_tokens 256"
 BASE += " --assess false"
@@ -36,7 +36,7 @@ def test_auto_takes_the_fastest_and_says_so(
     tmp_path: Path, tiny_bert: str, topics_jsonl: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main([tiny_bert, topics_jsonl, *BASE.split(), "--save_dir", str(tmp_path)])
-    dtype = "bfloat16" if half_is_fast(torch.device("cpu")) else "float32"
+    dtype = "bfloat16" if has_fast_bf16(torch.device("cpu")) else "float32"
     assert f"kernels: native, products in {dtype}" in capsys.readouterr().err
     assert (about(tmp_path)["kernels"], about(tmp_path)["compute_dtype"]) == ("native", dtype)
 
@@ -88,14 +88,14 @@ def test_an_error_does_not_wait_for_what_is_read_ahead(tmp_path: Path, tiny_bert
     code = """
 import sys, time
 import saetrain.data.loader as loader
-from saetrain.training.trainer import SaeTrainer
-read, count = loader.ShardedSequences.read, SaeTrainer.micro_step
+from saetrain.training.trainer import SaeState
+read, count = loader.ShardedSequences.read, SaeState.forward_backward
 def slow(self, shard, cursor, tokens):
     if cursor != self.start_cursor:
         time.sleep(3)
     return read(self, shard, cursor, tokens)
 loader.ShardedSequences.read = slow
-SaeTrainer.micro_step = lambda self, raw, progress: count(self, raw * float("nan"), progress)
+SaeState.forward_backward = lambda self, raw, progress: count(self, raw * float("nan"), progress)
 from saetrain.cli import main
 main(sys.argv[1:])
 """

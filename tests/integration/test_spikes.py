@@ -10,19 +10,19 @@ import pytest
 import torch
 
 from saetrain.cli import main
-from saetrain.training.trainer import SaeTrainer
+from saetrain.training.trainer import SaeState
 from tests.integration.test_interrupted import short_run
 from tests.integration.test_resume import last_checkpoint, records
 
 
 def poisoned(monkeypatch: pytest.MonkeyPatch, step: int, factor: float) -> None:
     """Make the activations of one step large (or not finite) behind the buffer, as a broken model run would."""
-    take, calls = SaeTrainer.micro_step, iter(range(1, 10_000))
+    take, calls = SaeState.forward_backward, iter(range(1, 10_000))
 
-    def micro_step(self: SaeTrainer, raw_ND: torch.Tensor, progress: Any) -> None:
+    def micro_step(self: SaeState, raw_ND: torch.Tensor, progress: Any) -> None:
         take(self, raw_ND * factor if next(calls) == step else raw_ND, progress)
 
-    monkeypatch.setattr(SaeTrainer, "micro_step", micro_step)
+    monkeypatch.setattr(SaeState, "forward_backward", micro_step)
 
 
 @pytest.mark.parametrize("factor", [50.0, float("nan"), float("inf")])

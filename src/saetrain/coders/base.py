@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from saetrain.kernels import sparse_decode
 from saetrain.types import CoderOutput, Codes, StepContext
 
-ENCODER_SCALE = 0.3
+ENCODER_INIT_NORM = 0.3
 """Norm of the initial encoder's columns: with 1 a code's first values add up to several times what it stands for, and
 the first steps are spent on bringing them down (docs/recipe.md)."""
-ROWS = 256
+ROWS_PER_CHUNK = 256
 """Latents that are projected at once."""
 
 
@@ -37,7 +37,7 @@ class SparseCoder(nn.Module, ABC):
         directions /= directions.norm(dim=1, keepdim=True)
         self.W_dec = nn.Parameter(directions)
         # Its memory holds one latent after the other, as the decoder's does: each kernel reads whole latents.
-        self.W_enc = nn.Parameter((ENCODER_SCALE * directions).T)
+        self.W_enc = nn.Parameter((ENCODER_INIT_NORM * directions).T)
         self.b_enc = nn.Parameter(torch.zeros(num_latents))
         self.b_dec = nn.Parameter(torch.zeros(d_in))
 
@@ -67,8 +67,8 @@ class SparseCoder(nn.Module, ABC):
         """Take out of ``W_dec``'s gradient what would only change the norm of its rows (Bricken et al. 2023)."""
         assert self.W_dec.grad is not None
         # In pieces that stay in a core's cache from the product to the subtraction.
-        pieces = (self.W_dec.grad.split(ROWS), self.W_dec.split(ROWS))
-        for grad, weight in zip(*pieces, strict=True):
+        chunks = (self.W_dec.grad.split(ROWS_PER_CHUNK), self.W_dec.split(ROWS_PER_CHUNK))
+        for grad, weight in zip(*chunks, strict=True):
             grad.addcmul_((grad * weight).sum(dim=1, keepdim=True), weight, value=-1)
 
     @torch.no_grad()
@@ -78,6 +78,6 @@ class SparseCoder(nn.Module, ABC):
         if rows is None:
             self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True).clamp_min(tiny))
             return
-        for piece in rows.split(ROWS):
-            weight = self.W_dec[piece]
-            self.W_dec[piece] = weight / weight.norm(dim=1, keepdim=True).clamp_min(tiny)
+        for chunk in rows.split(ROWS_PER_CHUNK):
+            weight = self.W_dec[chunk]
+            self.W_dec[chunk] = weight / weight.norm(dim=1, keepdim=True).clamp_min(tiny)

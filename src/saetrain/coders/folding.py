@@ -16,7 +16,7 @@ from saetrain.coders.base import SparseCoder
 
 
 @torch.no_grad()
-def folded(coder: SparseCoder, mean_D: Tensor, scale: float, axes_DD: Tensor) -> SparseCoder:
+def fold_normalizer(coder: SparseCoder, mean_D: Tensor, scale: float, axes_DD: Tensor) -> SparseCoder:
     """A coder of raw activations; ``coder`` stays as it is."""
     out = copy.copy(coder)
     weights = {
@@ -31,8 +31,8 @@ def folded(coder: SparseCoder, mean_D: Tensor, scale: float, axes_DD: Tensor) ->
 
 
 @torch.no_grad()
-def unfold_(coder: SparseCoder, mean_D: Tensor, scale: float, axes_DD: Tensor) -> None:
-    """Undo :func:`folded` in place: a coder of raw activations becomes one of centred, scaled and turned ones."""
+def unfold_normalizer_(coder: SparseCoder, mean_D: Tensor, scale: float, axes_DD: Tensor) -> None:
+    """Undo :func:`fold_normalizer` in place: a coder of raw activations becomes one of centred, scaled and turned ones."""
     coder.W_enc.copy_(axes_DD.T @ coder.W_enc)
     coder.W_dec.copy_(coder.W_dec @ axes_DD)
     coder.b_enc.div_(scale)

@@ -38,15 +38,15 @@ class TopKSettings:
         if self.auxk_alpha < 0:
             raise SaetrainError(f"--auxk_alpha {self.auxk_alpha}: must not be negative")
 
-    def latents(self, d_in: int) -> int:
+    def resolve_num_latents(self, d_in: int) -> int:
         """Number of latents over inputs of width ``d_in``; SaetrainError when k exceeds it."""
-        latents = self.num_latents or d_in * self.expansion_factor
-        if self.k > latents:
-            raise SaetrainError(f"--k {self.k}: more than the {latents} latents")
-        return latents
+        num_latents = self.num_latents or d_in * self.expansion_factor
+        if self.k > num_latents:
+            raise SaetrainError(f"--k {self.k}: more than the {num_latents} latents")
+        return num_latents
 
 
-def auxk_size(d_in: int) -> int:
+def default_k_aux(d_in: int) -> int:
     """Dead latents that AuxK uses per token: the power of two nearest to d_in / 2 (Gao et al. §A.2)."""
     return int(2 ** round(math.log2(max(d_in / 2, 1.0))))
 
@@ -60,11 +60,11 @@ class TopK(SparseCoder):
         self.k, self.auxk_alpha = k, auxk_alpha
 
     @classmethod
-    def of(cls, parameters: Mapping[str, Tensor], k: int) -> TopK:
+    def from_weights(cls, weights: Mapping[str, Tensor], k: int) -> TopK:
         """A coder with these parameters, which it shares."""
         coder = cls(1, k, k)
-        coder.num_latents, coder.d_in = parameters["W_dec"].shape
-        for name, value in parameters.items():
+        coder.num_latents, coder.d_in = weights["W_dec"].shape
+        for name, value in weights.items():
             setattr(coder, name, torch.nn.Parameter(value.detach(), requires_grad=False))
         return coder
 
@@ -81,16 +81,16 @@ class TopK(SparseCoder):
         terms = {"recon": reconstruction_loss(y_ND, output.reconstruction, n, variance)}
         if self.auxk_alpha and progress.dead_mask is not None:
             residual = (y_ND - output.reconstruction).detach()
-            terms["auxk"] = self.auxk_alpha * self._auxk(x_ND, residual, progress.dead_mask, progress)
+            terms["auxk"] = self.auxk_alpha * self._compute_auxk_loss(x_ND, residual, progress.dead_mask, progress)
         return terms
 
-    def _auxk(self, x_ND: Tensor, residual_ND: Tensor, dead: Tensor, progress: StepContext) -> Tensor:
+    def _compute_auxk_loss(self, x_ND: Tensor, residual_ND: Tensor, dead: Tensor, progress: StepContext) -> Tensor:
         """AuxK over the dead columns alone; its gradient reaches ``W_enc``, ``b_enc`` and ``W_dec``, and no bias."""
-        columns = dead.nonzero().squeeze(1)
-        wanted = auxk_size(self.d_in)
-        k = min(wanted, len(columns))
-        pre = torch.addmm(self.b_enc[columns], x_ND - self.b_dec.detach(), self.W_enc[:, columns])
+        dead_indices = dead.nonzero().squeeze(1)
+        k_aux = default_k_aux(self.d_in)
+        k = min(k_aux, len(dead_indices))
+        pre = torch.addmm(self.b_enc[dead_indices], x_ND - self.b_dec.detach(), self.W_enc[:, dead_indices])
         values, indices = topk_relu(pre, k)
-        estimate = sparse_decode(values, indices, self.W_dec[columns])
-        share = torch.tensor(min(len(columns) / wanted, 1.0), device=x_ND.device)
-        return auxk_loss(residual_ND, estimate, progress.n_tokens, progress.residual_variance, share)
+        estimate = sparse_decode(values, indices, self.W_dec[dead_indices])
+        dead_share = torch.tensor(min(len(dead_indices) / k_aux, 1.0), device=x_ND.device)
+        return auxk_loss(residual_ND, estimate, progress.n_tokens, progress.residual_variance, dead_share)

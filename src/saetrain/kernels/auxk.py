@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-CHUNK_BYTES, CHUNK_BYTES_ELSEWHERE = 16 << 20, 512 << 20
+CHUNK_BYTES_CPU, CHUNK_BYTES_ACCELERATOR = 16 << 20, 512 << 20
 """Memory of the pre-activations that are held at once: on a CPU they stay in cache, elsewhere sums are read and written
 less often."""
 
 
 @dataclass(frozen=True)
-class AuxGradients:
+class AuxKGradients:
     """The loss, a scalar, and its gradients for A dead latents: ``W_enc`` and ``W_dec`` (A, D), ``b_enc`` (A,)."""
 
     loss: Tensor
@@ -22,30 +22,30 @@ class AuxGradients:
     b_enc: Tensor
 
 
-def auxk_gradients(
+def compute_auxk_gradients(
     x_ND: Tensor, residual_ND: Tensor, W_enc_AD: Tensor, b_enc_A: Tensor, W_dec_AD: Tensor, *, k: int, weight: Tensor
-) -> AuxGradients:
+) -> AuxKGradients:
     """``weight`` · Σ‖residual - ê‖² with ê = ReLU(TopK_k(x W_encᵀ + b_enc)) W_dec, and its gradients, in fp32.
 
     ``x_ND`` is what the encoder multiplies (centred, decoder bias subtracted). Products run in the dtype of
     ``x_ND``; Gao et al., arXiv 2406.04093 §A.2.
     """
     W_enc, W_dec = W_enc_AD.to(x_ND.dtype), W_dec_AD.to(x_ND.dtype)
-    total = AuxGradients(
+    sums = AuxKGradients(
         weight.new_zeros(()),
         torch.zeros_like(W_enc_AD, dtype=torch.float32),
         torch.zeros_like(W_dec_AD, dtype=torch.float32),
         torch.zeros_like(b_enc_A),
     )
-    chunk = CHUNK_BYTES if x_ND.device.type == "cpu" else CHUNK_BYTES_ELSEWHERE
-    rows = max(64, chunk // (4 * len(b_enc_A)))
+    chunk_bytes = CHUNK_BYTES_CPU if x_ND.device.type == "cpu" else CHUNK_BYTES_ACCELERATOR
+    rows = max(64, chunk_bytes // (4 * len(b_enc_A)))
     for x, residual in zip(x_ND.split(rows), residual_ND.split(rows), strict=True):
-        _add_chunk(total, x, residual, W_enc, b_enc_A, W_dec, k, weight)
-    return total
+        _add_chunk(sums, x, residual, W_enc, b_enc_A, W_dec, k, weight)
+    return sums
 
 
 def _add_chunk(
-    total: AuxGradients,
+    sums: AuxKGradients,
     x: Tensor,
     residual: Tensor,
     W_enc: Tensor,
@@ -61,9 +61,9 @@ def _add_chunk(
         # The k-th largest itself stays, and whatever ties with it.
         code = code * (pre >= pre.topk(k, dim=1, sorted=False).values.amin(dim=1, keepdim=True))
     error = (code.to(dtype) @ W_dec).float() - residual
-    slope = (2 * weight * error).to(dtype)
-    latent = (slope @ W_dec.T).float() * (code > 0)
-    total.loss.add_(weight * error.pow(2).sum())
-    total.W_enc.add_(latent.to(dtype).T @ x)
-    total.W_dec.add_(code.to(dtype).T @ slope)
-    total.b_enc.add_(latent.sum(dim=0))
+    grad_estimate = (2 * weight * error).to(dtype)
+    grad_pre = (grad_estimate @ W_dec.T).float() * (code > 0)
+    sums.loss.add_(weight * error.pow(2).sum())
+    sums.W_enc.add_(grad_pre.to(dtype).T @ x)
+    sums.W_dec.add_(code.to(dtype).T @ grad_estimate)
+    sums.b_enc.add_(grad_pre.sum(dim=0))

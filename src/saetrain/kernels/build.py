@@ -16,47 +16,47 @@ from pathlib import Path
 import torch
 
 SOURCE = Path(__file__).with_name("native.cpp")
-FLAGS = ("-O3", "-march=native", "-ffast-math", "-fno-finite-math-only", "-fopenmp", "-fPIC", "-std=c++17")
+COMPILER_FLAGS = ("-O3", "-march=native", "-ffast-math", "-fno-finite-math-only", "-fopenmp", "-fPIC", "-std=c++17")
 
 
-def build(anew: bool = False) -> Path:
+def build_library(rebuild: bool = False) -> Path:
     """Compile native.cpp unless a library of the same source, flags, compiler and processor is cached.
 
-    ``anew``: also then, for that one could not be loaded. OSError where it can't be built.
+    ``rebuild``: also then, for that one could not be loaded. OSError where it can't be built.
     """
-    compiler = _compiler()
-    about = [SOURCE.read_text(), *FLAGS, _processor(), torch.__version__, *_openmp()]
-    folder, name = _folder(), f"native-{platform.machine()}-{_key(about)}"
+    compiler = _find_compiler()
+    key_parts = [SOURCE.read_text(), *COMPILER_FLAGS, _describe_processor(), torch.__version__, *_openmp_flags()]
+    folder, name = _open_cache_folder(), f"native-{platform.machine()}-{_hash_parts(key_parts)}"
     if compiler is None:
         # What was built while there was one serves as well.
         built = sorted(folder.glob(f"{name}-*.so"), key=lambda path: path.stat().st_mtime)
-        if built and not anew:
+        if built and not rebuild:
             return built[-1]
         raise OSError("no C++ compiler was found: g++, c++, clang++, or the one that CXX names")
-    library = folder / f"{name}-{_key([_version(compiler)])}.so"
-    if library.exists() and not anew:
+    library = folder / f"{name}-{_hash_parts([_get_compiler_version(compiler)])}.so"
+    if library.exists() and not rebuild:
         return library
     print(f"building the C++ kernels, once; they are kept in {folder}", file=sys.stderr)
     with tempfile.TemporaryDirectory(dir=folder) as work:
-        unit, shared = Path(work, "native.o"), Path(work, "native.so")
-        _run([*compiler, *FLAGS, "-c", str(SOURCE), "-o", str(unit)])
-        _run([*compiler, "-shared", str(unit), "-o", str(shared), *_openmp()])
-        os.replace(shared, library)
+        object_file, shared_object = Path(work, "native.o"), Path(work, "native.so")
+        _run_command([*compiler, *COMPILER_FLAGS, "-c", str(SOURCE), "-o", str(object_file)])
+        _run_command([*compiler, "-shared", str(object_file), "-o", str(shared_object), *_openmp_flags()])
+        os.replace(shared_object, library)
     return library
 
 
-def _key(about: list[str]) -> str:
-    return hashlib.sha256("\0".join(about).encode()).hexdigest()[:16]
+def _hash_parts(parts: list[str]) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
-def _compiler() -> list[str] | None:
+def _find_compiler() -> list[str] | None:
     """Its command, or None where there is none."""
     named = shlex.split(os.environ.get("CXX", ""))
     found = next((path for name in ("g++", "c++", "clang++") if (path := shutil.which(name))), None)
     return named or ([found] if found else None)
 
 
-def _version(compiler: list[str]) -> str:
+def _get_compiler_version(compiler: list[str]) -> str:
     try:
         return subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError) as error:
@@ -64,7 +64,7 @@ def _version(compiler: list[str]) -> str:
         raise OSError(f"the compiler {shlex.join(compiler)}{origin} does not run") from error
 
 
-def _folder() -> Path:
+def _open_cache_folder() -> Path:
     """The user's cache, or a temporary folder of this process where there is none to write to."""
     try:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -78,7 +78,7 @@ def _folder() -> Path:
         return folder
 
 
-def _processor() -> str:
+def _describe_processor() -> str:
     """What -march=native stands for here: a home may be shared by different machines."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
@@ -87,15 +87,15 @@ def _processor() -> str:
     return "\n".join(sorted(found)) or platform.processor()
 
 
-def _openmp() -> list[str]:
+def _openmp_flags() -> list[str]:
     """torch's own OpenMP library: a second one would bring a second set of threads."""
     folder = Path(torch.__file__).parent / "lib"
     found = sorted(folder.glob("libgomp*.so*"))
     return [f"-L{folder}", f"-l:{found[0].name}"] if found else ["-fopenmp"]
 
 
-def _run(command: list[str]) -> None:
+def _run_command(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        said = (done.stderr.strip().splitlines() or ["it says nothing"])[0]
-        raise OSError(f"{command[0]} failed: {said}")
+        first_line = (done.stderr.strip().splitlines() or ["it says nothing"])[0]
+        raise OSError(f"{command[0]} failed: {first_line}")

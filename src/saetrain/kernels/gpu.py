@@ -17,7 +17,7 @@ BUILD_ERRORS = (triton.TritonError, RuntimeError, ValueError, OSError, subproces
 
 
 @triton.jit
-def _half(value):
+def _round_to_bf16(value):
     """In bf16, rounded to nearest even as torch does: the interpreter would cut off."""
     bits = value.to(tl.float32).to(tl.uint32, bitcast=True)
     bits = tl.where(value == value, bits + 0x7FFF + ((bits >> 16) & 1), bits)
@@ -25,16 +25,16 @@ def _half(value):
 
 
 @triton.jit
-def reconstruct(
+def compute_residuals_kernel(
     x,  # (N, D) fp32, less the decoder's bias
     W_dec,  # (F, D) in the products' format
     values,  # (N, K)
     indices,  # (N, K) int32
-    scale,  # scalar: the loss is scale / 2 times the squared residual
+    loss_scale,  # scalar: the loss is scale / 2 times the squared residual
     residual,  # (N, D) fp32 out
     residual_copy,  # (N, D) out, in the products' format
-    slopes,  # (N, K) out: the loss' gradient by each pre-activation
-    norms,  # (N,) out: the residual's
+    grad_pre,  # (N, K) out: the loss' gradient by each pre-activation
+    residual_norms,  # (N,) out: the residual's
     D,
     K: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -45,40 +45,40 @@ def reconstruct(
     d = tl.arange(0, BLOCK_D)
     inside = d < D
     decoded = tl.zeros((BLOCK_D,), tl.float32)
-    for at in range(0, K, BLOCK_K):
-        active = at + tl.arange(0, BLOCK_K)
+    for start in range(0, K, BLOCK_K):
+        active = start + tl.arange(0, BLOCK_K)
         mask = active < K
         value = tl.load(values + token * K + active, mask=mask, other=0.0)
         latent = tl.load(indices + token * K + active, mask=mask, other=0).to(tl.int64)
         rows = tl.load(W_dec + latent[:, None] * D + d[None, :], mask=mask[:, None] & inside[None, :], other=0.0)
         decoded += tl.sum(value[:, None] * rows.to(tl.float32), axis=0)
-    left = tl.where(inside, tl.load(x + token * D + d, mask=inside, other=0.0) - decoded, 0.0)
-    tl.store(residual + token * D + d, left, mask=inside)
+    error = tl.where(inside, tl.load(x + token * D + d, mask=inside, other=0.0) - decoded, 0.0)
+    tl.store(residual + token * D + d, error, mask=inside)
     if residual_copy.dtype.element_ty == tl.bfloat16:
-        tl.store(residual_copy + token * D + d, _half(left), mask=inside)
-    tl.store(norms + token, tl.sqrt(tl.sum(left * left, axis=0)))
-    factor = -tl.load(scale)
-    for at in range(0, K, BLOCK_K):
-        active = at + tl.arange(0, BLOCK_K)
+        tl.store(residual_copy + token * D + d, _round_to_bf16(error), mask=inside)
+    tl.store(residual_norms + token, tl.sqrt(tl.sum(error * error, axis=0)))
+    factor = -tl.load(loss_scale)
+    for start in range(0, K, BLOCK_K):
+        active = start + tl.arange(0, BLOCK_K)
         mask = active < K
         value = tl.load(values + token * K + active, mask=mask, other=0.0)
         latent = tl.load(indices + token * K + active, mask=mask, other=0).to(tl.int64)
         rows = tl.load(W_dec + latent[:, None] * D + d[None, :], mask=mask[:, None] & inside[None, :], other=0.0)
-        slope = factor * tl.sum(rows.to(tl.float32) * left[None, :], axis=1)
-        tl.store(slopes + token * K + active, tl.where(value > 0, slope, 0.0), mask=mask)
+        grad = factor * tl.sum(rows.to(tl.float32) * error[None, :], axis=1)
+        tl.store(grad_pre + token * K + active, tl.where(value > 0, grad, 0.0), mask=mask)
 
 
 @triton.jit
-def bound_norms(
+def bound_norms_kernel(
     starts,  # (F + 1,) int64: where a latent's pairs begin
     pair_token,  # (P,) int32
     pair_value,  # (P,)
-    pair_slope,  # (P,)
+    pair_grad_pre,  # (P,)
     x_norms,  # (N,)
     residual_norms,  # (N,)
-    scale,
-    bias,  # (F,) out: the gradient of b_enc
-    squares,  # (F,) out: at least the squared norm of the latent's gradients
+    loss_scale,
+    grad_b_enc,  # (F,) out: the gradient of b_enc
+    squared_bounds,  # (F,) out: at least the squared norm of the latent's gradients
     BLOCK: tl.constexpr,
 ):
     """A sum of rows is no longer than the sum of their lengths, which needs no row."""
@@ -87,29 +87,29 @@ def bound_norms(
     stop = tl.load(starts + latent + 1)
     dec = tl.zeros((BLOCK,), tl.float32)
     enc = tl.zeros((BLOCK,), tl.float32)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for at in range(first, stop, BLOCK):
-        pair = at + tl.arange(0, BLOCK)
+    grad_sum = tl.zeros((BLOCK,), tl.float32)
+    for start in range(first, stop, BLOCK):
+        pair = start + tl.arange(0, BLOCK)
         mask = pair < stop
         token = tl.load(pair_token + pair, mask=mask, other=0)
-        slope = tl.load(pair_slope + pair, mask=mask, other=0.0)
+        grad_pre = tl.load(pair_grad_pre + pair, mask=mask, other=0.0)
         dec += tl.load(pair_value + pair, mask=mask, other=0.0) * tl.load(residual_norms + token, mask=mask, other=0.0)
-        enc += tl.abs(slope) * tl.load(x_norms + token, mask=mask, other=0.0)
-        total += slope
-    scaled = tl.load(scale) * tl.sum(dec, axis=0)
-    length = tl.sum(enc, axis=0)
-    gradient = tl.sum(total, axis=0)
-    tl.store(bias + latent, gradient)
-    tl.store(squares + latent, scaled * scaled + length * length + gradient * gradient)
+        enc += tl.abs(grad_pre) * tl.load(x_norms + token, mask=mask, other=0.0)
+        grad_sum += grad_pre
+    dec_bound = tl.load(loss_scale) * tl.sum(dec, axis=0)
+    enc_bound = tl.sum(enc, axis=0)
+    gradient = tl.sum(grad_sum, axis=0)
+    tl.store(grad_b_enc + latent, gradient)
+    tl.store(squared_bounds + latent, dec_bound * dec_bound + enc_bound * enc_bound + gradient * gradient)
 
 
 @triton.jit
-def _rows_of(
+def _sum_gradient_rows(
     first,
     stop,
     pair_token,
     pair_value,
-    pair_slope,
+    pair_grad_pre,
     x,
     residual,
     factor,
@@ -122,32 +122,32 @@ def _rows_of(
     inside = d < D
     enc = tl.zeros((BLOCK_D,), tl.float32)
     dec = tl.zeros((BLOCK_D,), tl.float32)
-    for at in range(first, stop, BLOCK_P):
-        pair = at + tl.arange(0, BLOCK_P)
+    for start in range(first, stop, BLOCK_P):
+        pair = start + tl.arange(0, BLOCK_P)
         mask = pair < stop
         token = tl.load(pair_token + pair, mask=mask, other=0).to(tl.int64)
-        slope = tl.load(pair_slope + pair, mask=mask, other=0.0)
+        grad_pre = tl.load(pair_grad_pre + pair, mask=mask, other=0.0)
         value = factor * tl.load(pair_value + pair, mask=mask, other=0.0)
-        place = token[:, None] * D + d[None, :]
-        here = mask[:, None] & inside[None, :]
-        enc += tl.sum(slope[:, None] * tl.load(x + place, mask=here, other=0.0).to(tl.float32), axis=0)
-        dec += tl.sum(value[:, None] * tl.load(residual + place, mask=here, other=0.0).to(tl.float32), axis=0)
+        offsets = token[:, None] * D + d[None, :]
+        row_mask = mask[:, None] & inside[None, :]
+        enc += tl.sum(grad_pre[:, None] * tl.load(x + offsets, mask=row_mask, other=0.0).to(tl.float32), axis=0)
+        dec += tl.sum(value[:, None] * tl.load(residual + offsets, mask=row_mask, other=0.0).to(tl.float32), axis=0)
     return enc, dec
 
 
 @triton.jit
-def partial(
+def sum_segments_kernel(
     segment_latent,  # (S,) int32: whose segment this is; -1 where there is none
     segment_first,  # (S,) int64: its first pair
     starts,
     pair_token,
     pair_value,
-    pair_slope,
+    pair_grad_pre,
     x,  # (N, D) what the encoder multiplies, in the products' format
     residual,  # (N, D) in the products' format
-    scale,
-    part_enc,  # (S, D) out
-    part_dec,  # (S, D) out
+    loss_scale,
+    segment_sum_enc,  # (S, D) out
+    segment_sum_dec,  # (S, D) out
     D,
     SEGMENT: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -159,16 +159,18 @@ def partial(
     if latent >= 0:
         first = tl.load(segment_first + segment)
         stop = tl.minimum(first + SEGMENT, tl.load(starts + latent + 1))
-        factor = -tl.load(scale)
-        enc, dec = _rows_of(first, stop, pair_token, pair_value, pair_slope, x, residual, factor, D, BLOCK_D, BLOCK_P)
+        factor = -tl.load(loss_scale)
+        enc, dec = _sum_gradient_rows(
+            first, stop, pair_token, pair_value, pair_grad_pre, x, residual, factor, D, BLOCK_D, BLOCK_P
+        )
         d = tl.arange(0, BLOCK_D)
-        tl.store(part_enc + segment * D + d, enc, mask=d < D)
-        tl.store(part_dec + segment * D + d, dec, mask=d < D)
+        tl.store(segment_sum_enc + segment * D + d, enc, mask=d < D)
+        tl.store(segment_sum_dec + segment * D + d, dec, mask=d < D)
 
 
 @triton.jit
-def _gradient(
-    latent, starts, pair_token, pair_value, pair_slope, segments, part_enc, part_dec, x, residual, scale,
+def _load_gradient_rows(
+    latent, starts, pair_token, pair_value, pair_grad_pre, segment_starts, segment_sum_enc, segment_sum_dec, x, residual, loss_scale,
     extra_row, extra_enc, extra_dec, D, EXTRA: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """Both gradient rows of a latent, from its pairs or from the parts of its segments."""
@@ -176,30 +178,32 @@ def _gradient(
     inside = d < D
     first = tl.load(starts + latent)
     stop = tl.load(starts + latent + 1)
-    part = tl.load(segments + latent)
-    last = tl.load(segments + latent + 1)
+    first_segment = tl.load(segment_starts + latent)
+    stop_segment = tl.load(segment_starts + latent + 1)
     # No pairs are left to the loop where there are parts.
-    stop = tl.where(last > part, first, stop)
-    enc, dec = _rows_of(
-        first, stop, pair_token, pair_value, pair_slope, x, residual, -tl.load(scale), D, BLOCK_D, BLOCK_P
+    stop = tl.where(stop_segment > first_segment, first, stop)
+    enc, dec = _sum_gradient_rows(
+        first, stop, pair_token, pair_value, pair_grad_pre, x, residual, -tl.load(loss_scale), D, BLOCK_D, BLOCK_P
     )
-    for number in range(part, last):
-        enc += tl.load(part_enc + number * D + d, mask=inside, other=0.0)
-        dec += tl.load(part_dec + number * D + d, mask=inside, other=0.0)
+    for segment in range(first_segment, stop_segment):
+        enc += tl.load(segment_sum_enc + segment * D + d, mask=inside, other=0.0)
+        dec += tl.load(segment_sum_dec + segment * D + d, mask=inside, other=0.0)
     if EXTRA:
         row = tl.load(extra_row + latent).to(tl.int64)
-        has = inside & (d * 0 + row >= 0)
-        enc += tl.load(extra_enc + row * D + d, mask=has, other=0.0)
-        dec += tl.load(extra_dec + row * D + d, mask=has, other=0.0)
+        has_extra = inside & (d * 0 + row >= 0)
+        enc += tl.load(extra_enc + row * D + d, mask=has_extra, other=0.0)
+        dec += tl.load(extra_dec + row * D + d, mask=has_extra, other=0.0)
     return enc, dec
 
 
 @triton.jit
-def _adam(m, v, gradient, root, BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr):
+def _compute_adam_step(
+    m, v, gradient, inv_sqrt_correction, BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr
+):
     """New moments and the step at rate 1, before the first correction."""
     m += (1 - BETA1) * (gradient - m)
     v = BETA2 * v + (1 - BETA2) * gradient * gradient
-    return m, v, m / (tl.sqrt(v) * root + EPS)
+    return m, v, m / (tl.sqrt(v) * inv_sqrt_correction + EPS)
 
 
 MEASURE = tl.constexpr(0)
@@ -209,93 +213,100 @@ UPDATE = tl.constexpr(3)
 
 
 @triton.jit
-def latents(
-    gate,  # scalar int32: nothing is done where it is 0
-    starts, pair_token, pair_value, pair_slope,
-    segments,  # (F + 1,) int64: where a latent's parts begin; it has none where one program sums its pairs
-    part_enc, part_dec,  # (S, D)
+def latent_pass_kernel(
+    ok,  # scalar int32: nothing is done where it is 0
+    starts, pair_token, pair_value, pair_grad_pre,
+    segment_starts,  # (F + 1,) int64: where a latent's parts begin; it has none where one program sums its pairs
+    segment_sum_enc, segment_sum_dec,  # (S, D)
     x, residual,  # (N, D) in the products' format
-    scale,
+    loss_scale,
     extra_row,  # (F,) int32 row of further gradients (AuxK), or -1
     extra_enc, extra_dec,
-    bias,  # (F,) the gradient of b_enc, the further ones in it
+    grad_b_enc,  # (F,) the gradient of b_enc, the further ones in it
     grad_enc, grad_dec,  # (F, D) in memory: written by STORE and ADD, read with STORED
-    W_enc, W_dec, b_enc, half_enc, half_dec,
+    W_enc, W_dec, b_enc, W_enc_bf16, W_dec_bf16,
     m_enc, v_enc, m_dec, v_dec, m_b, v_b,
-    squares,  # (F,) out: of the projected gradient
+    squared_norms,  # (F,) out: of the projected gradient
     rates,  # (4,): the decoder's, the encoder's, 1 - decay, 1 / root of the second correction
     clip,  # scalar that gradients are multiplied with
     D,
     BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr,
-    MODE: tl.constexpr, STORED: tl.constexpr, EXTRA: tl.constexpr, HALF: tl.constexpr,
+    MODE: tl.constexpr, STORED: tl.constexpr, EXTRA: tl.constexpr, BF16: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """Both gradient rows of a latent, then what the mode asks for: their norm, to keep them, or the whole update."""
-    if tl.load(gate) == 0:
+    if tl.load(ok) == 0:
         return
     latent = tl.program_id(0).to(tl.int64)
-    b = tl.load(bias + latent)
+    b = tl.load(grad_b_enc + latent)
     # A step on which a latent does not fire leaves it alone, its moments too.
     if (MODE == MEASURE or MODE == UPDATE) and b == 0:  # noqa: SIM109
-        tl.store(squares + latent, 0.0)
+        tl.store(squared_norms + latent, 0.0)
         return
     d = tl.arange(0, BLOCK_D)
     inside = d < D
-    at = latent * D + d
+    offsets = latent * D + d
     if STORED:
-        enc = tl.load(grad_enc + at, mask=inside, other=0.0)
-        dec = tl.load(grad_dec + at, mask=inside, other=0.0)
+        enc = tl.load(grad_enc + offsets, mask=inside, other=0.0)
+        dec = tl.load(grad_dec + offsets, mask=inside, other=0.0)
     else:
-        enc, dec = _gradient(
-            latent, starts, pair_token, pair_value, pair_slope, segments, part_enc, part_dec, x, residual, scale,
+        enc, dec = _load_gradient_rows(
+            latent, starts, pair_token, pair_value, pair_grad_pre, segment_starts, segment_sum_enc, segment_sum_dec, x, residual, loss_scale,
             extra_row, extra_enc, extra_dec, D, EXTRA, BLOCK_D, BLOCK_P,
         )  # fmt: skip
     # Triton's compiler knows no `in`.
     if MODE == STORE or MODE == ADD:  # noqa: SIM109
         if MODE == ADD:
-            enc += tl.load(grad_enc + at, mask=inside, other=0.0)
-            dec += tl.load(grad_dec + at, mask=inside, other=0.0)
-        tl.store(grad_enc + at, enc, mask=inside)
-        tl.store(grad_dec + at, dec, mask=inside)
+            enc += tl.load(grad_enc + offsets, mask=inside, other=0.0)
+            dec += tl.load(grad_dec + offsets, mask=inside, other=0.0)
+        tl.store(grad_enc + offsets, enc, mask=inside)
+        tl.store(grad_dec + offsets, dec, mask=inside)
     else:
-        w_dec = tl.load(W_dec + at, mask=inside, other=0.0)
+        w_dec = tl.load(W_dec + offsets, mask=inside, other=0.0)
         dec -= tl.sum(dec * w_dec, axis=0) * w_dec
-        tl.store(squares + latent, tl.sum(enc * enc, axis=0) + tl.sum(dec * dec, axis=0) + b * b)
+        tl.store(squared_norms + latent, tl.sum(enc * enc, axis=0) + tl.sum(dec * dec, axis=0) + b * b)
         if MODE == UPDATE:
-            _update(
-                latent, at, inside, enc, dec, b, w_dec, W_enc, W_dec, b_enc, half_enc, half_dec,
-                m_enc, v_enc, m_dec, v_dec, m_b, v_b, rates, tl.load(clip), BETA1, BETA2, EPS, HALF,
+            _update_latent(
+                latent, offsets, inside, enc, dec, b, w_dec, W_enc, W_dec, b_enc, W_enc_bf16, W_dec_bf16,
+                m_enc, v_enc, m_dec, v_dec, m_b, v_b, rates, tl.load(clip), BETA1, BETA2, EPS, BF16,
             )  # fmt: skip
 
 
 @triton.jit
-def _update(
-    latent, at, inside, enc, dec, b, w_dec, W_enc, W_dec, b_enc, half_enc, half_dec,
+def _update_latent(
+    latent, offsets, inside, enc, dec, b, w_dec, W_enc, W_dec, b_enc, W_enc_bf16, W_dec_bf16,
     m_enc, v_enc, m_dec, v_dec, m_b, v_b, rates, clip,
-    BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr, HALF: tl.constexpr,
+    BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr, BF16: tl.constexpr,
 ):  # fmt: skip
     """Adam over one latent, and its decoder row back to unit norm."""
-    rate, encoder_rate, keep, root = tl.load(rates), tl.load(rates + 1), tl.load(rates + 2), tl.load(rates + 3)
-    m = tl.load(m_dec + at, mask=inside, other=0.0)
-    v = tl.load(v_dec + at, mask=inside, other=0.0)
-    m, v, move = _adam(m, v, clip * dec, root, BETA1, BETA2, EPS)
-    w_dec = tl.where(inside, w_dec - rate * move, 0.0)
+    lr, encoder_lr, decay_factor, inv_sqrt_correction = (
+        tl.load(rates),
+        tl.load(rates + 1),
+        tl.load(rates + 2),
+        tl.load(rates + 3),
+    )
+    m = tl.load(m_dec + offsets, mask=inside, other=0.0)
+    v = tl.load(v_dec + offsets, mask=inside, other=0.0)
+    m, v, move = _compute_adam_step(m, v, clip * dec, inv_sqrt_correction, BETA1, BETA2, EPS)
+    w_dec = tl.where(inside, w_dec - lr * move, 0.0)
     w_dec /= tl.maximum(tl.sqrt(tl.sum(w_dec * w_dec, axis=0)), 1.17549435e-38)
     # Only behind the sum, to which warps with a copy of the row may come late and must find the old moments.
-    tl.store(m_dec + at, m, mask=inside)
-    tl.store(v_dec + at, v, mask=inside)
-    tl.store(W_dec + at, w_dec, mask=inside)
-    m = tl.load(m_enc + at, mask=inside, other=0.0)
-    v = tl.load(v_enc + at, mask=inside, other=0.0)
-    m, v, move = _adam(m, v, clip * enc, root, BETA1, BETA2, EPS)
-    tl.store(m_enc + at, m, mask=inside)
-    tl.store(v_enc + at, v, mask=inside)
-    w_enc = keep * tl.load(W_enc + at, mask=inside, other=0.0) - encoder_rate * move
-    tl.store(W_enc + at, w_enc, mask=inside)
-    if HALF:
-        tl.store(half_dec + at, _half(w_dec), mask=inside)
-        tl.store(half_enc + at, _half(w_enc), mask=inside)
-    m, v, move = _adam(tl.load(m_b + latent), tl.load(v_b + latent), clip * b, root, BETA1, BETA2, EPS)
+    tl.store(m_dec + offsets, m, mask=inside)
+    tl.store(v_dec + offsets, v, mask=inside)
+    tl.store(W_dec + offsets, w_dec, mask=inside)
+    m = tl.load(m_enc + offsets, mask=inside, other=0.0)
+    v = tl.load(v_enc + offsets, mask=inside, other=0.0)
+    m, v, move = _compute_adam_step(m, v, clip * enc, inv_sqrt_correction, BETA1, BETA2, EPS)
+    tl.store(m_enc + offsets, m, mask=inside)
+    tl.store(v_enc + offsets, v, mask=inside)
+    w_enc = decay_factor * tl.load(W_enc + offsets, mask=inside, other=0.0) - encoder_lr * move
+    tl.store(W_enc + offsets, w_enc, mask=inside)
+    if BF16:
+        tl.store(W_dec_bf16 + offsets, _round_to_bf16(w_dec), mask=inside)
+        tl.store(W_enc_bf16 + offsets, _round_to_bf16(w_enc), mask=inside)
+    m, v, move = _compute_adam_step(
+        tl.load(m_b + latent), tl.load(v_b + latent), clip * b, inv_sqrt_correction, BETA1, BETA2, EPS
+    )
     tl.store(m_b + latent, m)
     tl.store(v_b + latent, v)
-    tl.store(b_enc + latent, tl.load(b_enc + latent) - encoder_rate * move)
+    tl.store(b_enc + latent, tl.load(b_enc + latent) - encoder_lr * move)

@@ -10,67 +10,67 @@ import triton.language as tl
 
 
 @triton.jit
-def _key(value):
+def _float_to_key(value):
     """Unsigned integers in the order of the floats; above 0 for every float."""
     bits = value.to(tl.uint32, bitcast=True)
     return tl.where(bits >= 0x80000000, bits ^ 0xFFFFFFFF, bits | 0x80000000)
 
 
 @triton.jit
-def _value(key):
+def _key_to_float(key):
     """The floats again."""
     bits = tl.where(key >= 0x80000000, key & 0x7FFFFFFF, key ^ 0xFFFFFFFF)
     return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _row_keys(pre, bias, row, columns, F):
+def _load_row_keys(pre, bias, row, columns, F):
     """Keys of the row's pre-activations in these columns, 0 behind the last."""
     inside = columns < F
     value = tl.load(pre + row * F + columns, mask=inside, other=0.0).to(tl.float32)
     value += tl.load(bias + columns, mask=inside, other=0.0)
-    return tl.where(inside, _key(value), 0)
+    return tl.where(inside, _float_to_key(value), 0)
 
 
 @triton.jit
-def _kth(keys, K: tl.constexpr):
+def _find_kth_key(keys, K: tl.constexpr):
     """The K-th largest of a block of keys, bit by bit from the top."""
-    least = tl.zeros((), tl.uint32)
+    kth = tl.zeros((), tl.uint32)
     for bit in range(32):
-        higher = least | (tl.full((), 0x80000000, tl.uint32) >> bit)
+        higher = kth | (tl.full((), 0x80000000, tl.uint32) >> bit)
         count = tl.sum((keys >= higher).to(tl.int32), axis=0)
-        least = tl.where(count >= K, higher, least)
-    return least
+        kth = tl.where(count >= K, higher, kth)
+    return kth
 
 
 @triton.jit
-def _kth_of_row(pre, bias, row, F, K: tl.constexpr, BLOCK: tl.constexpr):
+def _find_kth_key_in_row(pre, bias, row, F, K: tl.constexpr, BLOCK: tl.constexpr):
     """The same over a whole row, read once for each bit."""
-    least = tl.zeros((), tl.uint32)
+    kth = tl.zeros((), tl.uint32)
     for bit in range(32):
-        higher = least | (tl.full((), 0x80000000, tl.uint32) >> bit)
+        higher = kth | (tl.full((), 0x80000000, tl.uint32) >> bit)
         count = tl.zeros((), tl.int32)
-        for at in range(0, F, BLOCK):
-            keys = _row_keys(pre, bias, row, at + tl.arange(0, BLOCK), F)
+        for start in range(0, F, BLOCK):
+            keys = _load_row_keys(pre, bias, row, start + tl.arange(0, BLOCK), F)
             count += tl.sum((keys >= higher).to(tl.int32), axis=0)
-        least = tl.where(count >= K, higher, least)
-    return least
+        kth = tl.where(count >= K, higher, kth)
+    return kth
 
 
 @triton.jit
-def _hand_out(keys, indices, bound, room, placed, values_out, indices_out, K: tl.constexpr):
-    """Write what exceeds ``bound`` and the first ``room`` of its equals behind ``placed``; gives how many of each."""
+def _store_selected(keys, indices, bound, ties_left, n_stored, values_out, indices_out, K: tl.constexpr):
+    """Write what exceeds ``bound`` and the first ``ties_left`` of its equals behind ``n_stored``; gives how many of each."""
     equal = keys == bound
-    take = (keys > bound) | (equal & (tl.cumsum(equal.to(tl.int32), axis=0) <= room))
-    place = placed + tl.cumsum(take.to(tl.int32), axis=0) - 1
-    fits = take & (place < K)
-    tl.store(values_out + place, tl.maximum(_value(keys), 0.0, propagate_nan=tl.PropagateNan.ALL), mask=fits)
-    tl.store(indices_out + place, indices, mask=fits)
-    return tl.sum(equal.to(tl.int32), axis=0), tl.sum(take.to(tl.int32), axis=0)
+    is_selected = (keys > bound) | (equal & (tl.cumsum(equal.to(tl.int32), axis=0) <= ties_left))
+    slots = n_stored + tl.cumsum(is_selected.to(tl.int32), axis=0) - 1
+    fits = is_selected & (slots < K)
+    tl.store(values_out + slots, tl.maximum(_key_to_float(keys), 0.0, propagate_nan=tl.PropagateNan.ALL), mask=fits)
+    tl.store(indices_out + slots, indices, mask=fits)
+    return tl.sum(equal.to(tl.int32), axis=0), tl.sum(is_selected.to(tl.int32), axis=0)
 
 
 @triton.jit
-def select(
+def select_topk_kernel(
     pre,  # (n, F) in the products' format
     bias,  # (F,)
     values,  # (n, K) out: ReLU of the K largest of pre + bias, in the order of their latents
@@ -87,40 +87,42 @@ def select(
     row = tl.program_id(0).to(tl.int64)
     group = tl.arange(0, GROUPS)
     maxima = tl.zeros((GROUPS,), tl.uint32)
-    for at in range(0, F, GROUPS):
-        maxima = tl.maximum(maxima, _row_keys(pre, bias, row, at + group, F))
-    bound = _kth(maxima, K)
-    found = tl.zeros((), tl.int32)
-    for at in range(0, F, BLOCK):
-        columns = at + tl.arange(0, BLOCK)
-        keys = _row_keys(pre, bias, row, columns, F)
+    for start in range(0, F, GROUPS):
+        maxima = tl.maximum(maxima, _load_row_keys(pre, bias, row, start + group, F))
+    bound = _find_kth_key(maxima, K)
+    n_found = tl.zeros((), tl.int32)
+    for start in range(0, F, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        keys = _load_row_keys(pre, bias, row, columns, F)
         hit = keys >= bound
-        place = found + tl.cumsum(hit.to(tl.int32), axis=0) - 1
-        kept = hit & (place < CAPACITY)
-        tl.store(candidate_keys + row * CAPACITY + place, keys, mask=kept)
-        tl.store(candidates + row * CAPACITY + place, columns, mask=kept)
-        found += tl.sum(hit.to(tl.int32), axis=0)
+        slots = n_found + tl.cumsum(hit.to(tl.int32), axis=0) - 1
+        kept = hit & (slots < CAPACITY)
+        tl.store(candidate_keys + row * CAPACITY + slots, keys, mask=kept)
+        tl.store(candidates + row * CAPACITY + slots, columns, mask=kept)
+        n_found += tl.sum(hit.to(tl.int32), axis=0)
     # What other threads of the program have stored is read below.
     tl.debug_barrier()
-    if found <= CAPACITY:
-        at_candidate = tl.arange(0, CAPACITY)
-        kept = at_candidate < found
-        keys = tl.load(candidate_keys + row * CAPACITY + at_candidate, mask=kept, other=0)
-        column = tl.load(candidates + row * CAPACITY + at_candidate, mask=kept, other=0)
-        bound = _kth(keys, K)
-        room = K - tl.sum((keys > bound).to(tl.int32), axis=0)
-        _hand_out(keys, column, bound, room, 0, values + row * K, indices + row * K, K)
+    if n_found <= CAPACITY:
+        slot = tl.arange(0, CAPACITY)
+        kept = slot < n_found
+        keys = tl.load(candidate_keys + row * CAPACITY + slot, mask=kept, other=0)
+        column = tl.load(candidates + row * CAPACITY + slot, mask=kept, other=0)
+        bound = _find_kth_key(keys, K)
+        ties_left = K - tl.sum((keys > bound).to(tl.int32), axis=0)
+        _store_selected(keys, column, bound, ties_left, 0, values + row * K, indices + row * K, K)
     else:
-        bound = _kth_of_row(pre, bias, row, F, K, BLOCK)
-        above = tl.zeros((), tl.int32)
-        for at in range(0, F, BLOCK):
-            keys = _row_keys(pre, bias, row, at + tl.arange(0, BLOCK), F)
-            above += tl.sum((keys > bound).to(tl.int32), axis=0)
-        room = K - above
-        placed = tl.zeros((), tl.int32)
-        for at in range(0, F, BLOCK):
-            columns = at + tl.arange(0, BLOCK)
-            keys = _row_keys(pre, bias, row, columns, F)
-            equals, taken = _hand_out(keys, columns, bound, room, placed, values + row * K, indices + row * K, K)
-            room = tl.maximum(room - equals, 0)
-            placed += taken
+        bound = _find_kth_key_in_row(pre, bias, row, F, K, BLOCK)
+        n_above = tl.zeros((), tl.int32)
+        for start in range(0, F, BLOCK):
+            keys = _load_row_keys(pre, bias, row, start + tl.arange(0, BLOCK), F)
+            n_above += tl.sum((keys > bound).to(tl.int32), axis=0)
+        ties_left = K - n_above
+        n_stored = tl.zeros((), tl.int32)
+        for start in range(0, F, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            keys = _load_row_keys(pre, bias, row, columns, F)
+            n_equal, n_taken = _store_selected(
+                keys, columns, bound, ties_left, n_stored, values + row * K, indices + row * K, K
+            )
+            ties_left = tl.maximum(ties_left - n_equal, 0)
+            n_stored += n_taken

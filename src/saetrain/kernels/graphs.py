@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 
 Result = TypeVar("Result")
-WARM_UP = 3
+WARMUP_CALLS = 3
 """Calls before the recording, in which kernels are compiled and libraries allocate what they keep."""
 
 
 @cache
-def _memory() -> Any:
+def _shared_graph_pool() -> Any:
     """What all recordings work in: they are replayed one after the other, in the order in which they were recorded."""
     return torch.cuda.graph_pool_handle()
 
 
-class Recorded(Generic[Result]):
+class GraphedCallable(Generic[Result]):
     """One function of tensors whose shapes never change, and that asks the device for nothing.
 
     Each call gives the same tensors as the one before, with new content, which lasts until a recording that was made
@@ -28,31 +28,31 @@ class Recorded(Generic[Result]):
     """
 
     def __init__(self) -> None:
-        self._calls = 0
+        self._n_calls = 0
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._inputs: list[Tensor] = []
-        self._result: Result | None = None
+        self._static_inputs: list[Tensor] = []
+        self._static_result: Result | None = None
 
-    def fits(self, first: Tensor) -> bool:
+    def accepts_shape(self, first: Tensor) -> bool:
         """Whether the first input has the shape that was recorded, if one was."""
-        return not self._inputs or self._inputs[0].shape == first.shape
+        return not self._static_inputs or self._static_inputs[0].shape == first.shape
 
     def __call__(self, function: Callable[..., Result], *inputs: Tensor) -> Result:
         """Run ``function``, the same each time; it is not kept, for it may keep whoever calls."""
-        self._calls += 1
-        if self._calls <= WARM_UP:
+        self._n_calls += 1
+        if self._n_calls <= WARMUP_CALLS:
             return function(*inputs)
         if self._graph is None:
-            self._record(function, inputs)
-        for own, given in zip(self._inputs, inputs, strict=True):
-            own.copy_(given)
+            self._capture_graph(function, inputs)
+        for static, given in zip(self._static_inputs, inputs, strict=True):
+            static.copy_(given)
         assert self._graph is not None
-        assert self._result is not None
+        assert self._static_result is not None
         self._graph.replay()
-        return self._result
+        return self._static_result
 
-    def _record(self, function: Callable[..., Result], inputs: tuple[Tensor, ...]) -> None:
-        graph, own = torch.cuda.CUDAGraph(), [value.clone() for value in inputs]
-        with torch.cuda.graph(graph, pool=_memory()):
-            self._result = function(*own)
-        self._graph, self._inputs = graph, own
+    def _capture_graph(self, function: Callable[..., Result], inputs: tuple[Tensor, ...]) -> None:
+        graph, static_inputs = torch.cuda.CUDAGraph(), [value.clone() for value in inputs]
+        with torch.cuda.graph(graph, pool=_shared_graph_pool()):
+            self._static_result = function(*static_inputs)
+        self._graph, self._static_inputs = graph, static_inputs

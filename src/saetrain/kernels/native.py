@@ -8,26 +8,26 @@ import functools
 import torch
 from torch import Tensor
 
-from saetrain.kernels.build import build
+from saetrain.kernels.build import build_library
 
 MEASURE, STORE, UPDATE, ADD = 0, 1, 2, 3
-PAIRS, MEMORY, ROWS = 0, 1, 2
+FROM_PAIRS, FROM_MEMORY, FROM_ROWS = 0, 1, 2
 CHUNK_BYTES = 24 << 20
 """Pre-activations that are held at once: fewer tokens cost more than they save, for each product packs all weights."""
 
 POINTER, LONG, INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 FLOAT, DOUBLE = ctypes.c_float, ctypes.c_double
-LONGS = ("N", "D", "F", "K")
-INTS = ("threads", "half")
-POINTERS = (
+LONG_FIELDS = ("N", "D", "F", "K")
+INT_FIELDS = ("threads", "half")
+POINTER_FIELDS = (
     *("x", "x_enc", "x_norms", "values", "indices", "residual", "residual_copy", "dz", "residual_norms"),
     *("residual_sum", "residual_square", "starts", "pair_token", "pair_value", "pair_dz", "W_enc", "W_dec"),
     *("b_enc", "b_dec", "W_enc_half", "W_dec_half", "m_enc", "v_enc", "m_dec", "v_dec", "m_b", "v_b"),
     *("g_enc", "g_dec", "g_b", "extra_row", "extra_enc", "extra_dec", "extra_b"),
 )
-FLOATS = ("lr", "encoder_lr", "beta1", "beta2", "eps", "correction1", "correction2", "decay", "clip")
+FLOAT_FIELDS = ("lr", "encoder_lr", "beta1", "beta2", "eps", "correction1", "correction2", "decay", "clip")
 
-DTYPES = {
+POINTER_DTYPES = {
     **dict.fromkeys(("indices", "pair_token", "extra_row"), (torch.int32,)),
     **dict.fromkeys(("residual_sum", "residual_square", "g_b_dec", "square"), (torch.float64,)),
     **dict.fromkeys(("residual_copy", "W_enc_half", "W_dec_half"), (torch.bfloat16,)),
@@ -43,55 +43,55 @@ class Gradients(ctypes.Structure):
     _fields_ = [("origin", INT), ("first", LONG), ("stop", LONG), ("enc", POINTER), ("dec", POINTER)]
 
 
-class Step(ctypes.Structure):
-    """Mirror of ``SaetrainStep``; pointers are set from tensors by :func:`point`."""
+class SaetrainStep(ctypes.Structure):
+    """Mirror of ``SaetrainStep``; pointers are set from tensors by :func:`set_pointers`."""
 
     _fields_ = [
-        *((name, LONG) for name in LONGS),
-        *((name, INT) for name in INTS),
+        *((name, LONG) for name in LONG_FIELDS),
+        *((name, INT) for name in INT_FIELDS),
         ("scale", FLOAT),
-        *((name, POINTER) for name in POINTERS),
-        *((name, FLOAT) for name in FLOATS),
+        *((name, POINTER) for name in POINTER_FIELDS),
+        *((name, FLOAT) for name in FLOAT_FIELDS),
         ("g_b_dec", POINTER),
         ("square", POINTER),
     ]
 
 
 @functools.cache
-def library() -> ctypes.CDLL:
+def load_library() -> ctypes.CDLL:
     """The compiled kernels; OSError where they can't be built or loaded."""
     try:
-        found = ctypes.CDLL(str(build()))
+        library = ctypes.CDLL(str(build_library()))
     except OSError:
-        found = ctypes.CDLL(str(build(anew=True)))
-    found.saetrain_topk_bf16.argtypes = [POINTER, POINTER, LONG, LONG, LONG, POINTER, POINTER, INT]
-    found.saetrain_topk_f32.argtypes = found.saetrain_topk_bf16.argtypes
-    found.saetrain_center.argtypes = [POINTER, POINTER, POINTER]
-    found.saetrain_tokens.argtypes = found.saetrain_sort.argtypes = [POINTER]
-    found.saetrain_code_rows.argtypes = found.saetrain_residuals.argtypes = [POINTER, LONG, LONG, POINTER]
-    found.saetrain_pick.argtypes = [POINTER, LONG, LONG, POINTER]
-    found.saetrain_codes.argtypes = [POINTER, LONG, LONG, POINTER, POINTER]
-    found.saetrain_latents.argtypes = [POINTER, INT, POINTER, POINTER]
-    found.saetrain_norm_bound.argtypes = [POINTER, DOUBLE, DOUBLE, POINTER]
-    found.saetrain_norm_bound.restype = ctypes.c_double
-    return found
+        library = ctypes.CDLL(str(build_library(rebuild=True)))
+    library.saetrain_topk_bf16.argtypes = [POINTER, POINTER, LONG, LONG, LONG, POINTER, POINTER, INT]
+    library.saetrain_topk_f32.argtypes = library.saetrain_topk_bf16.argtypes
+    library.saetrain_center.argtypes = [POINTER, POINTER, POINTER]
+    library.saetrain_tokens.argtypes = library.saetrain_sort.argtypes = [POINTER]
+    library.saetrain_code_rows.argtypes = library.saetrain_residuals.argtypes = [POINTER, LONG, LONG, POINTER]
+    library.saetrain_pick.argtypes = [POINTER, LONG, LONG, POINTER]
+    library.saetrain_codes.argtypes = [POINTER, LONG, LONG, POINTER, POINTER]
+    library.saetrain_latents.argtypes = [POINTER, INT, POINTER, POINTER]
+    library.saetrain_norm_bound.argtypes = [POINTER, DOUBLE, DOUBLE, POINTER]
+    library.saetrain_norm_bound.restype = ctypes.c_double
+    return library
 
 
-def point(step: Step, **tensors: Tensor | None) -> None:
+def set_pointers(step: SaetrainStep, **tensors: Tensor | None) -> None:
     """Set pointers of ``step``; the caller keeps the tensors alive."""
     for name, tensor in tensors.items():
-        assert name in POINTERS or name in ("g_b_dec", "square"), name
+        assert name in POINTER_FIELDS or name in ("g_b_dec", "square"), name
         assert tensor is None or tensor.is_contiguous(), name
-        assert tensor is None or tensor.dtype in DTYPES.get(name, (torch.float32,)), (name, tensor.dtype)
+        assert tensor is None or tensor.dtype in POINTER_DTYPES.get(name, (torch.float32,)), (name, tensor.dtype)
         setattr(step, name, None if tensor is None else tensor.data_ptr())
 
 
-def center(step: Step, out_ND: Tensor, norms_N: Tensor) -> None:
+def center_inputs(step: SaetrainStep, out_ND: Tensor, norms_N: Tensor) -> None:
     """``x - b_dec`` in the products' format, and the norms of its rows."""
-    library().saetrain_center(ctypes.byref(step), out_ND.data_ptr(), norms_N.data_ptr())
+    load_library().saetrain_center(ctypes.byref(step), out_ND.data_ptr(), norms_N.data_ptr())
 
 
-def topk_relu(
+def encode_topk(
     x_ND: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, pre_CF: Tensor, values_NK: Tensor, indices_NK: Tensor
 ) -> None:
     """ReLU of the k largest of ``x W_encᵀ + b_enc`` in each row, written to ``values_NK`` and ``indices_NK`` (int32).
@@ -99,7 +99,9 @@ def topk_relu(
     ``x_ND`` and ``W_enc_FD`` are both fp32 or both bf16; ``pre_CF`` is where C tokens' pre-activations go. Among
     equals the lower index is taken.
     """
-    search = library().saetrain_topk_bf16 if x_ND.dtype == torch.bfloat16 else library().saetrain_topk_f32
+    select_topk = (
+        load_library().saetrain_topk_bf16 if x_ND.dtype == torch.bfloat16 else load_library().saetrain_topk_f32
+    )
     chunk, latents = pre_CF.shape
     k, threads = values_NK.shape[1], torch.get_num_threads()
     bias = b_enc_F.data_ptr()
@@ -108,76 +110,82 @@ def topk_relu(
         out = pre_CF[: len(rows)]
         torch.mm(rows, W_enc_FD.T, out=out)
         values, indices = values_NK[start].data_ptr(), indices_NK[start].data_ptr()
-        search(out.data_ptr(), bias, len(rows), latents, k, values, indices, threads)
+        select_topk(out.data_ptr(), bias, len(rows), latents, k, values, indices, threads)
 
 
-def reconstruct(step: Step) -> None:
+def compute_residuals(step: SaetrainStep) -> None:
     """Residuals and latent gradients of each token, then its pairs sorted by latent."""
-    library().saetrain_tokens(ctypes.byref(step))
-    library().saetrain_sort(ctypes.byref(step))
+    load_library().saetrain_tokens(ctypes.byref(step))
+    load_library().saetrain_sort(ctypes.byref(step))
 
 
-def reconstruct_dense(step: Step, W_dec_FD: Tensor, residual_ND: Tensor, work: Dense, pre_CF: Tensor) -> None:
+def compute_residuals_dense(
+    step: SaetrainStep, W_dec_FD: Tensor, residual_ND: Tensor, workspace: DenseWorkspace, pre_CF: Tensor
+) -> None:
     """The same by dense bf16 products of C tokens at a time."""
     pointer, rows = ctypes.byref(step), len(pre_CF)
     for first in range(0, step.N, rows):
         stop = min(first + rows, step.N)
-        wide, decoded = pre_CF[: stop - first], work.decoded[: stop - first]
-        library().saetrain_code_rows(pointer, first, stop, wide.data_ptr())
-        torch.mm(wide, W_dec_FD, out=decoded)
-        library().saetrain_residuals(pointer, first, stop, decoded.data_ptr())
-        torch.mm(residual_ND[first:stop], W_dec_FD.T, out=wide)
-        library().saetrain_pick(pointer, first, stop, wide.data_ptr())
-    library().saetrain_sort(pointer)
+        dense_CF, decoded = pre_CF[: stop - first], workspace.decoded[: stop - first]
+        load_library().saetrain_code_rows(pointer, first, stop, dense_CF.data_ptr())
+        torch.mm(dense_CF, W_dec_FD, out=decoded)
+        load_library().saetrain_residuals(pointer, first, stop, decoded.data_ptr())
+        torch.mm(residual_ND[first:stop], W_dec_FD.T, out=dense_CF)
+        load_library().saetrain_pick(pointer, first, stop, dense_CF.data_ptr())
+    load_library().saetrain_sort(pointer)
 
 
-def square_bound(step: Step, bias_F: Tensor, inputs: dict[str, Tensor] | None = None) -> float:
+def bound_squared_norm(step: SaetrainStep, grad_b_enc_F: Tensor, inputs: dict[str, Tensor] | None = None) -> float:
     """At least the squared norm of the gradients of both weights and ``b_enc``, from the norms of what they sum.
 
     With ``inputs``, {`enc`: what the encoder multiplies, `dec`: the residual} (N, D), a tighter one: a sum of tokens'
     rows is no longer than the root of their weights' squares times the largest singular value of all rows. The
-    gradient of ``b_enc`` itself goes to ``bias_F``.
+    gradient of ``b_enc`` itself goes to ``grad_b_enc_F``.
     """
-    most = {name: largest_eigenvalue(rows) for name, rows in inputs.items()} if inputs else {}
+    eigenvalue_bounds = {name: bound_largest_eigenvalue(rows) for name, rows in inputs.items()} if inputs else {}
     infinite = float("inf")
-    eigenvalues = most.get("enc", infinite), most.get("dec", infinite)
-    return float(library().saetrain_norm_bound(ctypes.byref(step), *eigenvalues, bias_F.data_ptr()))
+    eigenvalues = eigenvalue_bounds.get("enc", infinite), eigenvalue_bounds.get("dec", infinite)
+    return float(load_library().saetrain_norm_bound(ctypes.byref(step), *eigenvalues, grad_b_enc_F.data_ptr()))
 
 
-def largest_eigenvalue(rows_ND: Tensor) -> float:
+def bound_largest_eigenvalue(rows_ND: Tensor) -> float:
     """At least the largest eigenvalue of ``rowsᵀ rows``: the fourth root of the sum of all fourth powers."""
     gram = (rows_ND.T @ rows_ND).float()
-    size = float(gram.diagonal().sum().clamp_min(torch.finfo(torch.float32).tiny))
-    gram = (gram / size).to(rows_ND.dtype)
+    trace = float(gram.diagonal().sum().clamp_min(torch.finfo(torch.float32).tiny))
+    gram = (gram / trace).to(rows_ND.dtype)
     # Products in bfloat16 are off by less than a hundredth.
-    return 1.02 * size * float((gram @ gram).float().norm()) ** 0.5
+    return 1.02 * trace * float((gram @ gram).float().norm()) ** 0.5
 
 
-def latents(step: Step, mode: int, encoder_norms_F: Tensor, *, stored: bool) -> None:
+def run_latent_pass(step: SaetrainStep, mode: int, encoder_norms_F: Tensor, *, from_memory: bool) -> None:
     """Gradient rows of each latent: summed up (MEASURE), put into memory (STORE) or added to it (ADD), or applied.
 
-    ``stored``: the rows are taken from memory instead of from the pairs. Adds to the step's ``square`` and, unless
+    ``from_memory``: the rows are taken from memory instead of from the pairs. Adds to the step's ``square`` and, unless
     stored, to its ``g_b_dec``.
     """
-    source = Gradients(origin=MEMORY if stored else PAIRS, first=0, stop=step.F)
-    library().saetrain_latents(ctypes.byref(step), mode, ctypes.byref(source), encoder_norms_F.data_ptr())
+    source = Gradients(origin=FROM_MEMORY if from_memory else FROM_PAIRS, first=0, stop=step.F)
+    load_library().saetrain_latents(ctypes.byref(step), mode, ctypes.byref(source), encoder_norms_F.data_ptr())
 
 
-def latents_dense(step: Step, mode: int, encoder_norms_F: Tensor, inputs: dict[str, Tensor], work: Dense) -> None:
+def run_latent_pass_dense(
+    step: SaetrainStep, mode: int, encoder_norms_F: Tensor, inputs: dict[str, Tensor], workspace: DenseWorkspace
+) -> None:
     """The same by dense bf16 products of some latents at a time, for codes that are not so sparse.
 
     ``inputs``: {`enc`: what the encoder multiplies, `dec`: the residual}, both (N, D) bf16.
     """
-    for first in range(0, step.F, work.block):
-        stop = min(first + work.block, step.F)
-        codes = {name: code[: stop - first] for name, code in work.codes.items()}
-        library().saetrain_codes(ctypes.byref(step), first, stop, codes["enc"].data_ptr(), codes["dec"].data_ptr())
-        rows = {name: torch.mm(code, inputs[name], out=work.rows[name][: stop - first]) for name, code in codes.items()}
-        source = Gradients(ROWS, first, stop, rows["enc"].data_ptr(), rows["dec"].data_ptr())
-        library().saetrain_latents(ctypes.byref(step), mode, ctypes.byref(source), encoder_norms_F.data_ptr())
+    for first in range(0, step.F, workspace.block_latents):
+        stop = min(first + workspace.block_latents, step.F)
+        codes = {name: code[: stop - first] for name, code in workspace.codes.items()}
+        load_library().saetrain_codes(ctypes.byref(step), first, stop, codes["enc"].data_ptr(), codes["dec"].data_ptr())
+        rows = {
+            name: torch.mm(code, inputs[name], out=workspace.rows[name][: stop - first]) for name, code in codes.items()
+        }
+        source = Gradients(FROM_ROWS, first, stop, rows["enc"].data_ptr(), rows["dec"].data_ptr())
+        load_library().saetrain_latents(ctypes.byref(step), mode, ctypes.byref(source), encoder_norms_F.data_ptr())
 
 
-class Dense:
+class DenseWorkspace:
     """Memory of dense products in bf16.
 
     ``decoded`` (C, D): reconstructions of a chunk of tokens; ``codes`` {`enc`, `dec`: (B, N)} and ``rows`` {…: (B, D)}:
@@ -187,10 +195,10 @@ class Dense:
     def __init__(self, latents: int, tokens: int, width: int, pre_CF: Tensor) -> None:
         self.decoded = torch.empty(len(pre_CF), width, dtype=torch.bfloat16)
         flat = pre_CF.view(-1)
-        self.block = max(1, min(latents, flat.numel() // (2 * tokens)))
-        size = self.block * tokens
+        self.block_latents = max(1, min(latents, flat.numel() // (2 * tokens)))
+        size = self.block_latents * tokens
         if flat.numel() < 2 * size:
             flat = torch.empty(2 * size, dtype=torch.bfloat16)
         parts = {"enc": flat[:size], "dec": flat[size : 2 * size]}
-        self.codes = {name: part.view(self.block, tokens) for name, part in parts.items()}
-        self.rows = {name: torch.empty(self.block, width, dtype=torch.bfloat16) for name in parts}
+        self.codes = {name: part.view(self.block_latents, tokens) for name, part in parts.items()}
+        self.rows = {name: torch.empty(self.block_latents, width, dtype=torch.bfloat16) for name in parts}

@@ -21,6 +21,6 @@ def sparse_decode(values_NK: Tensor, indices_NK: Tensor, W_dec_FD: Tensor) -> Te
     return embedding_bag(indices_NK, W_dec_FD, per_sample_weights=values_NK, mode="sum")
 
 
-def power_of_two(number: int) -> int:
+def next_power_of_2(number: int) -> int:
     """The smallest that is not below ``number``, and at least 1."""
     return 1 << max(number - 1, 0).bit_length()

@@ -6,27 +6,27 @@ import functools
 
 import torch
 
-HALF = ("amx_bf16", "avx512_bf16", "arm_bf16")
+FAST_BF16_CAPABILITIES = ("amx_bf16", "avx512_bf16", "arm_bf16")
 """Capabilities by which products in bfloat16 are faster than in float32."""
-DENSE = 12
-DENSE_AMX = 48
+DENSE_LIMIT = 12
+DENSE_LIMIT_AMX = 48
 """Latents per active one up to which dense products are faster than sparse ones: in general, and in bfloat16 with
 matrix tiles."""
 
 
 @functools.cache
-def _has(*names: str) -> bool:
+def _has_capability(*names: str) -> bool:
     found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return any(found.get(name) for name in names)
 
 
-def half_is_fast(device: torch.device) -> bool:
+def has_fast_bf16(device: torch.device) -> bool:
     """Whether the device multiplies bfloat16 in hardware."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    return _has(*HALF)
+    return _has_capability(*FAST_BF16_CAPABILITIES)
 
 
-def dense_limit(half: bool) -> int:
+def dense_limit(use_bf16: bool) -> int:
     """Latents per active one up to which dense products pay, in bfloat16 or not."""
-    return DENSE_AMX if half and _has("amx_bf16") else DENSE
+    return DENSE_LIMIT_AMX if use_bf16 and _has_capability("amx_bf16") else DENSE_LIMIT

@@ -15,14 +15,14 @@ from torch.nn.functional import embedding_bag
 
 CHUNK_BYTES = 4 << 20
 """Pre-activations that are computed at once on a CPU, so that they are still in cache when the largest are searched."""
-CHUNK_ROWS = 8192
+CHUNK_TOKENS = 8192
 """The same elsewhere, in tokens."""
-SUM = 0
+EMBEDDING_BAG_SUM = 0
 """embedding_bag's mode."""
 
 
 @dataclass(frozen=True)
-class Pairs:
+class SparsePairs:
     """The active (token, latent) pairs of N tokens, one latent after the other, tokens in order.
 
     ``starts`` (F + 1,) int64; ``order`` (N·K,) int64 places in the flat code; ``tokens`` (N·K,) int64.
@@ -32,7 +32,7 @@ class Pairs:
     order: Tensor
     tokens: Tensor
 
-    def matrix(self, values_NK: Tensor, n_tokens: int) -> Tensor:
+    def to_csr(self, values_NK: Tensor, n_tokens: int) -> Tensor:
         """The pairs' ``values_NK`` as a sparse matrix (F, N)."""
         size = (len(self.starts) - 1, n_tokens)
         values = values_NK.reshape(-1)[self.order]
@@ -45,25 +45,25 @@ def encode_topk(x_ND: Tensor, W_FD: Tensor, b_F: Tensor, k: int) -> tuple[Tensor
     ``x_ND`` and ``W_FD`` in the products' dtype.
     """
     tokens, latents = len(x_ND), len(W_FD)
-    rows = chunk_rows(x_ND, latents)
+    chunk_tokens = tokens_per_chunk(x_ND, latents)
     bias = b_F.to(x_ND.dtype)
-    pre = x_ND.new_empty(min(rows, tokens), latents)
+    pre = x_ND.new_empty(min(chunk_tokens, tokens), latents)
     values = torch.empty(tokens, k, dtype=torch.float32, device=x_ND.device)
     indices = torch.empty(tokens, k, dtype=torch.long, device=x_ND.device)
-    for start in range(0, tokens, rows):
-        stop = min(start + rows, tokens)
+    for start in range(0, tokens, chunk_tokens):
+        stop = min(start + chunk_tokens, tokens)
         chunk = torch.addmm(bias, x_ND[start:stop], W_FD.T, out=pre[: stop - start])
-        found, indices[start:stop] = largest(chunk, k)
+        found, indices[start:stop] = topk_two_stage(chunk, k)
         values[start:stop] = found
     return values.relu_(), indices
 
 
-def chunk_rows(x_ND: Tensor, latents: int) -> int:
+def tokens_per_chunk(x_ND: Tensor, latents: int) -> int:
     """Tokens whose products with all latents are held at once."""
-    return max(16, CHUNK_BYTES // (latents * x_ND.element_size())) if x_ND.device.type == "cpu" else CHUNK_ROWS
+    return max(16, CHUNK_BYTES // (latents * x_ND.element_size())) if x_ND.device.type == "cpu" else CHUNK_TOKENS
 
 
-def largest(pre_NF: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def topk_two_stage(pre_NF: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """``torch.topk`` in two stages: the k groups of the largest maxima hold the k largest entries.
 
     Group g of G holds columns g, g + G, g + 2G, …; columns behind the last whole row of groups are looked at as they
@@ -76,19 +76,19 @@ def largest(pre_NF: Tensor, k: int) -> tuple[Tensor, Tensor]:
     groups = latents // size
     rest = latents - groups * size
     grid = pre_NF[:, : groups * size].unflatten(1, (size, groups))
-    best = grid.amax(dim=1).topk(k, dim=1, sorted=False).indices
-    candidates = grid.gather(2, best.unsqueeze(1).expand(-1, size, -1)).flatten(1)
+    best_groups = grid.amax(dim=1).topk(k, dim=1, sorted=False).indices
+    candidates = grid.gather(2, best_groups.unsqueeze(1).expand(-1, size, -1)).flatten(1)
     if rest:
         candidates = torch.cat([candidates, pre_NF[:, groups * size :]], dim=1)
-    values, place = candidates.topk(k, dim=1, sorted=False)
-    indices = best.gather(1, place % k) + place.div(k, rounding_mode="floor") * groups
+    values, positions = candidates.topk(k, dim=1, sorted=False)
+    indices = best_groups.gather(1, positions % k) + positions.div(k, rounding_mode="floor") * groups
     if rest:
-        indices = torch.where(place >= k * size, place - k * size + groups * size, indices)
+        indices = torch.where(positions >= k * size, positions - k * size + groups * size, indices)
     return values, indices
 
 
 def group_size(latents: int, k: int) -> int:
-    """Columns in a group of :func:`largest`: both stages are shortest near the root of F / k; 1 is one stage."""
+    """Columns in a group of :func:`topk_two_stage`: both stages are shortest near the root of F / k; 1 is one stage."""
     if latents < 16 * k:
         return 1
     return min(32, int(2 ** round(math.log2(math.sqrt(latents / k)))))
@@ -100,30 +100,30 @@ def decode(values_NK: Tensor, indices_NK: Tensor, W_FD: Tensor) -> Tensor:
     return out.float()
 
 
-def latent_products(rows_ND: Tensor, indices_NK: Tensor, W_FD: Tensor) -> Tensor:
+def sampled_matmul(rows_ND: Tensor, indices_NK: Tensor, W_FD: Tensor) -> Tensor:
     """(N, K) fp32: the product of each token's row with its latents' rows of W, ``(rows Wᵀ)[indices]``."""
     tokens, k = indices_NK.shape
     offsets = torch.arange(0, tokens * k, k, device=rows_ND.device)
-    owner = torch.arange(tokens, device=rows_ND.device).repeat_interleave(k)
+    token_ids = torch.arange(tokens, device=rows_ND.device).repeat_interleave(k)
     # The backward of embedding_bag by its weights is this product, and gathers no row into memory.
     product = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        rows_ND, W_FD, indices_NK.reshape(-1), offsets, owner, SUM, -1
+        rows_ND, W_FD, indices_NK.reshape(-1), offsets, token_ids, EMBEDDING_BAG_SUM, -1
     )
     return product.view(tokens, k).float()
 
 
-def latent_products_dense(rows_ND: Tensor, indices_NK: Tensor, W_FD: Tensor) -> Tensor:
+def sampled_matmul_dense(rows_ND: Tensor, indices_NK: Tensor, W_FD: Tensor) -> Tensor:
     """The same by the whole product in chunks, which is faster where k is no small part of F."""
-    rows = chunk_rows(rows_ND, len(W_FD))
+    rows = tokens_per_chunk(rows_ND, len(W_FD))
     parts = zip(rows_ND.split(rows), indices_NK.split(rows), strict=True)
     return torch.cat([(part @ W_FD.T).gather(1, indices) for part, indices in parts]).float()
 
 
-def sort_pairs(indices_NK: Tensor, latents: int) -> Pairs:
+def sort_pairs(indices_NK: Tensor, latents: int) -> SparsePairs:
     """The code's pairs by latent."""
     flat = indices_NK.reshape(-1)
     order = torch.argsort(flat, stable=True)
     starts = flat.new_zeros(latents + 1)
     # bincount would ask a GPU for the largest index and wait for the answer.
     starts.scatter_add_(0, flat + 1, torch.ones_like(flat)).cumsum_(0)
-    return Pairs(starts, order, order.div(indices_NK.shape[1], rounding_mode="floor"))
+    return SparsePairs(starts, order, order.div(indices_NK.shape[1], rounding_mode="floor"))

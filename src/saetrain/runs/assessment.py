@@ -32,7 +32,7 @@ from saetrain.files import write_json
 from saetrain.logs.jsonl import replace_non_finite
 from saetrain.runs.directory import ASSESSMENT, EVALUATION, SAES
 from saetrain.runs.locate import Found, Located
-from saetrain.training.firing import alive_bound
+from saetrain.training.firing import min_dead_fraction
 
 FORMAT = 1
 WIDTH = 120
@@ -177,7 +177,7 @@ def verdict_on(sae: Found, scores: SaeScores, threshold: float, settings: Health
         for name, figure in scores.metrics.items()
     }
     coder = sae.coder
-    bound = alive_bound(coder.k, coder.num_latents, threshold)
+    bound = min_dead_fraction(coder.k, coder.num_latents, threshold)
     tokens = scores.metrics["dead_below_threshold"].count
     return judge_metrics(
         estimates, nulls, SaeProperties(coder.d_in, coder.num_latents, coder.k, bound, threshold, tokens), settings

@@ -11,18 +11,18 @@ from torch import Tensor
 
 from saetrain import distributed, launch
 from saetrain.activations.normalize import Normalizer, fit_normalizers
-from saetrain.coders.folding import unfold_
+from saetrain.coders.folding import unfold_normalizer_
 from saetrain.coders.topk import TopK
 from saetrain.config import RunConfig
 from saetrain.errors import SaetrainError
 from saetrain.interop.finetune import load_for_finetune
 from saetrain.logs.console import log_rank0
-from saetrain.optim import resolve_lr, warmup_steps
+from saetrain.optim import resolve_lr, resolve_warmup_steps
 from saetrain.runs.kernels import choose_kernels, make_engine
 from saetrain.runs.prepare import Prepared, read_sample
 from saetrain.training.checkpoint import Checkpoint
 from saetrain.training.firing import FiringTracker
-from saetrain.training.trainer import SaeTrainer, Trainer
+from saetrain.training.trainer import SaeState, Trainer
 
 MEASURING = "measuring the inputs"
 
@@ -32,22 +32,22 @@ def build_trainer(run: Prepared, checkpoint: Checkpoint | None) -> tuple[Trainer
     if run.config.finetune is not None and len(run.config.train.init_seeds) > 1:
         raise SaetrainError("--finetune with several --init_seeds: all would start from the same SAE; give one seed")
     normalizers = measure(run) if checkpoint is None else restored(run, checkpoint)
-    saes: dict[str, SaeTrainer] = {}
+    saes: dict[str, SaeState] = {}
     for name, (hookpoint, seed) in sae_names(run).items():
-        if not run.division.owned(hookpoint, launch.rank()):
+        if not run.division.is_owned_by(hookpoint, launch.rank()):
             continue
         coder = make_coder(run, hookpoint, normalizers[hookpoint], seed, fresh=checkpoint is None)
         saes[name] = make_sae(run, hookpoint, coder, normalizers[hookpoint], seed)
         if checkpoint is not None:
-            saes[name].restore(checkpoint.tensors[name], checkpoint.values["losses"][name])
+            saes[name].load_state_dict(checkpoint.tensors[name], checkpoint.values["losses"][name])
             # Both follow the length of the run, which a resume may have changed.
-            saes[name].peak_lr, saes[name].firing.window = checkpoint.values["rates"][name]
+            saes[name].peak_lr, saes[name].firing.window_tokens = checkpoint.values["rates"][name]
     trainer = Trainer(
         saes,
         run.config.train,
-        tokens=run.plan.tokens_per_step,
-        warmup=warmup_steps(run.config.optim, run.plan.steps),
-        shared=shared(run),
+        tokens_per_step=run.plan.tokens_per_step,
+        warmup_steps=resolve_warmup_steps(run.config.optim, run.plan.steps),
+        is_data_parallel=shared(run),
     )
     trainer.step = checkpoint.values["step"] if checkpoint else 0
     return trainer, normalizers
@@ -120,33 +120,33 @@ def make_coder(run: Prepared, hookpoint: str, normalizer: Normalizer, seed: int,
     """A coder with initial weights, or with those of --finetune unfolded for the normalizer's inputs."""
     settings, device = run.config.sae, run.model.device
     width = len(normalizer.mean)
-    coder = TopK(width, settings.latents(width), settings.k, settings.auxk_alpha, seed).to(device)
+    coder = TopK(width, settings.resolve_num_latents(width), settings.k, settings.auxk_alpha, seed).to(device)
     if run.config.finetune is not None and fresh:
         remark = load_for_finetune(run.config.finetune, hookpoint, coder, run.weights_sha256)
         log_rank0(f"{hookpoint}: starts from the SAE in {run.config.finetune}")
         if remark:
             log_rank0(remark)
-        unfold_(coder, normalizer.mean, normalizer.scale, normalizer.axes)
+        unfold_normalizer_(coder, normalizer.mean, normalizer.scale, normalizer.axes)
     return coder
 
 
-def make_sae(run: Prepared, hookpoint: str, coder: TopK, normalizer: Normalizer, seed: int) -> SaeTrainer:
+def make_sae(run: Prepared, hookpoint: str, coder: TopK, normalizer: Normalizer, seed: int) -> SaeState:
     """The trainer of one coder."""
     config: RunConfig = run.config
     device: torch.device = run.model.device
     lr = resolve_lr(config.optim, run.plan.run_size(coder.num_latents, coder.k))
     kernels = choose_kernels(config.compute, config.optim, config.train.loss_fn, device)
-    window = config.dead.window(config.train.max_tokens, coder.num_latents, coder.k)
-    return SaeTrainer(
+    window = config.dead.resolve_window(config.train.max_tokens, coder.num_latents, coder.k)
+    return SaeState(
         hookpoint,
         coder,
         partial(normalizer, bf16=kernels.compute_dtype == "bfloat16"),
         make_engine(coder, kernels, config.optim, alone=config.train.grad_acc_steps == 1 and not shared(run)),
         FiringTracker(coder.num_latents, window, config.dead.dead_percentage_threshold, device),
         data_variance=normalizer.scaled_variance,
-        raw_mse=normalizer.variance / coder.d_in,
-        lr=lr,
+        mse_per_fvu=normalizer.variance / coder.d_in,
+        peak_lr=lr,
         seed=seed,
-        lift=config.dead_bias_lr_multiplier,
-        halts=config.train.on_spike == "stop",
+        dead_bias_lr_multiplier=config.dead_bias_lr_multiplier,
+        stop_on_spike=config.train.on_spike == "stop",
     )

@@ -19,7 +19,7 @@ from saetrain.files import temporary_path, write_atomic
 from saetrain.logs.console import log_rank0
 from saetrain.logs.jsonl import METRICS_FILE as METRICS
 from saetrain.logs.jsonl import list_earlier_metrics
-from saetrain.training.checkpoint import Checkpoint, load_checkpoint, newest_whole
+from saetrain.training.checkpoint import Checkpoint, find_newest_valid, load_checkpoint
 
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.yaml"
@@ -135,7 +135,7 @@ def _checkpoint(directory: Path) -> Checkpoint | None:
         return None
     # A damaged checkpoint is renamed only where one before it is whole.
     with writing(directory, "at the start", kept=True):
-        path, remarks = newest_whole(directory / CHECKPOINTS)
+        path, remarks = find_newest_valid(directory / CHECKPOINTS)
     for remark in remarks:
         log_rank0(remark)
     if path is None and remarks:

@@ -9,15 +9,15 @@ import torch
 
 from saetrain import launch
 from saetrain.activations.normalize import Normalizer
-from saetrain.optim import warmup_steps
+from saetrain.optim import resolve_warmup_steps
 from saetrain.runs.build import sae_names
 from saetrain.runs.feed import make_feed
 from saetrain.runs.kernels import choose_kernels
 from saetrain.runs.metadata import rates
 from saetrain.runs.prepare import Prepared
 from saetrain.runs.resources import FLOAT, gib, memory_needed, memory_there, sae_parameters
-from saetrain.training.checkpoint import KEPT
-from saetrain.training.trainer import Batch, Trainer
+from saetrain.training.checkpoint import MAX_CHECKPOINTS
+from saetrain.training.trainer import MicroBatch, Trainer
 
 MEASURED_STEPS = 3
 MEASURED_TOKENS = 4096
@@ -40,15 +40,17 @@ def report(run: Prepared, trainer: Trainer, normalizers: dict[str, Normalizer]) 
         _print(f"            and {elsewhere} more in other processes")
     optim = run.config.optim
     _print(
-        f"rate        {rates(run.config, trainer)}, {warmup_steps(optim, plan.steps)} steps of warm-up, weight decay "
-        f"{optim.decay:g}"
+        f"rate        {rates(run.config, trainer)}, {resolve_warmup_steps(optim, plan.steps)} steps of warm-up, weight decay "
+        f"{optim.effective_weight_decay:g}"
     )
     each = " in each process" if launch.world_size() > 1 else ""
     needed = memory_needed(run.config, run.model, run.capture.widths, run.framing.ctx_len, run.division)
     _print(f"memory      {gib(needed)}{each} beside the program itself, {gib(memory_there(run.model.device))} there")
     weights = sae_parameters(run.config, run.capture.widths) * FLOAT
     sae_files = weights * (2 if run.config.output.save_sparsify else 1)
-    _print(f"disk        {gib(3 * weights)} a checkpoint ({KEPT} kept), {gib(sae_files)} for the finished SAEs")
+    _print(
+        f"disk        {gib(3 * weights)} a checkpoint ({MAX_CHECKPOINTS} kept), {gib(sae_files)} for the finished SAEs"
+    )
     _print(f"steps       {plan.steps:,} of {plan.tokens_per_step:,} tokens = {plan.tokens:,} tokens")
     length = "streamed, of unknown length" if plan.train_tokens is None else f"{plan.train_tokens:,} tokens"
     _print(f"text        {length}; {plan.passes()}")
@@ -88,7 +90,7 @@ def measure_end_to_end(run: Prepared, trainer: Trainer, normalizers: dict[str, N
         feed.close()
 
 
-def _median(run: Prepared, trainer: Trainer, micro_batches: Callable[[int], Batch]) -> float:
+def _median(run: Prepared, trainer: Trainer, micro_batches: Callable[[int], MicroBatch]) -> float:
     times = []
     for _ in range(MEASURED_STEPS):
         start = time.perf_counter()

@@ -178,7 +178,7 @@ class EndToEnd:
                 raise
             rows, length = question.ids.shape
             raise SaetrainError(
-                f"out of memory while the model read {rows} x {length} tokens: lower {self._settings.smaller_batch()}"
+                f"out of memory while the model read {rows} x {length} tokens: lower {self._settings.suggest_smaller_batch()}"
             ) from error
 
     def _log_probs(self, question: Question) -> Tensor:

@@ -13,7 +13,7 @@ from saetrain.activations.normalize import Normalizer
 from saetrain.activations.shuffle import ShuffleBuffer
 from saetrain.runs.end_to_end import Asker, EndToEnd, Question
 from saetrain.runs.prepare import Prepared
-from saetrain.training.trainer import Batch
+from saetrain.training.trainer import MicroBatch
 
 State = dict[str, list[int]]
 
@@ -30,14 +30,14 @@ class Feed(ABC):
         """Whether :meth:`join` of micro-batch ``number`` exchanges something, so that every rank must come to it."""
 
     @abstractmethod
-    def join(self, number: int, part: Any) -> Batch:
+    def join(self, number: int, part: Any) -> MicroBatch:
         """What the SAEs of this rank are trained on, from what :meth:`fetch` gave."""
 
     def work_ahead(self) -> None:
         """Do some of what later micro-batches need; may raise what the reader's `between_batches` raises."""
         return
 
-    def micro_batch(self, number: int) -> Batch:
+    def micro_batch(self, number: int) -> MicroBatch:
         """Micro-batch ``number``, where nobody has to agree in between."""
         return self.join(number, self.fetch(number))
 
@@ -97,7 +97,7 @@ class MixedFeed(Feed):
         """Where SAEs are dealt to the ranks."""
         return bool(self._run.division.owners)
 
-    def join(self, number: int, part: dict[str, Tensor]) -> Batch:
+    def join(self, number: int, part: dict[str, Tensor]) -> MicroBatch:
         """The same, or all ranks' activations of the hookpoints that are this rank's."""
         owners = self._run.division.owners
         if not owners:
@@ -162,7 +162,7 @@ class SequenceFeed(Feed):
         """The counts to divide by, with a step's first micro-batch."""
         return number % self._settings.grad_acc_steps == 0
 
-    def join(self, number: int, part: Question) -> Batch:
+    def join(self, number: int, part: Question) -> MicroBatch:
         """Through the model, with sums divided by what all ranks have in the step."""
         if self.exchanges(number):
             tokens = sum(int(question.keep.sum()) for question in self._step)

@@ -13,13 +13,13 @@ import torch
 from saetrain.coders.topk import TopK
 from saetrain.errors import SaetrainError
 from saetrain.kernels import native
-from saetrain.kernels.processor import half_is_fast
+from saetrain.kernels.processor import has_fast_bf16
 from saetrain.logs.console import log_rank0
 from saetrain.optim import Optimizer, OptimSettings
-from saetrain.training.engine import AutogradEngine, Engine, KernelSettings
-from saetrain.training.native_engine import NativeEngine
-from saetrain.training.torch_engine import TorchEngine
-from saetrain.training.trainer import END_TO_END
+from saetrain.training.engine import KernelSettings, ReferenceStep, TrainStep
+from saetrain.training.native_engine import NativeStep
+from saetrain.training.torch_engine import TorchStep
+from saetrain.training.trainer import END_TO_END_LOSSES
 
 LANGUAGE = {"native": "C++", "triton": "Triton"}
 
@@ -30,7 +30,7 @@ def choose_kernels(
 ) -> KernelSettings:
     """``settings`` with every `auto` worked out; SaetrainError for what can't run here."""
     name, dtype = settings.kernels, settings.compute_dtype
-    if loss_fn in END_TO_END:
+    if loss_fn in END_TO_END_LOSSES:
         if name not in ("auto", "reference"):
             raise SaetrainError(
                 f"--kernels {name}: its gradients are written out for the SAE's own loss, and --loss_fn {loss_fn} "
@@ -54,7 +54,7 @@ def choose_kernels(
     if name == "reference" and dtype == "bfloat16":
         raise SaetrainError("--compute_dtype bfloat16: --kernels reference computes in float32 alone")
     if dtype == "auto":
-        dtype = "bfloat16" if name != "reference" and half_is_fast(device) else "float32"
+        dtype = "bfloat16" if name != "reference" and has_fast_bf16(device) else "float32"
     return KernelSettings(kernels=name, compute_dtype=dtype)
 
 
@@ -65,7 +65,7 @@ def _against_native(optim: OptimSettings, device: torch.device) -> str | None:
     if device.type != "cpu":
         return f"it runs on a CPU, not on {device}"
     try:
-        native.library()
+        native.load_library()
     except OSError as error:
         return f"they can't be built: {error}"
     return None
@@ -83,24 +83,24 @@ def _against_triton(optim: OptimSettings, device: torch.device) -> str | None:
     if device.type != "cuda":
         log_rank0("--kernels triton: interpreted, as TRITON_INTERPRET=1 says: for tests, and thousands of times slower")
         return None
-    from saetrain.training.triton_check import fault
+    from saetrain.training.triton_check import find_kernel_problem
 
     # Seconds, at the first start on a machine: a compiler or a GPU that nobody has tried is not taken on trust.
-    return fault(device)
+    return find_kernel_problem(device)
 
 
-def make_engine(coder: TopK, kernels: KernelSettings, optim: OptimSettings, *, alone: bool) -> Engine:
+def make_engine(coder: TopK, kernels: KernelSettings, optim: OptimSettings, *, alone: bool) -> TrainStep:
     """The engine that ``kernels``, worked out by :func:`choose_kernels`, names.
 
     ``alone``: a step has one micro-batch on one rank, so its gradients have nothing to be added to.
     """
     half = kernels.compute_dtype == "bfloat16"
     if kernels.kernels == "native":
-        return NativeEngine(coder, optim, half=half, fused=alone)
+        return NativeStep(coder, optim, use_bf16=half, no_accumulation=alone)
     if kernels.kernels == "triton":
-        from saetrain.training.triton_engine import TritonEngine
+        from saetrain.training.triton_engine import TritonStep
 
-        return TritonEngine(coder, optim, half=half, fused=alone)
+        return TritonStep(coder, optim, use_bf16=half, no_accumulation=alone)
     optimizer = Optimizer(
         dict(coder.named_parameters()),
         optim,
@@ -108,5 +108,5 @@ def make_engine(coder: TopK, kernels: KernelSettings, optim: OptimSettings, *, a
         renormalize=coder.renormalize_decoder,
     )
     if kernels.kernels == "torch":
-        return TorchEngine(coder, optimizer, torch.bfloat16 if half else torch.float32)
-    return AutogradEngine(coder, optimizer)
+        return TorchStep(coder, optimizer, torch.bfloat16 if half else torch.float32)
+    return ReferenceStep(coder, optimizer)

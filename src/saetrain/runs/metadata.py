@@ -10,11 +10,11 @@ from saetrain import launch
 from saetrain.activations.model import DTYPES
 from saetrain.config import RunConfig
 from saetrain.logs.console import log_rank0
-from saetrain.optim import RunSize, lr_remark, resolve_lr, sgd_remark
+from saetrain.optim import RunSize, describe_small_sgd_lr, describe_unusual_lr, resolve_lr
 from saetrain.runs.build import sae_names
 from saetrain.runs.kernels import choose_kernels
 from saetrain.runs.prepare import Prepared
-from saetrain.training.firing import alive_bound
+from saetrain.training.firing import min_dead_fraction
 from saetrain.training.trainer import Trainer
 
 
@@ -45,7 +45,7 @@ def about_run(run: Prepared, trainer: Trainer) -> dict[str, Any]:
         "kernels": kernels.kernels,
         "compute_dtype": kernels.compute_dtype,
         "processes": launch.world_size(),
-        "tokens_seen": trainer.tokens,
+        "tokens_seen": trainer.tokens_seen,
         "steps": trainer.step,
     }
 
@@ -67,7 +67,7 @@ def announce(run: Prepared, trainer: Trainer) -> None:
     plan, config = run.plan, run.config
     rest = config.train.max_tokens - plan.tokens
     if trainer.step:
-        log_rank0(f"{trainer.steps - trainer.step} steps of {trainer.steps} are left")
+        log_rank0(f"{trainer.total_steps - trainer.step} steps of {trainer.total_steps} are left")
     count = len(sae_names(run))
     log_rank0(
         f"training {count} SAE{'s' if count > 1 else ''} for {plan.steps} steps of "
@@ -107,13 +107,13 @@ def _remark(config: RunConfig, size: RunSize) -> str | None:
     """What to say of the learning rate."""
     lr = resolve_lr(config.optim, size)
     if config.optim.optimizer == "sgd":
-        return sgd_remark(lr)
-    return lr_remark(lr, size) if config.has_lr_rule else None
+        return describe_small_sgd_lr(lr)
+    return describe_unusual_lr(lr, size) if config.has_lr_rule else None
 
 
 def say_bound(k: int, latents: int, threshold: float) -> None:
     """Say it where the rate rule must call some latents dead whatever the training does."""
-    bound = alive_bound(k, latents, threshold)
+    bound = min_dead_fraction(k, latents, threshold)
     if bound > 0:
         log_rank0(
             f"with k = {k} at most {int(k / threshold):,} of {latents:,} latents can fire on {threshold:.3%} of "

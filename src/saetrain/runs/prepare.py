@@ -26,12 +26,12 @@ from saetrain.data.tokenfile import stored_ctx_len
 from saetrain.data.tokenize import DEFAULT_CTX_LEN, Framing, load_tokenizer
 from saetrain.errors import SaetrainError
 from saetrain.logs.console import log_rank0
-from saetrain.optim import RunSize, resolve_lr, warmup_steps
+from saetrain.optim import RunSize, resolve_lr, resolve_warmup_steps
 from saetrain.runs.end_to_end import load_head, require_mask, require_one_hookpoint
 from saetrain.runs.kernels import choose_kernels
 from saetrain.runs.resources import check_memory, sae_parameters
 from saetrain.runs.text import load_text
-from saetrain.training.parallel import Division, Load, divide
+from saetrain.training.parallel import Placement, SaeCost, plan_placement
 
 CALIBRATION_TOKENS = 16_384
 """Tokens on which the inputs' centre, scale and norm limit are measured."""
@@ -98,7 +98,7 @@ class Prepared:
     """Hash of the model's weight files."""
     head: LMHeadModel | None
     """The model with its head, where the loss is its own."""
-    division: Division
+    division: Placement
     """Who of several processes trains what."""
 
 
@@ -117,7 +117,7 @@ def prepare(config: RunConfig) -> Prepared:
         require_one_hookpoint(config, hookpoints)
     capture = ActivationCapture(model, hookpoints)
     for width in capture.widths.values():
-        config.sae.latents(width)
+        config.sae.resolve_num_latents(width)
     ctx_len = resolve_ctx_len(config, model)
     require_shards(config, step_tokens(config, ctx_len) // config.train.grad_acc_steps)
     division = _divide(config, ctx_len, model, capture)
@@ -174,16 +174,16 @@ def require_shards(config: RunConfig, micro_tokens: int) -> None:
         )
 
 
-def _divide(config: RunConfig, ctx_len: int, model: BaseModel, capture: ActivationCapture) -> Division:
+def _divide(config: RunConfig, ctx_len: int, model: BaseModel, capture: ActivationCapture) -> Placement:
     """Who trains what, said with its reason where there is a choice."""
-    loads = {name: Load(sae_parameters(config, {name: width}), width) for name, width in capture.widths.items()}
-    division = divide(
+    loads = {name: SaeCost(sae_parameters(config, {name: width}), width) for name, width in capture.widths.items()}
+    division = plan_placement(
         config.processes,
         loads,
-        world=launch.world_size(),
+        world_size=launch.world_size(),
         step_tokens=step_tokens(config, ctx_len),
-        itemsize=model.dtype.itemsize,
-        spliced=config.train.end_to_end,
+        bytes_per_element=model.dtype.itemsize,
+        is_spliced=config.train.end_to_end,
     )
     if division.reason:
         log_rank0(f"{launch.world_size()} processes, {division.reason}")
@@ -279,16 +279,16 @@ def resolved(run: Prepared) -> RunConfig:
         where = dataclasses.replace(where, layers=layers, layer_stride=None)
     dead = config.dead
     dtype = next(name for name, dtype in DTYPES.items() if dtype is run.model.dtype)
-    sae, warmup = config.sae, warmup_steps(config.optim, run.plan.steps)
-    optim = dataclasses.replace(config.optim, lr_warmup_steps=warmup, weight_decay=config.optim.decay)
-    latents = {sae.latents(width) for width in run.capture.widths.values()}
+    sae, warmup = config.sae, resolve_warmup_steps(config.optim, run.plan.steps)
+    optim = dataclasses.replace(config.optim, lr_warmup_steps=warmup, weight_decay=config.optim.effective_weight_decay)
+    latents = {sae.resolve_num_latents(width) for width in run.capture.widths.values()}
     # Where hookpoints differ in width, only the rules say what each of them gets.
     if len(latents) == 1:
         (count,) = latents
         sae = dataclasses.replace(sae, num_latents=count)
         optim = dataclasses.replace(optim, lr=resolve_lr(optim, run.plan.run_size(count, sae.k)))
         if dead.dead_feature_threshold is None:
-            window = dead.window(config.train.max_tokens, count, sae.k)
+            window = dead.resolve_window(config.train.max_tokens, count, sae.k)
             dead = dataclasses.replace(dead, dead_window_tokens=window)
     columns = run.data["text_columns"]
     column = columns[0] if len(columns) == 1 else config.source.text_column

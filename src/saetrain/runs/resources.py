@@ -12,7 +12,7 @@ from saetrain.activations.model import BaseModel
 from saetrain.activations.shuffle import MAX_EARLY_POOLS
 from saetrain.config import RunConfig
 from saetrain.errors import SaetrainError
-from saetrain.training.parallel import Division
+from saetrain.training.parallel import Placement
 
 FLOAT = 4
 LOGITS = 5
@@ -22,11 +22,16 @@ CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limi
 
 def sae_parameters(config: RunConfig, widths: dict[str, int]) -> int:
     """Parameters of all SAEs of the run."""
-    each = (2 * width * config.sae.latents(width) + config.sae.latents(width) + width for width in widths.values())
+    each = (
+        2 * width * config.sae.resolve_num_latents(width) + config.sae.resolve_num_latents(width) + width
+        for width in widths.values()
+    )
     return sum(each) * len(config.train.init_seeds)
 
 
-def memory_needed(config: RunConfig, model: BaseModel, widths: dict[str, int], ctx_len: int, division: Division) -> int:
+def memory_needed(
+    config: RunConfig, model: BaseModel, widths: dict[str, int], ctx_len: int, division: Placement
+) -> int:
     """Bytes beside the program: model, SAEs with gradients, moments and a copy to score, buffer, a micro-step's codes.
 
     Ranks that share the SAEs fill some pools of the buffer before they are needed.
@@ -34,7 +39,7 @@ def memory_needed(config: RunConfig, model: BaseModel, widths: dict[str, int], c
     End to end, the logits of a micro-step in the buffer's place.
     """
     weights = sum(p.numel() * p.element_size() for p in model.module.parameters())
-    own = {name: width for name, width in widths.items() if division.owned(name, launch.rank())}
+    own = {name: width for name, width in widths.items() if division.is_owned_by(name, launch.rank())}
     saes = 5 * FLOAT * sae_parameters(config, own)
     buffered = min(config.buffer.buffer_tokens, config.train.max_tokens) // launch.world_size()
     mixing = buffered * sum(widths.values()) * model.dtype.itemsize
@@ -44,7 +49,7 @@ def memory_needed(config: RunConfig, model: BaseModel, widths: dict[str, int], c
     if config.train.end_to_end:
         vocabulary = model.module.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
         mixing = LOGITS * FLOAT * config.train.batch_size * ctx_len * vocabulary
-    widest = max(config.sae.latents(width) for width in widths.values())
+    widest = max(config.sae.resolve_num_latents(width) for width in widths.values())
     rows = config.train.batch_size * ctx_len * (launch.world_size() if division.owners else 1)
     return weights + saes + mixing + 3 * FLOAT * rows * widest
 
@@ -66,12 +71,14 @@ def memory_there(device: torch.device) -> int:
     return free // here + held
 
 
-def check_memory(config: RunConfig, model: BaseModel, widths: dict[str, int], ctx_len: int, division: Division) -> None:
+def check_memory(
+    config: RunConfig, model: BaseModel, widths: dict[str, int], ctx_len: int, division: Placement
+) -> None:
     """SaetrainError when the run needs more memory than there is, unless --force."""
     needed, there = memory_needed(config, model, widths, ctx_len, division), memory_there(model.device)
     if needed <= there or config.force:
         return
-    latents = ", ".join(sorted({f"{config.sae.latents(width):,}" for width in widths.values()}))
+    latents = ", ".join(sorted({f"{config.sae.resolve_num_latents(width):,}" for width in widths.values()}))
     raise SaetrainError(
         f"{latents} latents over {len(widths)} hookpoints need about {gib(needed)} of memory, and {gib(there)} are "
         f"there on {model.device}; lower --expansion_factor (now {config.sae.expansion_factor}) or --num_latents, "

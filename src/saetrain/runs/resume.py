@@ -15,7 +15,7 @@ from saetrain.errors import SaetrainError
 from saetrain.evaluation.score import ScoreSettings
 from saetrain.evaluation.verdict import HealthSettings
 from saetrain.logs.console import log_rank0
-from saetrain.optim import DECAY_SHARE
+from saetrain.optim import LR_DECAY_SHARE
 from saetrain.runs import together
 from saetrain.runs.prepare import Prepared, make_plan, resolved
 from saetrain.training.checkpoint import Checkpoint
@@ -205,6 +205,6 @@ def _check_longer(now: int, before: int) -> None:
         )
     log_rank0(
         f"--max_tokens {now:,} instead of {before:,}: the decay of the learning rate moves to the last "
-        f"{DECAY_SHARE:.0%} of the longer run, and a rate of --lr auto stays that of the shorter, so the result is not "
+        f"{LR_DECAY_SHARE:.0%} of the longer run, and a rate of --lr auto stays that of the shorter, so the result is not "
         "that of a run that was this long from the start"
     )

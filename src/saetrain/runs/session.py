@@ -13,7 +13,7 @@ from typing import Literal
 
 from saetrain import distributed, launch
 from saetrain.activations.normalize import Normalizer
-from saetrain.coders.folding import folded
+from saetrain.coders.folding import fold_normalizer
 from saetrain.coders.topk import TopK
 from saetrain.config import EvaluateConfig, to_flat
 from saetrain.errors import SaetrainError
@@ -32,10 +32,10 @@ from saetrain.runs.prepare import Prepared, held_out_batches, resolved
 from saetrain.runs.ranks import RankFigures
 from saetrain.runs.resume import identity
 from saetrain.runs.together import Together
-from saetrain.training.checkpoint import MAX_MINUTES, Checkpoint, save_checkpoint, set_aside_suspect
-from saetrain.training.spikes import Spike
-from saetrain.training.stop import Stopped, StopWish
-from saetrain.training.trainer import LAG, Batch, Throughput, Trainer
+from saetrain.training.checkpoint import MAX_INTERVAL_MINUTES, Checkpoint, rename_suspect, save_checkpoint
+from saetrain.training.spikes import LossSpike
+from saetrain.training.stop import Preempted, PreemptionHandler
+from saetrain.training.trainer import DEVICE_LAG_STEPS, MicroBatch, Throughput, Trainer
 
 MOST_LEFT_OUT = 10
 """Steps in a row that --on_spike skip leaves out before the run is given up."""
@@ -77,15 +77,15 @@ class Session:
         self.feed = make_feed(prepared, normalizers)
         if checkpoint is not None:
             self.feed.restore(checkpoint.values["buffer"])
-            log_rank0(f"resumed from {checkpoint.path} at step {self.trainer.step} of {self.trainer.steps}")
+            log_rank0(f"resumed from {checkpoint.path} at step {self.trainer.step} of {self.trainer.total_steps}")
         self.place = self.feed.state()
-        self._places: deque[tuple[int, State]] = deque(maxlen=LAG + 1)
+        self._places: deque[tuple[int, State]] = deque(maxlen=DEVICE_LAG_STEPS + 1)
         self.settings = to_flat(resolved(prepared))
         info = RunInfo(
             run_dir=directory,
             name=directory.name,
             settings=self.settings,
-            total_steps=self.trainer.steps,
+            total_steps=self.trainer.total_steps,
             resumed_step=checkpoint.values["step"] if checkpoint else None,
             sink_state=checkpoint.values["logs"] if checkpoint else {},
         )
@@ -95,9 +95,9 @@ class Session:
         distributed.on_peer_failure(lambda: self.log.close(failed=True))
         self.ranks = RankFigures()
         self._left_out, self._last_left_out = 0, -1
-        self.stop = StopWish()
+        self.stop = PreemptionHandler()
         prepared.train.set_interrupt_check(self._check)
-        self.line = ProgressLine(self.trainer.steps, self.trainer.step)
+        self.line = ProgressLine(self.trainer.total_steps, self.trainer.step)
 
     def train(self) -> None:
         """Run the remaining steps, then evaluate and save the SAEs; exits where a signal asked for it."""
@@ -130,9 +130,9 @@ class Session:
 
     def _check(self) -> None:
         """Raise :class:`Stopped` once nothing more is to be read."""
-        self.stop.check()
+        self.stop.raise_if_preempted()
         if self.ended:
-            raise Stopped
+            raise Preempted
 
     def writing(self) -> AbstractContextManager[None]:
         """Within it, a full or vanished disk ends the run with a message."""
@@ -144,40 +144,40 @@ class Session:
         opening = self.feed.opening()
         if opening is not None:
             log_rank0(opening)
-        speed = Throughput(trainer.tokens)
+        speed = Throughput(trainer.tokens_seen)
         try:
-            while trainer.step < trainer.steps and not self._stopping():
+            while trainer.step < trainer.total_steps and not self._stopping():
                 distributed.set_progress(f"step {trainer.step + 1}")
                 if not self._step():
                     break
                 line.update(trainer.step, self._log_step(speed))
-                if self._every(self.config.evaluation.eval_every) and trainer.step < trainer.steps:
-                    self._hear(self.trainer.settle())
+                if self._every(self.config.evaluation.eval_every) and trainer.step < trainer.total_steps:
+                    self._hear(self.trainer.drain_spikes())
                     self.evaluate("eval")
-                if self._every(self.config.output.save_every) or trainer.step == trainer.steps or self._overdue():
+                if self._every(self.config.output.save_every) or trainer.step == trainer.total_steps or self._overdue():
                     self._save_if_good()
         finally:
             line.close()
-        if trainer.step == trainer.steps:
+        if trainer.step == trainer.total_steps:
             return True
         if self.saved_step != trainer.step:
             self._save_if_good()
-        self.stop.signal = self.stop.signal or signal.Signals(self.agreed.signal)
+        self.stop.received_signal = self.stop.received_signal or signal.Signals(self.agreed.signal)
         good = self.saved_step == trainer.step
         saved = "everything is saved" if good else f"saved is step {self.saved_step or 0}"
-        log_rank0(f"stopped by {self.stop.signal.name} after step {trainer.step}; {saved}, --resume goes on")
+        log_rank0(f"stopped by {self.stop.received_signal.name} after step {trainer.step}; {saved}, --resume goes on")
         return False
 
     def _step(self) -> bool:
         """One optimizer step; False when it was dropped because of a signal."""
         trainer = self.trainer
-        self.prepared.reader.before_batch = self.stop.check
+        self.prepared.reader.before_batch = self.stop.raise_if_preempted
         place = trainer.step + 1, self.place
         try:
             spikes = trainer.train_step(self._micro_batch, self._heed, self._meanwhile)
-        except Stopped:
+        except Preempted:
             assert self._asked is None, "the ranks wait for an answer"
-            trainer.drop_step()
+            trainer.zero_grad()
             return False
         finally:
             self.prepared.reader.before_batch = None
@@ -186,7 +186,7 @@ class Session:
         self._hear(spikes)
         return True
 
-    def _hear(self, own: list[Spike]) -> None:
+    def _hear(self, own: list[LossSpike]) -> None:
         """Act on the spikes of this rank's SAEs and the others'."""
         spikes = sorted(self.together.spikes(own), key=lambda spike: spike.step)
         if spikes and self.config.train.on_spike == "stop":
@@ -195,27 +195,27 @@ class Session:
 
     def _save_if_good(self) -> None:
         """A checkpoint, unless the last step was left out."""
-        self._hear(self.trainer.settle())
+        self._hear(self.trainer.drain_spikes())
         # Behind such a step the weights may be ruined, which only a good step disproves.
         if self._last_left_out != self.trainer.step:
             self.save()
 
-    def _micro_batch(self, number: int) -> Batch:
+    def _micro_batch(self, number: int) -> MicroBatch:
         """Micro-batch ``number``, or :class:`Stopped` on every rank where one of them has dropped the step."""
         part, dropped = None, False
         try:
             part = self.feed.fetch(number)
-        except Stopped:
+        except Preempted:
             dropped = True
         last = (number + 1) % self.config.train.grad_acc_steps == 0
         # A rank that drops a step says so where the others are about to wait for it.
         if dropped or last or self.feed.exchanges(number):
             step = self.trainer.step + 1
             asked = self.log.should_log(step) or self.line.should_print(step)
-            mine = [int(dropped), int(self.stop.signal or 0), int(asked), int(self._late())]
+            mine = [int(dropped), int(self.stop.received_signal or 0), int(asked), int(self._late())]
             self._asked = distributed.AsyncAllReduce(mine)
             # Others hear of it while they compute, unless something is to be exchanged right now.
-            if dropped or not self.trainer.shared or self.feed.exchanges(number):
+            if dropped or not self.trainer.is_data_parallel or self.feed.exchanges(number):
                 self._heed()
         return self.feed.join(number, part)
 
@@ -225,20 +225,20 @@ class Session:
             return
         self.agreed, self._asked = Agreed(*self._asked.wait()), None
         if self.agreed.dropped:
-            raise Stopped
+            raise Preempted
 
     def _meanwhile(self) -> None:
         """Run the model for later steps while the SAEs' gradients travel."""
         # A signal is agreed on where the next step begins, for the others have their sums by now.
-        with contextlib.suppress(Stopped):
+        with contextlib.suppress(Preempted):
             self.feed.work_ahead()
 
     def _stopping(self) -> bool:
         """Whether the run is to end behind the step that is done; alone, as soon as a signal comes."""
-        wish = self.stop.signal if launch.world_size() == 1 else self.agreed.signal
+        wish = self.stop.received_signal if launch.world_size() == 1 else self.agreed.signal
         return bool(wish)
 
-    def _leave_out(self, spikes: list[Spike]) -> None:
+    def _leave_out(self, spikes: list[LossSpike]) -> None:
         """Say which SAEs' step was left out; SaetrainError after too many in a row."""
         for spike in spikes:
             log_rank0(f"{spike}; the step is left out (--on_spike skip)")
@@ -253,14 +253,14 @@ class Session:
                 f"{kept}; start a run of another --run_name with a lower --lr"
             )
 
-    def _stopped_by(self, spike: Spike) -> SaetrainError:
+    def _stopped_by(self, spike: LossSpike) -> SaetrainError:
         """The batch's place is written down, and the message says what to do."""
         place = self.together.place(dict(self._places)[spike.step])
         return SaetrainError(
             distributed.run_on_rank0("writing down the spike", lambda: self._write_spike(spike, place))
         )
 
-    def _write_spike(self, spike: Spike, place: State) -> str:
+    def _write_spike(self, spike: LossSpike, place: State) -> str:
         path = self.directory / SPIKE
         with self.writing():
             write_json(path, {**spike.facts, "shards": self.feed.shown(place)})
@@ -277,7 +277,7 @@ class Session:
         if self.saved_step is None:
             return "There is no checkpoint yet"
         with self.writing():
-            before = set_aside_suspect(self.directory / CHECKPOINTS, step)
+            before = rename_suspect(self.directory / CHECKPOINTS, step)
         if before is None:
             return "The last checkpoint is kept"
         return (
@@ -292,7 +292,7 @@ class Session:
         return bool(self.agreed.late) if launch.world_size() > 1 else self._late()
 
     def _late(self) -> bool:
-        return self.first and time.monotonic() - self.saved_at > 60 * MAX_MINUTES
+        return self.first and time.monotonic() - self.saved_at > 60 * MAX_INTERVAL_MINUTES
 
     def _log_step(self, speed: Throughput) -> dict[str, float] | None:
         """Log the step when a sink wants it; gives the first SAE's figures for the progress line."""
@@ -300,15 +300,15 @@ class Session:
         if not self.agreed.asked:
             return None
         # Its figures are waited for, so its verdict costs no further wait.
-        self._hear(trainer.settle())
-        rate = speed.read(trainer.tokens)
-        ranks = self.ranks.read(trainer.tokens / launch.world_size(), self.prepared.model.device)
-        saes = self.together.merged(trainer.metrics())
+        self._hear(trainer.drain_spikes())
+        rate = speed.read(trainer.tokens_seen)
+        ranks = self.ranks.read(trainer.tokens_seen / launch.world_size(), self.prepared.model.device)
+        saes = self.together.merged(trainer.compute_metrics())
         if not self.first:
             return None
         with self.writing():
             self.log.write(
-                MetricsRecord("train", trainer.step, trainer.tokens, {"tokens_per_second": rate, **ranks}, saes)
+                MetricsRecord("train", trainer.step, trainer.tokens_seen, {"tokens_per_second": rate, **ranks}, saes)
             )
         return {**next(iter(saes.values())), "tokens_per_second": rate}
 
@@ -317,7 +317,7 @@ class Session:
         found = {}
         for name, sae in self.trainer.saes.items():
             inputs = self.normalizers[sae.hookpoint]
-            coder = folded(sae.coder, inputs.mean, inputs.scale, inputs.axes)
+            coder = fold_normalizer(sae.coder, inputs.mean, inputs.scale, inputs.axes)
             found[name] = EvalTarget(sae.hookpoint, coder, inputs.mean)
         return found
 
@@ -337,7 +337,7 @@ class Session:
                 )
         figures = self.together.merged(figures)
         with self.writing():
-            self.log.write(MetricsRecord(kind, self.trainer.step, self.trainer.tokens, {}, figures))
+            self.log.write(MetricsRecord(kind, self.trainer.step, self.trainer.tokens_seen, {}, figures))
         return figures
 
     def assess(self) -> None:
@@ -356,13 +356,15 @@ class Session:
             log_rank0(f"the assessment could not be made: {error}")
             return
         with self.writing():
-            self.log.write(MetricsRecord("assessment", self.trainer.step, self.trainer.tokens, {}, assessment.logged()))
+            self.log.write(
+                MetricsRecord("assessment", self.trainer.step, self.trainer.tokens_seen, {}, assessment.logged())
+            )
 
     def save(self) -> None:
         """Write a checkpoint of everything that the rest of the run depends on; rank 0 does."""
         self.together.require_equal(self.trainer)
         tensors = self.together.tensors(
-            {name: sae.state() for name, sae in self.trainer.saes.items()}, "sending states"
+            {name: sae.state_dict() for name, sae in self.trainer.saes.items()}, "sending states"
         )
         tensors.update({f"normalizer:{name}": value.tensor_constants() for name, value in self.normalizers.items()})
         values = {
@@ -370,7 +372,7 @@ class Session:
             "identity": identity(self.prepared),
             "normalizers": {name: value.scalar_constants() for name, value in self.normalizers.items()},
             "rates": self.together.merged(
-                {name: [sae.peak_lr, sae.firing.window] for name, sae in self.trainer.saes.items()}
+                {name: [sae.peak_lr, sae.firing.window_tokens] for name, sae in self.trainer.saes.items()}
             ),
             "losses": self.together.merged({name: sae.recent_losses() for name, sae in self.trainer.saes.items()}),
             "buffer": self.together.place(self.place),
@@ -401,6 +403,6 @@ class Session:
                 "norm_limit": self.prepared.reader.norm_limits.get(hookpoint),
                 "held_out_figures": replace_non_finite(figures[name]),
             }
-            coder = TopK.of(tensors, self.config.sae.k)
+            coder = TopK.from_weights(tensors, self.config.sae.k)
             with self.writing():
                 save_sae(self.directory / SAES / name, coder, metadata, self.config.output.save_sparsify)

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from saetrain import distributed
 from saetrain.errors import SaetrainError
-from saetrain.optim import in_memory_order
+from saetrain.optim import to_memory_order
 from saetrain.runs.build import sae_names, shared
 from saetrain.runs.feed import State
 from saetrain.runs.prepare import Prepared
-from saetrain.training.spikes import Spike
+from saetrain.training.spikes import LossSpike
 from saetrain.training.trainer import Trainer
 
 
@@ -62,19 +62,19 @@ class Together:
             shard: row for place in distributed.all_gather_json(own, "gathering shards") for shard, row in place.items()
         }
 
-    def spikes(self, own: list[Spike]) -> list[Spike]:
+    def spikes(self, own: list[LossSpike]) -> list[LossSpike]:
         """Those of every rank; where all train the same SAEs, they have the same ones."""
         if not self._owners or not distributed.all_reduce_max([len(own)], "looking for spikes")[0]:
             return own
         facts = distributed.all_gather_json([spike.facts for spike in own], "gathering spikes")
-        return [Spike.of(each) for rows in facts for each in rows]
+        return [LossSpike.from_facts(each) for rows in facts for each in rows]
 
     def require_equal(self, trainer: Trainer) -> None:
         """SaetrainError when weights that every step leaves the same on all ranks have drifted apart."""
         if not self._shared:
             return
         for name, sae in trainer.saes.items():
-            sums = [int(in_memory_order(p.detach()).view(torch.int32).sum()) for p in sae.coder.parameters()]
+            sums = [int(to_memory_order(p.detach()).view(torch.int32).sum()) for p in sae.coder.parameters()]
             most = distributed.all_reduce_max([*sums, *(-each for each in sums)], "comparing weights")
             if any(high != -low for high, low in zip(most[: len(sums)], most[len(sums) :], strict=True)):
                 raise SaetrainError(

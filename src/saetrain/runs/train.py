@@ -87,6 +87,6 @@ def _shared(run: Prepared, checkpoint: Checkpoint) -> Checkpoint:
     for name in checkpoint.values["files"]:
         content = distributed.broadcast_tensors(checkpoint.tensors.get(name), f"sending the checkpoint of {name}")
         hookpoint = sae_names(run).get(name, (None,))[0]
-        if hookpoint is None or run.division.owned(hookpoint, launch.rank()):
+        if hookpoint is None or run.division.is_owned_by(hookpoint, launch.rank()):
             tensors[name] = content
     return dataclasses.replace(checkpoint, tensors=tensors)

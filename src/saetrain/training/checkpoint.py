@@ -18,9 +18,9 @@ from saetrain.errors import SaetrainError
 from saetrain.files import fsync_dir, hash_file, write_json
 from saetrain.types import shown_default
 
-KEPT = 2
+MAX_CHECKPOINTS = 2
 """Checkpoints that stay on disk."""
-MAX_MINUTES = 10.0
+MAX_INTERVAL_MINUTES = 10.0
 """Minutes between checkpoints at the most."""
 
 
@@ -50,7 +50,7 @@ class CheckpointSettings:
             raise SaetrainError(f"--run_name {self.run_name!r}: must be a plain folder name without '/'")
 
 
-FORMAT = 4
+FORMAT_VERSION = 4
 """Of what a checkpoint holds: raise it when a run could not go on from an older one."""
 
 
@@ -71,9 +71,9 @@ def save_checkpoint(
     Raises OSError or SafetensorError (disk full); the checkpoints before it are then as they were.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    final = folder / _name(step)
-    for left_over in folder.glob(".writing_*"):
-        shutil.rmtree(left_over, ignore_errors=True)
+    final = folder / _step_folder_name(step)
+    for unfinished in folder.glob(".writing_*"):
+        shutil.rmtree(unfinished, ignore_errors=True)
     temporary = folder / f".writing_{step:09d}"
     try:
         temporary.mkdir()
@@ -81,9 +81,9 @@ def save_checkpoint(
         for number, (name, content) in enumerate(tensors.items()):
             names[name] = f"sae_{number:03d}.safetensors"
             save_file({key: value.contiguous() for key, value in content.items()}, temporary / names[name])
-        write_json(temporary / "state.json", {"format": FORMAT, **values, "step": step, "files": names})
+        write_json(temporary / "state.json", {"format": FORMAT_VERSION, **values, "step": step, "files": names})
         hashes = {file.name: hash_file(file) for file in sorted(temporary.iterdir())}
-        _sync(temporary)
+        _fsync_files(temporary)
         write_json(temporary / "manifest.json", {"sha256": hashes})
         shutil.rmtree(final, ignore_errors=True)
         os.replace(temporary, final)
@@ -91,12 +91,12 @@ def save_checkpoint(
     except (OSError, SafetensorError):
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    for old in list_checkpoints(folder)[:-KEPT]:
+    for old in list_checkpoints(folder)[:-MAX_CHECKPOINTS]:
         shutil.rmtree(old, ignore_errors=True)
     return final
 
 
-def _sync(folder: Path) -> None:
+def _fsync_files(folder: Path) -> None:
     for file in folder.iterdir():
         with open(file, "rb+") as handle:
             os.fsync(handle.fileno())
@@ -107,22 +107,22 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step_*") if path.is_dir())
 
 
-def set_aside_suspect(folder: Path, step: int) -> int | None:
+def rename_suspect(folder: Path, step: int) -> int | None:
     """Rename the checkpoint of ``step`` where one before it is there; gives that one's step, else None."""
     checkpoints = list_checkpoints(folder)
-    if len(checkpoints) < 2 or checkpoints[-1].name != _name(step):
+    if len(checkpoints) < 2 or checkpoints[-1].name != _step_folder_name(step):
         return None
-    aside = folder / f"suspect_{checkpoints[-1].name}"
-    shutil.rmtree(aside, ignore_errors=True)
-    os.replace(checkpoints[-1], aside)
+    suspect = folder / f"suspect_{checkpoints[-1].name}"
+    shutil.rmtree(suspect, ignore_errors=True)
+    os.replace(checkpoints[-1], suspect)
     return int(checkpoints[-2].name.removeprefix("step_"))
 
 
-def _name(step: int) -> str:
+def _step_folder_name(step: int) -> str:
     return f"step_{step:09d}"
 
 
-def damage(path: Path) -> str | None:
+def find_damage(path: Path) -> str | None:
     """What is wrong with a checkpoint's files by its manifest, or None."""
     try:
         expected = json.loads((path / "manifest.json").read_text())["sha256"]
@@ -139,30 +139,30 @@ def damage(path: Path) -> str | None:
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read an undamaged checkpoint; SaetrainError when another version wrote it."""
     values = json.loads((path / "state.json").read_text())
-    if values.get("format") != FORMAT:
+    if values.get("format") != FORMAT_VERSION:
         raise SaetrainError(
-            f"--resume: checkpoint {path} is of format {values.get('format')}, and this version goes on from {FORMAT}; "
+            f"--resume: checkpoint {path} is of format {values.get('format')}, and this version goes on from {FORMAT_VERSION}; "
             "end the run with the version that began it, or start one of another --run_name"
         )
     tensors = {name: load_file(path / file) for name, file in values["files"].items()}
     return Checkpoint(path, tensors, values)
 
 
-def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
+def find_newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
     """(the newest undamaged checkpoint or None, a line for each newer one that is damaged).
 
     The damaged ones are renamed where one before them is whole, so that no later clean-up takes them for the newest.
     """
-    damaged_ones: list[Path] = []
+    damaged_paths: list[Path] = []
     remarks: list[str] = []
     for path in reversed(list_checkpoints(folder)):
-        problem = damage(path)
+        problem = find_damage(path)
         if problem is None:
-            for damaged in damaged_ones:
-                aside = damaged.with_name(f"damaged_{damaged.name}")
-                shutil.rmtree(aside, ignore_errors=True)
-                os.replace(damaged, aside)
+            for damaged in damaged_paths:
+                renamed = damaged.with_name(f"damaged_{damaged.name}")
+                shutil.rmtree(renamed, ignore_errors=True)
+                os.replace(damaged, renamed)
             return path, remarks
-        damaged_ones.append(path)
+        damaged_paths.append(path)
         remarks.append(f"checkpoint {path} is damaged ({problem})")
     return None, remarks

@@ -9,28 +9,28 @@ from torch import Tensor
 from saetrain.transfer import PendingCopy
 
 
-class Delayed:
-    """A queue of small tensors; each is given ``lag`` entries after its own, or by :meth:`settle`."""
+class DelayedCopy:
+    """A queue of small tensors; each is given ``lag`` entries after its own, or by :meth:`pop_all`."""
 
     def __init__(self, lag: int) -> None:
-        self._lag = lag
-        self._waiting: deque[tuple[int, PendingCopy]] = deque()
+        self._lag_steps = lag
+        self._pending: deque[tuple[int, PendingCopy]] = deque()
 
     def put(self, step: int, value: Tensor) -> None:
         """Send the figures of a step on their way; nothing waits."""
-        self._waiting.append((step, PendingCopy(value)))
+        self._pending.append((step, PendingCopy(value)))
 
-    def ready(self) -> list[tuple[int, list[float]]]:
+    def pop_ready(self) -> list[tuple[int, list[float]]]:
         """(step, figures) of those that are due, the oldest first."""
-        return self._take(self._lag)
+        return self._pop_until(self._lag_steps)
 
-    def settle(self) -> list[tuple[int, list[float]]]:
+    def pop_all(self) -> list[tuple[int, list[float]]]:
         """All that are left, waited for."""
-        return self._take(0)
+        return self._pop_until(0)
 
-    def _take(self, left: int) -> list[tuple[int, list[float]]]:
-        found = []
-        while len(self._waiting) > left:
-            step, figures = self._waiting.popleft()
-            found.append((step, figures.get().tolist()))
-        return found
+    def _pop_until(self, n_left: int) -> list[tuple[int, list[float]]]:
+        popped = []
+        while len(self._pending) > n_left:
+            step, pending = self._pending.popleft()
+            popped.append((step, pending.get().tolist()))
+        return popped

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from saetrain.coders.base import SparseCoder
-from saetrain.optim import Optimizer, in_memory_order
+from saetrain.optim import Optimizer, to_memory_order
 from saetrain.types import CoderOutput, StepContext
 
 
@@ -44,7 +44,7 @@ class SplicedBatch:
 
 
 @dataclass(frozen=True)
-class MicroStep:
+class StepStats:
     """What a micro-batch gives: its loss terms (parts of the step's) and sums over its tokens.
 
     ``fired`` (F,) int64 tokens on which each latent is active; ``residual_sum`` (D,) of x - x̂; ``residual_square``
@@ -57,9 +57,9 @@ class MicroStep:
     residual_sum: Tensor
     residual_square: Tensor
 
-    def plus(self, other: MicroStep) -> MicroStep:
+    def merge_with(self, other: StepStats) -> StepStats:
         """Both as one."""
-        return MicroStep(
+        return StepStats(
             self.fired + other.fired,
             self.tokens + other.tokens,
             {name: loss + other.losses[name] for name, loss in self.losses.items()},
@@ -67,18 +67,18 @@ class MicroStep:
             self.residual_square + other.residual_square,
         )
 
-    def packed(self) -> Tensor:
+    def pack_row(self) -> Tensor:
         """All of it as one row of float64, which adds up over ranks; counts stay exact."""
         parts = [self.fired, self.residual_sum, self.residual_square, *self.losses.values()]
         row = [part.reshape(-1).double() for part in parts]
         return torch.cat([*row, row[0].new_full((1,), self.tokens)])
 
-    def unpacked(self, row: Tensor, tokens: int | None = None) -> MicroStep:
-        """What ``row``, made by :meth:`packed` of one with the same names, holds; asks the device unless ``tokens``."""
+    def unpack_row(self, row: Tensor, tokens: int | None = None) -> StepStats:
+        """What ``row``, made by :meth:`pack_row` of one with the same names, holds; asks the device unless ``tokens``."""
         latents, width = len(self.fired), len(self.residual_sum)
         fired, residual_sum, rest = row.split([latents, width, len(row) - latents - width])
         square, *losses, count = rest.unbind()
-        return MicroStep(
+        return StepStats(
             fired.long(),
             int(count) if tokens is None else tokens,
             {name: loss.float() for name, loss in zip(self.losses, losses, strict=True)},
@@ -87,26 +87,26 @@ class MicroStep:
         )
 
 
-def adam_state(moments: Mapping[str, Tensor], step: Tensor) -> dict[str, Tensor]:
+def build_adam_state(moments: Mapping[str, Tensor], step: Tensor) -> dict[str, Tensor]:
     """What torch's Adam would hold, by its names.
 
     ``moments`` {`m_` and `v_` of `enc`, `dec` (F, D), `b` (F,), `b_dec` (D,)}; the encoder's come in the shape of
     ``W_enc`` (D, F), all of them as views; ``step`` a scalar.
     """
     out = {}
-    for parameter, what in (("W_enc", "enc"), ("W_dec", "dec"), ("b_enc", "b"), ("b_dec", "b_dec")):
-        for key, name in (("exp_avg", "m"), ("exp_avg_sq", "v")):
-            value = moments[f"{name}_{what}"]
-            out[f"{parameter}.{key}"] = value.T if what == "enc" else value
+    for parameter, tensor_name in (("W_enc", "enc"), ("W_dec", "dec"), ("b_enc", "b"), ("b_dec", "b_dec")):
+        for key, moment in (("exp_avg", "m"), ("exp_avg_sq", "v")):
+            value = moments[f"{moment}_{tensor_name}"]
+            out[f"{parameter}.{key}"] = value.T if tensor_name == "enc" else value
         out[f"{parameter}.step"] = step.clone()
     return out
 
 
-class Engine(ABC):
-    """Steps one coder; micro-batches add up until :meth:`apply` or :meth:`drop`."""
+class TrainStep(ABC):
+    """Steps one coder; micro-batches add up until :meth:`optimizer_step` or :meth:`zero_grad`."""
 
     @abstractmethod
-    def micro_step(self, x_ND: Tensor, progress: StepContext, objective: Objective | None = None) -> MicroStep:
+    def forward_backward(self, x_ND: Tensor, progress: StepContext, objective: Objective | None = None) -> StepStats:
         """Forward and gradients of a micro-batch of what the coder sees; the reference alone takes an objective."""
 
     @abstractmethod
@@ -118,23 +118,23 @@ class Engine(ABC):
         """At least the norm of the projected gradient, and not finite where that is not."""
 
     @abstractmethod
-    def apply(self, lr: float) -> Tensor:
+    def optimizer_step(self, lr: float) -> Tensor:
         """Update at learning rate ``lr``; gives the projected gradient's norm before clipping."""
 
     @abstractmethod
-    def drop(self) -> None:
+    def zero_grad(self) -> None:
         """Forget the gradients."""
 
     @abstractmethod
-    def state(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         """The optimizer's tensors as ``{parameter.key: tensor}``."""
 
     @abstractmethod
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Take back what :meth:`state` gave; the coder's parameters are restored before."""
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take back what :meth:`state_dict` gave; the coder's parameters are restored before."""
 
 
-class DeviceEngine(Engine):
+class DeviceStep(TrainStep):
     """One whose steps never ask the device for a number, so that the host can run ahead of it."""
 
     @abstractmethod
@@ -142,18 +142,18 @@ class DeviceEngine(Engine):
         """As a scalar on the device."""
 
     @abstractmethod
-    def apply(self, lr: float, gate: Tensor | None = None) -> Tensor:
-        """Update where ``gate``, a bool on the device, allows it; gives the projected gradient's norm."""
+    def optimizer_step(self, lr: float, ok: Tensor | None = None) -> Tensor:
+        """Update where ``ok``, a bool on the device, allows it; gives the projected gradient's norm."""
 
 
-class AutogradEngine(Engine):
+class ReferenceStep(TrainStep):
     """The reference: any coder, any device, gradients by autograd, a torch optimizer."""
 
     def __init__(self, coder: SparseCoder, optimizer: Optimizer) -> None:
         self._coder, self._optimizer = coder, optimizer
         self._norm = torch.zeros(())
 
-    def micro_step(self, x_ND: Tensor, progress: StepContext, objective: Objective | None = None) -> MicroStep:
+    def forward_backward(self, x_ND: Tensor, progress: StepContext, objective: Objective | None = None) -> StepStats:
         """Through the coder's own forward."""
         output = self._coder(x_ND, x_ND, progress)
         if objective is not None:
@@ -162,7 +162,7 @@ class AutogradEngine(Engine):
         with torch.no_grad():
             residual = x_ND - output.reconstruction
             losses = {name: loss.detach() for name, loss in output.losses.items()}
-            return MicroStep(
+            return StepStats(
                 fired=output.codes.firing_counts(),
                 tokens=len(x_ND),
                 losses=losses,
@@ -172,27 +172,27 @@ class AutogradEngine(Engine):
 
     def gradients(self) -> list[Tensor]:
         """Every parameter's, as it lies in memory."""
-        return [in_memory_order(p.grad) for p in self._coder.parameters() if p.grad is not None]
+        return [to_memory_order(p.grad) for p in self._coder.parameters() if p.grad is not None]
 
     def norm_bound(self) -> float:
         """The norm itself, of the gradients as they now lie."""
-        self._norm = self._optimizer.project()
+        self._norm = self._optimizer.project_gradients()
         return float(self._norm)
 
-    def apply(self, lr: float) -> Tensor:
+    def optimizer_step(self, lr: float) -> Tensor:
         """By the torch optimizer."""
         self._optimizer.step(lr, self._norm)
-        self.drop()
+        self.zero_grad()
         return self._norm
 
-    def drop(self) -> None:
+    def zero_grad(self) -> None:
         """Zero the gradients."""
-        self._optimizer.drop()
+        self._optimizer.zero_grad()
 
-    def state(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         """The torch optimizer's."""
-        return self._optimizer.state()
+        return self._optimizer.state_dict()
 
-    def restore(self, state: Mapping[str, Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Into the torch optimizer."""
-        self._optimizer.restore(state)
+        self._optimizer.load_state_dict(state)

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from saetrain.errors import SaetrainError
-from saetrain.training.delayed import Delayed
+from saetrain.training.delayed import DelayedCopy
 from saetrain.types import shown_default
 
-DEFAULT_WINDOW = 10_000_000
-LIFT = 4.0
+MAX_WINDOW_TOKENS = 10_000_000
+DEFAULT_DEAD_BIAS_LIFT = 4.0
 """Default of --dead_bias_lift."""
-WINDOW_SHARE = 0.01
+WINDOW_RUN_SHARE = 0.01
 WINDOW_FIRINGS = 10
 """Times that a latent of the mean rate, k in num_latents, fires within the shortest window."""
 MIN_RATE_TOKENS = 50_000
@@ -54,14 +54,14 @@ class DeadSettings:
                 "--dead_window_tokens and --dead_feature_threshold are the same setting: give the first alone"
             )
 
-    def window(self, max_tokens: int, num_latents: int, k: int) -> int:
+    def resolve_window(self, max_tokens: int, num_latents: int, k: int) -> int:
         """Tokens without firing after which one of so many latents is dead, in a run of ``max_tokens``."""
         given = self.dead_window_tokens or self.dead_feature_threshold
-        least = math.ceil(WINDOW_FIRINGS * num_latents / k)
-        return given or min(DEFAULT_WINDOW, max(least, int(max_tokens * WINDOW_SHARE)))
+        min_window = math.ceil(WINDOW_FIRINGS * num_latents / k)
+        return given or min(MAX_WINDOW_TOKENS, max(min_window, int(max_tokens * WINDOW_RUN_SHARE)))
 
 
-def alive_bound(l0: float, num_latents: int, threshold: float) -> float:
+def min_dead_fraction(l0: float, num_latents: int, threshold: float) -> float:
     """Least share of latents that the rate rule must call dead, whatever the training does.
 
     The firing rates sum to L0, so at most L0 / threshold latents can reach the threshold.
@@ -79,132 +79,132 @@ class FiringTracker:
     depend on neither log frequency nor micro-batches.
     """
 
-    def __init__(self, num_latents: int, window: int, threshold: float, device: torch.device) -> None:
-        self.window, self.threshold = window, threshold
-        self._block = max(MIN_RATE_TOKENS, math.ceil(20 / threshold) if threshold else 0)
+    def __init__(self, num_latents: int, window_tokens: int, threshold: float, device: torch.device) -> None:
+        self.window_tokens, self.threshold = window_tokens, threshold
+        self._tokens_per_block = max(MIN_RATE_TOKENS, math.ceil(20 / threshold) if threshold else 0)
         zeros = torch.zeros(num_latents, dtype=torch.long, device=device)
         self.since_fired = zeros.clone()
-        self._step, self._current, self._previous = zeros.clone(), zeros.clone(), zeros.clone()
+        self._step_counts, self._block_counts, self._previous_block_counts = zeros.clone(), zeros.clone(), zeros.clone()
         self._step_tokens = self._block_tokens = 0
         # Current and previous block; the host's count of the current one has steps in it that were left out.
-        self._counted = torch.zeros(2, dtype=torch.long, device=device)
+        self._counted_tokens = torch.zeros(2, dtype=torch.long, device=device)
 
-    def observe(self, fired: Tensor, tokens: int) -> None:
+    def count_micro_batch(self, fired: Tensor, tokens: int) -> None:
         """Count a micro-batch of ``tokens``, on ``fired`` (F,) int64 of which each latent was active."""
-        self._step += fired
+        self._step_counts += fired
         self._step_tokens += tokens
 
-    def finish_step(self, gate: Tensor | None = None) -> None:
+    def finish_step(self, ok: Tensor | None = None) -> None:
         """Close the optimizer step: all its tokens count at once.
 
-        Where ``gate``, a bool on the device, is false the step was left out: no latent has fired or been silent in it.
+        Where ``ok``, a bool on the device, is false the step was left out: no latent has fired or been silent in it.
         """
-        since = (self.since_fired + self._step_tokens).masked_fill_(self._step > 0, 0)
-        if gate is not None:
-            since = torch.where(gate, since, self.since_fired)
-            self._step *= gate
+        since = (self.since_fired + self._step_tokens).masked_fill_(self._step_counts > 0, 0)
+        if ok is not None:
+            since = torch.where(ok, since, self.since_fired)
+            self._step_counts *= ok
         self.since_fired.copy_(since)
-        if self._block_tokens >= self._block:
-            self._previous = self._current.clone()
-            self._current.zero_()
-            self._counted = self._counted.roll(1)
-            self._counted[0] = 0
+        if self._block_tokens >= self._tokens_per_block:
+            self._previous_block_counts = self._block_counts.clone()
+            self._block_counts.zero_()
+            self._counted_tokens = self._counted_tokens.roll(1)
+            self._counted_tokens[0] = 0
             self._block_tokens = 0
-        self._current += self._step
-        self._counted[0] += self._step_tokens if gate is None else self._step_tokens * gate
+        self._block_counts += self._step_counts
+        self._counted_tokens[0] += self._step_tokens if ok is None else self._step_tokens * ok
         self._block_tokens += self._step_tokens
-        self.drop_step()
+        self.discard_step()
 
-    def drop_step(self) -> None:
+    def discard_step(self) -> None:
         """Forget the step under way."""
-        self._step.zero_()
+        self._step_counts.zero_()
         self._step_tokens = 0
 
-    def silent(self) -> Tensor:
+    def dead_mask(self) -> Tensor:
         """(F,) bool, latents that have not fired within the window."""
-        return self.since_fired >= self.window
+        return self.since_fired >= self.window_tokens
 
-    def dead(self) -> Tensor | None:
+    def dead_mask_or_none(self) -> Tensor | None:
         """The same; None when all have fired, which the device is asked for."""
-        mask = self.silent()
+        mask = self.dead_mask()
         return mask if bool(mask.any()) else None
 
-    def rates(self) -> tuple[Tensor, int]:
+    def firing_rates(self) -> tuple[Tensor, int]:
         """((F,) share of tokens on which each latent fired, tokens that it is measured on)."""
-        tokens = int(self._counted.sum())
-        return (self._current + self._previous) / max(tokens, 1), tokens
+        tokens = int(self._counted_tokens.sum())
+        return (self._block_counts + self._previous_block_counts) / max(tokens, 1), tokens
 
-    def metrics(self) -> dict[str, float]:
+    def compute_metrics(self) -> dict[str, float]:
         """Dead shares by both rules, each with the tokens behind it."""
-        rates, tokens = self.rates()
+        rates, tokens = self.firing_rates()
         return {
             "dead_below_threshold": int((rates < self.threshold).sum()) / len(rates),
             "dead_below_threshold_tokens": tokens,
-            "dead_not_fired": int(self.silent().sum()) / len(rates),
-            "dead_not_fired_tokens": self.window,
+            "dead_not_fired": int(self.dead_mask().sum()) / len(rates),
+            "dead_not_fired_tokens": self.window_tokens,
         }
 
-    def state(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         """Counters between two steps, as tensors."""
         return {
             "since_fired": self.since_fired,
-            "current": self._current,
-            "previous": self._previous,
-            "tokens": torch.tensor([*self._counted.tolist(), self._block_tokens]),
+            "current": self._block_counts,
+            "previous": self._previous_block_counts,
+            "tokens": torch.tensor([*self._counted_tokens.tolist(), self._block_tokens]),
         }
 
-    def restore(self, state: dict[str, Tensor]) -> None:
-        """Take back what :meth:`state` gave."""
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take back what :meth:`state_dict` gave."""
         self.since_fired.copy_(state["since_fired"])
-        self._current.copy_(state["current"])
-        self._previous.copy_(state["previous"])
+        self._block_counts.copy_(state["current"])
+        self._previous_block_counts.copy_(state["previous"])
         # Older checkpoints hold no count of the host's own.
         current, previous, *block = state["tokens"].tolist()
-        self._counted.copy_(torch.tensor([current, previous]))
+        self._counted_tokens.copy_(torch.tensor([current, previous]))
         (self._block_tokens,) = block or (current,)
 
 
-class DeadAhead:
+class DeadCountBound:
     """How many latents can be dead at most, known to the host without waiting for the device.
 
-    Who is dead ``lag`` steps later has by now been silent for at least the window less the tokens of those steps, and
+    Who is dead ``lag_steps`` steps later has by now been silent for at least the window less the tokens of those steps, and
     how many have is copied while they run.
     """
 
-    def __init__(self, firing: FiringTracker, lag: int) -> None:
-        self._firing, self._lag, self._counts = firing, lag, Delayed(lag)
-        self._most: int | None = None
+    def __init__(self, firing: FiringTracker, lag_steps: int) -> None:
+        self._firing, self._lag_steps, self._pending_counts = firing, lag_steps, DelayedCopy(lag_steps)
+        self._max_dead: int | None = None
 
-    def _close(self, tokens: int) -> Tensor:
-        return (self._firing.since_fired >= self._firing.window - self._lag * tokens).sum().unsqueeze(0)
+    def _count_candidates(self, tokens: int) -> Tensor:
+        return (self._firing.since_fired >= self._firing.window_tokens - self._lag_steps * tokens).sum().unsqueeze(0)
 
-    def most(self, tokens: int) -> int:
+    def max_dead_count(self, tokens: int) -> int:
         """Of the step that comes, of ``tokens`` like those around it; the first time the device is asked."""
-        if self._most is None:
-            self._most = int(self._close(tokens))
-        return self._most
+        if self._max_dead is None:
+            self._max_dead = int(self._count_candidates(tokens))
+        return self._max_dead
 
-    def after_step(self, tokens: int) -> None:
+    def update_after_step(self, tokens: int) -> None:
         """Count, behind a step of ``tokens``."""
-        self._send(self._close(tokens))
-        for _, (count,) in self._counts.ready():
-            self._most = int(count)
+        self._push_count(self._count_candidates(tokens))
+        for _, (count,) in self._pending_counts.pop_ready():
+            self._max_dead = int(count)
 
-    def state(self) -> Tensor:
+    def state_dict(self) -> Tensor:
         """What it knows and what is on its way, so that a resumed run works in the same sizes to the same bits."""
-        waiting = [count for _, (count,) in self._counts.settle()]
+        waiting = [count for _, (count,) in self._pending_counts.pop_all()]
         for count in waiting:
-            self._send(torch.tensor([count]))
-        return torch.tensor([-1 if self._most is None else self._most, *waiting], dtype=torch.long)
+            self._push_count(torch.tensor([count]))
+        return torch.tensor([-1 if self._max_dead is None else self._max_dead, *waiting], dtype=torch.long)
 
-    def restore(self, state: Tensor) -> None:
-        """Take back what :meth:`state` gave."""
-        most, *waiting = state.tolist()
-        self._most = None if most < 0 else most
-        self._counts.settle()
+    def load_state_dict(self, state: Tensor) -> None:
+        """Take back what :meth:`state_dict` gave."""
+        max_dead, *waiting = state.tolist()
+        self._max_dead = None if max_dead < 0 else max_dead
+        self._pending_counts.pop_all()
         for count in waiting:
-            self._send(torch.tensor([count]))
+            self._push_count(torch.tensor([count]))
 
-    def _send(self, count: Tensor) -> None:
+    def _push_count(self, count: Tensor) -> None:
         # Their order says of which step they are.
-        self._counts.put(0, count)
+        self._pending_counts.put(0, count)

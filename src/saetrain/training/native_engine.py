@@ -12,32 +12,32 @@ from torch import Tensor
 from saetrain.coders.topk import TopK
 from saetrain.kernels import native
 from saetrain.kernels.processor import dense_limit
-from saetrain.optim import BETAS, ENCODER_SHARE, EPS, OptimSettings
-from saetrain.training.auxk import DeadLatents, auxk_step
-from saetrain.training.engine import Engine, MicroStep, Objective, adam_state
+from saetrain.optim import BETAS, ENCODER_LR_RATIO, EPS, OptimSettings
+from saetrain.training.auxk import DeadLatents, auxk_forward_backward
+from saetrain.training.engine import Objective, StepStats, TrainStep, build_adam_state
 from saetrain.types import StepContext
 
-MARGIN, MARGIN_HALF = 1.001, 1.01
+BOUND_MARGIN, BOUND_MARGIN_BF16 = 1.001, 1.01
 """What rounding may add to a gradient over the bound from exact norms: rows, codes and sums are of 8 bits in bf16."""
 
 
 class Workspace:
     """Memory of one micro-batch of N tokens, which SAEs of one shape use in turn."""
 
-    def __init__(self, tokens: int, width: int, latents: int, k: int, half: bool, dense: bool) -> None:
-        dtype = torch.bfloat16 if half else torch.float32
+    def __init__(self, tokens: int, width: int, latents: int, k: int, use_bf16: bool, use_dense: bool) -> None:
+        dtype = torch.bfloat16 if use_bf16 else torch.float32
         pairs = tokens * k
-        self.owner: NativeEngine | None = None
+        self.owner: NativeStep | None = None
         rows = max(64, native.CHUNK_BYTES // (latents * dtype.itemsize))
         self.pre = torch.empty(min(rows, tokens), latents, dtype=dtype)
-        self.dense = native.Dense(latents, tokens, width, self.pre) if dense else None
+        self.dense = native.DenseWorkspace(latents, tokens, width, self.pre) if use_dense else None
         self.tensors: dict[str, Tensor | None] = {
             "x_enc": torch.empty(tokens, width, dtype=dtype),
             "x_norms": torch.empty(tokens),
             "values": torch.empty(tokens, k),
             "indices": torch.empty(tokens, k, dtype=torch.int32),
             "residual": torch.empty(tokens, width),
-            "residual_copy": torch.empty(tokens, width, dtype=dtype) if half else None,
+            "residual_copy": torch.empty(tokens, width, dtype=dtype) if use_bf16 else None,
             "dz": torch.empty(tokens, k),
             "residual_norms": torch.empty(tokens),
             "residual_sum": torch.empty(width, dtype=torch.double),
@@ -55,21 +55,21 @@ class Workspace:
 
 
 @functools.lru_cache(maxsize=4)
-def workspace(tokens: int, width: int, latents: int, k: int, half: bool, dense: bool) -> Workspace:
+def get_workspace(tokens: int, width: int, latents: int, k: int, use_bf16: bool, use_dense: bool) -> Workspace:
     """The one of this shape."""
-    return Workspace(tokens, width, latents, k, half, dense)
+    return Workspace(tokens, width, latents, k, use_bf16, use_dense)
 
 
-class NativeEngine(Engine):
+class NativeStep(TrainStep):
     """Adam over one TopK coder.
 
-    ``half``: products in bf16, with fp32 sums, weights and moments. ``fused``: a step has one micro-batch on one rank,
+    ``use_bf16``: products in bf16, with fp32 sums, weights and moments. ``no_accumulation``: a step has one micro-batch on one rank,
     so its gradients can go straight into the update.
     """
 
-    def __init__(self, coder: TopK, settings: OptimSettings, *, half: bool, fused: bool) -> None:
-        self._coder, self._settings, self._half, self._fused = coder, settings, half, fused
-        self._dense = half and coder.num_latents <= dense_limit(half) * coder.k
+    def __init__(self, coder: TopK, settings: OptimSettings, *, use_bf16: bool, no_accumulation: bool) -> None:
+        self._coder, self._settings, self._use_bf16, self._no_accumulation = coder, settings, use_bf16, no_accumulation
+        self._use_dense = use_bf16 and coder.num_latents <= dense_limit(use_bf16) * coder.k
         self._step_count = 0
         # Both stored one latent after the other; the coder's W_enc is a transposed view of the first.
         self._W = {"enc": coder.W_enc.detach().T, "dec": coder.W_dec.detach()}
@@ -79,44 +79,46 @@ class NativeEngine(Engine):
             for what, value in (*self._W.items(), ("b", self._b["enc"]), ("b_dec", self._b["dec"]))
             for name in ("m", "v")
         }
-        self._halves = {name: value.bfloat16() for name, value in self._W.items()} if half else {}
+        self._bf16_weights = {name: value.bfloat16() for name, value in self._W.items()} if use_bf16 else {}
         self._encoder_norms = self._W["enc"].norm(dim=1)
-        stored = {} if fused else {**self._W, "b": self._b["enc"]}
-        self._stored = False
-        self._grads = {f"g_{what}": torch.zeros_like(value) for what, value in stored.items()}
-        self._through = torch.zeros(coder.d_in, dtype=torch.double)
-        self._square = torch.zeros(1, dtype=torch.double)
+        grad_shapes = {} if no_accumulation else {**self._W, "b": self._b["enc"]}
+        self._has_gradients = False
+        self._grads = {f"g_{what}": torch.zeros_like(value) for what, value in grad_shapes.items()}
+        self._g_b_dec_encoder = torch.zeros(coder.d_in, dtype=torch.double)
+        self._squared_norm = torch.zeros(1, dtype=torch.double)
         self._g_b_dec = torch.zeros(coder.d_in, dtype=torch.double)
-        self._step: native.Step | None = None
-        self._work: Workspace | None = None
-        self._kept: dict[str, Tensor] = {}
+        self._step: native.SaetrainStep | None = None
+        self._workspace: Workspace | None = None
+        self._live_tensors: dict[str, Tensor] = {}
         self._extra_norm = 0.0
-        self._bound = 0.0
-        self._bounds = torch.zeros(1, dtype=torch.double)
+        self._norm_bound = 0.0
+        self._norm_bound_sum = torch.zeros(1, dtype=torch.double)
 
-    def micro_step(self, x_ND: Tensor, progress: StepContext, objective: Objective | None = None) -> MicroStep:
+    def forward_backward(self, x_ND: Tensor, progress: StepContext, objective: Objective | None = None) -> StepStats:
         """Top-k, decode and latent gradients; the weights' gradients too where they have to add up."""
         assert objective is None, "gradients are written out for the coder's own loss alone"
         coder = self._coder
-        scale = 2 / (progress.n_tokens * float(progress.data_variance))
-        step, work = self._begin(x_ND.contiguous(), scale)
-        native.center(step, work["x_enc"], work["x_norms"])
-        native.topk_relu(work["x_enc"], self._weights["enc"], self._b["enc"], work.pre, work["values"], work["indices"])
+        loss_scale = 2 / (progress.n_tokens * float(progress.data_variance))
+        step, work = self._prepare_step(x_ND.contiguous(), loss_scale)
+        native.center_inputs(step, work["x_enc"], work["x_norms"])
+        native.encode_topk(
+            work["x_enc"], self._weights["enc"], self._b["enc"], work.pre, work["values"], work["indices"]
+        )
         if work.dense is None:
-            native.reconstruct(step)
+            native.compute_residuals(step)
         else:
-            native.reconstruct_dense(step, self._weights["dec"], work["residual_copy"], work.dense, work.pre)
-        losses = {"recon": (work["residual_square"] * (scale / 2)).float()[0]}
+            native.compute_residuals_dense(step, self._weights["dec"], work["residual_copy"], work.dense, work.pre)
+        losses = {"recon": (work["residual_square"] * (loss_scale / 2)).float()[0]}
         self._extra_norm = 0.0
         if coder.auxk_alpha and progress.dead_mask is not None:
-            losses["auxk"] = self._auxk(progress)
-        if not self._fused:
-            self._latents(native.ADD if self._stored else native.STORE)
-            self._stored = True
-            self._g_b_dec += self._through - scale * work["residual_sum"]
+            losses["auxk"] = self._add_auxk(progress)
+        if not self._no_accumulation:
+            self._run_latent_pass(native.ADD if self._has_gradients else native.STORE)
+            self._has_gradients = True
+            self._g_b_dec += self._g_b_dec_encoder - loss_scale * work["residual_sum"]
             # No sum of gradients is longer than their lengths together, whatever rank they come from.
-            self._bounds += self._loose_bound(step)
-        return MicroStep(
+            self._norm_bound_sum += self._loose_bound(step)
+        return StepStats(
             fired=work["starts"].diff(),
             tokens=len(x_ND),
             losses=losses,
@@ -127,160 +129,164 @@ class NativeEngine(Engine):
     @property
     def _weights(self) -> Mapping[str, Tensor]:
         """Encoder and decoder as the products take them."""
-        return self._halves or self._W
+        return self._bf16_weights or self._W
 
-    def _begin(self, x_ND: Tensor, scale: float) -> tuple[native.Step, Workspace]:
+    def _prepare_step(self, x_ND: Tensor, loss_scale: float) -> tuple[native.SaetrainStep, Workspace]:
         """The kernels' view of one micro-batch."""
         coder = self._coder
         shape = (len(x_ND), coder.d_in, coder.num_latents, coder.k)
-        work = self._work = workspace(*shape, self._half, self._dense)
+        work = self._workspace = get_workspace(*shape, self._use_bf16, self._use_dense)
         work.owner = self
-        names = dict(zip(native.LONGS, shape, strict=True))
-        step = self._step = native.Step(**names, threads=torch.get_num_threads(), half=self._half, scale=scale)
-        self._kept = {"x": x_ND}
-        native.point(
+        names = dict(zip(native.LONG_FIELDS, shape, strict=True))
+        step = self._step = native.SaetrainStep(
+            **names, threads=torch.get_num_threads(), half=self._use_bf16, scale=loss_scale
+        )
+        self._live_tensors = {"x": x_ND}
+        native.set_pointers(
             step,
             x=x_ND,
             **work.tensors,
             **{f"W_{name}": value for name, value in self._W.items()},
             **{f"b_{name}": value for name, value in self._b.items()},
-            **{f"W_{name}_half": value for name, value in self._halves.items()},
+            **{f"W_{name}_half": value for name, value in self._bf16_weights.items()},
             **{name: value for name, value in self._moments.items() if not name.endswith("b_dec")},
             **self._grads,
-            g_b_dec=self._through,
-            square=self._square,
+            g_b_dec=self._g_b_dec_encoder,
+            square=self._squared_norm,
         )
         return step, work
 
-    def _here(self) -> tuple[native.Step, Workspace]:
+    def _current_step(self) -> tuple[native.SaetrainStep, Workspace]:
         assert self._step is not None
-        assert self._work is not None
-        assert self._work.owner is self or not self._fused, "another SAE has used the memory of this step"
-        return self._step, self._work
+        assert self._workspace is not None
+        assert self._workspace.owner is self or not self._no_accumulation, (
+            "another SAE has used the memory of this step"
+        )
+        return self._step, self._workspace
 
-    def _auxk(self, progress: StepContext) -> Tensor:
+    def _add_auxk(self, progress: StepContext) -> Tensor:
         """Hand AuxK's gradient rows of the dead latents to the kernels; gives the weighted loss."""
         assert progress.dead_mask is not None
-        step, work = self._here()
-        dead = DeadLatents.of(progress.dead_mask)
-        found = auxk_step(self._coder, self._weights, work["x_enc"], work["residual"], dead, progress)
-        rows = dead.places(self._coder.num_latents)
-        extra = {"extra_row": rows, "extra_enc": found.W_enc, "extra_dec": found.W_dec, "extra_b": found.b_enc}
-        self._kept.update(extra)
-        native.point(step, **extra)
-        self._extra_norm = float(sum(value.pow(2).sum() for value in (found.W_enc, found.W_dec, found.b_enc))) ** 0.5
-        return found.loss
+        step, work = self._current_step()
+        dead = DeadLatents.from_mask(progress.dead_mask)
+        grads = auxk_forward_backward(self._coder, self._weights, work["x_enc"], work["residual"], dead, progress)
+        rows = dead.inverse_index(self._coder.num_latents)
+        extra = {"extra_row": rows, "extra_enc": grads.W_enc, "extra_dec": grads.W_dec, "extra_b": grads.b_enc}
+        self._live_tensors.update(extra)
+        native.set_pointers(step, **extra)
+        self._extra_norm = float(sum(value.pow(2).sum() for value in (grads.W_enc, grads.W_dec, grads.b_enc))) ** 0.5
+        return grads.loss
 
-    def _latents(self, mode: int) -> None:
+    def _run_latent_pass(self, mode: int) -> None:
         """Run the latents' pass over the micro-batch, or over the gradients in memory."""
-        step, work = self._here()
-        self._square.zero_()
-        stored = not self._fused and mode in (native.MEASURE, native.UPDATE)
-        if not stored:
-            self._through.zero_()
-        if work.dense is None or stored:
-            native.latents(step, mode, self._encoder_norms, stored=stored)
+        step, work = self._current_step()
+        self._squared_norm.zero_()
+        from_memory = not self._no_accumulation and mode in (native.MEASURE, native.UPDATE)
+        if not from_memory:
+            self._g_b_dec_encoder.zero_()
+        if work.dense is None or from_memory:
+            native.run_latent_pass(step, mode, self._encoder_norms, from_memory=from_memory)
             return
-        native.latents_dense(step, mode, self._encoder_norms, self._inputs, work.dense)
+        native.run_latent_pass_dense(step, mode, self._encoder_norms, self._gradient_inputs, work.dense)
 
     def gradients(self) -> list[Tensor]:
         """Those in memory."""
-        assert not self._fused, "a fused step keeps no gradients"
-        return [*self._grads.values(), self._g_b_dec, self._bounds]
+        assert not self._no_accumulation, "a fused step keeps no gradients"
+        return [*self._grads.values(), self._g_b_dec, self._norm_bound_sum]
 
     def norm_bound(self) -> float:
         """Cheap from norms alone, and where that does not rule out clipping a tighter one, or the norm itself."""
-        step, _ = self._here()
-        bound = self._loose_bound(step) if self._fused else float(self._bounds[0])
-        if self._too_long(bound) and math.isfinite(bound):
-            bound = min(bound, self._tight_bound(step)) if self._fused else self._measured()
-        self._bound = bound
+        step, _ = self._current_step()
+        bound = self._loose_bound(step) if self._no_accumulation else float(self._norm_bound_sum[0])
+        if self._may_need_clipping(bound) and math.isfinite(bound):
+            bound = min(bound, self._tight_bound(step)) if self._no_accumulation else self._measure_norm()
+        self._norm_bound = bound
         return bound
 
-    def _loose_bound(self, step: native.Step) -> float:
+    def _loose_bound(self, step: native.SaetrainStep) -> float:
         """Of the micro-batch's gradient, from norms alone."""
-        bias = torch.empty(step.F)
-        square = native.square_bound(step, bias)
-        direct = step.scale * self._here()[1]["residual_sum"]
-        through = float(bias.abs() @ self._encoder_norms)
-        return float((square + (float(direct.norm()) + through) ** 2) ** 0.5 + self._extra_norm)
+        grad_b_enc = torch.empty(step.F)
+        square = native.bound_squared_norm(step, grad_b_enc)
+        direct = step.scale * self._current_step()[1]["residual_sum"]
+        through_encoder = float(grad_b_enc.abs() @ self._encoder_norms)
+        return float((square + (float(direct.norm()) + through_encoder) ** 2) ** 0.5 + self._extra_norm)
 
-    def _tight_bound(self, step: native.Step) -> float:
+    def _tight_bound(self, step: native.SaetrainStep) -> float:
         """The same, from the singular values of what the gradients are sums of."""
-        bias = torch.empty(step.F)
-        direct = step.scale * self._here()[1]["residual_sum"]
-        square = native.square_bound(step, bias, self._inputs)
-        exact = direct + (bias.to(self._weights["enc"].dtype) @ self._weights["enc"]).double()
+        grad_b_enc = torch.empty(step.F)
+        direct = step.scale * self._current_step()[1]["residual_sum"]
+        square = native.bound_squared_norm(step, grad_b_enc, self._gradient_inputs)
+        exact = direct + (grad_b_enc.to(self._weights["enc"].dtype) @ self._weights["enc"]).double()
         return float(1.02 * (square + float(exact.pow(2).sum())) ** 0.5 + self._extra_norm)
 
-    def _measured(self) -> float:
+    def _measure_norm(self) -> float:
         """The norm itself, by a pass over the gradients."""
-        self._latents(native.MEASURE)
-        return self._norm()
+        self._run_latent_pass(native.MEASURE)
+        return self._gradient_norm()
 
-    def _too_long(self, bound: float) -> bool:
+    def _may_need_clipping(self, bound: float) -> bool:
         """Whether a gradient of at most this norm may have to be clipped."""
         limit = self._settings.max_grad_norm
-        return limit > 0 and (MARGIN_HALF if self._half else MARGIN) * bound > limit
+        return limit > 0 and (BOUND_MARGIN_BF16 if self._use_bf16 else BOUND_MARGIN) * bound > limit
 
     @property
-    def _inputs(self) -> dict[str, Tensor]:
+    def _gradient_inputs(self) -> dict[str, Tensor]:
         """What the gradients' rows are sums of, in the products' format."""
-        _, work = self._here()
-        return {"enc": work["x_enc"], "dec": work["residual_copy" if self._half else "residual"]}
+        _, work = self._current_step()
+        return {"enc": work["x_enc"], "dec": work["residual_copy" if self._use_bf16 else "residual"]}
 
-    def _norm(self) -> float:
-        return float(self._square[0] + self._b_dec_gradient().pow(2).sum()) ** 0.5
+    def _gradient_norm(self) -> float:
+        return float(self._squared_norm[0] + self._b_dec_gradient().pow(2).sum()) ** 0.5
 
     def _b_dec_gradient(self) -> Tensor:
         """Through the decoder and through the encoder, (D,) fp64."""
-        step, work = self._here()
-        return self._through - step.scale * work["residual_sum"] if self._fused else self._g_b_dec
+        step, work = self._current_step()
+        return self._g_b_dec_encoder - step.scale * work["residual_sum"] if self._no_accumulation else self._g_b_dec
 
-    def apply(self, lr: float) -> Tensor:
+    def optimizer_step(self, lr: float) -> Tensor:
         """Fused: gradients, projection, clipping, Adam and renormalisation in one pass over the latents."""
-        step, _ = self._here()
+        step, _ = self._current_step()
         self._step_count += 1
         beta1, beta2 = BETAS
-        step.lr, step.encoder_lr, step.decay = lr, ENCODER_SHARE * lr, self._settings.decay
+        step.lr, step.encoder_lr, step.decay = lr, ENCODER_LR_RATIO * lr, self._settings.effective_weight_decay
         step.beta1, step.beta2, step.eps = beta1, beta2, EPS
         step.correction1 = 1 - beta1**self._step_count
         step.correction2 = (1 - beta2**self._step_count) ** 0.5
-        step.clip, norm, limit = 1.0, self._bound, self._settings.max_grad_norm
-        if self._too_long(self._bound):
-            if self._fused:
-                norm = self._measured()
+        step.clip, norm, limit = 1.0, self._norm_bound, self._settings.max_grad_norm
+        if self._may_need_clipping(self._norm_bound):
+            if self._no_accumulation:
+                norm = self._measure_norm()
             step.clip = min(1.0, limit / (norm + 1e-6))
-        self._latents(native.UPDATE)
-        norm = self._norm()
+        self._run_latent_pass(native.UPDATE)
+        norm = self._gradient_norm()
         self._update_b_dec(self._b_dec_gradient().float() * step.clip, step)
-        self.drop()
+        self.zero_grad()
         return torch.tensor(norm)
 
-    def _update_b_dec(self, gradient: Tensor, step: native.Step) -> None:
+    def _update_b_dec(self, gradient: Tensor, step: native.SaetrainStep) -> None:
         m, v = self._moments["m_b_dec"], self._moments["v_b_dec"]
         m.lerp_(gradient, 1 - step.beta1)
         v.mul_(step.beta2).addcmul_(gradient, gradient, value=1 - step.beta2)
-        length = v.sqrt() / step.correction2 + step.eps
-        self._b["dec"].addcdiv_(m, length, value=-step.lr / step.correction1)
+        denominator = v.sqrt() / step.correction2 + step.eps
+        self._b["dec"].addcdiv_(m, denominator, value=-step.lr / step.correction1)
 
-    def drop(self) -> None:
+    def zero_grad(self) -> None:
         """Forget gradients and the micro-batch."""
-        self._stored = False
+        self._has_gradients = False
         self._g_b_dec.zero_()
-        self._bounds.zero_()
-        self._step, self._work, self._kept = None, None, {}
+        self._norm_bound_sum.zero_()
+        self._step, self._workspace, self._live_tensors = None, None, {}
 
-    def state(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         """As torch's Adam names it, the encoder's moments in the shape of ``W_enc`` (D, F)."""
-        return adam_state(self._moments, torch.tensor(float(self._step_count)))
+        return build_adam_state(self._moments, torch.tensor(float(self._step_count)))
 
-    def restore(self, state: Mapping[str, Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take back moments and count, and copy the coder's weights anew."""
-        own = self.state()
+        own = self.state_dict()
         for name, value in state.items():
             own[name].copy_(value)
         self._step_count = int(state["W_dec.step"])
-        for name, copy in self._halves.items():
+        for name, copy in self._bf16_weights.items():
             copy.copy_(self._W[name])
         self._encoder_norms = self._W["enc"].norm(dim=1)

@@ -9,37 +9,39 @@ from types import FrameType, TracebackType
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-class Stopped(Exception):
+class Preempted(Exception):
     """Raised where a wish to stop is noticed in the middle of a step."""
 
 
-class StopWish:
+class PreemptionHandler:
     """While entered, the first signal is remembered, and a second Ctrl-C ends the process at once."""
 
     def __init__(self) -> None:
-        self.signal: signal.Signals | None = None
-        self._before: dict[signal.Signals, object] = {}
+        self.received_signal: signal.Signals | None = None
+        self._previous_handlers: dict[signal.Signals, object] = {}
 
-    def __enter__(self) -> StopWish:
-        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+    def __enter__(self) -> PreemptionHandler:
+        self._previous_handlers = {number: signal.signal(number, self._record_signal) for number in SIGNALS}
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        for number, handler in self._before.items():
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None and number == signal.SIGINT:
+    def _record_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.received_signal is not None and number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGINT)
-        self.signal = self.signal or signal.Signals(number)
+        self.received_signal = self.received_signal or signal.Signals(number)
 
-    def check(self) -> None:
-        """Raise :class:`Stopped` once a signal has come."""
-        if self.signal is not None:
-            raise Stopped
+    def raise_if_preempted(self) -> None:
+        """Raise :class:`Preempted` once a signal has come."""
+        if self.received_signal is not None:
+            raise Preempted
 
     @property
     def exit_code(self) -> int:
         """0 after SIGTERM, for a scheduler's preemption is no failure; 130 after Ctrl-C, as shells expect."""
-        return 130 if self.signal is signal.SIGINT else 0
+        return 130 if self.received_signal is signal.SIGINT else 0

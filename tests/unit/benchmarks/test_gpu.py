@@ -18,11 +18,11 @@ from benchmarks.gpu import kernel_checks
 from benchmarks.gpu.steps import SKEWED, STEP_BUILDERS, build_coder, builders_for
 from benchmarks.gpu.timing import floor_ms
 from benchmarks.peers import sparsify_gpu
-from saetrain.training.triton_check import Shape, Way
+from saetrain.training.triton_check import StepShape, StepVariant
 
 ROOT = Path(__file__).parents[3]
 ABSENT = ("tyro", "datasets", "pyarrow", "pandas", "wandb", "tensorboard", "rich", "psutil", "matplotlib", "pytest")
-SMALL = Shape(12, 40, 3, 50)
+SMALL = StepShape(12, 40, 3, 50)
 
 
 def test_without_a_gpu_it_checks_says_what_it_would_time_and_ends_well(tmp_path: Path) -> None:
@@ -52,13 +52,13 @@ def test_without_a_gpu_it_checks_says_what_it_would_time_and_ends_well(tmp_path:
 
 
 def test_an_update_that_is_off_is_called_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    off = {Way("sparse"): 2e-3, Way("dense"): float("nan"), Way("dense", half=True): 2e-3}
-    monkeypatch.setattr(kernel_checks, "distances", lambda *_, **__: off)
+    off = {StepVariant("sparse"): 2e-3, StepVariant("dense"): float("nan"), StepVariant("dense", use_bf16=True): 2e-3}
+    monkeypatch.setattr(kernel_checks, "measure_distances", lambda *_, **__: off)
     assert [check["fine"] for check in kernel_checks.check_kernels("cpu", quick=True)] == [False, False, True]
 
 
 def test_the_floor_counts_the_product_and_the_weights() -> None:
-    shape = Shape(100, 1000, 3, 50)
+    shape = StepShape(100, 1000, 3, 50)
     assert floor_ms(shape, {"flops_per_s": 1e9, "bytes_per_s": 1e30}) == pytest.approx(2 * 50 * 100 * 1000 / 1e6)
     assert floor_ms(shape, {"flops_per_s": 1e30, "bytes_per_s": 1e9}) == pytest.approx(200_000 * 26 / 1e6)
 

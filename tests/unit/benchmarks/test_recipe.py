@@ -145,10 +145,10 @@ def test_each_piece_of_the_recipe_has_a_row(tmp_path: Path) -> None:
 def test_each_piece_can_be_switched_off(piece: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = torch.randn(200, 6, generator=torch.Generator().manual_seed(0)) * torch.arange(1.0, 7.0)
     for module, names in (
-        (optim, ("BETAS", "ENCODER_SHARE", "DECAY_SHARE")),
-        (native_engine, ("BETAS", "ENCODER_SHARE")),
-        (base, ("ENCODER_SCALE",)),
-        (saetrain_runner, ("LIFT",)),
+        (optim, ("BETAS", "ENCODER_LR_RATIO", "LR_DECAY_SHARE")),
+        (native_engine, ("BETAS", "ENCODER_LR_RATIO")),
+        (base, ("ENCODER_INIT_NORM",)),
+        (saetrain_runner, ("DEFAULT_DEAD_BIAS_LIFT",)),
         (optim.Optimizer, ("_active_latents",)),
     ):
         for name in names:

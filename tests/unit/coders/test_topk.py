@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from saetrain.coders.base import ENCODER_SCALE
-from saetrain.coders.folding import folded, unfold_
-from saetrain.coders.topk import TopK, auxk_size
+from saetrain.coders.base import ENCODER_INIT_NORM
+from saetrain.coders.folding import fold_normalizer, unfold_normalizer_
+from saetrain.coders.topk import TopK, default_k_aux
 from saetrain.types import StepContext
 
 D, F, N = 7, 29, 23
@@ -74,10 +74,10 @@ def test_ties_keep_exactly_k() -> None:
 
 def auxk_by_hand(coder: TopK, x: Tensor, residual: Tensor, dead: Tensor) -> Tensor:
     pre = ((x - coder.b_dec.detach()) @ coder.W_enc + coder.b_enc).masked_fill(~dead, -torch.inf)
-    k = min(auxk_size(D), int(dead.sum()))
+    k = min(default_k_aux(D), int(dead.sum()))
     values, indices = pre.topk(k, dim=1)
     code = torch.zeros(N, F).scatter(1, indices, values.relu())
-    share = min(int(dead.sum()) / auxk_size(D), 1.0)
+    share = min(int(dead.sum()) / default_k_aux(D), 1.0)
     return share * (residual - code @ coder.W_dec).pow(2).sum() / (N * 2.5)
 
 
@@ -131,7 +131,7 @@ def test_micro_batches_add_up_to_one_batch() -> None:
 
 def test_the_encoder_starts_as_a_part_of_the_decoders_transpose_with_unit_rows() -> None:
     coder = TopK(D, F, 3, seed=4)
-    torch.testing.assert_close(coder.W_enc, ENCODER_SCALE * coder.W_dec.T)
+    torch.testing.assert_close(coder.W_enc, ENCODER_INIT_NORM * coder.W_dec.T)
     torch.testing.assert_close(coder.W_dec.norm(dim=1), torch.ones(F))
     assert torch.equal(coder.W_dec, TopK(D, F, 3, seed=4).W_dec)
     assert not torch.equal(coder.W_dec, TopK(D, F, 3, seed=5).W_dec)
@@ -150,18 +150,18 @@ def test_folded_and_unfolded_agree_and_undo_each_other() -> None:
     axes, _ = torch.linalg.qr(torch.randn(D, D, generator=torch.Generator().manual_seed(8)))
     raw = data() * scale + mean
     before = {name: value.clone() for name, value in coder.state_dict().items()}
-    outer = folded(coder, mean, scale, axes)
+    outer = fold_normalizer(coder, mean, scale, axes)
     inner_codes, outer_codes = coder.encode((raw - mean) / scale @ axes), outer.encode(raw)
     torch.testing.assert_close(outer_codes.to_dense(), inner_codes.to_dense() * scale, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(
         outer.decode(outer_codes), coder.decode(inner_codes) @ axes.T * scale + mean, rtol=1e-4, atol=1e-4
     )
     assert all(torch.equal(value, before[name]) for name, value in coder.state_dict().items())
-    unfold_(outer, mean, scale, axes)
+    unfold_normalizer_(outer, mean, scale, axes)
     for name, value in before.items():
         torch.testing.assert_close(getattr(outer, name), value, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("width", "expected"), [(768, 512), (384, 256), (512, 256), (2, 1), (1, 1)])
 def test_auxk_size_is_the_power_of_two_near_half_the_width(width: int, expected: int) -> None:
-    assert auxk_size(width) == expected
+    assert default_k_aux(width) == expected

@@ -37,7 +37,7 @@ def test_the_k_largest_in_the_order_of_their_latents(
     """``block``: small, many latents share a group."""
     monkeypatch.setattr(gpu_step, "BLOCK", block)
     pre, bias = numbers(rows, latents).to(dtype), 0.3 * numbers(latents, seed=1)
-    values, indices = gpu_step.topk_relu(*product(pre), bias, k)
+    values, indices = gpu_step.encode_topk(*product(pre), bias, k)
     expected, wanted = topk_of(pre.float() + bias, k)
     assert torch.equal(indices.long(), wanted)
     assert torch.equal(values, expected)
@@ -46,7 +46,7 @@ def test_the_k_largest_in_the_order_of_their_latents(
 @pytest.mark.parametrize("k", [1, 7, 40])
 def test_of_equals_the_first_are_taken(k: int) -> None:
     pre = numbers(6, 300).round()
-    values, indices = gpu_step.topk_relu(*product(pre), pre.new_zeros(300), k)
+    values, indices = gpu_step.encode_topk(*product(pre), pre.new_zeros(300), k)
     expected, wanted = topk_of(pre, k)
     assert torch.equal(indices.long(), wanted)
     assert torch.equal(values, expected)
@@ -56,7 +56,7 @@ def test_more_candidates_than_there_is_room_for() -> None:
     """Rows of equals: every entry reaches the bound, and the row itself is searched."""
     pre = torch.ones(3, 1100, device=DEVICE)
     pre[1, 1000], pre[2, 5:7] = 2.0, -1.0
-    values, indices = gpu_step.topk_relu(*product(pre), pre.new_zeros(1100), 4)
+    values, indices = gpu_step.encode_topk(*product(pre), pre.new_zeros(1100), 4)
     assert indices.tolist() == [[0, 1, 2, 3], [0, 1, 2, 1000], [0, 1, 2, 3]]
     assert values.tolist() == [[1.0] * 4, [1.0, 1.0, 1.0, 2.0], [1.0] * 4]
 
@@ -64,7 +64,7 @@ def test_more_candidates_than_there_is_room_for() -> None:
 def test_rows_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_step, "CHUNK_BYTES", 4 * 60 * 20)
     pre = numbers(45, 60)
-    values, indices = gpu_step.topk_relu(*product(pre), pre.new_zeros(60), 3)
+    values, indices = gpu_step.encode_topk(*product(pre), pre.new_zeros(60), 3)
     expected, wanted = topk_of(pre, 3)
     assert torch.equal(indices.long(), wanted)
     assert torch.equal(values, expected)
@@ -74,7 +74,7 @@ def test_what_is_not_a_number_is_handed_on() -> None:
     """So that the loss shows it."""
     pre = numbers(2, 50)
     pre[0, 3] = float("nan")
-    values, _ = gpu_step.topk_relu(*product(pre), pre.new_zeros(50), 4)
+    values, _ = gpu_step.encode_topk(*product(pre), pre.new_zeros(50), 4)
     assert values[0].isnan().any()
     assert values[1].isfinite().all()
 
@@ -87,7 +87,7 @@ def test_residual_and_slopes(tokens: int, width: int, latents: int, k: int, half
     values = numbers(tokens, k, seed=3).relu()
     indices = torch.stack([torch.randperm(latents)[:k] for _ in range(tokens)]).int().to(DEVICE)
     scale = torch.tensor(0.7, device=DEVICE)
-    residual, copy, slopes, norms = gpu_step.reconstruct(x, W, values, indices, scale)
+    residual, copy, slopes, norms = gpu_step.compute_residuals(x, W, values, indices, scale)
     expected = x - torch.einsum("nk,nkd->nd", values, W.float()[indices.long()])
     torch.testing.assert_close(residual, expected, rtol=1e-4, atol=1e-4)
     assert torch.equal(copy, residual.to(W.dtype))
@@ -98,7 +98,7 @@ def test_residual_and_slopes(tokens: int, width: int, latents: int, k: int, half
 
 @pytest.mark.parametrize("segment", [2, 3, 256])
 def test_pairs_lie_latent_by_latent_and_in_segments(segment: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_step, "SEGMENT", segment)
+    monkeypatch.setattr(gpu_step, "SEGMENT_PAIRS", segment)
     tokens, latents, k = 9, 6, 3
     indices = torch.stack([torch.randperm(latents)[:k] for _ in range(tokens)]).int()
     indices[:, 0] = 2
@@ -110,10 +110,10 @@ def test_pairs_lie_latent_by_latent_and_in_segments(segment: int, monkeypatch: p
                if indices[n, j] == latent and values[n, j] > 0]  # fmt: skip
         found = slice(starts[latent], starts[latent + 1])
         assert list(zip(pairs.token[found].tolist(), pairs.value[found].tolist(), strict=True)) == own
-        assert torch.equal(pairs.slope[found], -pairs.value[found])
+        assert torch.equal(pairs.grad_pre[found], -pairs.value[found])
         pieces = [i for i, owner in enumerate(pairs.segment_latent.tolist()) if owner == latent]
         assert len(pieces) == (-(-len(own) // segment) if len(own) > segment else 0)
-        assert pieces == list(range(int(pairs.segments[latent]), int(pairs.segments[latent + 1])))
+        assert pieces == list(range(int(pairs.segment_starts[latent]), int(pairs.segment_starts[latent + 1])))
         assert [int(pairs.segment_first[i]) for i in pieces] == [
             starts[latent] + segment * i for i in range(len(pieces))
         ]
@@ -121,23 +121,23 @@ def test_pairs_lie_latent_by_latent_and_in_segments(segment: int, monkeypatch: p
 
 @pytest.mark.parametrize("segment", [2, 256])
 def test_rows_of_segments_and_bounds(segment: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_step, "SEGMENT", segment)
+    monkeypatch.setattr(gpu_step, "SEGMENT_PAIRS", segment)
     tokens, width, latents, k = 12, 9, 5, 2
     x, residual, slopes = numbers(tokens, width), numbers(tokens, width, seed=1), numbers(tokens, k, seed=2)
     values = numbers(tokens, k, seed=3).abs()
     indices = torch.stack([torch.randperm(latents)[:k] for _ in range(tokens)]).int().to(DEVICE)
     scale = torch.tensor(0.5, device=DEVICE)
     pairs = gpu_step.sort_pairs(values, indices, slopes, latents)
-    bias, squares = gpu_step.bounds(pairs, x.norm(dim=1), residual.norm(dim=1), scale)
-    enc, dec = gpu_step.parts(pairs, x, residual, scale)
+    bias, squares = gpu_step.bound_latent_norms(pairs, x.norm(dim=1), residual.norm(dim=1), scale)
+    enc, dec = gpu_step.sum_segments(pairs, x, residual, scale)
     for latent in range(latents):
         mine = indices == latent
         value, slope = (values * mine).sum(dim=1), (slopes * mine).sum(dim=1)
         torch.testing.assert_close(bias[latent], slope.sum(), rtol=1e-4, atol=1e-5)
         rows = {"enc": slope @ x, "dec": -0.5 * value @ residual}
         assert squares[latent] * 1.0001 >= sum(row.square().sum() for row in rows.values()) + bias[latent] ** 2
-        first, last = int(pairs.segments[latent]), int(pairs.segments[latent + 1])
+        first, last = int(pairs.segment_starts[latent]), int(pairs.segment_starts[latent + 1])
         if last > first:
             torch.testing.assert_close(enc[first:last].sum(dim=0), rows["enc"], rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(dec[first:last].sum(dim=0), rows["dec"], rtol=1e-4, atol=1e-5)
-    assert (int(pairs.segments[-1]) > 0) == (segment == 2)
+    assert (int(pairs.segment_starts[-1]) > 0) == (segment == 2)

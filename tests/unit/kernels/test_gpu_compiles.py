@@ -21,13 +21,13 @@ from saetrain.optim import BETAS, EPS
 
 DUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 TYPES = {
-    "pre": "bf16", "W_dec": "bf16", "x": "bf16", "residual": "bf16", "residual_copy": "bf16", "half_enc": "bf16",
-    "half_dec": "bf16", "indices": "i32", "candidates": "i32", "candidate_keys": "u32", "pair_token": "i32",
-    "segment_latent": "i32", "extra_row": "i32", "gate": "i32", "starts": "i64", "segments": "i64",
+    "pre": "bf16", "W_dec": "bf16", "x": "bf16", "residual": "bf16", "residual_copy": "bf16", "W_enc_bf16": "bf16",
+    "W_dec_bf16": "bf16", "indices": "i32", "candidates": "i32", "candidate_keys": "u32", "pair_token": "i32",
+    "segment_latent": "i32", "extra_row": "i32", "ok": "i32", "starts": "i64", "segment_starts": "i64",
     "segment_first": "i64",
 }
 
-PAIRS = ("starts", "pair_token", "segments", "extra_row")
+PAIRS = ("starts", "pair_token", "segment_starts", "extra_row")
 
 def compiled(kernel, target, constants, launch={}, **types):
     types = {**TYPES, **types}
@@ -49,24 +49,24 @@ def compiled(kernel, target, constants, launch={}, **types):
 
 for target, widths in ((90, (768, 4096)), (80, (768,))):
     for k, groups in ((64, 1024), (512, 2048)):
-        compiled(gpu_search.select, target, {"K": k, "GROUPS": groups, "CAPACITY": groups, "BLOCK": gpu_step.BLOCK})
-    compiled(gpu.bound_norms, target, {"BLOCK": 128})
+        compiled(gpu_search.select_topk_kernel, target, {"K": k, "GROUPS": groups, "CAPACITY": groups, "BLOCK": gpu_step.BLOCK})
+    compiled(gpu.bound_norms_kernel, target, {"BLOCK": 128})
     for width in widths:
-        given = gpu_step.over_rows(width)
+        given = gpu_step.row_launch_options(width)
         block = {"BLOCK_D": given.pop("BLOCK_D")}
-        rows = gpu_step.rows_at_once(width)
+        rows = gpu_step.rows_per_tile(width)
         single = {"x": "fp32", "residual": "fp32"}
-        compiled(gpu.reconstruct, target, {"K": 64, "BLOCK_K": rows, **block}, given, **single)
-        compiled(gpu.partial, target, {"SEGMENT": gpu_step.SEGMENT, "BLOCK_P": rows, **block}, given)
+        compiled(gpu.compute_residuals_kernel, target, {"K": 64, "BLOCK_K": rows, **block}, given, **single)
+        compiled(gpu.sum_segments_kernel, target, {"SEGMENT": gpu_step.SEGMENT_PAIRS, "BLOCK_P": rows, **block}, given)
         adam = {"BETA1": BETAS[0], "BETA2": BETAS[1], "EPS": EPS}
         ways = ((0, False, False), (1, False, True), (2, False, False), (3, True, False), (3, False, True))
         for mode, stored, extra in ways:
             way = {"MODE": mode, "STORED": stored, "EXTRA": extra, "BLOCK_P": rows}
             # What is not read is handed over as any other tensor.
             unread = dict.fromkeys(PAIRS, "fp32") if stored else {}
-            compiled(gpu.latents, target, {**adam, **way, "HALF": True, **block}, given, **unread)
-        single |= {"half_enc": "fp32", "half_dec": "fp32"}
-        compiled(gpu.latents, target, {**adam, **way, "HALF": False, **block}, given, **single)
+            compiled(gpu.latent_pass_kernel, target, {**adam, **way, "BF16": True, **block}, given, **unread)
+        single |= {"W_enc_bf16": "fp32", "W_dec_bf16": "fp32"}
+        compiled(gpu.latent_pass_kernel, target, {**adam, **way, "BF16": False, **block}, given, **single)
 """
 
 STACK = 16
@@ -79,5 +79,11 @@ def test_every_kernel_compiles_without_spills() -> None:
     assert done.returncode == 0, done.stderr
     rows = [line.split() for line in done.stdout.splitlines()]
     assert len(rows) == 2 * 3 + 3 * 8
-    assert {row[1] for row in rows} == {"select", "bound_norms", "reconstruct", "partial", "latents"}
+    assert {row[1] for row in rows} == {
+        "select_topk_kernel",
+        "bound_norms_kernel",
+        "compute_residuals_kernel",
+        "sum_segments_kernel",
+        "latent_pass_kernel",
+    }
     assert [row for row in rows if int(row[3]) > STACK] == []

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from saetrain.kernels import graphs
-from saetrain.kernels.graphs import WARM_UP, Recorded
+from saetrain.kernels.graphs import WARMUP_CALLS, GraphedCallable
 
 
 class Graph:
@@ -56,34 +56,34 @@ def doubling(monkeypatch: pytest.MonkeyPatch) -> Doubling:
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", record)
-    monkeypatch.setattr(graphs, "_memory", lambda: None)
+    monkeypatch.setattr(graphs, "_shared_graph_pool", lambda: None)
     return function
 
 
 def test_every_call_gives_what_the_function_would(doubling: Doubling) -> None:
-    recorded: Recorded[Tensor] = Recorded()
+    recorded: GraphedCallable[Tensor] = GraphedCallable()
     found = []
-    for number in range(WARM_UP + 4):
+    for number in range(WARMUP_CALLS + 4):
         x = torch.tensor([float(number), 1.0])
         found.append(recorded(doubling, x))
         assert found[-1].tolist() == [2.0 * number, 2.0]
-    assert doubling.calls == WARM_UP + 1
-    assert len({each.data_ptr() for each in found[WARM_UP:]}) == 1
+    assert doubling.calls == WARMUP_CALLS + 1
+    assert len({each.data_ptr() for each in found[WARMUP_CALLS:]}) == 1
 
 
 def test_another_shape_does_not_fit(doubling: Doubling) -> None:
-    recorded: Recorded[Tensor] = Recorded()
-    for _ in range(WARM_UP):
+    recorded: GraphedCallable[Tensor] = GraphedCallable()
+    for _ in range(WARMUP_CALLS):
         recorded(doubling, torch.zeros(3))
-        assert recorded.fits(torch.zeros(2)), "nothing is recorded yet"
+        assert recorded.accepts_shape(torch.zeros(2)), "nothing is recorded yet"
     recorded(doubling, torch.zeros(3))
-    assert recorded.fits(torch.zeros(3))
-    assert not recorded.fits(torch.zeros(2))
+    assert recorded.accepts_shape(torch.zeros(3))
+    assert not recorded.accepts_shape(torch.zeros(2))
 
 
 def test_a_recording_that_fails_is_made_again(doubling: Doubling) -> None:
-    recorded: Recorded[Tensor] = Recorded()
-    for _ in range(WARM_UP):
+    recorded: GraphedCallable[Tensor] = GraphedCallable()
+    for _ in range(WARMUP_CALLS):
         recorded(doubling, torch.zeros(1))
     doubling.broken = True
     with pytest.raises(RuntimeError, match="not to be recorded"):

@@ -14,7 +14,7 @@ def search(x: torch.Tensor, W: torch.Tensor, b: torch.Tensor, k: int, rows: int)
     """The native one, ``rows`` tokens at a time."""
     pre = torch.empty(rows, len(W), dtype=x.dtype)
     values, indices = torch.empty(len(x), k), torch.empty(len(x), k, dtype=torch.int32)
-    native.topk_relu(x, W, b, pre, values, indices)
+    native.encode_topk(x, W, b, pre, values, indices)
     return values, indices.long()
 
 
@@ -48,7 +48,7 @@ def test_values_are_those_of_topk(shape: tuple[int, int, int, int, int]) -> None
 @pytest.mark.parametrize("k", [1, 2, 30, 32])
 def test_two_stages_find_what_one_finds(latents: int, k: int) -> None:
     pre = torch.randn(50, latents, generator=torch.Generator().manual_seed(latents))
-    values, indices = sparse.largest(pre, k)
+    values, indices = sparse.topk_two_stage(pre, k)
     assert torch.equal(values.sort(dim=1).values, pre.topk(k, dim=1).values.sort(dim=1).values)
     assert torch.equal(pre.gather(1, indices), values)
 
@@ -71,5 +71,5 @@ def test_the_eigenvalue_is_never_too_small() -> None:
         rows = torch.randn(300, 40, generator=torch.Generator().manual_seed(seed)) * torch.linspace(0.01, 3, 40)
         exact = float(torch.linalg.eigvalsh((rows.T @ rows).double())[-1])
         for dtype in (torch.float32, torch.bfloat16):
-            found = native.largest_eigenvalue(rows.to(dtype))
+            found = native.bound_largest_eigenvalue(rows.to(dtype))
             assert exact <= found < 3 * exact

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from saetrain.activations.normalize import Normalizer
 from saetrain.cli import parse_train
-from saetrain.coders.folding import folded
+from saetrain.coders.folding import fold_normalizer
 from saetrain.coders.topk import TopK
 from saetrain.data.masking import select_masked_positions
 from saetrain.errors import SaetrainError
@@ -20,7 +20,7 @@ from saetrain.runs.build import build_trainer
 from saetrain.runs.end_to_end import EndToEnd
 from saetrain.runs.feed import SequenceFeed, make_feed
 from saetrain.runs.prepare import Prepared, prepare
-from saetrain.training.trainer import SaeTrainer
+from saetrain.training.trainer import SaeState
 from saetrain.types import CoderOutput, Codes, TokenSequence
 
 SIZES = "--layers 1 --k 4 --num_latents 64 --batch_size 3 --grad_acc_steps 2 --ctx_len 24 --max_tokens 2880"
@@ -37,7 +37,7 @@ class Ready:
         self.run: Prepared = prepare(parse_train([model, text, *SIZES.split(), *words]))
         self.trainer, normalizers = build_trainer(self.run, None)
         ((self.hookpoint, self.normalizer),) = normalizers.items()
-        self.sae: SaeTrainer = self.trainer.saes[self.hookpoint]
+        self.sae: SaeState = self.trainer.saes[self.hookpoint]
         self.feed = make_feed(self.run, normalizers)
         assert isinstance(self.feed, SequenceFeed)
 
@@ -46,7 +46,7 @@ class Ready:
         self.sae.coder.zero_grad()
         for number in range(2):
             batch: Any = self.feed.micro_batch(number)[self.hookpoint]
-            self.sae.micro_step(batch, self.sae.progress(0, self.trainer.tokens_per_step))
+            self.sae.forward_backward(batch, self.sae.build_progress(0, self.trainer.tokens_per_step))
         return {name: p.grad.clone() for name, p in self.sae.coder.named_parameters() if p.grad is not None}
 
     def sequences(self) -> list[TokenSequence]:
@@ -140,10 +140,10 @@ def test_loss_and_gradients_equal_those_computed_by_hand(model: str, loss: str, 
     expected = loss_by_hand(made, plain, weights, causal)
     expected.backward()
     found = made.gradients()
-    assert made.sae.sums is not None
+    assert made.sae.stats is not None
     there = sum(int((s.kind == 0).sum()) for s in made.sequences())
-    assert 0 < made.sae.sums.tokens < there or not causal, "the limit does act"
-    assert float(sum(made.sae.sums.losses.values())) == pytest.approx(expected.item(), rel=1e-5)
+    assert 0 < made.sae.stats.tokens < there or not causal, "the limit does act"
+    assert float(sum(made.sae.stats.losses.values())) == pytest.approx(expected.item(), rel=1e-5)
     for name, weight in weights.items():
         assert weight.grad is not None
         assert weight.grad.abs().max() > 0
@@ -219,12 +219,12 @@ def test_a_bfloat16_model_is_scored_in_float32(model: str, ready: Callable[..., 
     made = ready(model, "--loss_fn", "kl", "--dtype", "bfloat16")
     # Their principal axes differ, so the same SAE has other weights there.
     turn = made.normalizer.axes.T @ wide.normalizer.axes
-    same = folded(wide.sae.coder, torch.zeros(32), 1.0, turn)
+    same = fold_normalizer(wide.sae.coder, torch.zeros(32), 1.0, turn)
     made.sae.coder.load_state_dict(same.state_dict())
     found, expected = made.gradients(), wide.gradients()
     found |= {"W_enc": turn.T @ found["W_enc"], "W_dec": found["W_dec"] @ turn, "b_dec": found["b_dec"] @ turn}
-    assert made.sae.sums is not None
-    assert made.sae.sums.losses["kl"].dtype == torch.float32
+    assert made.sae.stats is not None
+    assert made.sae.stats.losses["kl"].dtype == torch.float32
     for name, gradient in found.items():
         assert gradient.dtype == torch.float32
         cosine = torch.cosine_similarity(gradient.flatten(), expected[name].flatten(), dim=0)
@@ -247,11 +247,11 @@ def test_no_memory_for_the_model_is_said_with_what_to_lower(
 def test_codes_are_those_of_the_coder(ready: Callable[..., Ready]) -> None:
     made = ready("tiny_gpt2", "--loss_fn", "kl")
     made.gradients()
-    assert made.sae.sums is not None
+    assert made.sae.stats is not None
     expected = torch.zeros(64, dtype=torch.long)
     for sequence in made.sequences():
         x = made.run.capture(torch.from_numpy(sequence.ids)[None].long(), torch.ones(1, len(sequence)).long())
         rows = made.normalizer(x[made.hookpoint][0][torch.from_numpy(sequence.kind == 0)])
         codes: Codes = made.sae.coder.encode(rows)
         expected += codes.firing_counts()
-    assert torch.equal(made.sae.sums.fired, expected)
+    assert torch.equal(made.sae.stats.fired, expected)

@@ -14,12 +14,12 @@ from torch import Tensor
 from saetrain.coders.topk import TopK
 from saetrain.optim import Optimizer, OptimSettings
 from saetrain.training import native_engine
-from saetrain.training.engine import AutogradEngine, Engine
-from saetrain.training.native_engine import NativeEngine
-from saetrain.training.torch_engine import TorchEngine
+from saetrain.training.engine import ReferenceStep, TrainStep
+from saetrain.training.native_engine import NativeStep
+from saetrain.training.torch_engine import TorchStep
 from saetrain.types import StepContext
 
-Build = Callable[[TopK, OptimSettings, bool], Engine]
+Build = Callable[[TopK, OptimSettings, bool], TrainStep]
 
 
 def optimizer(coder: TopK, settings: OptimSettings) -> Optimizer:
@@ -31,17 +31,17 @@ def optimizer(coder: TopK, settings: OptimSettings) -> Optimizer:
     )
 
 
-def reference(coder: TopK, settings: OptimSettings, fused: bool = False) -> Engine:
-    return AutogradEngine(coder, optimizer(coder, settings))
+def reference(coder: TopK, settings: OptimSettings, fused: bool = False) -> TrainStep:
+    return ReferenceStep(coder, optimizer(coder, settings))
 
 
 def by_torch(half: bool) -> Build:
     dtype = torch.bfloat16 if half else torch.float32
-    return lambda coder, settings, fused: TorchEngine(coder, optimizer(coder, settings), dtype)
+    return lambda coder, settings, fused: TorchStep(coder, optimizer(coder, settings), dtype)
 
 
 def by_native(half: bool) -> Build:
-    return lambda coder, settings, fused: NativeEngine(coder, settings, half=half, fused=fused)
+    return lambda coder, settings, fused: NativeStep(coder, settings, use_bf16=half, no_accumulation=fused)
 
 
 EXACT = {"torch": by_torch(False), "native": by_native(False)}
@@ -68,7 +68,7 @@ def data(tokens: int, width: int, seed: int = 0) -> Tensor:
 
 def make(
     build: Build, shape: tuple[int, int, int, int, int], *, fused: bool = False, **settings: object
-) -> tuple[TopK, Engine]:
+) -> tuple[TopK, TrainStep]:
     _, width, latents, k, _ = shape
     coder = TopK(width, latents, k, auxk_alpha=1 / 32, seed=1)
     generator = torch.Generator().manual_seed(5)
@@ -87,9 +87,9 @@ def progress(shape: tuple[int, int, int, int, int], tokens: int | None = None, s
     return StepContext(step, tokens or count, mask, torch.tensor(float(width)), torch.tensor(width * 0.7))
 
 
-def gradients(coder: TopK, engine: Engine) -> dict[str, Tensor]:
+def gradients(coder: TopK, engine: TrainStep) -> dict[str, Tensor]:
     """All four gradients, (D, F) for the encoder's."""
-    if isinstance(engine, NativeEngine):
+    if isinstance(engine, NativeStep):
         grads = {name: value.clone() for name, value in engine._grads.items()}
         return {
             "W_enc": grads["g_enc"].T,
@@ -110,7 +110,7 @@ def relative(value: Tensor, expected: Tensor) -> float:
 def test_losses_counts_and_gradients_are_autograd_s(name: str, shape: tuple[int, int, int, int, int]) -> None:
     x = data(shape[0], shape[1])
     (plain, one), (coder, two) = make(reference, shape), make(EXACT[name], shape)
-    expected, found = one.micro_step(x, progress(shape)), two.micro_step(x, progress(shape))
+    expected, found = one.forward_backward(x, progress(shape)), two.forward_backward(x, progress(shape))
     assert torch.equal(found.fired, expected.fired)
     assert found.tokens == shape[0]
     assert found.losses.keys() == expected.losses.keys()
@@ -133,7 +133,7 @@ def test_products_in_bfloat16_are_near(
     monkeypatch.setattr(native_engine, "dense_limit", lambda half: 10**9 if dense else 0)
     x = data(shape[0], shape[1]).bfloat16().float()
     (plain, one), (coder, two) = make(reference, shape), make(HALF[name], shape)
-    expected, found = one.micro_step(x, progress(shape)), two.micro_step(x, progress(shape))
+    expected, found = one.forward_backward(x, progress(shape)), two.forward_backward(x, progress(shape))
     # A pick that differs is one near tie for another, of which there are a few in a hundred.
     assert int((found.fired - expected.fired).abs().sum()) <= 0.04 * shape[0] * shape[3] + 2
     for key, loss in expected.losses.items():
@@ -155,10 +155,10 @@ def test_whole_steps_are_the_reference_s(name: str, limit: float, shape: tuple[i
     for step in range(4):
         x, about = data(shape[0], shape[1], step), progress(shape, step=step)
         for engine in (one, two):
-            engine.micro_step(x, about)
+            engine.forward_backward(x, about)
         bound = two.norm_bound()
         one.norm_bound()
-        expected, found = one.apply(1e-2), two.apply(1e-2)
+        expected, found = one.optimizer_step(1e-2), two.optimizer_step(1e-2)
         torch.testing.assert_close(found, expected.detach(), rtol=1e-3, atol=1e-7)
         assert bound >= float(found) * 0.9999
     for key, p in plain.named_parameters():
@@ -179,17 +179,17 @@ def test_the_bound_holds_for_micro_batches_together(
     engines = [make(by_native(dense is not None), shape, max_grad_norm=1e9)[1] for _ in range(3)]
     one, ranks = engines[0], engines[1:]
     for part in x.split(-(-shape[0] // 4)):
-        one.micro_step(part, about)
+        one.forward_backward(part, about)
     for rank, half in zip(ranks, x.split(-(-shape[0] // 2)), strict=True):
         for part in half.split(-(-len(half) // 2)):
-            rank.micro_step(part, about)
+            rank.forward_backward(part, about)
     for mine, other in zip(ranks[0].gradients(), ranks[1].gradients(), strict=True):
         mine += other
     bounds = [engine.norm_bound() for engine in (one, ranks[0])]
-    norms = [float(engine.apply(0.0)) for engine in (one, ranks[0])]
+    norms = [float(engine.optimizer_step(0.0)) for engine in (one, ranks[0])]
     assert norms[1] == pytest.approx(norms[0], rel=1e-3 if dense is None else 0.1)
     for bound, norm in zip(bounds, norms, strict=True):
-        assert native_engine.MARGIN_HALF * bound >= norm
+        assert native_engine.BOUND_MARGIN_BF16 * bound >= norm
 
 
 @pytest.mark.parametrize("dense", [False, True])
@@ -198,9 +198,9 @@ def test_the_bound_is_one_in_bfloat16_too(dense: bool, monkeypatch: pytest.Monke
     for seed in range(40):
         shape = (1 + seed % 3, 33, 77, 1 + seed % 2, 0)
         _, engine = make(by_native(True), shape, fused=True, max_grad_norm=1e9)
-        engine.micro_step(data(shape[0], shape[1], seed), progress(shape))
+        engine.forward_backward(data(shape[0], shape[1], seed), progress(shape))
         bound = engine.norm_bound()
-        assert native_engine.MARGIN_HALF * bound >= float(engine.apply(0.0))
+        assert native_engine.BOUND_MARGIN_BF16 * bound >= float(engine.optimizer_step(0.0))
 
 
 @pytest.mark.parametrize("parts", [2, 3, 5])
@@ -210,8 +210,8 @@ def test_micro_batches_add_up_to_one_batch(name: str, parts: int) -> None:
     build = (HALF if "half" in name else EXACT)[name.split()[0]]
     (whole, one), (cut, two) = make(build, shape), make(build, shape)
     x = data(shape[0], shape[1])
-    expected = one.micro_step(x, progress(shape))
-    found = [two.micro_step(part, progress(shape)) for part in x.chunk(parts)]
+    expected = one.forward_backward(x, progress(shape))
+    found = [two.forward_backward(part, progress(shape)) for part in x.chunk(parts)]
     assert torch.equal(sum(part.fired for part in found), expected.fired)  # type: ignore[arg-type]
     wanted = gradients(whole, one)
     for key, gradient in gradients(cut, two).items():
@@ -228,11 +228,11 @@ def test_state_goes_on_to_the_bit(name: str, fused: bool) -> None:
         x, about = data(shape[0], shape[1], step), progress(shape, step=step)
         if step == 3:
             later.load_state_dict(whole.state_dict())
-            two.restore({key: value.clone() for key, value in one.state().items()})
+            two.load_state_dict({key: value.clone() for key, value in one.state_dict().items()})
         for engine in (one, two) if step >= 3 else (one,):
-            engine.micro_step(x, about)
+            engine.forward_backward(x, about)
             engine.norm_bound()
-            engine.apply(1e-2)
+            engine.optimizer_step(1e-2)
     for key, p in whole.named_parameters():
         assert torch.equal(dict(later.named_parameters())[key], p), key
 
@@ -243,12 +243,12 @@ def test_the_state_is_the_reference_s(name: str) -> None:
     shape = (60, 33, 177, 5, 0)
     (_, one), (_, two) = make(reference, shape), make(EXACT[name], shape, fused=True)
     for engine in (one, two):
-        engine.micro_step(data(60, 33), progress(shape))
+        engine.forward_backward(data(60, 33), progress(shape))
         engine.norm_bound()
-        engine.apply(1e-2)
-    expected = one.state()
-    assert two.state().keys() == expected.keys()
-    for key, value in two.state().items():
+        engine.optimizer_step(1e-2)
+    expected = one.state_dict()
+    assert two.state_dict().keys() == expected.keys()
+    for key, value in two.state_dict().items():
         torch.testing.assert_close(value, expected[key], rtol=1e-3, atol=1e-9, msg=key)
 
 
@@ -260,11 +260,11 @@ def test_a_dropped_step_leaves_no_trace(name: str) -> None:
     for dropped in (False, True):
         coder, engine = make(build, shape, fused=True)
         if dropped:
-            engine.micro_step(data(60, 33, 9), progress(shape))
-            engine.drop()
-        engine.micro_step(data(60, 33), progress(shape))
+            engine.forward_backward(data(60, 33, 9), progress(shape))
+            engine.zero_grad()
+        engine.forward_backward(data(60, 33), progress(shape))
         engine.norm_bound()
-        engine.apply(1e-2)
+        engine.optimizer_step(1e-2)
         results.append([p.detach().clone() for p in coder.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
@@ -275,8 +275,8 @@ def test_inputs_that_do_not_lie_in_a_row(name: str) -> None:
     build = (HALF if "half" in name else EXACT)[name.split()[0]]
     wide = data(60, 66)
     (whole, one), (apart, two) = make(build, shape), make(build, shape)
-    one.micro_step(wide[:, ::2].contiguous(), progress(shape))
-    two.micro_step(wide[:, ::2], progress(shape))
+    one.forward_backward(wide[:, ::2].contiguous(), progress(shape))
+    two.forward_backward(wide[:, ::2], progress(shape))
     wanted = gradients(whole, one)
     assert all(torch.equal(value, wanted[key]) for key, value in gradients(apart, two).items())
 
@@ -289,10 +289,10 @@ def test_rows_with_fewer_than_k_positive_values(name: str) -> None:
     with torch.no_grad():
         for each in (plain, coder):
             each.b_enc.fill_(-0.75)
-    if isinstance(two, TorchEngine):
-        two._copies = None
+    if isinstance(two, TorchStep):
+        two._weight_copies = None
     x = data(20, 12).bfloat16().float()
-    expected, found = one.micro_step(x, progress(shape)), two.micro_step(x, progress(shape))
+    expected, found = one.forward_backward(x, progress(shape)), two.forward_backward(x, progress(shape))
     assert 0 < int(expected.fired.sum()) < 20 * 8
     assert int((found.fired - expected.fired).abs().sum()) <= ("half" in name)
     if "half" not in name:
@@ -315,11 +315,11 @@ def test_what_is_not_finite_shows(name: str, value: float, fused: bool, where: s
     else:
         with torch.no_grad():
             coder.W_enc[5, 7] = value
-        engine.restore(engine.state())  # so that copies of the weights are made anew
-    loss = engine.micro_step(x, progress(shape)).losses["recon"]
+        engine.load_state_dict(engine.state_dict())  # so that copies of the weights are made anew
+    loss = engine.forward_backward(x, progress(shape)).losses["recon"]
     bound = engine.norm_bound()
     assert not torch.isfinite(loss) or bound != bound or bound == float("inf")
-    engine.drop()
+    engine.zero_grad()
 
 
 def test_fewer_threads_than_were_asked_for_lose_no_token() -> None:
@@ -329,7 +329,7 @@ from tests.unit.training.test_engines import by_native, data, make, progress
 torch.set_num_threads(2)
 shape = (100, 33, 77, 5, 0)
 _, engine = make(by_native(False), shape, fused=True)
-print(int(engine.micro_step(data(100, 33), progress(shape)).fired.sum()))
+print(int(engine.forward_backward(data(100, 33), progress(shape)).fired.sum()))
 """
     counts = set()
     for environment in ({}, {"OMP_THREAD_LIMIT": "1"}, {"OMP_DYNAMIC": "true"}):
@@ -351,13 +351,13 @@ def test_a_latent_that_does_not_fire_is_left_alone(name: str) -> None:
         if step == 3:
             with torch.no_grad():
                 coder.b_enc[:40] = -100.0
-            before = {key: value.clone() for key, value in {**engine.state(), **coder.state_dict()}.items()}
-        fired = engine.micro_step(data(20, 12, step), progress(shape)).fired
+            before = {key: value.clone() for key, value in {**engine.state_dict(), **coder.state_dict()}.items()}
+        fired = engine.forward_backward(data(20, 12, step), progress(shape)).fired
         engine.norm_bound()
-        engine.apply(1e-2)
+        engine.optimizer_step(1e-2)
     assert (fired[:40] == 0).all()
     assert (fired[40:] > 0).any()
-    for key, value in {**engine.state(), **coder.state_dict()}.items():
+    for key, value in {**engine.state_dict(), **coder.state_dict()}.items():
         if not key.startswith("b_dec") and not key.endswith(".step"):
             rows, old = (value.T, before[key].T) if key.startswith("W_enc") else (value, before[key])
             assert torch.equal((rows == old).reshape(shape[2], -1).all(dim=1), fired == 0), key
@@ -366,7 +366,7 @@ def test_a_latent_that_does_not_fire_is_left_alone(name: str) -> None:
 def test_saes_of_one_shape_use_the_same_memory_in_turn() -> None:
     shape = (20, 12, 90, 8, 0)
     (_, one), (_, two) = make(by_native(False), shape, fused=True), make(by_native(False), shape, fused=True)
-    one.micro_step(data(20, 12), progress(shape))
-    two.micro_step(data(20, 12), progress(shape))
+    one.forward_backward(data(20, 12), progress(shape))
+    two.forward_backward(data(20, 12), progress(shape))
     with pytest.raises(AssertionError, match="another SAE"):
         one.norm_bound()

@@ -7,10 +7,10 @@ import torch
 
 from saetrain.coders.topk import TopK
 from saetrain.optim import Optimizer, OptimSettings, lr_factor
-from saetrain.training.engine import AutogradEngine
+from saetrain.training.engine import ReferenceStep
 from saetrain.training.firing import FiringTracker
-from saetrain.training.stop import Stopped
-from saetrain.training.trainer import SaeTrainer, Trainer, TrainSettings
+from saetrain.training.stop import Preempted
+from saetrain.training.trainer import SaeState, Trainer, TrainSettings
 
 D, F, N = 6, 15, 40
 
@@ -23,12 +23,12 @@ def make(micro_steps: int = 1, *, shared: bool = False, lift: float = 0.0, auxk_
         project=coder.remove_parallel_gradient,
         renormalize=coder.renormalize_decoder,
     )
-    engine = AutogradEngine(coder, optimizer)
+    engine = ReferenceStep(coder, optimizer)
     firing = FiringTracker(F, 30, 0.01, torch.device("cpu"))
-    about = {"data_variance": float(D), "raw_mse": 1.0, "lr": 0.01}
-    sae = SaeTrainer("h", coder, lambda x: x, engine, firing, **about, seed=3, lift=lift)
+    about = {"data_variance": float(D), "mse_per_fvu": 1.0, "peak_lr": 0.01}
+    sae = SaeState("h", coder, lambda x: x, engine, firing, **about, seed=3, dead_bias_lr_multiplier=lift)
     settings = TrainSettings(max_tokens=100 * N, grad_acc_steps=micro_steps)
-    return Trainer({"h": sae}, settings, tokens=N, warmup=0, shared=shared)
+    return Trainer({"h": sae}, settings, tokens_per_step=N, warmup_steps=0, is_data_parallel=shared)
 
 
 def batch(step: int) -> torch.Tensor:
@@ -60,10 +60,10 @@ def test_dead_latents_are_those_of_the_steps_before() -> None:
     trainer = make()
     sae = trainer.saes["h"]
     trainer.train_step(lambda micro: {"h": batch(0)})
-    assert sae.firing.dead() is not None
-    assert "loss_auxk" not in sae.metrics("fvu")
+    assert sae.firing.dead_mask_or_none() is not None
+    assert "loss_auxk" not in sae.compute_metrics("fvu")
     trainer.train_step(lambda micro: {"h": batch(1)})
-    assert sae.metrics("fvu")["loss_auxk"] > 0
+    assert sae.compute_metrics("fvu")["loss_auxk"] > 0
 
 
 def test_the_bias_of_a_dead_latent_rises_until_it_fires() -> None:
@@ -77,23 +77,23 @@ def test_the_bias_of_a_dead_latent_rises_until_it_fires() -> None:
         for trainer in (lifted, plain):
             trainer.train_step(lambda micro, at=step: {"h": batch(at)})
         firing = lifted.saes["h"].firing
-        rate = lr_factor(step, lifted.steps, 0) * 0.01
-        if firing.since_fired[4] >= firing.window:
+        rate = lr_factor(step, lifted.total_steps, 0) * 0.01
+        if firing.since_fired[4] >= firing.window_tokens:
             rises.append(float(lifted.saes["h"].coder.b_enc.detach()[4] - before[lifted][4]))
             assert rises[-1] == pytest.approx(50 * rate, rel=1e-4), "Adam has no gradient for it"
         else:
             break
     assert 1 < len(rises) < 39
-    assert int(firing.since_fired[4]) < firing.window <= int(plain.saes["h"].firing.since_fired[4])
+    assert int(firing.since_fired[4]) < firing.window_tokens <= int(plain.saes["h"].firing.since_fired[4])
 
 
 def test_ranks_are_heard_before_sums_begin_and_other_work_is_done_behind() -> None:
     order: list[str] = []
     trainer = make(micro_steps=2, shared=True)
     sae = trainer.saes["h"]
-    add_up, added_up = sae.add_up, sae.added_up
-    sae.add_up = lambda reduction: (order.append("begin"), add_up(reduction))[1]  # type: ignore[method-assign,func-returns-value]
-    sae.added_up = lambda tokens: (order.append("end"), added_up(tokens))[1]  # type: ignore[method-assign,func-returns-value]
+    add_up, added_up = sae.add_to_buckets, sae.unpack_reduced
+    sae.add_to_buckets = lambda reduction: (order.append("begin"), add_up(reduction))[1]  # type: ignore[method-assign,func-returns-value]
+    sae.unpack_reduced = lambda tokens: (order.append("end"), added_up(tokens))[1]  # type: ignore[method-assign,func-returns-value]
 
     def micro_batch(number: int) -> dict[str, torch.Tensor]:
         order.append(f"batch {number}")
@@ -107,12 +107,12 @@ def test_a_step_that_is_given_up_before_its_sums_changes_nothing() -> None:
     trainer, other = make(shared=True), make(shared=True)
 
     def give_up() -> None:
-        raise Stopped
+        raise Preempted
 
-    with pytest.raises(Stopped):
+    with pytest.raises(Preempted):
         trainer.train_step(lambda micro: {"h": batch(9)}, give_up)
-    trainer.drop_step()
+    trainer.zero_grad()
     for each in (trainer, other):
         each.train_step(lambda micro: {"h": batch(0)})
-    for name, value in trainer.saes["h"].state().items():
-        assert torch.equal(value, other.saes["h"].state()[name]), name
+    for name, value in trainer.saes["h"].state_dict().items():
+        assert torch.equal(value, other.saes["h"].state_dict()[name]), name

@@ -14,8 +14,8 @@ from saetrain.kernels import gpu, gpu_search, gpu_step
 from saetrain.optim import OptimSettings
 from saetrain.training import delayed
 from saetrain.training.firing import FiringTracker
-from saetrain.training.trainer import SaeTrainer, Trainer, TrainSettings
-from saetrain.training.triton_engine import TritonEngine
+from saetrain.training.trainer import SaeState, Trainer, TrainSettings
+from saetrain.training.triton_engine import TritonStep
 from saetrain.types import StepContext
 from tests.unit.kernels.conftest import DEVICE
 from tests.unit.training.test_engines import data, progress, reference, relative
@@ -27,7 +27,7 @@ SHAPES: list[Shape] = [(17, 7, 16, 16, 3), (1, 8, 16, 1, 0), (30, 33, 47, 5, 0),
 @pytest.fixture(autouse=True)
 def _short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that some latents have several."""
-    monkeypatch.setattr(gpu_step, "SEGMENT", 4)
+    monkeypatch.setattr(gpu_step, "SEGMENT_PAIRS", 4)
 
 
 def make(
@@ -49,7 +49,7 @@ def make(
     optim = OptimSettings(**settings)  # type: ignore[arg-type]
     if by == "reference":
         return coder, reference(coder, optim)
-    return coder, TritonEngine(coder, optim, half=half, fused=fused, products=products)  # type: ignore[arg-type]
+    return coder, TritonStep(coder, optim, use_bf16=half, no_accumulation=fused, products=products)  # type: ignore[arg-type]
 
 
 def here(about: StepContext) -> StepContext:
@@ -77,7 +77,7 @@ def test_whole_steps_are_the_reference_s(products: str, fused: bool, limit: floa
     start = {key: p.detach().clone() for key, p in plain.named_parameters()}
     for step in range(3):
         x, about = data(shape[0], shape[1], step).to(DEVICE), here(progress(shape, step=step))
-        expected, found = one.micro_step(x, about), two.micro_step(x, about)
+        expected, found = one.forward_backward(x, about), two.forward_backward(x, about)
         assert torch.equal(found.fired, expected.fired)
         assert found.losses.keys() == expected.losses.keys()
         for key, loss in expected.losses.items():
@@ -86,14 +86,14 @@ def test_whole_steps_are_the_reference_s(products: str, fused: bool, limit: floa
         torch.testing.assert_close(found.residual_square, expected.residual_square, rtol=1e-4, atol=1e-5)
         bound = two.norm_bound()
         one.norm_bound()
-        wanted, norm = one.apply(1e-2), two.apply(1e-2)
+        wanted, norm = one.optimizer_step(1e-2), two.optimizer_step(1e-2)
         torch.testing.assert_close(norm, wanted.detach(), rtol=1e-3, atol=1e-7)
         assert bound >= float(norm) * 0.9999
     for key, p in plain.named_parameters():
         moved = dict(coder.named_parameters())[key].detach() - start[key]
         assert relative(moved, p.detach() - start[key]) < 0.02, key
-    for key, value in one.state().items():
-        torch.testing.assert_close(two.state()[key], value, rtol=1e-2, atol=1e-6, msg=key)
+    for key, value in one.state_dict().items():
+        torch.testing.assert_close(two.state_dict()[key], value, rtol=1e-2, atol=1e-6, msg=key)
 
 
 @pytest.mark.parametrize("products", ["sparse", "dense"])
@@ -104,11 +104,11 @@ def test_products_in_bfloat16_are_near(products: str) -> None:
     start = plain.W_dec.detach().clone()
     x, about = data(30, 33).to(DEVICE), here(progress(shape))
     for engine in (one, two):
-        engine.micro_step(x, about)
+        engine.forward_backward(x, about)
         engine.norm_bound()
-        engine.apply(1e-2)
+        engine.optimizer_step(1e-2)
     assert relative(coder.W_dec.detach() - start, plain.W_dec.detach() - start) < 0.3
-    for copy, weights in zip(two._halves.values(), (coder.W_enc.T, coder.W_dec), strict=True):
+    for copy, weights in zip(two._bf16_weights.values(), (coder.W_enc.T, coder.W_dec), strict=True):
         assert torch.equal(copy, weights.detach().bfloat16())
 
 
@@ -116,12 +116,12 @@ def test_micro_batches_add_up_to_one_batch() -> None:
     shape = (24, 12, 30, 3, 5)
     (_, one), (_, two) = make(shape, fused=False), make(shape, fused=False)
     x, about = data(24, 12).to(DEVICE), here(progress(shape))
-    one.micro_step(x, about)
+    one.forward_backward(x, about)
     for part in x.chunk(3):
-        two.micro_step(part, about)
+        two.forward_backward(part, about)
     for whole, added in zip(one.gradients()[:-1], two.gradients()[:-1], strict=True):
         torch.testing.assert_close(added, whole, rtol=1e-3, atol=1e-5)
-    assert two.norm_bound() >= float(one.apply(0.0)) * 0.9999
+    assert two.norm_bound() >= float(one.optimizer_step(0.0)) * 0.9999
 
 
 @pytest.mark.parametrize(("fused", "half"), [(True, True), (False, False)])
@@ -132,11 +132,11 @@ def test_state_goes_on_to_the_bit(fused: bool, half: bool) -> None:
         x, about = data(20, 12, step).to(DEVICE), here(progress(shape, step=step))
         if step == 2:
             later.load_state_dict(whole.state_dict())
-            two.restore({key: value.clone() for key, value in one.state().items()})
+            two.load_state_dict({key: value.clone() for key, value in one.state_dict().items()})
         for engine in (one, two) if step >= 2 else (one,):
-            engine.micro_step(x, about)
+            engine.forward_backward(x, about)
             engine.norm_bound()
-            engine.apply(1e-2)
+            engine.optimizer_step(1e-2)
     for key, p in whole.named_parameters():
         assert torch.equal(dict(later.named_parameters())[key], p), key
 
@@ -149,11 +149,11 @@ def test_a_latent_that_does_not_fire_is_left_alone() -> None:
         if step == 2:
             with torch.no_grad():
                 coder.b_enc[:15] = -100.0
-            before = {key: value.clone() for key, value in {**engine.state(), **coder.state_dict()}.items()}
-        fired = engine.micro_step(data(20, 12, step).to(DEVICE), here(progress(shape))).fired
-        engine.apply(1e-2)
+            before = {key: value.clone() for key, value in {**engine.state_dict(), **coder.state_dict()}.items()}
+        fired = engine.forward_backward(data(20, 12, step).to(DEVICE), here(progress(shape))).fired
+        engine.optimizer_step(1e-2)
     assert (fired[:15] == 0).all()
-    for key, value in {**engine.state(), **coder.state_dict()}.items():
+    for key, value in {**engine.state_dict(), **coder.state_dict()}.items():
         if not key.startswith("b_dec") and not key.endswith(".step"):
             rows, old = (value.T, before[key].T) if key.startswith("W_enc") else (value, before[key])
             assert torch.equal((rows == old).reshape(40, -1).all(dim=1), fired == 0), key
@@ -166,10 +166,10 @@ def test_what_is_not_finite_changes_no_weight(fused: bool) -> None:
     x = data(20, 12).to(DEVICE)
     x[3, 2] = float("nan")
     before = {key: value.clone() for key, value in coder.state_dict().items()}
-    loss = engine.micro_step(x, here(progress(shape))).losses["recon"]
+    loss = engine.forward_backward(x, here(progress(shape))).losses["recon"]
     assert not loss.isfinite()
     assert not engine.norm_bound().isfinite()
-    engine.apply(1e-2)
+    engine.optimizer_step(1e-2)
     for key, value in coder.state_dict().items():
         assert torch.equal(value, before[key]), key
 
@@ -180,11 +180,11 @@ def test_a_dropped_step_leaves_no_trace() -> None:
     for dropped in (False, True):
         coder, engine = make(shape, fused=False)
         if dropped:
-            engine.micro_step(data(20, 12, 9).to(DEVICE), here(progress(shape)))
-            engine.drop()
-        engine.micro_step(data(20, 12).to(DEVICE), here(progress(shape)))
+            engine.forward_backward(data(20, 12, 9).to(DEVICE), here(progress(shape)))
+            engine.zero_grad()
+        engine.forward_backward(data(20, 12).to(DEVICE), here(progress(shape)))
         engine.norm_bound()
-        engine.apply(1e-2)
+        engine.optimizer_step(1e-2)
         results.append(coder.W_dec.detach().clone())
     assert torch.equal(*results)
 
@@ -194,10 +194,10 @@ def trainer(by: str = "triton", *, halts: bool = False, products: str = "sparse"
     coder, engine = make((12, 8, 24, 2, 0), by=by, products=products, max_grad_norm=1e-3)
     coder.auxk_alpha = auxk
     firing = FiringTracker(24, 20, 0.01, torch.device(DEVICE))
-    about = {"data_variance": 8.0, "raw_mse": 1.0, "lr": 0.01, "seed": 0, "lift": 2.0}
-    sae = SaeTrainer("h", coder, lambda x: x, engine, firing, **about, halts=halts)  # type: ignore[arg-type]
+    about = {"data_variance": 8.0, "mse_per_fvu": 1.0, "peak_lr": 0.01, "seed": 0, "dead_bias_lr_multiplier": 2.0}
+    sae = SaeState("h", coder, lambda x: x, engine, firing, **about, stop_on_spike=halts)  # type: ignore[arg-type]
     settings = TrainSettings(max_tokens=1200, on_spike="stop" if halts else "skip")
-    return Trainer({"h": sae}, settings, tokens=12, warmup=0)
+    return Trainer({"h": sae}, settings, tokens_per_step=12, warmup_steps=0)
 
 
 def batch(step: int, factor: float = 1.0) -> dict[str, torch.Tensor]:
@@ -210,8 +210,8 @@ def test_dead_latents_are_counted_ahead_and_trained_by_auxk(products: str) -> No
     for each in (own, plain):
         for step in range(5):
             each.train_step(lambda micro, at=step: batch(at))  # type: ignore[misc]
-    assert own.saes["h"].firing.dead() is not None
-    losses = [each.saes["h"].metrics("fvu")["loss_auxk"] for each in (own, plain)]
+    assert own.saes["h"].firing.dead_mask_or_none() is not None
+    losses = [each.saes["h"].compute_metrics("fvu")["loss_auxk"] for each in (own, plain)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
@@ -235,22 +235,31 @@ class OnItsWay:
 @pytest.fixture
 def without_content(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors may have shapes alone: whoever asks for a number, or for a shape that depends on one, fails."""
-    for module, name in [(gpu, "reconstruct"), (gpu, "bound_norms"), (gpu, "partial"), (gpu, "latents")]:
+    for module, name in [
+        (gpu, "compute_residuals_kernel"),
+        (gpu, "bound_norms_kernel"),
+        (gpu, "sum_segments_kernel"),
+        (gpu, "latent_pass_kernel"),
+    ]:
         monkeypatch.setattr(module, name, Launch())
-    monkeypatch.setattr(gpu_search, "select", Launch())
+    monkeypatch.setattr(gpu_search, "select_topk_kernel", Launch())
     monkeypatch.setattr(delayed, "PendingCopy", OnItsWay)
 
 
 def meta_trainer(products: Any, micro_steps: int) -> Trainer:
     coder = TopK(8, 24, 2, auxk_alpha=1 / 32, seed=1).to("meta")
     fused = micro_steps == 1
-    engine = TritonEngine(coder, OptimSettings(max_grad_norm=0.1), half=True, fused=fused, products=products)
+    engine = TritonStep(
+        coder, OptimSettings(max_grad_norm=0.1), use_bf16=True, no_accumulation=fused, products=products
+    )
     firing = FiringTracker(24, 20, 0.01, torch.device("meta"))
-    about: Any = {"data_variance": 8.0, "raw_mse": 1.0, "lr": 0.01, "seed": 0, "lift": 2.0}
-    sae = SaeTrainer("h", coder, lambda x: x, engine, firing, **about)
-    assert sae._dead_ahead is not None
-    sae._dead_ahead._most = 5
-    return Trainer({"h": sae}, TrainSettings(max_tokens=1200, grad_acc_steps=micro_steps), tokens=12, warmup=0)
+    about: Any = {"data_variance": 8.0, "mse_per_fvu": 1.0, "peak_lr": 0.01, "seed": 0, "dead_bias_lr_multiplier": 2.0}
+    sae = SaeState("h", coder, lambda x: x, engine, firing, **about)
+    assert sae._dead_count_bound is not None
+    sae._dead_count_bound._max_dead = 5
+    return Trainer(
+        {"h": sae}, TrainSettings(max_tokens=1200, grad_acc_steps=micro_steps), tokens_per_step=12, warmup_steps=0
+    )
 
 
 @pytest.mark.parametrize("micro_steps", [1, 2])
@@ -267,8 +276,8 @@ def test_no_step_asks_the_device(products: str, micro_steps: int) -> None:
 @pytest.mark.usefixtures("without_content")
 def test_a_step_that_asks_would_fail(ask: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     own, x = meta_trainer("sparse", 1), torch.empty(12, 8, device="meta")
-    right = FiringTracker.silent
-    monkeypatch.setattr(FiringTracker, "silent", lambda self: (ask(self.since_fired[0]), right(self))[1])
+    right = FiringTracker.dead_mask
+    monkeypatch.setattr(FiringTracker, "dead_mask", lambda self: (ask(self.since_fired[0]), right(self))[1])
     with pytest.raises((RuntimeError, NotImplementedError)):
         own.train_step(lambda micro: {"h": x})
 
@@ -281,10 +290,10 @@ def test_a_step_with_a_spike_is_left_out_without_waiting() -> None:
         factor = {6: float("nan"), 7: 1000.0}.get(step, 1.0)
         for each in (own, plain):
             said[each].extend(map(str, each.train_step(lambda micro, at=step, by=factor: batch(at, by))))  # type: ignore[misc]
-    said[own].extend(map(str, own.settle()))
+    said[own].extend(map(str, own.drain_spikes()))
     assert [text.split(" is ")[0] for text in said[own]] == ["h: the loss of step 7", "h: the loss of step 8"]
     assert [text.split(" is ")[0] for text in said[plain]] == [text.split(" is ")[0] for text in said[own]]
-    state, expected = own.saes["h"].state(), plain.saes["h"].state()
+    state, expected = own.saes["h"].state_dict(), plain.saes["h"].state_dict()
     assert state["optimizer.W_dec.step"] == expected["optimizer.W_dec.step"] == 8
     for name in ("firing.since_fired", "firing.current"):
         assert torch.equal(state[name], expected[name]), name
@@ -297,10 +306,12 @@ def test_behind_a_spike_that_stops_the_run_weights_stay() -> None:
     own = trainer(halts=True, auxk=0.0)
     for step in range(5):
         assert own.train_step(lambda micro, at=step: batch(at)) == []  # type: ignore[misc]
-    before = {name: value.clone() for name, value in own.saes["h"].state().items() if name.startswith(("coder", "opt"))}
+    before = {
+        name: value.clone() for name, value in own.saes["h"].state_dict().items() if name.startswith(("coder", "opt"))
+    }
     assert own.train_step(lambda micro: batch(5, float("inf"))) == []
     assert own.train_step(lambda micro: batch(6)) == []
     (spike,) = own.train_step(lambda micro: batch(7))
     assert spike.step == 6
     for name, value in before.items():
-        assert torch.equal(own.saes["h"].state()[name], value), name
+        assert torch.equal(own.saes["h"].state_dict()[name], value), name
