@@ -8,15 +8,15 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.cases import Work
-from benchmarks.inputs import SEED, hookpoint, sequences_per_step, token_ids
-from benchmarks.saetrain_runner import base_model
+from benchmarks.inputs import SEED, hookpoint_name, make_token_ids, sequences_per_step
+from benchmarks.saetrain_runner import build_base_model
 from saetrain.activations.capture import ActivationCapture
 
-CHUNK = 256
+GEMM_ROWS = 256
 """Rows of a GEMM at once: its output stays in the cache, which was faster than one large one."""
 
 
-class Repeated:
+class RepeatedWork:
     """A piece of work that is the same each time."""
 
     period = 1
@@ -35,21 +35,21 @@ class Repeated:
         return seconds
 
 
-def build(work: Work) -> Repeated:
+def build(work: Work) -> RepeatedWork:
     """The floor of that kind; of an end-to-end step, the sum of the three."""
     if work.kind == "forward":
-        return Repeated([_forward(work)])
+        return RepeatedWork([_build_forward(work)])
     if work.kind == "gemm":
-        return Repeated([_gemm(work, torch.bfloat16 if work.model_dtype == "bf16" else torch.float32)])
+        return RepeatedWork([_build_gemm(work, torch.bfloat16 if work.model_dtype == "bf16" else torch.float32)])
     if work.kind == "adam":
-        return Repeated([_adam(work)])
-    each = [piece for _ in work.layers for piece in (_gemm(work, torch.bfloat16), _adam(work))]
-    return Repeated([_forward(work), *each])
+        return RepeatedWork([_build_adam(work)])
+    each = [piece for _ in work.layers for piece in (_build_gemm(work, torch.bfloat16), _build_adam(work))]
+    return RepeatedWork([_build_forward(work), *each])
 
 
-def _forward(work: Work) -> Callable[[], None]:
-    capture = ActivationCapture(base_model(work), [hookpoint(work, layer) for layer in work.layers])
-    ids = token_ids(work, sequences_per_step(work))
+def _build_forward(work: Work) -> Callable[[], None]:
+    capture = ActivationCapture(build_base_model(work), [hookpoint_name(work, layer) for layer in work.layers])
+    ids = make_token_ids(work, sequences_per_step(work))
     mask = torch.ones_like(ids)
 
     def piece() -> None:
@@ -58,20 +58,20 @@ def _forward(work: Work) -> Callable[[], None]:
     return piece
 
 
-def _gemm(work: Work, dtype: torch.dtype) -> Callable[[], None]:
+def _build_gemm(work: Work, dtype: torch.dtype) -> Callable[[], None]:
     torch.manual_seed(SEED)
     x = torch.randn(work.tokens, work.width).to(dtype)
     weight = torch.randn(work.latents, work.width).to(dtype).T
-    out = torch.empty(CHUNK, work.latents, dtype=dtype)
+    out = torch.empty(GEMM_ROWS, work.latents, dtype=dtype)
 
     def piece() -> None:
-        for rows in x.split(CHUNK):
+        for rows in x.split(GEMM_ROWS):
             torch.mm(rows, weight, out=out[: len(rows)])
 
     return piece
 
 
-def _adam(work: Work) -> Callable[[], None]:
+def _build_adam(work: Work) -> Callable[[], None]:
     weights = [torch.nn.Parameter(torch.randn(work.latents, work.width)) for _ in range(2)]
     for weight in weights:
         weight.grad = torch.randn_like(weight)

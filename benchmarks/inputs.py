@@ -19,7 +19,7 @@ STEPS = 100_000
 """Steps of the run that a trainer believes to be in, so that no schedule ends while it is timed."""
 
 
-def activations(work: Work) -> list[Tensor]:
+def make_activations(work: Work) -> list[Tensor]:
     """BATCHES batches (N, D): sparse mixtures of fixed unit directions over a common mean, plus noise."""
     generator = torch.Generator().manual_seed(SEED)
     directions = torch.randn(DIRECTIONS, work.width, generator=generator)
@@ -35,7 +35,7 @@ def activations(work: Work) -> list[Tensor]:
     return batches
 
 
-def token_ids(work: Work, sequences: int) -> Tensor:
+def make_token_ids(work: Work, sequences: int) -> Tensor:
     """(sequences, ctx_len) random token ids; what they are changes no time."""
     generator = torch.Generator().manual_seed(SEED)
     return torch.randint(1, VOCABULARY[work.model], (sequences, work.ctx_len), generator=generator)
@@ -48,7 +48,7 @@ def sequences_per_step(work: Work) -> int:
     return rows
 
 
-def transformer(work: Work, head: bool = False) -> Any:
+def build_transformer(work: Work, head: bool = False) -> Any:
     """A transformers model of that shape, frozen and in eval mode, with a language-model head where asked for."""
     import transformers
 
@@ -70,6 +70,6 @@ def transformer(work: Work, head: bool = False) -> Any:
     return module.to(dtype).eval().requires_grad_(False)
 
 
-def hookpoint(work: Work, layer: int) -> str:
+def hookpoint_name(work: Work, layer: int) -> str:
     """Name of the block's module in :func:`transformer` without a head."""
     return f"encoder.layer.{layer}" if work.model == "bert" else f"h.{layer}"

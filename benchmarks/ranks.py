@@ -20,7 +20,7 @@ import torch
 import transformers
 
 from benchmarks.cases import Work
-from benchmarks.inputs import SEED, STEPS, hookpoint
+from benchmarks.inputs import SEED, STEPS, hookpoint_name
 from benchmarks.machine import ROOT, describe_machine, describe_run
 from benchmarks.results_file import write_results
 from benchmarks.saetrain_runner import (
@@ -28,18 +28,18 @@ from benchmarks.saetrain_runner import (
     CALIBRATION_BATCHES,
     CPU,
     RandomSequences,
-    base_model,
-    make_trainer,
+    build_base_model,
+    build_sae_trainer,
 )
 from saetrain import distributed, launch
 from saetrain.activations.capture import ActivationCapture
 from saetrain.activations.model import ModelSettings
-from saetrain.activations.normalize import Normalizer, calibrate, norm_limits
-from saetrain.activations.read import ActivationReader
-from saetrain.activations.shuffle import MixingBuffer
+from saetrain.activations.normalize import Normalizer, compute_norm_limits, fit_normalizers
+from saetrain.activations.read import ActivationExtractor
+from saetrain.activations.shuffle import ShuffleBuffer
 from saetrain.coders.topk import TopKSettings
 from saetrain.data.loader import LoaderSettings, ShardedSequences
-from saetrain.optim import OptimSettings, warmup_steps
+from saetrain.optim import OptimSettings, resolve_warmup_steps
 from saetrain.training.trainer import Trainer, TrainSettings
 
 SHARDS = 16
@@ -47,14 +47,16 @@ VARIANTS = ("alone", "weak", "strong")
 QUICK: dict[str, Any] = {"tokens": 128, "width": 32, "k": 4, "blocks": 2, "heads": 2, "ctx_len": 32, "latents": 128}
 
 
-def _nothing() -> None:
+def _do_nothing() -> None:
     """One process has nobody to ask."""
 
 
 class Variant:
     """One way to train over ``tokens`` a step, by ``ranks`` of the processes."""
 
-    def __init__(self, reader: ActivationReader, source: Any, normalizers: dict[str, Normalizer], work: Work) -> None:
+    def __init__(
+        self, reader: ActivationExtractor, source: Any, normalizers: dict[str, Normalizer], work: Work
+    ) -> None:
         self.work = work
         self._reader, self._source, self._normalizers = reader, source, normalizers
 
@@ -63,48 +65,48 @@ class Variant:
         work, self._ranks = self.work, ranks
         settings = TopKSettings(k=work.k, num_latents=work.latents)
         saes = {
-            name: make_trainer(name, each, settings, "auto", compute_dtype, tokens, alone=ranks == 1)
+            name: build_sae_trainer(name, each, settings, "auto", compute_dtype, tokens, alone=ranks == 1)
             for name, each in self._normalizers.items()
         }
-        warmup = warmup_steps(OptimSettings(), STEPS)
+        warmup = resolve_warmup_steps(OptimSettings(), STEPS)
         train = TrainSettings(max_tokens=STEPS * tokens)
-        self.trainer = Trainer(saes, train, tokens=tokens, warmup=warmup, shared=ranks > 1)
+        self.trainer = Trainer(saes, train, tokens_per_step=tokens, warmup_steps=warmup, is_data_parallel=ranks > 1)
         owned = list(range(launch.rank() if ranks > 1 else 0, SHARDS, ranks))
         # Of as many steps in every variant, so that samples are of whole periods of refilling.
         pool = BUFFER_BATCHES * tokens // SHARDS
-        buffer = MixingBuffer(self._reader, self._source, owned, SHARDS, pool, SEED)
-        self._take = lambda number: buffer.take(number * tokens, tokens, STEPS * tokens)
-        self._meanwhile = buffer.work_ahead
+        buffer = ShuffleBuffer(self._reader, self._source, owned, SHARDS, pool, SEED)
+        self._take = lambda number: buffer.take_activations(number * tokens, tokens, STEPS * tokens)
+        self._meanwhile = buffer.prefetch_pools
         return self
 
-    def sample(self, steps: int) -> dict[str, float]:
+    def take_sample(self, steps: int) -> dict[str, float]:
         """Seconds of a step, its share of waiting, and what was exchanged in it."""
-        before = dataclasses.replace(distributed.traffic())
+        before = dataclasses.replace(distributed.comm_stats())
         begun = time.perf_counter()
         for _ in range(steps):
             # A run asks as much before every update.
-            before_sums = distributed.Agreement([0, 0, 0, 0]).wait if self._ranks > 1 else _nothing
+            before_sums = distributed.AsyncAllReduce([0, 0, 0, 0]).wait if self._ranks > 1 else _do_nothing
             self.trainer.train_step(self._take, before_sums, self._meanwhile)
-        seconds, now = time.perf_counter() - begun, distributed.traffic()
+        seconds, now = time.perf_counter() - begun, distributed.comm_stats()
         return {
             "seconds": seconds / steps,
             "waiting": (now.waited_s - before.waited_s) / seconds,
-            "bytes": (now.bytes - before.bytes) / steps,
-            "calls": (now.calls - before.calls) / steps,
-            "control_calls": (now.control_calls - before.control_calls) / steps,
+            "bytes": (now.n_bytes - before.n_bytes) / steps,
+            "calls": (now.n_tensor_collectives - before.n_tensor_collectives) / steps,
+            "control_calls": (now.n_control_collectives - before.n_control_collectives) / steps,
         }
 
 
-def prepare(work: Work, compute_dtype: str) -> dict[str, Variant]:
+def build_variants(work: Work, compute_dtype: str) -> dict[str, Variant]:
     """The variants, over one model."""
-    names = [hookpoint(work, layer) for layer in work.layers]
+    names = [hookpoint_name(work, layer) for layer in work.layers]
     source = ShardedSequences(RandomSequences(work, STEPS), LoaderSettings(data_shards=SHARDS), True, False)
-    reader = ActivationReader(
-        ActivationCapture(base_model(work), names), source.keep, ModelSettings().batch_tokens(CPU)
+    reader = ActivationExtractor(
+        ActivationCapture(build_base_model(work), names), source.keep, ModelSettings().resolve_batch_tokens(CPU)
     )
-    sample = reader.read(source.read(0, source.start, CALIBRATION_BATCHES * work.tokens)[0])
-    reader.limits = norm_limits(sample)
-    normalizers = calibrate(sample, reader.limits)
+    sample = reader.extract_all(source.read(0, source.start_cursor, CALIBRATION_BATCHES * work.tokens)[0])
+    reader.norm_limits = compute_norm_limits(sample)
+    normalizers = fit_normalizers(sample, reader.norm_limits)
     ranks = launch.world_size()
     shapes = {"alone": (work.tokens, 1), "weak": (ranks * work.tokens, ranks), "strong": (work.tokens, ranks)}
     return {
@@ -113,7 +115,7 @@ def prepare(work: Work, compute_dtype: str) -> dict[str, Variant]:
     }
 
 
-def conduct(variants: dict[str, Variant], rounds: int, steps: int) -> dict[str, list[dict[str, float]]]:
+def measure_variants(variants: dict[str, Variant], rounds: int, steps: int) -> dict[str, list[dict[str, float]]]:
     """Samples of this process, a round at a time; the first, which fills the buffers, is dropped."""
     samples: dict[str, list[dict[str, float]]] = {name: [] for name in variants}
     for number in range(rounds + 1):
@@ -121,20 +123,20 @@ def conduct(variants: dict[str, Variant], rounds: int, steps: int) -> dict[str, 
             distributed.barrier("before a sample")
             if name == "alone" and launch.rank():
                 continue
-            found = variant.sample(steps)
+            found = variant.take_sample(steps)
             if number:
                 samples[name].append(found)
     return samples
 
 
-def exchange_seconds(work: Work, rounds: int = 10) -> float:
+def measure_all_reduce_s(work: Work, rounds: int = 10) -> float:
     """Median seconds in which the processes sum tensors of the gradients' sizes, with nothing else to do."""
     tensors = [torch.zeros(work.latents, work.width) for _ in range(2)]
     seconds = []
     for _ in range(rounds):
         distributed.barrier("before a sample")
         begun = time.perf_counter()
-        reduction = distributed.Reduction()
+        reduction = distributed.GradientBuckets()
         reduction.add(tensors)
         reduction.wait()
         seconds.append(time.perf_counter() - begun)
@@ -195,13 +197,13 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     metrics = {}
-    with distributed.team():
+    with distributed.process_group_context():
         for precision in options.precisions:
             work = Work(kind="end_to_end", model_dtype=precision)
             if options.quick:
                 work = dataclasses.replace(work, **QUICK, layers=(0,))
-            samples = conduct(prepare(work, precision), options.rounds, BUFFER_BATCHES)
-            exchange = exchange_seconds(work)
+            samples = measure_variants(build_variants(work, precision), options.rounds, BUFFER_BATCHES)
+            exchange = measure_all_reduce_s(work)
             if launch.rank() == 0:
                 metrics[precision] = summarize_samples(samples, work, exchange)
         if launch.rank():

@@ -12,21 +12,21 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import Work
-from benchmarks.inputs import SEED, STEPS, VOCABULARY, activations, hookpoint, transformer
+from benchmarks.inputs import SEED, STEPS, VOCABULARY, build_transformer, hookpoint_name, make_activations
 from saetrain.activations.capture import ActivationCapture
 from saetrain.activations.model import BaseModel
-from saetrain.activations.normalize import Normalizer, calibrate, norm_limits
-from saetrain.activations.read import ActivationReader, Activations
-from saetrain.activations.shuffle import MixingBuffer
+from saetrain.activations.normalize import Normalizer, compute_norm_limits, fit_normalizers
+from saetrain.activations.read import ActivationExtractor, Activations
+from saetrain.activations.shuffle import ShuffleBuffer
 from saetrain.coders.topk import TopK, TopKSettings
 from saetrain.data.loader import LoaderSettings, ShardedSequences
 from saetrain.data.sequences import Sequences
-from saetrain.optim import OptimSettings, RunSize, resolve_lr, warmup_steps
-from saetrain.runs.kernels import choose_kernels, make_engine
+from saetrain.optim import OptimSettings, RunSize, resolve_lr, resolve_warmup_steps
+from saetrain.runs.kernels import build_train_step, choose_kernels
 from saetrain.training.engine import KernelSettings
-from saetrain.training.firing import LIFT, DeadSettings, FiringTracker
-from saetrain.training.trainer import SaeTrainer, Trainer, TrainSettings
-from saetrain.types import Sequence, TokenKind
+from saetrain.training.firing import DEFAULT_DEAD_BIAS_LIFT, DeadSettings, FiringTracker
+from saetrain.training.trainer import SaeState, Trainer, TrainSettings
+from saetrain.types import TokenKind, TokenSequence
 
 CPU = torch.device("cpu")
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
@@ -39,7 +39,7 @@ CALIBRATION_BATCHES = 2
 HOOKPOINT = "activations"
 
 
-def make_trainer(
+def build_sae_trainer(
     hookpoint: str,
     normalizer: Normalizer,
     settings: TopKSettings,
@@ -51,30 +51,30 @@ def make_trainer(
     optim: OptimSettings | None = None,
     steps: int = STEPS,
     seed: int = SEED,
-) -> SaeTrainer:
+) -> SaeState:
     """The trainer of one SAE in a run of ``steps``, as one process (``alone``) or several build it."""
     width = len(normalizer.mean)
-    coder = TopK(width, settings.latents(width), settings.k, settings.auxk_alpha, seed)
+    coder = TopK(width, settings.resolve_num_latents(width), settings.k, settings.auxk_alpha, seed)
     optim, dead = optim or OptimSettings(), DeadSettings()
     names: Any = {"kernels": kernels, "compute_dtype": DTYPES.get(compute_dtype, compute_dtype)}
     chosen = choose_kernels(KernelSettings(**names), optim, "mse", CPU)
-    window = dead.window(steps * tokens, coder.num_latents, coder.k)
+    window = dead.resolve_window(steps * tokens, coder.num_latents, coder.k)
     firing = FiringTracker(coder.num_latents, window, dead.dead_percentage_threshold, CPU)
-    return SaeTrainer(
+    return SaeState(
         hookpoint,
         coder,
-        partial(normalizer, half=chosen.compute_dtype == "bfloat16"),
-        make_engine(coder, chosen, optim, alone=alone),
+        partial(normalizer, bf16=chosen.compute_dtype == "bfloat16"),
+        build_train_step(coder, chosen, optim, no_accumulation=alone),
         firing,
         data_variance=normalizer.scaled_variance,
-        raw_mse=normalizer.variance / coder.d_in,
-        lr=resolve_lr(optim, RunSize(coder.num_latents, coder.k, tokens, steps)),
+        mse_per_fvu=normalizer.variance / coder.d_in,
+        peak_lr=resolve_lr(optim, RunSize(coder.num_latents, coder.k, tokens, steps)),
         seed=seed,
-        lift=LIFT,
+        dead_bias_lr_multiplier=DEFAULT_DEAD_BIAS_LIFT,
     )
 
 
-class Training:
+class TrainerRunner:
     """Steps of a trainer over what ``take(number)`` gives, with the metrics read as in a run."""
 
     def __init__(
@@ -87,40 +87,40 @@ class Training:
         """Seconds of each of the next ``steps`` training steps."""
         seconds = []
         for _ in range(steps):
-            self._keep_dead()
+            self._mark_dead()
             start = time.perf_counter()
             self._trainer.train_step(self._take)
             if self._trainer.step % LOG_EVERY == 0:
-                self._trainer.metrics()
+                self._trainer.compute_metrics()
             seconds.append(time.perf_counter() - start)
         return seconds
 
-    def _keep_dead(self) -> None:
+    def _mark_dead(self) -> None:
         """Latents that AuxK has revived are marked as dead again, so that every step pays the same."""
         for sae in self._trainer.saes.values():
             dead = round(self._dead_share * sae.coder.num_latents)
-            sae.firing.since_fired[:dead] = sae.firing.window
+            sae.firing.since_fired[:dead] = sae.firing.window_tokens
 
 
-def build(work: Work, kernels: str, compute_dtype: str) -> Training:
+def build(work: Work, kernels: str, compute_dtype: str) -> TrainerRunner:
     """The work, ready to run."""
     settings = TopKSettings(k=work.k, num_latents=work.latents, auxk_alpha=1 / 32 if work.dead_share else 0.0)
     if work.kind == "step":
-        return _step(work, settings, kernels, compute_dtype)
-    return _end_to_end(work, settings, kernels, compute_dtype)
+        return _build_step(work, settings, kernels, compute_dtype)
+    return _build_end_to_end(work, settings, kernels, compute_dtype)
 
 
-def _trainer(saes: dict[str, SaeTrainer], tokens: int) -> Trainer:
+def _build_trainer(saes: dict[str, SaeState], tokens: int) -> Trainer:
     settings = TrainSettings(max_tokens=STEPS * tokens)
-    return Trainer(saes, settings, tokens=tokens, warmup=warmup_steps(OptimSettings(), STEPS))
+    return Trainer(saes, settings, tokens_per_step=tokens, warmup_steps=resolve_warmup_steps(OptimSettings(), STEPS))
 
 
-def _step(work: Work, settings: TopKSettings, kernels: str, compute_dtype: str) -> Training:
-    batches = activations(work)
-    normalizers = calibrate(Activations({HOOKPOINT: batches[0]}, np.zeros(work.tokens, dtype=np.int64), 0), {})
-    sae = make_trainer(HOOKPOINT, normalizers[HOOKPOINT], settings, kernels, compute_dtype, work.tokens)
-    trainer = _trainer({HOOKPOINT: sae}, work.tokens)
-    return Training(trainer, lambda number: {HOOKPOINT: batches[number % len(batches)]}, 1, work.dead_share)
+def _build_step(work: Work, settings: TopKSettings, kernels: str, compute_dtype: str) -> TrainerRunner:
+    batches = make_activations(work)
+    normalizers = fit_normalizers(Activations({HOOKPOINT: batches[0]}, np.zeros(work.tokens, dtype=np.int64), 0), {})
+    sae = build_sae_trainer(HOOKPOINT, normalizers[HOOKPOINT], settings, kernels, compute_dtype, work.tokens)
+    trainer = _build_trainer({HOOKPOINT: sae}, work.tokens)
+    return TrainerRunner(trainer, lambda number: {HOOKPOINT: batches[number % len(batches)]}, 1, work.dead_share)
 
 
 class RandomSequences(Sequences):
@@ -133,40 +133,40 @@ class RandomSequences(Sequences):
     def __len__(self) -> int:
         return self._count
 
-    def __getitem__(self, index: int) -> Sequence:
+    def __getitem__(self, index: int) -> TokenSequence:
         length = self._work.ctx_len
         ids = np.random.default_rng([SEED, index]).integers(1, VOCABULARY[self._work.model], length, dtype=np.int32)
         kind = np.zeros(length, dtype=np.uint8)
         if self._work.model == "gpt2":
             kind[0] = TokenKind.FIRST
-        return Sequence(ids, kind, np.full(length, index, dtype=np.int64))
+        return TokenSequence(ids, kind, np.full(length, index, dtype=np.int64))
 
 
-def _end_to_end(work: Work, settings: TopKSettings, kernels: str, compute_dtype: str) -> Training:
-    names = [hookpoint(work, layer) for layer in work.layers]
+def _build_end_to_end(work: Work, settings: TopKSettings, kernels: str, compute_dtype: str) -> TrainerRunner:
+    names = [hookpoint_name(work, layer) for layer in work.layers]
     causal = work.model == "gpt2"
     source = ShardedSequences(RandomSequences(work, STEPS), LoaderSettings(data_shards=SHARDS), True, causal)
     # As many tokens at once as the peers' models get.
-    reader = ActivationReader(ActivationCapture(base_model(work), names), source.keep, work.tokens)
-    sample = reader.read(source.read(0, source.start, CALIBRATION_BATCHES * work.tokens)[0])
-    reader.limits = norm_limits(sample)
-    normalizers = calibrate(sample, reader.limits)
+    reader = ActivationExtractor(ActivationCapture(build_base_model(work), names), source.keep, work.tokens)
+    sample = reader.extract_all(source.read(0, source.start_cursor, CALIBRATION_BATCHES * work.tokens)[0])
+    reader.norm_limits = compute_norm_limits(sample)
+    normalizers = fit_normalizers(sample, reader.norm_limits)
     saes = {
-        name: make_trainer(name, normalizer, settings, kernels, compute_dtype, work.tokens)
+        name: build_sae_trainer(name, normalizer, settings, kernels, compute_dtype, work.tokens)
         for name, normalizer in normalizers.items()
     }
-    pool = BUFFER_BATCHES * work.tokens // SHARDS
-    buffer = MixingBuffer(reader, source, list(range(SHARDS)), SHARDS, pool, SEED)
+    slots_per_shard = BUFFER_BATCHES * work.tokens // SHARDS
+    buffer = ShuffleBuffer(reader, source, list(range(SHARDS)), SHARDS, slots_per_shard, SEED)
 
     def take(number: int) -> dict[str, Tensor]:
-        return buffer.take(number * work.tokens, work.tokens, STEPS * work.tokens)
+        return buffer.take_activations(number * work.tokens, work.tokens, STEPS * work.tokens)
 
-    return Training(_trainer(saes, work.tokens), take, BUFFER_BATCHES)
+    return TrainerRunner(_build_trainer(saes, work.tokens), take, BUFFER_BATCHES)
 
 
-def base_model(work: Work) -> BaseModel:
+def build_base_model(work: Work) -> BaseModel:
     """The model of the work as saetrain holds one."""
-    module: Any = transformer(work)
+    module: Any = build_transformer(work)
     return BaseModel(
         module=module,
         name=work.model,

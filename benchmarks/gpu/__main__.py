@@ -20,75 +20,75 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from benchmarks.cases import Work
-from benchmarks.gpu.kernel_checks import correct
-from benchmarks.gpu.model_forward import Forward
+from benchmarks.gpu.kernel_checks import check_kernels
+from benchmarks.gpu.model_forward import ModelForward
 from benchmarks.gpu.shapes import HOOK, MODELS, SHAPES, SMALL
-from benchmarks.gpu.steps import PATHS, SKEWED, batches_of, in_turn, paths_of
-from benchmarks.gpu.timing import ceilings, floor, samples_of
+from benchmarks.gpu.steps import SKEWED, STEP_BUILDERS, build_batches, builders_for, cycle_batches
+from benchmarks.gpu.timing import floor_ms, measure_ceilings, time_built
 from benchmarks.machine import describe_machine, describe_run
-from benchmarks.peers.sparsify_gpu import PLACE, package
+from benchmarks.peers.sparsify_gpu import PACKAGE_VARIABLE, load_package
 from benchmarks.results_file import write_results
-from saetrain.training.triton_check import Shape
+from saetrain.training.triton_check import StepShape
 
 OUT = Path(__file__).parents[1] / "results" / "gpu.json"
 MINUTES = 8.0
 """After which no path is begun."""
-Found = dict[str, Any]
+Record = dict[str, Any]
 
 
-def steps(shape: Shape, limits: dict[str, float]) -> Iterator[tuple[str, Callable[[], Found]]]:
+def time_steps(shape: StepShape, limits: dict[str, float]) -> Iterator[tuple[str, Callable[[], Record]]]:
     """(name, what times it) of each path at a shape."""
-    for name, make in paths_of(shape, SMALL).items():
+    for name, make in builders_for(shape, SMALL).items():
 
-        def timed(name: str = name, make: Any = make) -> Found:
-            batches, kept = batches_of(shape, "cuda", skewed=name == SKEWED), []
+        def time_step(name: str = name, make: Any = make) -> Record:
+            batches, kept = build_batches(shape, "cuda", skewed=name == SKEWED), []
 
             def build() -> Callable[[], None]:
                 kept.append(make(shape, "cuda"))
-                return in_turn(kept[0], batches)
+                return cycle_batches(kept[0], batches)
 
-            result = samples_of(build)
+            result = time_built(build)
             if "ms" in result:
-                result.update(kept[0].check())
-                result["of_floor"] = floor(shape, limits) / result["ms"]
+                result.update(kept[0].check_steps())
+                result["of_floor"] = floor_ms(shape, limits) / result["ms"]
                 if "fired" in result:
-                    result["of_floor_of_fired"] = floor(shape, limits, result["fired"]) / result["ms"]
+                    result["of_floor_of_fired"] = floor_ms(shape, limits, result["fired"]) / result["ms"]
             return result
 
-        yield name, timed
+        yield name, time_step
 
 
-def whole(work: Work) -> Iterator[tuple[str, Callable[[], Found]]]:
+def time_end_to_end(work: Work) -> Iterator[tuple[str, Callable[[], Record]]]:
     """The model's forward to the hook alone, then with each path's step behind it."""
-    forward = Forward(work)
+    forward = ModelForward(work)
     alone: list[float] = []
 
-    def only() -> Found:
-        result = samples_of(lambda: forward)
+    def time_forward() -> Record:
+        result = time_built(lambda: forward)
         alone.append(result.get("ms", math.nan))
         return result
 
-    yield "forward alone", only
-    shape = Shape(work.width, work.latents, work.k, work.tokens)
+    yield "forward alone", time_forward
+    shape = StepShape(work.width, work.latents, work.k, work.tokens)
     for name in ("triton", "torch"):
 
-        def timed(name: str = name) -> Found:
+        def time_step(name: str = name) -> Record:
             kept = []
 
             def build() -> Callable[[], object]:
-                kept.append(PATHS[name](shape, "cuda"))
+                kept.append(STEP_BUILDERS[name](shape, "cuda"))
                 return lambda: kept[0](forward())
 
-            result = samples_of(build)
+            result = time_built(build)
             if "ms" in result:
-                result.update(kept[0].check())
+                result.update(kept[0].check_steps())
                 result["of_forward"], result["tokens_per_s"] = alone[0] / result["ms"], 1e3 * work.tokens / result["ms"]
             return result
 
-        yield name, timed
+        yield name, time_step
 
 
-def line(name: str, path: Found) -> str:
+def format_line(name: str, path: Record) -> str:
     """What is said of a path."""
     if "failed" in path:
         return f"  {name}: {path['failed']}"
@@ -97,36 +97,37 @@ def line(name: str, path: Found) -> str:
     return f"  {name}: {path['ms']:.3f} ms{shares}, {path['peak_bytes'] / 2**30:.1f} GiB"
 
 
-def announce(shapes: list[Shape], models: list[Work]) -> None:
+def print_plan(shapes: list[StepShape], models: list[Work]) -> None:
     """What a GPU would be asked for."""
     print("no GPU: nothing is timed. With one, these are, beside a large copy and a large bf16 product:")
     for shape in shapes:
         sizes = f"D={shape.width} F={shape.latents} k={shape.k} N={shape.tokens}"
-        print(f"  step {sizes}: {'; '.join(paths_of(shape, SMALL))}")
+        print(f"  step {sizes}: {'; '.join(builders_for(shape, SMALL))}")
     for work in models:
         print(f"  end to end: {work.model} to block {HOOK}, {work.tokens} tokens a step, F={work.latents}, k={work.k}")
 
 
-def timings(shapes: list[Shape], models: list[Work], results: Found, out: Path, until: float) -> None:
+def time_all(shapes: list[StepShape], models: list[Work], results: Record, out: Path, until: float) -> None:
     """Time every path while there is time, and write the results behind each."""
-    tasks: list[tuple[str, Found, Iterator[tuple[str, Callable[[], Found]]]]] = []
-    tasks += [("end_to_end", {"model": work.model, **asdict(work)}, whole(work)) for work in models]
+    tasks: list[tuple[str, Record, Iterator[tuple[str, Callable[[], Record]]]]] = []
+    tasks += [("end_to_end", {"model": work.model, **asdict(work)}, time_end_to_end(work)) for work in models]
     limits = results["ceilings"]
     tasks[1:1] = [
-        ("steps", {"shape": asdict(shape), "floor_ms": floor(shape, limits)}, steps(shape, limits)) for shape in shapes
+        ("steps", {"shape": asdict(shape), "floor_ms": floor_ms(shape, limits)}, time_steps(shape, limits))
+        for shape in shapes
     ]
     for key, about, paths in tasks:
         print(about)
         results[key].append({**about, "paths": {}})
         for name, timed in paths:
-            found: Found = {"failed": "left out for want of time"}
+            found: Record = {"failed": "left out for want of time"}
             if time.monotonic() < until:
                 try:
                     found = timed()
                 except AssertionError as error:
                     found = {"failed": str(error)}
             results[key][-1]["paths"][name] = found
-            print(line(name, found), flush=True)
+            print(format_line(name, found), flush=True)
             write_results(out, results)
 
 
@@ -144,36 +145,38 @@ def main() -> None:
     if not options.minutes > 0:
         parser.error(f"--minutes {options.minutes}: must be positive")
     try:
-        package()
+        load_package()
     except OSError as error:
-        parser.error(f"SPARSIFY={os.environ[PLACE]}: {error}; name the folder sparsify or the wheel of eai-sparsify")
+        parser.error(
+            f"SPARSIFY={os.environ[PACKAGE_VARIABLE]}: {error}; name the folder sparsify or the wheel of eai-sparsify"
+        )
     until, device = time.monotonic() + 60 * options.minutes, "cuda" if torch.cuda.is_available() else "cpu"
     shapes, models = ([SMALL], MODELS[:1]) if options.quick else ([SMALL, *SHAPES], MODELS)
     print(
         f"checking the kernels {'on the GPU' if device == 'cuda' else 'by the interpreter of Triton, slowly'}",
         flush=True,
     )
-    checked = correct(device, quick=options.quick)
+    checked = check_kernels(device, quick=options.quick)
     for check in checked:
         verdict = "right" if check["fine"] else "WRONG"
         print(
             f"  {verdict}: {check['what']}, {check['shape']}: {check['distance']:.1e} (at most {check['allowed']:.0e})"
         )
     if device == "cpu":
-        announce(shapes, models)
+        print_plan(shapes, models)
     else:
-        results: Found = {
+        results: Record = {
             "run": {**describe_run([]), "command": "benchmarks/gpu.sh " + " ".join(sys.argv[1:])},
             "machine": describe_machine(),
             "device": torch.cuda.get_device_name(),
             "versions": {"torch": torch.__version__, "cuda": torch.version.cuda, "triton": version("triton")},
             "correct": checked,
-            "ceilings": ceilings(),
+            "ceilings": measure_ceilings(),
             "steps": [],
             "end_to_end": [],
         }
         print(f"{results['device']}: {results['ceilings']}")
-        timings(shapes, models, results, options.out, until)
+        time_all(shapes, models, results, options.out, until)
     if not all(check["fine"] for check in checked):
         sys.exit("the kernels do not compute what they should")
 

@@ -8,28 +8,28 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import Work
-from benchmarks.inputs import BATCHES, hookpoint, token_ids, transformer
+from benchmarks.inputs import BATCHES, build_transformer, hookpoint_name, make_token_ids
 
 
-class _Ended(Exception):
+class _HookReached(Exception):
     """Carries the activations out of the model."""
 
     def __init__(self, activations: Tensor) -> None:
         self.activations = activations
 
 
-class Forward:
+class ModelForward:
     """Token ids -> activations (N, D) of the hook's block."""
 
     def __init__(self, work: Work) -> None:
-        self._module = transformer(work).cuda()
-        self._ids = token_ids(work, BATCHES * work.tokens // work.ctx_len).cuda().chunk(BATCHES)
+        self._module = build_transformer(work).cuda()
+        self._ids = make_token_ids(work, BATCHES * work.tokens // work.ctx_len).cuda().chunk(BATCHES)
         self._number = 0
-        self._module.get_submodule(hookpoint(work, work.layers[0])).register_forward_hook(self._end)
+        self._module.get_submodule(hookpoint_name(work, work.layers[0])).register_forward_hook(self._stop_forward)
 
     @staticmethod
-    def _end(_module: Any, _inputs: Any, out: Any) -> None:
-        raise _Ended(out[0] if isinstance(out, tuple) else out)
+    def _stop_forward(_module: Any, _inputs: Any, out: Any) -> None:
+        raise _HookReached(out[0] if isinstance(out, tuple) else out)
 
     @torch.no_grad()
     def __call__(self) -> Tensor:
@@ -37,6 +37,6 @@ class Forward:
         self._number += 1
         try:
             self._module(self._ids[self._number % BATCHES], use_cache=False)
-        except _Ended as ended:
+        except _HookReached as ended:
             return ended.activations.flatten(0, 1)
         raise AssertionError("the hook was not reached")

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from benchmarks.cases import Work
-from saetrain.training.triton_check import Shape
+from saetrain.training.triton_check import StepShape
 
 SHAPES = [
-    Shape(width, latents, k, tokens)
+    StepShape(width, latents, k, tokens)
     for width, latents, k in ((768, 24576, 32), (768, 24576, 192), (2304, 65536, 64), (4096, 131072, 64))
     for tokens in (4096, 16384)
 ]
-SMALL = Shape(768, 3072, 32, 4096)
+SMALL = StepShape(768, 3072, 32, 4096)
 """One whose launches are replayed as CUDA graphs."""
 HOOK = 6
 MODELS = [

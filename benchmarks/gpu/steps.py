@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import Work
-from benchmarks.inputs import BATCHES, SEED, STEPS, activations
+from benchmarks.inputs import BATCHES, SEED, STEPS, make_activations
 from benchmarks.peers import sparsify_gpu
 from saetrain.activations.normalize import Normalizer
 from saetrain.coders.topk import TopK
 from saetrain.optim import Optimizer, OptimSettings
-from saetrain.training.engine import Engine
-from saetrain.training.firing import LIFT, DeadSettings, FiringTracker
-from saetrain.training.torch_engine import TorchEngine
-from saetrain.training.trainer import SaeTrainer, Trainer, TrainSettings
-from saetrain.training.triton_check import Shape
-from saetrain.training.triton_engine import TritonEngine
+from saetrain.training.engine import TrainStep
+from saetrain.training.firing import DEFAULT_DEAD_BIAS_LIFT, DeadSettings, FiringTracker
+from saetrain.training.torch_engine import TorchStep
+from saetrain.training.trainer import SaeState, Trainer, TrainSettings
+from saetrain.training.triton_check import StepShape
+from saetrain.training.triton_engine import TritonStep
 
 LR = 1e-3
 SKEWED = "triton (skewed inputs)"
@@ -29,78 +29,84 @@ SKEWED = "triton (skewed inputs)"
 
 
 @lru_cache(maxsize=1)
-def _initial(width: int, latents: int, k: int) -> TopK:
+def _build_initial(width: int, latents: int, k: int) -> TopK:
     """Kept, for making a wide one takes long."""
     return TopK(width, latents, k, seed=SEED)
 
 
-def coder_of(shape: Shape, device: str) -> TopK:
+def build_coder(shape: StepShape, device: str) -> TopK:
     """A fresh coder."""
-    return copy.deepcopy(_initial(shape.width, shape.latents, shape.k)).to(device)
+    return copy.deepcopy(_build_initial(shape.width, shape.latents, shape.k)).to(device)
 
 
-def batches_of(shape: Shape, device: str, *, skewed: bool = False) -> list[Tensor]:
+def build_batches(shape: StepShape, device: str, *, skewed: bool = False) -> list[Tensor]:
     """Activations in turn, so that none is in the cache from the step before; unless skewed, all latents fire alike."""
     if skewed:
         work = Work("step", tokens=shape.tokens, width=shape.width, latents=shape.latents, k=shape.k)
-        return [batch.to(device) for batch in activations(work)]
+        return [batch.to(device) for batch in make_activations(work)]
     generator = torch.Generator().manual_seed(SEED)
     return [torch.randn(shape.tokens, shape.width, generator=generator).to(device) for _ in range(BATCHES)]
 
 
-class Ours:
+class SaetrainStep:
     """Our whole step as in a run: turning the inputs, spikes, counters and the lifting of dead latents are in it."""
 
-    def __init__(self, build: Callable[[TopK], Engine], shape: Shape, device: str) -> None:
-        coder = coder_of(shape, device)
-        window = DeadSettings().window(STEPS * shape.tokens, shape.latents, shape.k)
+    def __init__(self, build: Callable[[TopK], TrainStep], shape: StepShape, device: str) -> None:
+        coder = build_coder(shape, device)
+        window = DeadSettings().resolve_window(STEPS * shape.tokens, shape.latents, shape.k)
         firing = FiringTracker(shape.latents, window, DeadSettings().dead_percentage_threshold, torch.device(device))
         axes, variance = torch.eye(shape.width, device=device), float(shape.width)
         normalizer = Normalizer(torch.zeros(shape.width, device=device), 1.0, axes, variance, float("inf"))
-        about: dict[str, Any] = {"data_variance": variance, "raw_mse": 1.0, "lr": LR, "seed": SEED, "lift": LIFT}
-        self._sae = SaeTrainer("x", coder, partial(normalizer, half=True), build(coder), firing, **about)
+        about: dict[str, Any] = {
+            "data_variance": variance,
+            "mse_per_fvu": 1.0,
+            "peak_lr": LR,
+            "seed": SEED,
+            "dead_bias_lr_multiplier": DEFAULT_DEAD_BIAS_LIFT,
+        }
+        self._sae = SaeState("x", coder, partial(normalizer, bf16=True), build(coder), firing, **about)
         settings = TrainSettings(max_tokens=STEPS * shape.tokens)
-        self._trainer = Trainer({"x": self._sae}, settings, tokens=shape.tokens, warmup=0)
+        self._trainer = Trainer({"x": self._sae}, settings, tokens_per_step=shape.tokens, warmup_steps=0)
 
     def __call__(self, x: Tensor) -> None:
         """One step."""
         self._trainer.train_step(lambda _: {"x": x})
 
-    def check(self) -> dict[str, float]:
+    def check_steps(self) -> dict[str, float]:
         """The share of the latents that fired in the last step; AssertionError where a step was left out."""
-        left_out = self._trainer.settle()
+        left_out = self._trainer.drain_spikes()
         assert not left_out, str(left_out[0])
-        count = int(self._sae.engine.state()["W_dec.step"])
+        count = int(self._sae.train_step.state_dict()["W_dec.step"])
         assert count == self._trainer.step, f"{count} of {self._trainer.step} steps were applied"
-        assert self._sae.sums is not None
-        return {"fired": float((self._sae.sums.fired > 0).float().mean())}
+        assert self._sae.stats is not None
+        return {"fired": float((self._sae.stats.fired > 0).float().mean())}
 
 
-class Theirs:
+class SparsifyStep:
     """sparsify's; ``package``: with the package's own modules."""
 
-    def __init__(self, package: sparsify_gpu.Package | None, shape: Shape, device: str) -> None:
-        self._step = sparsify_gpu.Step(coder_of(shape, device), package)
+    def __init__(self, package: sparsify_gpu.Package | None, shape: StepShape, device: str) -> None:
+        self._step = sparsify_gpu.Step(build_coder(shape, device), package)
 
     def __call__(self, x: Tensor) -> None:
         """One step."""
         self._fvu = self._step(x)
 
-    def check(self) -> dict[str, float]:
+    def check_steps(self) -> dict[str, float]:
         """Nothing but that the loss is a number."""
         assert self._fvu == self._fvu, "the loss is not a number"
         return {}
 
 
-Path = Callable[[Shape, str], "Ours | Theirs"]
+StepBuilder = Callable[[StepShape, str], "SaetrainStep | SparsifyStep"]
 
 
-def triton(coder: TopK, **how: Any) -> Engine:
+def build_triton_step(coder: TopK, **how: Any) -> TrainStep:
     """Our kernels, in bf16."""
-    return TritonEngine(coder, OptimSettings(), half=True, fused=True, **how)
+    return TritonStep(coder, OptimSettings(), bf16=True, no_accumulation=True, **how)
 
 
-def plain(coder: TopK) -> Engine:
+def build_torch_step(coder: TopK) -> TrainStep:
     """The PyTorch path, in bf16."""
     settings = OptimSettings()
     optimizer = Optimizer(
@@ -109,35 +115,35 @@ def plain(coder: TopK) -> Engine:
         project=coder.remove_parallel_gradient,
         renormalize=coder.renormalize_decoder,
     )
-    return TorchEngine(coder, optimizer, torch.bfloat16)
+    return TorchStep(coder, optimizer, torch.bfloat16)
 
 
-PATHS: dict[str, Path] = {
-    "triton": partial(Ours, triton),
-    "torch": partial(Ours, plain),
-    "sparsify (without its kernels)": partial(Theirs, None),
+STEP_BUILDERS: dict[str, StepBuilder] = {
+    "triton": partial(SaetrainStep, build_triton_step),
+    "torch": partial(SaetrainStep, build_torch_step),
+    "sparsify (without its kernels)": partial(SparsifyStep, None),
 }
-OTHER_PRODUCTS: dict[str, Path] = {
-    "triton (sparse)": partial(Ours, partial(triton, products="sparse")),
-    "triton (dense)": partial(Ours, partial(triton, products="dense")),
+PRODUCT_BUILDERS: dict[str, StepBuilder] = {
+    "triton (sparse)": partial(SaetrainStep, partial(build_triton_step, products="sparse")),
+    "triton (dense)": partial(SaetrainStep, partial(build_triton_step, products="dense")),
 }
 """Where the choice between them is near."""
 
 
-def paths_of(shape: Shape, small: Shape) -> dict[str, Path]:
+def builders_for(shape: StepShape, small: StepShape) -> dict[str, StepBuilder]:
     """What is timed at a shape."""
-    found = dict(PATHS)
-    package = sparsify_gpu.package()
+    found = dict(STEP_BUILDERS)
+    package = sparsify_gpu.load_package()
     if package is not None:
-        found["sparsify"] = partial(Theirs, package)
+        found["sparsify"] = partial(SparsifyStep, package)
     if shape == small:
-        found["triton (no graphs)"] = partial(Ours, partial(triton, recorded=False))
+        found["triton (no graphs)"] = partial(SaetrainStep, partial(build_triton_step, recorded=False))
     elif shape.latents <= 256 * shape.k:
-        found |= OTHER_PRODUCTS
-    return {**found, SKEWED: PATHS["triton"]}
+        found |= PRODUCT_BUILDERS
+    return {**found, SKEWED: STEP_BUILDERS["triton"]}
 
 
-def in_turn(step: Callable[[Tensor], object], batches: Sequence[Tensor]) -> Callable[[], None]:
+def cycle_batches(step: Callable[[Tensor], object], batches: Sequence[Tensor]) -> Callable[[], None]:
     """The step, each time over the next batch."""
     number = 0
 

@@ -9,24 +9,24 @@ from typing import Any
 
 import torch
 
-from saetrain.training.triton_check import Shape
+from saetrain.training.triton_check import StepShape
 
 WARM_UP = 6
 """Calls before the first sample: compiling, and the recording of CUDA graphs."""
-LEAST, MOST = 5, 25
+MIN_SAMPLES, MAX_SAMPLES = 5, 25
 """Samples."""
-SECONDS = 4.0
+SAMPLING_S = 4.0
 """Of samples, above LEAST of them."""
-COPY, PRODUCT = 1 << 30, 8192
+COPY_BYTES, PRODUCT_ROWS = 1 << 30, 8192
 """Bytes of the large copy; rows and columns of the large product."""
 
 
-def milliseconds(run: Callable[[], Any], inner: int = 4) -> list[float]:
+def time_calls_ms(run: Callable[[], Any], inner: int = 4) -> list[float]:
     """Of a call: samples by device events, each the mean of ``inner`` calls in a row."""
     for _ in range(WARM_UP):
         run()
     samples: list[float] = []
-    while len(samples) < LEAST or (len(samples) < MOST and sum(samples) * inner < 1e3 * SECONDS):
+    while len(samples) < MIN_SAMPLES or (len(samples) < MAX_SAMPLES and sum(samples) * inner < 1e3 * SAMPLING_S):
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         for _ in range(inner):
@@ -37,18 +37,18 @@ def milliseconds(run: Callable[[], Any], inner: int = 4) -> list[float]:
     return samples
 
 
-def ceilings() -> dict[str, float]:
+def measure_ceilings() -> dict[str, float]:
     """Bytes a second of a large copy (read and written), and operations a second of a large bf16 product."""
-    source = torch.randint(255, (COPY,), dtype=torch.uint8, device="cuda")
+    source = torch.randint(255, (COPY_BYTES,), dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    copy = statistics.median(milliseconds(lambda: target.copy_(source)))
+    copy = statistics.median(time_calls_ms(lambda: target.copy_(source)))
     # Of random numbers, for a product of zeros draws less power and runs faster.
-    a, b = (torch.randn(PRODUCT, PRODUCT, device="cuda").bfloat16() for _ in range(2))
-    product = statistics.median(milliseconds(lambda: a @ b))
-    return {"bytes_per_s": 2e3 * COPY / copy, "flops_per_s": 2e3 * PRODUCT**3 / product}
+    a, b = (torch.randn(PRODUCT_ROWS, PRODUCT_ROWS, device="cuda").bfloat16() for _ in range(2))
+    product = statistics.median(time_calls_ms(lambda: a @ b))
+    return {"bytes_per_s": 2e3 * COPY_BYTES / copy, "flops_per_s": 2e3 * PRODUCT_ROWS**3 / product}
 
 
-def floor(shape: Shape, limits: dict[str, float], share: float = 1.0) -> float:
+def floor_ms(shape: StepShape, limits: dict[str, float], share: float = 1.0) -> float:
     """Milliseconds of the encoder's product and a fused optimizer pass over ``share`` of the latents, at the ceilings.
 
     The pass reads and writes both weights and their two moments in fp32 and writes the bf16 copies. Ours leaves out
@@ -59,14 +59,14 @@ def floor(shape: Shape, limits: dict[str, float], share: float = 1.0) -> float:
     return 1e3 * (product + share * numbers * (6 * 4 + 2) / limits["bytes_per_s"])
 
 
-def samples_of(build: Callable[[], Callable[[], Any]]) -> dict[str, Any]:
+def time_built(build: Callable[[], Callable[[], Any]]) -> dict[str, Any]:
     """Median and samples in milliseconds, and peak memory in bytes, of what ``build`` makes; or why there are none."""
     # What the path before has left would count as this one's.
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     try:
-        samples = milliseconds(build())
+        samples = time_calls_ms(build())
     except (RuntimeError, ValueError, AssertionError) as error:
         return {"failed": f"{type(error).__name__}: {error}".splitlines()[0]}
     low, median, high = statistics.quantiles(samples, n=4, method="inclusive")

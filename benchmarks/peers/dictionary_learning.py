@@ -17,7 +17,15 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks.cases import Work
-from benchmarks.inputs import SEED, STEPS, VOCABULARY, activations, sequences_per_step, token_ids, transformer
+from benchmarks.inputs import (
+    SEED,
+    STEPS,
+    VOCABULARY,
+    build_transformer,
+    make_activations,
+    make_token_ids,
+    sequences_per_step,
+)
 
 BUFFER_BATCHES = 8
 PERIOD = 5
@@ -25,7 +33,7 @@ PERIOD = 5
 SEQUENCES = 256
 
 
-class Updating:
+class UpdateRunner:
     """What ``trainSAE`` does in a step: take a batch, update the trainer."""
 
     def __init__(self, trainer: TopKTrainer, batches: Iterator[Tensor], period: int) -> None:
@@ -43,7 +51,7 @@ class Updating:
         return seconds
 
 
-def build(work: Work) -> Updating:
+def build(work: Work) -> UpdateRunner:
     """The work, ready to run."""
     trainer = TopKTrainer(
         steps=STEPS,
@@ -56,11 +64,11 @@ def build(work: Work) -> Updating:
         device="cpu",
     )
     if work.kind == "step":
-        return Updating(trainer, cycle(activations(work)), 1)
-    return Updating(trainer, _buffer(work), PERIOD)
+        return UpdateRunner(trainer, cycle(make_activations(work)), 1)
+    return UpdateRunner(trainer, _build_buffer(work), PERIOD)
 
 
-def _buffer(work: Work) -> ActivationBuffer:
+def _build_buffer(work: Work) -> ActivationBuffer:
     assert work.model == "gpt2", "the buffer asks a block for `.output`, which in a BERT block is a module of its own"
     (layer,) = work.layers
     rows = sequences_per_step(work)
@@ -69,8 +77,8 @@ def _buffer(work: Work) -> ActivationBuffer:
     backend = Tokenizer(WordLevel(words, unk_token="w0"))
     backend.pre_tokenizer = WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="w0", unk_token="w0")
-    texts = [" ".join(f"w{number}" for number in row.tolist()) for row in token_ids(work, SEQUENCES)]
-    module = transformer(work, head=True)
+    texts = [" ".join(f"w{number}" for number in row.tolist()) for row in make_token_ids(work, SEQUENCES)]
+    module = build_transformer(work, head=True)
     model = LanguageModel(module, tokenizer=tokenizer)
     return ActivationBuffer(
         cycle(texts),

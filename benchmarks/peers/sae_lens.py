@@ -16,45 +16,45 @@ from torch import Tensor
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from benchmarks.cases import Work
-from benchmarks.inputs import SEED, VOCABULARY, activations, sequences_per_step, token_ids
+from benchmarks.inputs import SEED, VOCABULARY, make_activations, make_token_ids, sequences_per_step
 
 BUFFER_BATCHES = 8
 SEQUENCES = 256
 LR = 3e-4
 
 
-class Provider:
+class TimedBatches:
     """Hands on batches and notes when each was asked for, which is where a step begins."""
 
     def __init__(self, batches: Iterator[Tensor]) -> None:
         self._batches = batches
-        self.stamps: list[float] = []
+        self.times: list[float] = []
 
-    def __iter__(self) -> Provider:
+    def __iter__(self) -> TimedBatches:
         return self
 
     def __next__(self) -> Tensor:
-        self.stamps.append(time.perf_counter())
+        self.times.append(time.perf_counter())
         return next(self._batches)
 
 
-class Fitting:
+class FitRunner:
     """Calls of ``fit`` for some steps each."""
 
-    def __init__(self, trainer: SAETrainer, provider: Provider, period: int) -> None:
+    def __init__(self, trainer: SAETrainer, provider: TimedBatches, period: int) -> None:
         self._trainer, self._provider, self.period = trainer, provider, period
 
     def run(self, steps: int) -> list[float]:
         """Seconds of each of the next ``steps`` training steps."""
         config = self._trainer.cfg
         config.total_training_samples = self._trainer.n_training_samples + steps * config.train_batch_size_samples
-        self._provider.stamps = []
+        self._provider.times = []
         self._trainer.fit()
-        stamps = [*self._provider.stamps, time.perf_counter()]
-        return [after - before for before, after in pairwise(stamps)]
+        times = [*self._provider.times, time.perf_counter()]
+        return [after - before for before, after in pairwise(times)]
 
 
-def build(work: Work, autocast: bool) -> Fitting:
+def build(work: Work, autocast: bool) -> FitRunner:
     """The work, ready to run."""
     torch.manual_seed(SEED)
     sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=work.width, d_sae=work.latents, k=work.k, device="cpu"))
@@ -68,19 +68,19 @@ def build(work: Work, autocast: bool) -> Fitting:
         autocast=autocast,
     )
     if work.kind == "step":
-        provider, period = Provider(cycle(activations(work))), 1
+        provider, period = TimedBatches(cycle(make_activations(work))), 1
     else:
         # Half of the buffer is kept for mixing, so a refill comes after the other half.
-        provider, period = Provider(iter(_store(work, autocast))), BUFFER_BATCHES // 2
-    return Fitting(SAETrainer(config, sae, provider), provider, period)
+        provider, period = TimedBatches(iter(_build_store(work, autocast))), BUFFER_BATCHES // 2
+    return FitRunner(SAETrainer(config, sae, provider), provider, period)
 
 
-def _store(work: Work, autocast: bool) -> ActivationsStore:
+def _build_store(work: Work, autocast: bool) -> ActivationsStore:
     (layer,) = work.layers
-    ids = token_ids(work, SEQUENCES)
+    ids = make_token_ids(work, SEQUENCES)
     rows = sequences_per_step(work)
     return ActivationsStore(
-        model=_model(work),
+        model=_build_model(work),
         dataset=Dataset.from_dict({"input_ids": ids.tolist()}),
         streaming=False,
         hook_name=f"blocks.{layer}.hook_resid_post",
@@ -99,7 +99,7 @@ def _store(work: Work, autocast: bool) -> ActivationsStore:
     )
 
 
-def _model(work: Work) -> HookedTransformer:
+def _build_model(work: Work) -> HookedTransformer:
     assert work.model == "gpt2", "TransformerLens's encoder cannot stop after a layer"
     config = HookedTransformerConfig(
         n_layers=work.blocks,

@@ -13,12 +13,12 @@ from sparsify import SparseCoderConfig, TrainConfig, Trainer
 from torch import Tensor, nn
 
 from benchmarks.cases import Work
-from benchmarks.inputs import STEPS, activations, hookpoint, token_ids, transformer
+from benchmarks.inputs import STEPS, build_transformer, hookpoint_name, make_activations, make_token_ids
 
 SEQUENCES = 64
 
 
-class Tokens:
+class TokenDataset:
     """A data set of as many sequences as the next call of ``fit`` shall train on."""
 
     def __init__(self, ids: Tensor, count: int) -> None:
@@ -30,12 +30,12 @@ class Tokens:
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return {"input_ids": self._ids[index % len(self._ids)]}
 
-    def select(self, rows: range) -> Tokens:
+    def select(self, rows: range) -> TokenDataset:
         """All of it, since a later ``fit`` gets new sequences rather than the rest of the old ones."""
         return self
 
 
-class Replay(nn.Module):
+class ReplayModel(nn.Module):
     """In the place of a model: its one layer gives the next prepared activations."""
 
     def __init__(self, batches: Sequence[Tensor]) -> None:
@@ -54,47 +54,47 @@ class Replay(nn.Module):
         return out
 
 
-class Clocked(Trainer):
+class TimedTrainer(Trainer):
     """Notes the time where it would save, which is right behind the last step of ``fit``."""
 
-    stamps: list[float]
+    times: list[float]
 
     def save(self) -> None:
         """Nothing is written while it is timed."""
-        self.stamps.append(time.perf_counter())
+        self.times.append(time.perf_counter())
 
 
-class Fitting:
+class FitRunner:
     """Calls of ``fit`` for some steps each; a step is from one call of the model to the next."""
 
     period = 1
 
-    def __init__(self, trainer: Clocked, tokens: Tokens) -> None:
+    def __init__(self, trainer: TimedTrainer, tokens: TokenDataset) -> None:
         self._trainer, self._tokens = trainer, tokens
-        trainer.model.register_forward_pre_hook(self._stamp)
+        trainer.model.register_forward_pre_hook(self._record_time)
 
-    def _stamp(self, *_: Any) -> None:
-        self._trainer.stamps.append(time.perf_counter())
+    def _record_time(self, *_: Any) -> None:
+        self._trainer.times.append(time.perf_counter())
 
     def run(self, steps: int) -> list[float]:
         """Seconds of each of the next ``steps`` training steps."""
         self._tokens.count = steps * self._trainer.cfg.batch_size
-        self._trainer.stamps = []
+        self._trainer.times = []
         self._trainer.fit()
-        stamps = self._trainer.stamps
-        return [after - before for before, after in pairwise(stamps)]
+        times = self._trainer.times
+        return [after - before for before, after in pairwise(times)]
 
 
-def build(work: Work, optimizer: str) -> Fitting:
+def build(work: Work, optimizer: str) -> FitRunner:
     """The work, ready to run."""
     rows = work.tokens // work.ctx_len
     model: Any
     if work.kind == "step":
-        model = Replay([batch.view(rows, work.ctx_len, work.width) for batch in activations(work)])
+        model = ReplayModel([batch.view(rows, work.ctx_len, work.width) for batch in make_activations(work)])
         names = ["layer"]
     else:
-        model = transformer(work)
-        names = [hookpoint(work, layer) for layer in work.layers]
+        model = build_transformer(work)
+        names = [hookpoint_name(work, layer) for layer in work.layers]
     config = TrainConfig(
         SparseCoderConfig(num_latents=work.latents, k=work.k),
         batch_size=rows,
@@ -103,5 +103,5 @@ def build(work: Work, optimizer: str) -> Fitting:
         save_every=10 * STEPS,
         log_to_wandb=False,
     )
-    tokens = Tokens(token_ids(work, SEQUENCES), STEPS * rows)
-    return Fitting(Clocked(config, tokens, model), tokens)
+    tokens = TokenDataset(make_token_ids(work, SEQUENCES), STEPS * rows)
+    return FitRunner(TimedTrainer(config, tokens, model), tokens)

@@ -24,7 +24,7 @@ from torch.nn.functional import embedding_bag, linear
 
 from saetrain.coders.topk import TopK
 
-PLACE = "SPARSIFY"
+PACKAGE_VARIABLE = "SPARSIFY"
 """Variable that names the package's folder or its wheel."""
 LR = 2e-4
 
@@ -38,9 +38,9 @@ class Package:
 
 
 @cache
-def package() -> Package | None:
+def load_package() -> Package | None:
     """The package's own modules, without its trainer; None where ``PLACE`` names none."""
-    named = os.environ.get(PLACE)
+    named = os.environ.get(PACKAGE_VARIABLE)
     if not named:
         return None
     folder = Path(named)
@@ -48,10 +48,10 @@ def package() -> Package | None:
         folder = Path(tempfile.mkdtemp()) / "sparsify"
         with zipfile.ZipFile(named) as wheel:
             wheel.extractall(folder.parent)
-    return Package(_module(folder / "fused_encoder.py"), _module(folder / "xformers.py"))
+    return Package(_load_module(folder / "fused_encoder.py"), _load_module(folder / "xformers.py"))
 
 
-def _module(path: Path) -> Any:
+def _load_module(path: Path) -> Any:
     spec = importlib.util.spec_from_file_location(f"sparsify_{path.stem}", path)
     assert spec is not None, path
     assert spec.loader is not None, path
@@ -72,14 +72,14 @@ class Encode(torch.autograd.Function):
         return values, indices
 
     @staticmethod
-    def backward(ctx: Any, slopes: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, grad_values: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         """A row for every pair, added up by latent."""
         x, weight, bias, indices = ctx.saved_tensors
         flat = indices.flatten()
-        rows = (slopes.unsqueeze(2) * x.unsqueeze(1)).flatten(0, 1).type_as(weight)
+        rows = (grad_values.unsqueeze(2) * x.unsqueeze(1)).flatten(0, 1).type_as(weight)
         by_weight = torch.zeros_like(weight).index_add_(0, flat, rows)
-        by_bias = torch.zeros_like(bias).index_add_(0, flat, slopes.flatten().type_as(bias))
-        by_x = embedding_bag(indices, weight, per_sample_weights=slopes.type_as(weight), mode="sum")
+        by_bias = torch.zeros_like(bias).index_add_(0, flat, grad_values.flatten().type_as(bias))
+        by_x = embedding_bag(indices, weight, per_sample_weights=grad_values.type_as(weight), mode="sum")
         return by_x, by_weight, by_bias, None
 
 

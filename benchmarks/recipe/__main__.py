@@ -16,18 +16,18 @@ import sys
 from pathlib import Path
 
 from benchmarks.machine import ROOT
-from benchmarks.recipe.activations import HELD_OUT_TOKENS, SITES, TRAIN_TOKENS, cached
-from benchmarks.recipe.report import plot, table
+from benchmarks.recipe.activations import HELD_OUT_TOKENS, SITES, TRAIN_TOKENS, cache_activations
+from benchmarks.recipe.report import comparison_table, draw_comparison
 from benchmarks.recipe.results import Results
 from benchmarks.recipe.sweep import TOOLS, Comparison, Tool
 from benchmarks.recipe.task import Task
-from benchmarks.recipe.task_runner import add_options, conduct, run
+from benchmarks.recipe.task_runner import add_run_options, run_task, run_tasks
 
 OUT = ROOT / "benchmarks" / "results" / "recipe.json"
 ROUNDS = 3
 
 
-def parse() -> argparse.Namespace:
+def parse_options() -> argparse.Namespace:
     """The options."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.recipe", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -43,45 +43,47 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--plot", type=Path, help="write a picture as well (needs the extra bench)")
     parser.add_argument("--train_tokens", type=int, default=TRAIN_TOKENS, help="of text, pass after pass")
     parser.add_argument("--held_out_tokens", type=int, default=HELD_OUT_TOKENS, help="that all are scored on")
-    add_options(parser, OUT)
+    add_run_options(parser, OUT)
     return parser.parse_args()
 
 
-def clock(comparison: Comparison, tools: tuple[Tool, ...], results: Results, activations: Path) -> None:
+def time_tools(comparison: Comparison, tools: tuple[Tool, ...], results: Results, activations: Path) -> None:
     """Wall seconds of the shortest runs, the tools in turn."""
     steps, threads = comparison.lengths[0], os.cpu_count() or 1
     results.timings = {}
     for _ in range(ROUNDS):
         for tool in tools:
-            best = comparison.best(tool, steps, results) if tool.first_lr is not None else None
-            found = run((best or comparison.default(tool, steps))[0], activations, threads)
+            best = comparison.best_tasks(tool, steps, results) if tool.first_lr is not None else None
+            found = run_task((best or comparison.default_tasks(tool, steps))[0], activations, threads)
             results.timings.setdefault(tool.name, []).append(found["seconds"])
     results.write()
 
 
 def main() -> None:
     """Run what is lacking, and print the table."""
-    options = parse()
+    options = parse_options()
     make = functools.partial(Task, site=options.site, latents=options.latents, k=options.k, tokens=options.tokens)
     comparison = Comparison(make, tuple(sorted(options.steps)), tuple(options.seeds))
     tools = tuple(tool for tool in TOOLS if not options.tools or tool.name in options.tools)
     results = Results(options.out, "benchmarks.recipe", sys.argv[1:])
     activations = functools.partial(
-        cached, folder=options.folder, train=options.train_tokens, held_out=options.held_out_tokens
+        cache_activations, folder=options.folder, train=options.train_tokens, held_out=options.held_out_tokens
     )
-    results.renew([task for task, _ in results.runs if task.tool in {tool.name for tool in tools}], options.again)
-    conduct(
-        lambda: comparison.wanted(tools, results),
+    results.discard_if_again(
+        [task for task, _ in results.runs if task.tool in {tool.name for tool in tools}], options.again
+    )
+    run_tasks(
+        lambda: comparison.missing_tasks(tools, results),
         results,
         activations,
         processes=options.processes,
         threads=options.threads,
     )
     if options.time:
-        clock(comparison, tools, results, activations(options.site))
+        time_tools(comparison, tools, results, activations(options.site))
     if options.plot:
-        plot(comparison, results, options.plot)
-    print(table(comparison, results))
+        draw_comparison(comparison, results, options.plot)
+    print(comparison_table(comparison, results))
 
 
 if __name__ == "__main__":

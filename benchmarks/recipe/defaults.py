@@ -11,34 +11,34 @@ import functools
 import sys
 
 from benchmarks.machine import ROOT
-from benchmarks.recipe.activations import HELD_OUT_TOKENS, SITES, TRAIN_TOKENS, cached
+from benchmarks.recipe.activations import HELD_OUT_TOKENS, SITES, TRAIN_TOKENS, cache_activations
 from benchmarks.recipe.results import Results
 from benchmarks.recipe.sweep import OURS
 from benchmarks.recipe.task import Task
-from benchmarks.recipe.task_runner import add_options, conduct
+from benchmarks.recipe.task_runner import add_run_options, run_tasks
 from saetrain.coders.topk import TopKSettings
 from saetrain.data.tokenize import DEFAULT_CTX_LEN
 from saetrain.optim import OptimSettings
 from saetrain.training.trainer import TrainSettings
 
 OUT = ROOT / "benchmarks" / "results" / "recipe-defaults.json"
-WIDTH = 384
+MINILM_WIDTH = 384
 """Of MiniLM's activations."""
 
 
-def tasks(site: str) -> list[Task]:
+def default_tasks(site: str) -> list[Task]:
     """The default run at its rate and at the rule's."""
     sae, train, lr = TopKSettings(), TrainSettings(), OptimSettings().lr
     assert lr != "auto"
     tokens = train.batch_size * train.grad_acc_steps * DEFAULT_CTX_LEN
-    run = Task(OURS, site, sae.latents(WIDTH), sae.k, train.max_tokens // tokens, tokens, seed=1)
-    return [dataclasses.replace(run, lr=lr, options={"weight_decay": OptimSettings().decay}), run]
+    run = Task(OURS, site, sae.resolve_num_latents(MINILM_WIDTH), sae.k, train.max_tokens // tokens, tokens, seed=1)
+    return [dataclasses.replace(run, lr=lr, options={"weight_decay": OptimSettings().effective_weight_decay}), run]
 
 
-def table(site: str, results: Results) -> str:
+def defaults_table(site: str, results: Results) -> str:
     """A row for each rate that is done."""
     rows = ["| `--lr` | learning rate | FVU | never fired | silent in the last 50 batches |", "|---" * 5 + "|"]
-    for task in tasks(site):
+    for task in default_tasks(site):
         found = results.get(task)
         if found is not None:
             rows.append(
@@ -56,18 +56,18 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--site", choices=[site for site in SITES if "minilm" in site], default="minilm-3")
-    add_options(parser, OUT)
+    add_run_options(parser, OUT)
     options = parser.parse_args()
     results = Results(options.out, "benchmarks.recipe.defaults", sys.argv[1:])
-    results.renew(tasks(options.site), options.again)
-    conduct(
-        lambda: [task for task in tasks(options.site) if results.get(task) is None],
+    results.discard_if_again(default_tasks(options.site), options.again)
+    run_tasks(
+        lambda: [task for task in default_tasks(options.site) if results.get(task) is None],
         results,
-        functools.partial(cached, folder=options.folder, train=TRAIN_TOKENS, held_out=HELD_OUT_TOKENS),
+        functools.partial(cache_activations, folder=options.folder, train=TRAIN_TOKENS, held_out=HELD_OUT_TOKENS),
         processes=options.processes,
         threads=options.threads,
     )
-    print(table(options.site, results))
+    print(defaults_table(options.site, results))
 
 
 if __name__ == "__main__":

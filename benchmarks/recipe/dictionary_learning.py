@@ -8,10 +8,10 @@ from dictionary_learning.trainers.top_k import TopKTrainer
 from torch import Tensor
 
 from benchmarks.recipe.task import Batches, Task
-from benchmarks.recipe.worker import Rebuild
+from benchmarks.recipe.worker import Reconstruct
 
 
-def fit(task: Task, batches: Batches) -> tuple[Rebuild, dict[str, Any]]:
+def fit_sae(task: Task, batches: Batches) -> tuple[Reconstruct, dict[str, Any]]:
     """Train; beside a given rate it gets a warm-up and a decay that suit the run's length."""
     schedule = (
         {}
@@ -37,8 +37,8 @@ def fit(task: Task, batches: Batches) -> tuple[Rebuild, dict[str, Any]]:
     for step, batch in enumerate(batches):
         trainer.update(step, batch)
 
-    def rebuild(rows: Tensor) -> tuple[Tensor, Tensor]:
+    def reconstruct(rows: Tensor) -> tuple[Tensor, Tensor]:
         code = trainer.ae.encode(rows)
         return trainer.ae.decode(code), code > 0
 
-    return rebuild, {"lr": trainer.lr}
+    return reconstruct, {"lr": trainer.lr}

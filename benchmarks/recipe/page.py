@@ -11,7 +11,7 @@ from pathlib import Path
 
 from benchmarks.machine import ROOT
 from benchmarks.recipe import ablation, defaults, rule
-from benchmarks.recipe.report import plot, table
+from benchmarks.recipe.report import comparison_table, draw_comparison
 from benchmarks.recipe.results import Results
 from benchmarks.recipe.sweep import Comparison
 from benchmarks.recipe.task import Task
@@ -23,25 +23,25 @@ COMPARISON = Comparison(
 )
 
 
-def sections() -> dict[str, str]:
+def build_tables() -> dict[str, str]:
     """{marker: what stands behind it}."""
-    cases = rule.cases(rule.parser().parse_args([]))
+    cases = rule.rule_tasks(rule.build_parser().parse_args([]))
     return {
-        "defaults": defaults.table("minilm-3", read("recipe-defaults")),
-        "comparison": table(COMPARISON, read("recipe")),
-        "ablation": ablation.table(read("recipe-ablation")),
-        "rule": rule.table(cases, read("recipe-rule")),
+        "defaults": defaults.defaults_table("minilm-3", read_results("recipe-defaults")),
+        "comparison": comparison_table(COMPARISON, read_results("recipe")),
+        "ablation": ablation.ablation_table(read_results("recipe-ablation")),
+        "rule": rule.rule_table(cases, read_results("recipe-rule")),
     }
 
 
-def read(name: str) -> Results:
+def read_results(name: str) -> Results:
     """The file of results of that name."""
     return Results(RESULTS / f"{name}.json", "benchmarks.recipe.page")
 
 
-def filled(page: str) -> str:
+def fill_tables(page: str) -> str:
     """The page with its tables made anew."""
-    for name, text in sections().items():
+    for name, text in build_tables().items():
         marked = re.compile(f"(<!-- {name} -->\n).*?(\n<!-- end -->)", re.DOTALL)
         assert marked.search(page), name
         page = marked.sub(lambda found, text=text: f"{found[1]}\n{text}\n{found[2]}", page)  # type: ignore[misc]
@@ -50,8 +50,8 @@ def filled(page: str) -> str:
 
 def main(page: Path = PAGE) -> None:
     """Rewrite page and picture."""
-    page.write_text(filled(page.read_text()))
-    plot(COMPARISON, read("recipe"), RESULTS / "recipe.png")
+    page.write_text(fill_tables(page.read_text()))
+    draw_comparison(COMPARISON, read_results("recipe"), RESULTS / "recipe.png")
 
 
 if __name__ == "__main__":

@@ -22,27 +22,27 @@ class Row:
     rate: str
     seeds: list[Result]
 
-    def mean(self, figure: str) -> float:
+    def mean_over_seeds(self, metric: str) -> float:
         """Of the seeds."""
-        return statistics.mean(result[figure] for result in self.seeds)
+        return statistics.mean(result[metric] for result in self.seeds)
 
-    def cell(self, figure: str, form: str) -> str:
+    def format_cell(self, metric: str, form: str) -> str:
         """Mean over the seeds, with the least and the largest where several are done."""
-        values = [result[figure] for result in self.seeds]
+        values = [result[metric] for result in self.seeds]
         spread = f"{min(values):{form}} to {max(values):{form}}" if len(values) > 1 else "one seed"
-        return f"{self.mean(figure):{form}} ({spread})"
+        return f"{self.mean_over_seeds(metric):{form}} ({spread})"
 
 
-def rows(comparison: Comparison, results: Results) -> Iterator[Row]:
+def comparison_rows(comparison: Comparison, results: Results) -> Iterator[Row]:
     """The rows of which a seed is done; a tool that failed has seeds with an ``error``."""
     for steps in comparison.lengths:
         for tool in TOOLS:
-            yield from _rows_of(comparison, results, tool, steps)
+            yield from _tool_rows(comparison, results, tool, steps)
 
 
-def _rows_of(comparison: Comparison, results: Results, tool: Tool, steps: int) -> Iterator[Row]:
-    best = comparison.best(tool, steps, results) if tool.swept(steps) else None
-    default = comparison.default(tool, steps) if tool.shipped else None
+def _tool_rows(comparison: Comparison, results: Results, tool: Tool, steps: int) -> Iterator[Row]:
+    best = comparison.best_tasks(tool, steps, results) if tool.is_swept(steps) else None
+    default = comparison.default_tasks(tool, steps) if tool.shipped else None
     for what, tasks in (("default", default), ("best", best)):
         found = [results.get(task) for task in tasks or []]
         seeds = [result for result in found if result is not None]
@@ -51,40 +51,49 @@ def _rows_of(comparison: Comparison, results: Results, tool: Tool, steps: int) -
             yield Row(steps, tool.name, f"{lr}, {'`--lr auto`' if tool.name == OURS else what}", seeds)
 
 
-def table(comparison: Comparison, results: Results) -> str:
+def comparison_table(comparison: Comparison, results: Results) -> str:
     """All rows, wall times beneath, and how far ours is below the best of the others."""
     lines = ["| " + " | ".join(HEAD) + " |", "|---" * len(HEAD) + "|"]
-    found = list(rows(comparison, results))
+    found = list(comparison_rows(comparison, results))
     for row in found:
         if any("error" in result for result in row.seeds):
             lines.append(f"| {row.steps} | {row.name} | {row.rate} | fails: {row.seeds[0]['error']} | | |")
             continue
-        shares = " | ".join(row.cell(figure, ".1%") for figure in ("never_fired", "dead_by_window"))
-        lines.append(f"| {row.steps} | {row.name} | {row.rate} | {row.cell('fvu', '.4f')} | {shares} |")
-    return "\n".join([*lines, "", *_verdicts(found), *_exact(comparison, results), *_times(comparison, results)])
+        shares = " | ".join(row.format_cell(figure, ".1%") for figure in ("never_fired", "dead_by_window"))
+        lines.append(f"| {row.steps} | {row.name} | {row.rate} | {row.format_cell('fvu', '.4f')} | {shares} |")
+    return "\n".join(
+        [
+            *lines,
+            "",
+            *_describe_gaps(found),
+            *_describe_fp32(comparison, results),
+            *_describe_times(comparison, results),
+        ]
+    )
 
 
-def _verdicts(found: list[Row]) -> Iterator[str]:
+def _describe_gaps(found: list[Row]) -> Iterator[str]:
     fine = [row for row in found if not any("error" in result for result in row.seeds)]
     for steps in sorted({row.steps for row in fine}):
-        ours = next((row for row in fine if (row.steps, row.name) == (steps, OURS)), None)
+        own = next((row for row in fine if (row.steps, row.name) == (steps, OURS)), None)
         others = [row for row in fine if row.steps == steps and row.name != OURS]
-        if ours and others:
-            best = min(others, key=lambda row: row.mean("fvu"))
-            gap = best.mean("fvu") - ours.mean("fvu")
-            where = f"{abs(gap):.4f} {'below' if gap > 0 else 'above'} the best of the others"
+        if own and others:
+            best = min(others, key=lambda row: row.mean_over_seeds("fvu"))
+            gap = best.mean_over_seeds("fvu") - own.mean_over_seeds("fvu")
+            where = f"{abs(gap):.4f} {'below' if gap > 0 else 'above'} that of the best other tool"
             yield (
-                f"{steps} steps: ours is {where} ({best.name} at {best.rate}), "
-                f"with {ours.mean('never_fired'):.1%} never firing where that has {best.mean('never_fired'):.1%}.\n"
+                f"After {steps} steps, saetrain's FVU is {where} ({best.name} at {best.rate}). Its share of latents "
+                f"that never fire is {own.mean_over_seeds('never_fired'):.1%}, compared with "
+                f"{best.mean_over_seeds('never_fired'):.1%}.\n"
             )
 
 
-def _exact(comparison: Comparison, results: Results) -> Iterator[str]:
+def _describe_fp32(comparison: Comparison, results: Results) -> Iterator[str]:
     """What products in bfloat16 changed of the others' figures."""
     gaps = []
     for tool in TOOLS:
-        task = comparison.exact(tool, results) if tool.first_lr is not None else None
-        best = comparison.best(tool, comparison.lengths[0], results) if task else None
+        task = comparison.fp32_task(tool, results) if tool.first_lr is not None else None
+        best = comparison.best_tasks(tool, comparison.lengths[0], results) if task else None
         pair = (results.get(task), results.get(best[0])) if task and best else (None, None)
         if pair[0] and pair[1]:
             gaps.append(f"{tool.name} {pair[0]['fvu'] - pair[1]['fvu']:+.4f}")
@@ -92,14 +101,14 @@ def _exact(comparison: Comparison, results: Results) -> Iterator[str]:
         yield f"FVU with products in fp32 less that with bfloat16, one seed: {', '.join(gaps)}.\n"
 
 
-def _times(comparison: Comparison, results: Results) -> Iterator[str]:
+def _describe_times(comparison: Comparison, results: Results) -> Iterator[str]:
     """Medians of the runs that had the machine for themselves."""
     if results.timings:
         told = [f"{name} {statistics.median(seconds):.0f} s" for name, seconds in results.timings.items()]
         yield f"Wall time of {comparison.lengths[0]} steps, alone on the machine: {', '.join(told)}."
 
 
-def plot(comparison: Comparison, results: Results, path: Path) -> None:
+def draw_comparison(comparison: Comparison, results: Results, path: Path) -> None:
     """FVU against latents that never fire, a panel for each length; needs matplotlib (extra `bench`)."""
     import matplotlib
 
@@ -109,7 +118,7 @@ def plot(comparison: Comparison, results: Results, path: Path) -> None:
     figure, panels = pyplot.subplots(1, len(comparison.lengths), figsize=(11, 4.5), squeeze=False)
     markers = dict(zip((tool.name for tool in TOOLS), "osD^vP", strict=True))
     for panel, steps in zip(panels[0], comparison.lengths, strict=True):
-        for row in rows(comparison, results):
+        for row in comparison_rows(comparison, results):
             if row.steps != steps or any("error" in result for result in row.seeds):
                 continue
             shares = [100 * result["never_fired"] for result in row.seeds]

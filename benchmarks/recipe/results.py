@@ -38,7 +38,7 @@ class Results:
         """What the task gave, if it is done."""
         return next((result for known, result in self.runs if known == task), None)
 
-    def tried(self, like: Task) -> dict[float, float]:
+    def tried_rates(self, like: Task) -> dict[float, float]:
         """{rate: FVU} of the runs that differ from ``like`` in nothing else; infinite where one failed."""
         return {
             task.lr: float(result.get("fvu", float("inf")))
@@ -46,17 +46,17 @@ class Results:
             if task.lr is not None and dataclasses.replace(task, lr=like.lr) == like
         }
 
-    def renew(self, tasks: Collection[Task], again: bool) -> None:
+    def discard_if_again(self, tasks: Collection[Task], again: bool) -> None:
         """Forget what these gave where it is to be measured ``again``; else say where other code gave it."""
         if again:
-            self.drop(tasks)
+            self.discard(tasks)
             return
         now = describe_run([])["commit"]
         others = {str(result.get("commit")) for task, result in self.runs if task in tasks} - {now}
         if others:
             print(f"some results are of other code ({', '.join(sorted(others))}; now {now}): --again measures anew")
 
-    def drop(self, tasks: Collection[Task]) -> None:
+    def discard(self, tasks: Collection[Task]) -> None:
         """Forget what these gave."""
         self.runs = [(task, result) for task, result in self.runs if task not in tasks]
 

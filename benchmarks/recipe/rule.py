@@ -15,23 +15,23 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from benchmarks.machine import ROOT
-from benchmarks.recipe.activations import HELD_OUT_TOKENS, SITES, TRAIN_TOKENS, cached
+from benchmarks.recipe.activations import HELD_OUT_TOKENS, SITES, TRAIN_TOKENS, cache_activations
 from benchmarks.recipe.results import Results
-from benchmarks.recipe.sweep import FACTOR, OURS, best_rate, next_rates, settled
+from benchmarks.recipe.sweep import FACTOR, OURS, best_rate, is_settled, next_rates
 from benchmarks.recipe.task import Task
-from benchmarks.recipe.task_runner import add_options, conduct
-from saetrain.optim import RunSize, lr_rule
+from benchmarks.recipe.task_runner import add_run_options, run_tasks
+from saetrain.optim import RunSize, recommended_lr
 
 OUT = ROOT / "benchmarks" / "results" / "recipe-rule.json"
-ALLOWED = 0.004
+TOLERANCE = 0.004
 """Of FVU above the best fixed rate's."""
-BATCHES_OF = 3072, 32, 400
+BATCH_CASE = 3072, 32, 400
 """Latents, k and steps of the cases of other batch sizes."""
 ANCHOR = 0.01
 """A rate that every sweep's rates are powers of FACTOR from, so that they stay where the rule moves."""
 
 
-def cases(options: argparse.Namespace) -> list[Task]:
+def rule_tasks(options: argparse.Namespace) -> list[Task]:
     """The rule's own task of each case, the short and narrow ones first."""
     grid = [
         Task(OURS, site, latents, k, steps, options.tokens, options.seed)
@@ -40,53 +40,53 @@ def cases(options: argparse.Namespace) -> list[Task]:
         for site in options.sites
         for k in options.k
     ]
-    return [*grid, *(Task(OURS, options.sites[0], *BATCHES_OF, tokens, options.seed) for tokens in options.batches)]
+    return [*grid, *(Task(OURS, options.sites[0], *BATCH_CASE, tokens, options.seed) for tokens in options.batches)]
 
 
-def rule_of(task: Task) -> float:
+def rule_rate(task: Task) -> float:
     """The rate that the rule takes for a task."""
-    return lr_rule(RunSize(task.latents, task.k, task.tokens, task.steps))
+    return recommended_lr(RunSize(task.latents, task.k, task.tokens, task.steps))
 
 
-def first_rate(task: Task) -> float:
+def first_sweep_rate(task: Task) -> float:
     """The sweep's rate that is nearest to the rule's, or a little below it."""
     rate = ANCHOR
-    while rate > rule_of(task) * FACTOR**0.5:
+    while rate > rule_rate(task) * FACTOR**0.5:
         rate /= FACTOR
-    while rate < rule_of(task) / FACTOR**0.5:
+    while rate < rule_rate(task) / FACTOR**0.5:
         rate *= FACTOR
     return rate
 
 
-def wanted(tasks: Iterable[Task], results: Results, sweep_alone: bool) -> list[Task]:
+def missing_tasks(tasks: Iterable[Task], results: Results, sweep_alone: bool) -> list[Task]:
     """What is lacking of these cases."""
     found: list[Task] = []
     for task in tasks:
-        rates = next_rates(results.tried(task), first_rate(task))
+        rates = next_rates(results.tried_rates(task), first_sweep_rate(task))
         found += [replace(task, lr=rate) for rate in rates]
         if not sweep_alone and not rates:
             found.append(task)
     return [task for task in found if results.get(task) is None]
 
 
-def drop_stale(tasks: Iterable[Task], results: Results) -> None:
+def discard_stale(tasks: Iterable[Task], results: Results) -> None:
     """Forget runs of the rule that it would not take that rate for any more."""
     old = []
     for task in tasks:
         result = results.get(task)
-        if result and abs(result["lr"] / rule_of(task) - 1) > 1e-6:
+        if result and abs(result["lr"] / rule_rate(task) - 1) > 1e-6:
             old.append(task)
-    results.drop(old)
+    results.discard(old)
 
 
-def table(tasks: Iterable[Task], results: Results) -> str:
+def rule_table(tasks: Iterable[Task], results: Results) -> str:
     """A row for each case that is complete, and how many are within what is allowed."""
     rows = ["| site | F | k | N | steps | best fixed lr | FVU | never fired | rule | FVU | above | never fired |"]
     rows.append("|---" * 12 + "|")
     above: list[float] = []
     for task in tasks:
-        tried, own = results.tried(task), results.get(task)
-        if own is None or not settled(tried):
+        tried, own = results.tried_rates(task), results.get(task)
+        if own is None or not is_settled(tried):
             continue
         best = results.get(replace(task, lr=best_rate(tried)))
         assert best is not None
@@ -96,12 +96,12 @@ def table(tasks: Iterable[Task], results: Results) -> str:
             f"{best['fvu']:.4f} | {best['never_fired']:.1%} | {own['lr']:.2g} | {own['fvu']:.4f} | {above[-1]:+.4f} | "
             f"{own['never_fired']:.1%} |"
         )
-    within = sum(gap <= ALLOWED for gap in above)
+    within = sum(gap <= TOLERANCE for gap in above)
     median = f", median {statistics.median(above):+.4f}, worst {max(above):+.4f}" if above else ""
-    return "\n".join([*rows, "", f"Within {ALLOWED} of the best fixed rate: {within} of {len(above)}{median}."])
+    return "\n".join([*rows, "", f"Within {TOLERANCE} of the best fixed rate: {within} of {len(above)}{median}."])
 
 
-def parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     """The options."""
     found = argparse.ArgumentParser(
         prog="python -m benchmarks.recipe.rule",
@@ -118,11 +118,11 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--sweep_alone", action="store_true", help="leave the rule's own runs for later")
     found.add_argument("--train_tokens", type=int, default=TRAIN_TOKENS, help="of text, pass after pass")
     found.add_argument("--held_out_tokens", type=int, default=HELD_OUT_TOKENS, help="that all are scored on")
-    add_options(found, OUT)
+    add_run_options(found, OUT)
     return found
 
 
-def present(sites: Iterable[str]) -> list[str]:
+def available_sites(sites: Iterable[str]) -> list[str]:
     """Those whose model is here; the others are named."""
     found = []
     for site in sites:
@@ -135,22 +135,22 @@ def present(sites: Iterable[str]) -> list[str]:
 
 def main() -> None:
     """Run what is lacking, and print the table."""
-    options = parser().parse_args()
-    options.sites = present(options.sites)
-    results, tasks = Results(options.out, "benchmarks.recipe.rule", sys.argv[1:]), cases(options)
-    drop_stale(tasks, results)
-    results.renew([task for task, _ in results.runs if replace(task, lr=None) in tasks], options.again)
+    options = build_parser().parse_args()
+    options.sites = available_sites(options.sites)
+    results, tasks = Results(options.out, "benchmarks.recipe.rule", sys.argv[1:]), rule_tasks(options)
+    discard_stale(tasks, results)
+    results.discard_if_again([task for task, _ in results.runs if replace(task, lr=None) in tasks], options.again)
     activations = functools.partial(
-        cached, folder=options.folder, train=options.train_tokens, held_out=options.held_out_tokens
+        cache_activations, folder=options.folder, train=options.train_tokens, held_out=options.held_out_tokens
     )
-    conduct(
-        lambda: wanted(tasks, results, options.sweep_alone),
+    run_tasks(
+        lambda: missing_tasks(tasks, results, options.sweep_alone),
         results,
         activations,
         processes=options.processes,
         threads=options.threads,
     )
-    print(table(tasks, results))
+    print(rule_table(tasks, results))
 
 
 if __name__ == "__main__":

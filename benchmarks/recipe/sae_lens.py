@@ -12,10 +12,10 @@ from torch import Tensor
 
 from benchmarks.peers.sae_lens import LR
 from benchmarks.recipe.task import Batches, Task
-from benchmarks.recipe.worker import Rebuild
+from benchmarks.recipe.worker import Reconstruct
 
 
-def fit(task: Task, batches: Batches) -> tuple[Rebuild, dict[str, Any]]:
+def fit_sae(task: Task, batches: Batches) -> tuple[Reconstruct, dict[str, Any]]:
     """Train; beside a given rate it gets the schedule that its default lacks."""
     torch.manual_seed(task.seed)
     sae = TopKTrainingSAE(
@@ -34,8 +34,8 @@ def fit(task: Task, batches: Batches) -> tuple[Rebuild, dict[str, Any]]:
     )
     SAETrainer(config, sae, iter(batches)).fit()
 
-    def rebuild(rows: Tensor) -> tuple[Tensor, Tensor]:
+    def reconstruct(rows: Tensor) -> tuple[Tensor, Tensor]:
         code = sae.encode(rows)
         return sae.decode(code), code > 0
 
-    return rebuild, {"lr": lr}
+    return reconstruct, {"lr": lr}

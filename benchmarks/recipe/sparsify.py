@@ -9,12 +9,12 @@ import torch
 from sparsify import SparseCoderConfig, TrainConfig, Trainer
 from torch import Tensor
 
-from benchmarks.peers.sparsify import Replay, Tokens
+from benchmarks.peers.sparsify import ReplayModel, TokenDataset
 from benchmarks.recipe.task import Batches, Task
-from benchmarks.recipe.worker import Rebuild
+from benchmarks.recipe.worker import Reconstruct
 
 
-class Rows(Sequence[Tensor]):
+class BatchSequence(Sequence[Tensor]):
     """The batches (1, N, D), each as one sequence."""
 
     def __init__(self, batches: Batches) -> None:
@@ -27,14 +27,14 @@ class Rows(Sequence[Tensor]):
         return self._batches[step].unsqueeze(0)
 
 
-class Unsaved(Trainer):
+class TrainerWithoutSave(Trainer):
     """Leaves no files."""
 
     def save(self) -> None:
         """Nothing."""
 
 
-def fit(task: Task, batches: Batches) -> tuple[Rebuild, dict[str, Any]]:
+def fit_sae(task: Task, batches: Batches) -> tuple[Reconstruct, dict[str, Any]]:
     """Train; its default optimizer knows no warm-up, and Adam's of 1000 steps is longer than a short run."""
     schedule = {} if task.lr is None else {"lr": task.lr, "lr_warmup_steps": task.steps // 10}
     config = TrainConfig(
@@ -48,16 +48,20 @@ def fit(task: Task, batches: Batches) -> tuple[Rebuild, dict[str, Any]]:
         **task.options,
     )
     # It asks the model for the width first, so that batch 0 is the last that it trains on.
-    trainer = Unsaved(config, Tokens(torch.zeros(1, task.tokens, dtype=torch.long), task.steps), Replay(Rows(batches)))
+    trainer = TrainerWithoutSave(
+        config,
+        TokenDataset(torch.zeros(1, task.tokens, dtype=torch.long), task.steps),
+        ReplayModel(BatchSequence(batches)),
+    )
     group = trainer.optimizers[0].param_groups[0]
     lr = group.get("initial_lr", group["lr"])
     # Scored as they were trained: signum's averages, which it saves, have decoder rows shorter than one and do worse.
     trainer.fit()
     (sae,) = trainer.saes.values()
 
-    def rebuild(rows: Tensor) -> tuple[Tensor, Tensor]:
+    def reconstruct(rows: Tensor) -> tuple[Tensor, Tensor]:
         values, indices, _ = sae.encode(rows)
         fired = torch.zeros(len(rows), task.latents, dtype=torch.bool).scatter_(1, indices, values > 0)
         return sae.decode(values, indices), fired
 
-    return rebuild, {"lr": lr}
+    return reconstruct, {"lr": lr}

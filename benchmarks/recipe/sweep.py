@@ -18,12 +18,12 @@ FACTOR = 2.0
 def next_rates(tried: Mapping[float, float], first: float) -> list[float]:
     """Rates to try behind those of ``tried`` {rate: FVU}; none once both neighbours of the best one are among them."""
     if not tried:
-        return [_near(first)]
+        return [_round_rate(first)]
     best = best_rate(tried)
-    return [rate for rate in (_near(best * FACTOR), _near(best / FACTOR)) if rate not in tried]
+    return [rate for rate in (_round_rate(best * FACTOR), _round_rate(best / FACTOR)) if rate not in tried]
 
 
-def settled(tried: Mapping[float, float]) -> bool:
+def is_settled(tried: Mapping[float, float]) -> bool:
     """Whether the best rate's neighbours are known."""
     return bool(tried) and not next_rates(tried, min(tried))
 
@@ -33,7 +33,7 @@ def best_rate(tried: Mapping[float, float]) -> float:
     return min(tried, key=lambda rate: tried[rate])
 
 
-def _near(rate: float) -> float:
+def _round_rate(rate: float) -> float:
     """The rate without the noise of its last bits, by which it would not be found again."""
     return float(f"{rate:.6g}")
 
@@ -50,7 +50,7 @@ class Tool:
     longest_sweep: float = float("inf")
     """Steps of the longest run that it is swept over."""
 
-    def swept(self, steps: int) -> bool:
+    def is_swept(self, steps: int) -> bool:
         """Whether it is swept over runs of that length."""
         return self.first_lr is not None and steps <= self.longest_sweep
 
@@ -73,50 +73,50 @@ class Comparison:
     def __init__(self, make: Callable[..., Task], lengths: tuple[int, ...], seeds: tuple[int, ...]) -> None:
         self._make, self.lengths, self.seeds = make, lengths, seeds
 
-    def default(self, tool: Tool, steps: int) -> list[Task]:
+    def default_tasks(self, tool: Tool, steps: int) -> list[Task]:
         """A task for each seed at the tool's default; ours takes its rule."""
         return [self._make(tool=tool.name, steps=steps, seed=seed, options=dict(tool.options)) for seed in self.seeds]
 
-    def best(self, tool: Tool, steps: int, results: Results) -> list[Task] | None:
+    def best_tasks(self, tool: Tool, steps: int, results: Results) -> list[Task] | None:
         """A task for each seed at the best rate, once the sweep knows it."""
-        tasks = self.default(tool, steps)
-        tried = results.tried(tasks[0])
-        if not settled(tried):
+        tasks = self.default_tasks(tool, steps)
+        tried = results.tried_rates(tasks[0])
+        if not is_settled(tried):
             return None
         return [dataclasses.replace(task, lr=best_rate(tried)) for task in tasks]
 
-    def exact(self, tool: Tool, results: Results) -> Task | None:
+    def fp32_task(self, tool: Tool, results: Results) -> Task | None:
         """The first of the shortest runs at the best rate, with products in fp32."""
-        best = self.best(tool, self.lengths[0], results)
+        best = self.best_tasks(tool, self.lengths[0], results)
         return dataclasses.replace(best[0], fp32_products=True) if best else None
 
-    def wanted(self, tools: tuple[Tool, ...], results: Results) -> list[Task]:
+    def missing_tasks(self, tools: tuple[Tool, ...], results: Results) -> list[Task]:
         """Tasks that can be begun, the short ones first, then sweeps; none when the comparison is complete."""
         found: list[Task] = []
         for steps in self.lengths:
             for tool in tools:
-                found += self._swept(tool, steps, results) if tool.swept(steps) else []
+                found += self._sweep_tasks(tool, steps, results) if tool.is_swept(steps) else []
             for tool in tools:
-                found += self.default(tool, steps) if tool.shipped else []
+                found += self.default_tasks(tool, steps) if tool.shipped else []
         return [task for task in found if results.get(task) is None]
 
-    def _swept(self, tool: Tool, steps: int, results: Results) -> list[Task]:
+    def _sweep_tasks(self, tool: Tool, steps: int, results: Results) -> list[Task]:
         """What the sweep tries next, or all seeds at what it found."""
-        best = self.best(tool, steps, results)
+        best = self.best_tasks(tool, steps, results)
         if best is None:
-            rates = self._rates(tool, steps, results)
-            return [dataclasses.replace(self.default(tool, steps)[0], lr=rate) for rate in rates]
-        exact = self.exact(tool, results) if steps == self.lengths[0] else None
+            rates = self._next_sweep_rates(tool, steps, results)
+            return [dataclasses.replace(self.default_tasks(tool, steps)[0], lr=rate) for rate in rates]
+        exact = self.fp32_task(tool, results) if steps == self.lengths[0] else None
         return [*best, *([exact] if exact else [])]
 
-    def _rates(self, tool: Tool, steps: int, results: Results) -> list[float]:
+    def _next_sweep_rates(self, tool: Tool, steps: int, results: Results) -> list[float]:
         """What the sweep tries next; one over a longer run begins below the best rate of the shorter."""
         assert tool.first_lr is not None
         first = tool.first_lr
         for length in self.lengths:
             if length < steps:
-                shorter = self.best(tool, length, results)
+                shorter = self.best_tasks(tool, length, results)
                 if shorter is None:
                     return []
                 first = (shorter[0].lr or first) / FACTOR
-        return next_rates(results.tried(self.default(tool, steps)[0]), first)
+        return next_rates(results.tried_rates(self.default_tasks(tool, steps)[0]), first)

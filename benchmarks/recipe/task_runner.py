@@ -18,7 +18,7 @@ from benchmarks.recipe.sweep import OURS
 from benchmarks.recipe.task import Task
 
 
-def add_options(parser: argparse.ArgumentParser, out: Path) -> None:
+def add_run_options(parser: argparse.ArgumentParser, out: Path) -> None:
     """What every conduct can be told."""
     parser.add_argument("--again", action="store_true", help="measure anew what is there")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="runs at a time")
@@ -27,15 +27,15 @@ def add_options(parser: argparse.ArgumentParser, out: Path) -> None:
     parser.add_argument("--out", type=Path, default=out, help="results file")
 
 
-def python_of(tool: str) -> Path:
+def find_python(tool: str) -> Path:
     """The interpreter of the environment that has the tool."""
     name = tool.split()[0]
     return Path(sys.executable) if name == OURS else ROOT / ".bench" / name / "bin" / "python"
 
 
-def run(task: Task, activations: Path, threads: int) -> Result:
+def run_task(task: Task, activations: Path, threads: int) -> Result:
     """What the task gives, from a process of its own."""
-    command = [str(python_of(task.tool)), "-m", "benchmarks.recipe.worker", str(activations), str(threads)]
+    command = [str(find_python(task.tool)), "-m", "benchmarks.recipe.worker", str(activations), str(threads)]
     variables = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     words = json.dumps(dataclasses.asdict(task))
     done = subprocess.run([*command, words], cwd=ROOT, env=variables, capture_output=True, text=True, check=False)
@@ -48,8 +48,8 @@ def run(task: Task, activations: Path, threads: int) -> Result:
     return result
 
 
-def conduct(
-    wanted: Callable[[], list[Task]],
+def run_tasks(
+    missing_tasks: Callable[[], list[Task]],
     results: Results,
     activations: Callable[[str], Path],
     *,
@@ -63,19 +63,19 @@ def conduct(
     running: dict[Future[Result], Task] = {}
     with ThreadPoolExecutor(processes) as pool:
         while True:
-            for task in wanted():
+            for task in missing_tasks():
                 if task not in running.values() and len(running) < processes:
-                    running[pool.submit(run, task, activations(task.site), threads)] = task
+                    running[pool.submit(run_task, task, activations(task.site), threads)] = task
             if not running:
                 return
             finished, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in finished:
                 task, result = running.pop(future), future.result()
                 results.add(task, result)
-                _say(task, result)
+                _log_result(task, result)
 
 
-def _say(task: Task, result: Result) -> None:
+def _log_result(task: Task, result: Result) -> None:
     size = f"{task.tool}, {task.site}, F={task.latents}, k={task.k}, {task.steps} steps, seed {task.seed}"
     told = {name: round(value, 4) for name, value in result.items() if isinstance(value, float)}
     print(f"{size}, lr {task.lr or 'default'}:", told or result, flush=True)

@@ -21,7 +21,7 @@ from torch import Tensor
 from benchmarks.recipe.task import Batches, Task
 from benchmarks.worker import package_versions
 
-Rebuild = Callable[[Tensor], tuple[Tensor, Tensor]]
+Reconstruct = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Activations (n, D) -> their reconstruction (n, D), and which latents fired (n, F)."""
 
 ROWS = 1024
@@ -30,14 +30,14 @@ WINDOW_STEPS = 50
 
 
 @torch.no_grad()
-def score(rebuild: Rebuild, held_out_TD: Tensor, last: list[Tensor]) -> dict[str, float]:
+def score_sae(reconstruct: Reconstruct, held_out_TD: Tensor, last_batches: list[Tensor]) -> dict[str, float]:
     """FVU, L0 and shares of latents that fire on nothing of ``held_out_TD`` and of the batches ``last``."""
     error, fired = 0.0, None
     for rows in held_out_TD.split(ROWS):
-        rebuilt, active = rebuild(rows)
+        rebuilt, active = reconstruct(rows)
         error += float((rebuilt - rows).double().square().sum())
         fired = active.sum(dim=0) if fired is None else fired + active.sum(dim=0)
-    recent = torch.stack([rebuild(rows)[1].any(dim=0) for batch in last for rows in batch.split(ROWS)])
+    recent = torch.stack([reconstruct(rows)[1].any(dim=0) for batch in last_batches for rows in batch.split(ROWS)])
     assert fired is not None
     variance = (held_out_TD - held_out_TD.double().mean(dim=0)).square().sum()
     return {
@@ -48,16 +48,21 @@ def score(rebuild: Rebuild, held_out_TD: Tensor, last: list[Tensor]) -> dict[str
     }
 
 
-def run(activations: Path, task: Task) -> dict[str, Any]:
+def train_and_score(activations: Path, task: Task) -> dict[str, Any]:
     """Train and score."""
     tensors = load_file(activations)
     batches = Batches(tensors["train"], task)
     tool = importlib.import_module(f"benchmarks.recipe.{task.module}")
     start = time.perf_counter()
-    rebuild, chosen = tool.fit(task, batches)
+    reconstruct, chosen = tool.fit_sae(task, batches)
     seconds = time.perf_counter() - start
     last = [batches[step] for step in range(max(0, task.steps - WINDOW_STEPS), task.steps)]
-    return {**score(rebuild, tensors["held_out"], last), "seconds": seconds, **chosen, "versions": package_versions()}
+    return {
+        **score_sae(reconstruct, tensors["held_out"], last),
+        "seconds": seconds,
+        **chosen,
+        "versions": package_versions(),
+    }
 
 
 def main() -> None:
@@ -68,7 +73,7 @@ def main() -> None:
     torch.set_flush_denormal(True)
     # "medium" makes products of fp32 tensors in bfloat16 where the CPU has them; saetrain chooses by itself.
     torch.set_float32_matmul_precision("highest" if chosen.fp32_products or chosen.tool == "saetrain" else "medium")
-    print("\n" + json.dumps(run(Path(activations), chosen)))
+    print("\n" + json.dumps(train_and_score(Path(activations), chosen)))
 
 
 if __name__ == "__main__":

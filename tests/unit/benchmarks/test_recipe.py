@@ -85,7 +85,8 @@ def test_the_table_says_who_is_below_whom(tmp_path: Path, gap: float) -> None:
     assert f"| 8 | sparsify adam | 0.008, best | {0.1015 + gap:.4f}" in text
     assert "| 8 | sae-lens | none, default | fails: ValueError: too short |" in text
     word = "below" if gap > 0 else "above"
-    assert f"8 steps: ours is 0.0200 {word} the best of the others (sparsify adam at 0.008, best), with 0.0%" in text
+    gap = f"After 8 steps, saetrain's FVU is 0.0200 {word} that of the best other tool (sparsify adam at 0.008, best). "
+    assert gap + "Its share of latents that never fire is 0.0%, compared with 50.0%." in text
 
 
 def test_the_plot_has_a_panel_for_each_length(tmp_path: Path) -> None:
@@ -177,6 +178,6 @@ def test_a_run_that_was_killed_leaves_no_result(tmp_path: Path, monkeypatch: pyt
     killer = tmp_path / "python"
     killer.write_text(f"#!{sys.executable}\nimport os\nos.kill(os.getpid(), 9)\n")
     killer.chmod(0o755)
-    monkeypatch.setattr(task_runner, "python_of", lambda tool: killer)
+    monkeypatch.setattr(task_runner, "find_python", lambda tool: killer)
     with pytest.raises(SystemExit, match="ended by signal 9"):
         task_runner.run_task(TASK, tmp_path, 1)
