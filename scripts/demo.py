@@ -174,7 +174,7 @@ def show_latents(folder: Path, rows: list[dict[str, str]]) -> None:
     sae = saetrain.load(folder)
     codes = sae.encode_text([row["text"] for row in rows])
     tokens = sum(int(code.kept.sum()) for code in codes)
-    print(f"Searched: {len(rows):,} texts of test.jsonl, cut at {sae.about['ctx_len']} tokens: {tokens:,} tokens.")
+    print(f"Searched: {len(rows):,} texts of test.jsonl, cut at {sae.metadata['ctx_len']} tokens: {tokens:,} tokens.")
     print(f"Candidates: latents that fire on {MIN_FIRINGS} to {MAX_FIRINGS} of them, in {SHOWN_TEXTS} texts or more.")
     print("Shown by rule, none chosen by hand; strength is the mean of the activations shown.")
     context = FiringContexts(rows, codes)

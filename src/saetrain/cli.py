@@ -71,26 +71,26 @@ def _run_command(words: list[str]) -> None:
     """The command that the words name."""
     if words[:1] == ["tokenize"]:
         launch.require_one_rank("tokenize")
-        from saetrain.runs.tokenize import tokenize
+        from saetrain.runs.tokenize import tokenize_dataset
 
-        tokenize(parse_tokenize(words[1:]))
+        tokenize_dataset(parse_tokenize(words[1:]))
     elif words[:1] == ["evaluate"]:
         launch.require_one_rank("evaluate")
-        from saetrain.runs.evaluate import evaluate
+        from saetrain.runs.evaluate import evaluate_saes
 
-        evaluate(parse_evaluate(words[1:]))
+        evaluate_saes(parse_evaluate(words[1:]))
     elif words[:1] == ["compare"]:
         launch.require_one_rank("compare")
-        from saetrain.runs.compare import compare
+        from saetrain.runs.compare import compare_runs
 
-        compare(parse_compare(words[1:]))
+        compare_runs(parse_compare(words[1:]))
     elif launch.rank() and {"-h", "--help"} & set(words):
         return
     else:
         config = parse_train(words)
-        from saetrain.runs.train import run
+        from saetrain.runs.train import train_saes
 
-        run(config)
+        train_saes(config)
 
 
 def parse_train(words: Sequence[str]) -> RunConfig:
@@ -121,9 +121,9 @@ def parse_evaluate(words: Sequence[str]) -> EvaluateConfig:
         return tyro.cli(EvaluateConfig, prog="saetrain evaluate", args=words, default=default, **TYRO_OPTIONS)
 
     path = words[0] if words and not words[0].startswith("--") else parse_with_defaults(tyro.MISSING_NONPROP).path
-    from saetrain.runs.match import as_the_run
+    from saetrain.runs.match import defaults_from_run
 
-    return parse_with_defaults(as_the_run(path) or tyro.MISSING_NONPROP)
+    return parse_with_defaults(defaults_from_run(path) or tyro.MISSING_NONPROP)
 
 
 def parse_compare(words: Sequence[str]) -> CompareConfig:

@@ -40,8 +40,8 @@ run = out / "run"
 def prepare_once() -> None:
     """Load model and text here, so that each child begins where its run begins to write."""
     config = cli.parse_train(WORDS.split())
-    prepared = train.prepare(config)
-    train.prepare = lambda config: dataclasses.replace(prepared, config=config)
+    prepared = train.prepare_run(config)
+    train.prepare_run = lambda config: dataclasses.replace(prepared, config=config)
     cli.parse_train = lambda words: dataclasses.replace(  # half of a child's time
         config,
         sae=dataclasses.replace(config.sae, k=3 if "--k" in words else 4),

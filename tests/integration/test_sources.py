@@ -137,11 +137,11 @@ def test_what_one_data_set_holds_out_no_other_trains_on(
     text = load_text(config, tokenizer, Framing.from_tokenizer(tokenizer, "gpt2" in model, 32))
     held = {topic(halves, int(doc)) for number in range(len(text.held_out)) for doc in set(text.held_out[number].doc)}
     trained: set[str] = set()
-    for shard in range(text.train.n_shards):
-        sequences, _ = text.train.read(shard, text.train.start_cursor, 60_000)
+    for shard in range(text.train_source.n_shards):
+        sequences, _ = text.train_source.read(shard, text.train_source.start_cursor, 60_000)
         trained |= {topic(halves, int(doc)) for sequence in sequences for doc in set(sequence.doc)}
     assert held & set(topics[30:50]), "both have some of them"
-    assert all(how.startswith("documents chosen") for how in text.about["held_out"])
+    assert all(how.startswith("documents chosen") for how in text.metadata["held_out"])
     assert not held & trained
     assert len(trained) > 50
 
@@ -177,7 +177,7 @@ def test_near_copies_of_what_another_data_set_holds_out_are_left_out(
     config = parse_train([tiny_bert, str(folder), str(loud), *BASE.split()])
     tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
     text = load_text(config, tokenizer, Framing.from_tokenizer(tokenizer, False, 32))
-    sequences, _ = text.train.read(0, text.train.start_cursor, 60_000)
+    sequences, _ = text.train_source.read(0, text.train_source.start_cursor, 60_000)
     loud_docs = {
         int(doc) % (1 << DATASET_ROW_BITS) for s in sequences for doc in set(s.doc) if int(doc) >> DATASET_ROW_BITS == 1
     }

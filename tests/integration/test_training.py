@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import saetrain
 from saetrain.cli import main, parse_train
-from saetrain.runs.prepare import held_out_batches, prepare, read_sample
+from saetrain.runs.prepare import held_out_batches, prepare_run, read_calibration_sample
 
 SIZES = "--k 4 --num_latents 64 --batch_size 4 --ctx_len 32 --eval_tokens 1500 --assess false"
 TINY = f"{SIZES} --buffer_tokens 2048"
@@ -79,7 +79,7 @@ def independent_tokens(folder: Path, run: Path, tokens: int) -> np.ndarray:
     about = json.loads((folder / "cfg.json").read_text())["saetrain"]
     model = AutoModel.from_pretrained(about["model"], dtype=torch.float32)
     config = parse_train([about["model"], about["dataset"], *settings_of(run)])
-    held_out = prepare(config).held_out
+    held_out = prepare_run(config).held_out
     order = np.random.default_rng([42, 1]).permutation(len(held_out))
     rows: list[np.ndarray] = []
     with torch.no_grad():
@@ -102,8 +102,8 @@ def test_figures_agree_with_an_independent_computation(encoder_run: Path) -> Non
     folder = encoder_run / "sae" / "encoder.layer.3"
     about = json.loads((folder / "cfg.json").read_text())["saetrain"]
     reported = about["held_out_figures"]
-    prepared = prepare(parse_train([about["model"], about["dataset"], *settings_of(encoder_run)]))
-    read_sample(prepared)
+    prepared = prepare_run(parse_train([about["model"], about["dataset"], *settings_of(encoder_run)]))
+    read_calibration_sample(prepared)
     ours = np.concatenate([batch["encoder.layer.3"].numpy() for batch in held_out_batches(prepared)]).astype(np.float64)
     ours = ours[: int(reported["tokens"])]
     fvu, l0 = independent_figures(folder, ours)
@@ -122,7 +122,7 @@ def test_saved_sae_equals_the_trained_one_on_real_data(encoder_run: Path, topics
     raw = load_file(checkpoint / state["files"]["encoder.layer.3"])
     mean, axes = map(load_file(checkpoint / state["files"]["normalizer:encoder.layer.3"]).get, ("mean", "axes"))
     scale = state["normalizers"]["encoder.layer.3"]["scale"]
-    _, tokenizer, capture, _ = sae._base
+    _, tokenizer, capture, _ = sae._loaded_model
     batch = tokenizer(topics[:3], return_tensors="pt", truncation=True, max_length=64, padding=True)
     x = capture(batch["input_ids"], batch["attention_mask"])["encoder.layer.3"].flatten(0, 1)
     inner = (x - mean) / scale @ axes
@@ -151,7 +151,7 @@ def test_encode_text_runs_the_model_it_was_trained_on(encoder_run: Path) -> None
 
 def test_encode_text_refuses_another_model(encoder_run: Path, tmp_path: Path, tiny_bert: str) -> None:
     sae = saetrain.load(encoder_run / "sae" / "encoder.layer.3")
-    sae.about["model"] = tiny_bert
+    sae.metadata["model"] = tiny_bert
     with pytest.raises(saetrain.SaetrainError, match="not those that the SAE"):
         sae.encode_text(["text"])
 
@@ -245,8 +245,8 @@ def test_the_commands_of_the_readme_run_as_they_stand(
 
 def test_special_tokens_and_sinks_are_left_out_by_default(tmp_path: Path, minilm: str, topics_jsonl: str) -> None:
     base = [minilm, topics_jsonl, "--layers", "3", "--ctx_len", "64", "--model_batch_tokens", "4096"]
-    kept = next(iter(held_out_batches(prepare(parse_train(base)))))["encoder.layer.3"]
-    everything = next(iter(held_out_batches(prepare(parse_train([*base, "--exclude_special_tokens", "false"])))))
+    kept = next(iter(held_out_batches(prepare_run(parse_train(base)))))["encoder.layer.3"]
+    everything = next(iter(held_out_batches(prepare_run(parse_train([*base, "--exclude_special_tokens", "false"])))))
     assert len(everything["encoder.layer.3"]) == len(kept) + 2 * 64, "one CLS and one SEP in each of 64 sequences"
 
 
@@ -297,23 +297,23 @@ def parquet(folder: Path, **splits: list[str]) -> str:
 def test_texts_of_the_held_out_split_are_not_trained_on(tmp_path: Path, tiny_bert: str, topics: list[str]) -> None:
     train, held = topics[:60], topics[40:]
     data = parquet(tmp_path / "data", train=[*train, train[0]], validation=[text.upper() for text in held])
-    prepared = prepare(parse_train([tiny_bert, data, "--ctx_len", "64"]))
+    prepared = prepare_run(parse_train([tiny_bert, data, "--ctx_len", "64"]))
     trained = {
         int(doc)
         for shard in range(16)
-        for sequence in prepared.train.read(shard, prepared.train.start_cursor, 20_000)[0]
+        for sequence in prepared.train_source.read(shard, prepared.train_source.start_cursor, 20_000)[0]
         for doc in sequence.doc
     }
     assert not trained & {*range(40, 60)}, "these repeat texts of the validation split, in other letters"
     assert len(trained & {*range(40), 60}) > 35
-    assert "not trained on" in prepared.data["held_out"]
+    assert "not trained on" in prepared.text_metadata["held_out"]
 
 
 def test_a_tiny_validation_split_is_not_enough(tmp_path: Path, tiny_bert: str, topics: list[str]) -> None:
     data = parquet(tmp_path / "data", train=topics[1:], validation=[topics[0][:200]])
-    prepared = prepare(parse_train([tiny_bert, data, "--ctx_len", "64"]))
+    prepared = prepare_run(parse_train([tiny_bert, data, "--ctx_len", "64"]))
     assert prepared.held_out.text_tokens > 5000
-    assert "split 'validation' has only" in prepared.data["held_out"]
+    assert "split 'validation' has only" in prepared.text_metadata["held_out"]
 
 
 def test_finetuning_knows_the_hookpoint_and_wants_one_seed(

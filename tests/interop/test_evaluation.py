@@ -15,8 +15,8 @@ from saetrain.cli import main
 from saetrain.config import EvaluateConfig
 from saetrain.evaluation.score import ScoreSettings
 from saetrain.interop.directory import save_sae
-from saetrain.runs.evaluate import Scored, Setting, fit_nulls, open_texts, prepare, score
-from saetrain.runs.locate import locate
+from saetrain.runs.evaluate import EvalContext, EvalText, build_eval_context, fit_baselines, open_eval_texts, score_text
+from saetrain.runs.locate import load_saes
 
 pytestmark = pytest.mark.interop
 
@@ -73,26 +73,26 @@ def ours(tmp_path_factory: pytest.TempPathFactory, language_model: str, topics_j
     config = EvaluateConfig(
         path=str(folder), eval_tokens=6000, exclude_special_tokens="false", exclude_sinks="false", scoring=scoring
     )
-    setting = prepare(config, locate(config.path))
-    (text,), fit = open_texts(setting)
+    setting = build_eval_context(config, load_saes(config.path))
+    (text,), fit = open_eval_texts(setting)
     # The other tools take windows of one length.
-    numbers = text.numbers[[len(text.sequences[int(number)]) == CTX_LEN for number in text.numbers]]
-    text = dataclasses.replace(text, numbers=numbers)
+    numbers = text.indices[[len(text.sequences[int(number)]) == CTX_LEN for number in text.indices]]
+    text = dataclasses.replace(text, indices=numbers)
     fewer_than_k_fire(setting, text)
-    scores = score(setting, text, fit_nulls(setting, fit)).scores["h.2"]
+    scores = score_text(setting, text, fit_baselines(setting, fit)).scores["h.2"]
     windows = torch.stack([torch.from_numpy(text.sequences[int(number)].ids).long() for number in numbers])
     assert scores.metrics["explained_variance"].count == windows.numel()
     assert scores.metrics["ce_clean"].count == windows[:, 1:].numel()
     return Ours(folder, windows, {name: figure.estimate.value for name, figure in scores.metrics.items()})
 
 
-def fewer_than_k_fire(setting: Setting, text: Scored) -> None:
+def fewer_than_k_fire(setting: EvalContext, text: EvalText) -> None:
     """Lower the SAE's bias, on disk too, so that a fifth of what fires falls below zero: L0 then varies."""
-    sae = setting.located.saes["h.2"]
-    batches = (batch for group in text.groups(text.numbers) for batch in setting.reader.iterate_labelled(group))
+    sae = setting.loaded.saes["h.2"]
+    batches = (batch for group in text.iter_groups(text.indices) for batch in setting.extractor.iterate_labelled(group))
     x = torch.cat([batch.values["h.2"] for batch in batches])
     sae.coder.b_enc -= sae.coder.encode(x).values.flatten()[:100_000].quantile(0.2)
-    save_sae(sae.folder, sae.coder, {name: value for name, value in sae.about.items() if name != "format"})
+    save_sae(sae.folder, sae.coder, {name: value for name, value in sae.metadata.items() if name != "format"})
 
 
 @pytest.fixture(scope="module")

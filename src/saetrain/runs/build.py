@@ -18,26 +18,26 @@ from saetrain.errors import SaetrainError
 from saetrain.interop.finetune import load_for_finetune
 from saetrain.logs.console import log_rank0
 from saetrain.optim import resolve_lr, resolve_warmup_steps
-from saetrain.runs.kernels import choose_kernels, make_engine
-from saetrain.runs.prepare import Prepared, read_sample
+from saetrain.runs.kernels import build_train_step, choose_kernels
+from saetrain.runs.prepare import RunContext, read_calibration_sample
 from saetrain.training.checkpoint import Checkpoint
 from saetrain.training.firing import FiringTracker
 from saetrain.training.trainer import SaeState, Trainer
 
-MEASURING = "measuring the inputs"
+MEASURING_PHASE = "measuring the inputs"
 
 
-def build_trainer(run: Prepared, checkpoint: Checkpoint | None) -> tuple[Trainer, dict[str, Normalizer]]:
+def build_trainer(run: RunContext, checkpoint: Checkpoint | None) -> tuple[Trainer, dict[str, Normalizer]]:
     """The trainer of every hookpoint and seed, and the constants of each hookpoint's inputs."""
     if run.config.finetune is not None and len(run.config.train.init_seeds) > 1:
         raise SaetrainError("--finetune with several --init_seeds: all would start from the same SAE; give one seed")
-    normalizers = measure(run) if checkpoint is None else restored(run, checkpoint)
+    normalizers = measure_normalizers(run) if checkpoint is None else load_normalizers(run, checkpoint)
     saes: dict[str, SaeState] = {}
     for name, (hookpoint, seed) in sae_names(run).items():
-        if not run.division.is_owned_by(hookpoint, launch.rank()):
+        if not run.placement.is_owned_by(hookpoint, launch.rank()):
             continue
-        coder = make_coder(run, hookpoint, normalizers[hookpoint], seed, fresh=checkpoint is None)
-        saes[name] = make_sae(run, hookpoint, coder, normalizers[hookpoint], seed)
+        coder = build_coder(run, hookpoint, normalizers[hookpoint], seed, fresh=checkpoint is None)
+        saes[name] = build_sae_state(run, hookpoint, coder, normalizers[hookpoint], seed)
         if checkpoint is not None:
             saes[name].load_state_dict(checkpoint.tensors[name], checkpoint.values["losses"][name])
             # Both follow the length of the run, which a resume may have changed.
@@ -47,13 +47,13 @@ def build_trainer(run: Prepared, checkpoint: Checkpoint | None) -> tuple[Trainer
         run.config.train,
         tokens_per_step=run.plan.tokens_per_step,
         warmup_steps=resolve_warmup_steps(run.config.optim, run.plan.steps),
-        is_data_parallel=shared(run),
+        is_data_parallel=is_data_parallel(run),
     )
     trainer.step = checkpoint.values["step"] if checkpoint else 0
     return trainer, normalizers
 
 
-def sae_names(run: Prepared) -> dict[str, tuple[str, int]]:
+def sae_names(run: RunContext) -> dict[str, tuple[str, int]]:
     """{SAE: (hookpoint, seed)} of the whole run, whichever rank trains it."""
     seeds = run.config.train.init_seeds
     return {
@@ -63,29 +63,29 @@ def sae_names(run: Prepared) -> dict[str, tuple[str, int]]:
     }
 
 
-def shared(run: Prepared) -> bool:
+def is_data_parallel(run: RunContext) -> bool:
     """Whether every rank trains every SAE on a part of the tokens."""
-    return launch.world_size() > 1 and not run.division.owners
+    return launch.world_size() > 1 and not run.placement.owners
 
 
-def measure(run: Prepared) -> dict[str, Normalizer]:
+def measure_normalizers(run: RunContext) -> dict[str, Normalizer]:
     """Constants of each hookpoint's inputs, from the first training tokens; rank 0's hold everywhere."""
-    normalizers = _measured(run) if launch.rank() == 0 else {}
+    normalizers = _measure_on_this_rank(run) if launch.rank() == 0 else {}
     constants = distributed.broadcast_from_rank0(
-        {name: value.scalar_constants() for name, value in normalizers.items()}, MEASURING
+        {name: value.scalar_constants() for name, value in normalizers.items()}, MEASURING_PHASE
     )
     parts = {
         (name, part): value for name, each in normalizers.items() for part, value in each.tensor_constants().items()
     }
-    sent = distributed.broadcast_tensors({":".join(key): value for key, value in parts.items()}, MEASURING)
+    sent = distributed.broadcast_tensors({":".join(key): value for key, value in parts.items()}, MEASURING_PHASE)
     tensors = {name: {part: sent[f"{name}:{part}"] for part in ("mean", "axes")} for name in run.hookpoints}
-    return _normalizers(run, constants, tensors)
+    return _build_normalizers(run, constants, tensors)
 
 
-def _measured(run: Prepared) -> dict[str, Normalizer]:
+def _measure_on_this_rank(run: RunContext) -> dict[str, Normalizer]:
     log_rank0("measuring centre, scale and principal axes of the activations")
-    sample = read_sample(run)
-    normalizers = fit_normalizers(sample, run.reader.norm_limits)
+    sample = read_calibration_sample(run)
+    normalizers = fit_normalizers(sample, run.extractor.norm_limits)
     kept = len(sample)
     for name, normalizer in normalizers.items():
         outliers = int((sample.values[name].float().norm(dim=1) > normalizer.norm_limit).sum())
@@ -96,14 +96,14 @@ def _measured(run: Prepared) -> dict[str, Normalizer]:
     return normalizers
 
 
-def restored(run: Prepared, checkpoint: Checkpoint) -> dict[str, Normalizer]:
+def load_normalizers(run: RunContext, checkpoint: Checkpoint) -> dict[str, Normalizer]:
     """The constants that a checkpoint holds."""
     tensors = {name: checkpoint.tensors[f"normalizer:{name}"] for name in run.hookpoints}
-    return _normalizers(run, checkpoint.values["normalizers"], tensors)
+    return _build_normalizers(run, checkpoint.values["normalizers"], tensors)
 
 
-def _normalizers(
-    run: Prepared, constants: dict[str, Any], tensors: Mapping[str, Mapping[str, Tensor]]
+def _build_normalizers(
+    run: RunContext, constants: dict[str, Any], tensors: Mapping[str, Mapping[str, Tensor]]
 ) -> dict[str, Normalizer]:
     """The normalizers with these constants; sets the reader's norm limits."""
     normalizers = {}
@@ -112,11 +112,11 @@ def _normalizers(
         limit = values["norm_limit"] if values["norm_limit"] is not None else float("inf")
         normalizers[name] = Normalizer(scale=values["scale"], variance=values["variance"], norm_limit=limit, **own)
     if run.config.buffer.exclude_sinks:
-        run.reader.norm_limits = {name: normalizer.norm_limit for name, normalizer in normalizers.items()}
+        run.extractor.norm_limits = {name: normalizer.norm_limit for name, normalizer in normalizers.items()}
     return normalizers
 
 
-def make_coder(run: Prepared, hookpoint: str, normalizer: Normalizer, seed: int, *, fresh: bool) -> TopK:
+def build_coder(run: RunContext, hookpoint: str, normalizer: Normalizer, seed: int, *, fresh: bool) -> TopK:
     """A coder with initial weights, or with those of --finetune unfolded for the normalizer's inputs."""
     settings, device = run.config.sae, run.model.device
     width = len(normalizer.mean)
@@ -130,7 +130,7 @@ def make_coder(run: Prepared, hookpoint: str, normalizer: Normalizer, seed: int,
     return coder
 
 
-def make_sae(run: Prepared, hookpoint: str, coder: TopK, normalizer: Normalizer, seed: int) -> SaeState:
+def build_sae_state(run: RunContext, hookpoint: str, coder: TopK, normalizer: Normalizer, seed: int) -> SaeState:
     """The trainer of one coder."""
     config: RunConfig = run.config
     device: torch.device = run.model.device
@@ -141,7 +141,9 @@ def make_sae(run: Prepared, hookpoint: str, coder: TopK, normalizer: Normalizer,
         hookpoint,
         coder,
         partial(normalizer, bf16=kernels.compute_dtype == "bfloat16"),
-        make_engine(coder, kernels, config.optim, alone=config.train.grad_acc_steps == 1 and not shared(run)),
+        build_train_step(
+            coder, kernels, config.optim, no_accumulation=config.train.grad_acc_steps == 1 and not is_data_parallel(run)
+        ),
         FiringTracker(coder.num_latents, window, config.dead.dead_percentage_threshold, device),
         data_variance=normalizer.scaled_variance,
         mse_per_fvu=normalizer.variance / coder.d_in,

@@ -29,16 +29,20 @@ from saetrain.files import write_atomic, write_json
 from saetrain.interop.directory import CONFIG_FILE as SAE_CONFIG
 from saetrain.logs.console import log_rank0
 from saetrain.logs.jsonl import METRICS_FILE as METRICS
-from saetrain.runs.assessment import ASSESSMENT, WIDTH
-from saetrain.runs.assessment import FORMAT as ASSESSMENT_FORMAT
-from saetrain.runs.directory import CONFIG, SAES, is_run
+from saetrain.runs.assessment import ASSESSMENT_FILE, DEFAULT_TABLE_COLUMNS
+from saetrain.runs.assessment import FORMAT_VERSION as ASSESSMENT_FORMAT
+from saetrain.runs.directory import CONFIG_FILE, SAES_DIR, is_run_dir
 
-FORMAT = 1
-PLACE = ("run_name", "save_dir")
+FORMAT_VERSION = 1
+LOCATION_SETTINGS = ("run_name", "save_dir")
 """Settings that say where a run lies, which its name does already."""
-SCORING = {field.name for of in (EvalSettings, ScoreSettings, HealthSettings) for field in dataclasses.fields(of)}
+SCORING_SETTINGS = {
+    field.name
+    for settings_class in (EvalSettings, ScoreSettings, HealthSettings)
+    for field in dataclasses.fields(settings_class)
+}
 """Settings that say nothing of the figures, for a later evaluation may have had others: the assessment's count."""
-FOLLOW = {
+DERIVED_FROM = {
     "lr_warmup_steps": ("max_tokens", "batch_size", "grad_acc_steps", "ctx_len"),
     "weight_decay": ("lr",),
     "dead_window_tokens": ("max_tokens", "k", "num_latents", "expansion_factor"),
@@ -46,11 +50,11 @@ FOLLOW = {
     "compute_dtype": ("device", "kernels", "optimizer", "loss_fn"),
 }
 """{setting: those that it follows unless it is given}; where one of these differs, it is left to the file."""
-PATHS = ("model", "dataset", "finetune")
+PATH_SETTINGS = ("model", "dataset", "finetune")
 """Settings that may be paths."""
-HEADLINES = ("model", "dataset", "k", "num_latents", "auxk_alpha", "lr", "loss_fn", "max_tokens")
+HEADLINE_SETTINGS = ("model", "dataset", "k", "num_latents", "auxk_alpha", "lr", "loss_fn", "max_tokens")
 """Settings that are named beneath the table where all runs share them."""
-FIGURES = {
+METRIC_TITLES = {
     "explained_variance": "explained variance",
     "ce_recovered_zero": "CE recovered (zero)",
     "delta_ce": "CE increase",
@@ -60,22 +64,22 @@ FIGURES = {
     "dead_below_threshold": "dead by rate",
     "decoder_redundancy_top100": "redundancy",
 }
-JUDGED = {"decoder_redundancy_top100": "redundancy"}
+VERDICT_METRICS = {"decoder_redundancy_top100": "redundancy"}
 """Figures that an assessment holds among its verdict's metrics alone, and their names there."""
-SCORED = "the numbers of tokens scored"
-LOSS_SCORED = "the numbers of tokens on which the model's loss was scored"
+TOKENS_SCORED = "the numbers of tokens scored"
+LOSS_TOKENS_SCORED = "the numbers of tokens on which the model's loss was scored"
 
 
 @dataclass(frozen=True)
-class Row:
+class SaeRow:
     """One SAE: of which run, its settings, verdict and figures; of what it was judged on, ``judged``."""
 
     run: str
     sae: str
     verdict: str
     settings: dict[str, Any]
-    judged: dict[str, Any]
-    figures: dict[str, Estimate]
+    judged_on: dict[str, Any]
+    metrics: dict[str, Estimate]
     tokens_per_second: float | None
 
 
@@ -83,37 +87,49 @@ class Row:
 class Comparison:
     """All rows, and the settings of which they do not share the value, in the order of the settings file."""
 
-    rows: list[Row]
-    differing: list[str]
+    rows: list[SaeRow]
+    differing_settings: list[str]
 
     @staticmethod
-    def of(rows: list[Row]) -> Comparison:
+    def from_rows(rows: list[SaeRow]) -> Comparison:
         """Find out which settings differ; runs whose settings are not known say nothing of it."""
         known = [row.settings for row in rows if row.settings]
         names = list(dict.fromkeys(name for settings in known for name in settings))
-        differing = [
-            name for name in names if name not in SCORING.union(PLACE) and not _same(s.get(name) for s in known)
+        differing_settings = [
+            name
+            for name in names
+            if name not in SCORING_SETTINGS.union(LOCATION_SETTINGS) and not _all_equal(s.get(name) for s in known)
         ]
-        return Comparison(rows, differing)
+        return Comparison(rows, differing_settings)
 
-    def told(self) -> list[str]:
+    def shown_settings(self) -> list[str]:
         """The differing settings without those that differ because others do."""
-        return [name for name in self.differing if not set(FOLLOW.get(name, ())).intersection(self.differing)]
+        return [
+            name
+            for name in self.differing_settings
+            if not set(DERIVED_FROM.get(name, ())).intersection(self.differing_settings)
+        ]
 
-    def figures(self) -> list[str]:
+    def metric_names(self) -> list[str]:
         """Names of the figures that at least one SAE has."""
-        return [name for name in FIGURES if any(name in row.figures for row in self.rows)]
+        return [name for name in METRIC_TITLES if any(name in row.metrics for row in self.rows)]
 
-    def shared(self) -> dict[str, Any]:
+    def shared_settings(self) -> dict[str, Any]:
         """{setting: value} of the headlines that all runs share."""
         settings = self.rows[0].settings if all(row.settings for row in self.rows) else {}
-        return {name: settings[name] for name in HEADLINES if name in settings and name not in self.differing}
+        return {
+            name: settings[name]
+            for name in HEADLINE_SETTINGS
+            if name in settings and name not in self.differing_settings
+        }
 
-    def remarks(self) -> list[str]:
+    def comparability_remarks(self) -> list[str]:
         """What makes the figures less comparable than they look."""
         out = []
-        for key in self.rows[0].judged:
-            values = dict.fromkeys(show(row.judged[key]) for row in self.rows if row.judged[key] is not None)
+        for key in self.rows[0].judged_on:
+            values = dict.fromkeys(
+                format_value(row.judged_on[key]) for row in self.rows if row.judged_on[key] is not None
+            )
             if len(values) > 1:
                 out.append(f"{key} differ, so the SAEs are not quite comparable: {'; '.join(values)}")
         return out
@@ -121,20 +137,20 @@ class Comparison:
     def as_json(self) -> dict[str, Any]:
         """For a file."""
         return {
-            "format": FORMAT,
+            "format": FORMAT_VERSION,
             "saetrain": version("saetrain"),
-            "differing_settings": self.differing,
-            "shared_settings": self.shared(),
-            "remarks": self.remarks(),
+            "differing_settings": self.differing_settings,
+            "shared_settings": self.shared_settings(),
+            "remarks": self.comparability_remarks(),
             "saes": [
                 {
                     "run": row.run,
                     "sae": row.sae,
                     "verdict": row.verdict,
-                    "settings": {name: row.settings.get(name) for name in self.differing},
-                    "figures": {name: _plain(estimate) for name, estimate in row.figures.items()},
-                    "tokens_scored": row.judged[SCORED],
-                    "loss_tokens_scored": row.judged[LOSS_SCORED],
+                    "settings": {name: row.settings.get(name) for name in self.differing_settings},
+                    "figures": {name: _estimate_as_json(estimate) for name, estimate in row.metrics.items()},
+                    "tokens_scored": row.judged_on[TOKENS_SCORED],
+                    "loss_tokens_scored": row.judged_on[LOSS_TOKENS_SCORED],
                     "tokens_per_second": row.tokens_per_second,
                 }
                 for row in self.rows
@@ -144,22 +160,24 @@ class Comparison:
     def as_csv(self) -> str:
         """The same with a line an SAE; what is not known is left empty."""
         text = io.StringIO()
-        ends = [f"{name}{end}" for name in self.figures() for end in ("", "_low", "_high")]
+        ends = [f"{name}{end}" for name in self.metric_names() for end in ("", "_low", "_high")]
         counts = ("tokens_scored", "loss_tokens_scored", "tokens_per_second")
-        lines = csv.DictWriter(text, ["run", "sae", "verdict", *self.differing, *ends, *counts], lineterminator="\n")
+        lines = csv.DictWriter(
+            text, ["run", "sae", "verdict", *self.differing_settings, *ends, *counts], lineterminator="\n"
+        )
         lines.writeheader()
         for row in self.rows:
-            values: dict[str, Any] = {name: show(row.settings.get(name)) for name in self.differing}
-            for name, estimate in row.figures.items():
-                value, low, high = _plain(estimate).values()
+            values: dict[str, Any] = {name: format_value(row.settings.get(name)) for name in self.differing_settings}
+            for name, estimate in row.metrics.items():
+                value, low, high = _estimate_as_json(estimate).values()
                 values.update({name: value, f"{name}_low": low, f"{name}_high": high})
             own = {"run": row.run, "sae": row.sae, "verdict": row.verdict}
-            numbers = (row.judged[SCORED], row.judged[LOSS_SCORED], row.tokens_per_second)
+            numbers = (row.judged_on[TOKENS_SCORED], row.judged_on[LOSS_TOKENS_SCORED], row.tokens_per_second)
             lines.writerow({**own, **values, **dict(zip(counts, numbers, strict=True))})
         return text.getvalue()
 
 
-def compare(config: CompareConfig) -> Comparison:
+def compare_runs(config: CompareConfig) -> Comparison:
     """Read, print and write; SaetrainError for what the user can mend."""
     files = [run for run in config.runs if Path(run).is_file()]
     runs = [run for run in config.runs if run not in files]
@@ -170,39 +188,39 @@ def compare(config: CompareConfig) -> Comparison:
     names = [Path(run).resolve().name for run in runs]
     shown = names if len(set(names)) == len(names) else runs
     rows = [row for run, name in zip(runs, shown, strict=True) for row in read_run(Path(run), name)]
-    comparison = Comparison.of(rows)
-    show_table(comparison)
+    comparison = Comparison.from_rows(rows)
+    print_tables(comparison)
     if config.out is not None:
-        write(comparison, Path(config.out))
+        write_comparison(comparison, Path(config.out))
     return comparison
 
 
-def read_run(folder: Path, name: str) -> list[Row]:
+def read_run(folder: Path, name: str) -> list[SaeRow]:
     """The rows of one run, or of one SAE that was assessed by itself; SaetrainError where there is no assessment."""
     if not folder.is_dir():
         raise SaetrainError(f"{folder}: there is no such folder; give the folders of runs")
-    path = folder / ASSESSMENT
+    path = folder / ASSESSMENT_FILE
     if not path.exists():
-        way = f"`saetrain evaluate {folder}` makes one"
-        if is_run(folder) and not (folder / SAES).is_dir():
-            way = "its run is not finished: --resume goes on with it"
-        raise SaetrainError(f"{folder}: holds no {ASSESSMENT}; {way}")
-    content = _json(path)
+        advice = f"`saetrain evaluate {folder}` makes one"
+        if is_run_dir(folder) and not (folder / SAES_DIR).is_dir():
+            advice = "its run is not finished: --resume goes on with it"
+        raise SaetrainError(f"{folder}: holds no {ASSESSMENT_FILE}; {advice}")
+    content = _read_json(path)
     found = content.get("format")
     if found != ASSESSMENT_FORMAT:
         raise SaetrainError(
             f"{path}: is of format {found}, and this version reads {ASSESSMENT_FORMAT}; `saetrain evaluate {folder}` "
             "makes it anew"
         )
-    config = folder / CONFIG
+    config = folder / CONFIG_FILE
     settings = read_yaml(str(config), flag="") if config.exists() else {}
     # The settings' batch is that of each process.
-    trained = next((folder / SAES).rglob(SAE_CONFIG), None)
+    trained = next((folder / SAES_DIR).rglob(SAE_CONFIG), None)
     if settings and trained is not None:
-        settings["processes"] = _json(trained).get("saetrain", {}).get("processes", 1)
-    speed = tokens_per_second(folder / METRICS)
+        settings["processes"] = _read_json(trained).get("saetrain", {}).get("processes", 1)
+    speed = mean_tokens_per_second(folder / METRICS)
     try:
-        rows = [_row(name, sae, content, settings, speed) for sae in content["saes"]]
+        rows = [_build_row(name, sae, content, settings, speed) for sae in content["saes"]]
     except (KeyError, TypeError, AttributeError) as error:
         raise SaetrainError(
             f"{path}: is not as saetrain writes it ({type(error).__name__}: {error}); `saetrain evaluate {folder}` "
@@ -213,7 +231,7 @@ def read_run(folder: Path, name: str) -> list[Row]:
     return rows
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -225,27 +243,31 @@ def _json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _row(run: str, sae: str, content: dict[str, Any], settings: dict[str, Any], speed: float | None) -> Row:
+def _build_row(run: str, sae: str, content: dict[str, Any], settings: dict[str, Any], speed: float | None) -> SaeRow:
     entry = content["saes"][sae]
-    found = {**entry["figures"], **{name: entry["metrics"][judged] for name, judged in JUDGED.items()}}
+    found = {**entry["figures"], **{name: entry["metrics"][judged] for name, judged in VERDICT_METRICS.items()}}
     # The pooled cosine counts sequences, so its tokens are those of the error beside it.
     losses = (entry["figures"].get(name) for name in ("delta_ce", "final_hidden_error"))
-    judged = {
+    judged_on = {
         "the data sets": content["judged_on"]["data_set"],
-        SCORED: entry["figures"]["explained_variance"]["count"],
-        LOSS_SCORED: next((loss["count"] for loss in losses if loss), None),
+        TOKENS_SCORED: entry["figures"]["explained_variance"]["count"],
+        LOSS_TOKENS_SCORED: next((loss["count"] for loss in losses if loss), None),
         "the thresholds of the verdict": content["thresholds"],
     }
-    figures = {name: _estimate(found[name]) for name in FIGURES if name in found and found[name]["value"] is not None}
-    return Row(run, sae, entry["verdict"], settings, judged, figures, speed)
+    metrics = {
+        name: _parse_estimate(found[name])
+        for name in METRIC_TITLES
+        if name in found and found[name]["value"] is not None
+    }
+    return SaeRow(run, sae, entry["verdict"], settings, judged_on, metrics, speed)
 
 
-def _estimate(figure: dict[str, Any]) -> Estimate:
+def _parse_estimate(figure: dict[str, Any]) -> Estimate:
     ends = {end: float(figure[end]) for end in ("low", "high") if figure.get(end) is not None}
     return Estimate(float(figure["value"]), **ends)
 
 
-def tokens_per_second(path: Path) -> float | None:
+def mean_tokens_per_second(path: Path) -> float | None:
     """Mean speed of training over the lines of ``metrics.jsonl``; None where it holds none.
 
     Each line tells the rate since the one before, so the mean over equal numbers of tokens is the harmonic one.
@@ -263,29 +285,29 @@ def tokens_per_second(path: Path) -> float | None:
     return statistics.harmonic_mean(rates) if rates else None
 
 
-def show_table(comparison: Comparison) -> None:
+def print_tables(comparison: Comparison) -> None:
     """Print the tables, and what all share or makes the figures less comparable beneath them."""
-    asked = sys.stdout.isatty() or "COLUMNS" in os.environ
-    console = Console(file=sys.stdout, width=None if asked else WIDTH, highlight=False)
-    for grid in tables(comparison, console.width):
+    has_known_width = sys.stdout.isatty() or "COLUMNS" in os.environ
+    console = Console(file=sys.stdout, width=None if has_known_width else DEFAULT_TABLE_COLUMNS, highlight=False)
+    for grid in build_tables(comparison, console.width):
         console.print(grid)
-    shared = [f"{name} {_shown(name, [value])[0]}" for name, value in comparison.shared().items()]
+    shared = [f"{name} {_format_setting(name, [value])[0]}" for name, value in comparison.shared_settings().items()]
     if shared:
         console.print(Text(f"in all: {', '.join(shared)}"))
-    followers = [name for name in comparison.differing if name not in comparison.told()]
+    followers = [name for name in comparison.differing_settings if name not in comparison.shown_settings()]
     if followers:
         console.print(Text(f"differ with these, see --out: {', '.join(followers)}"))
-    for remark in comparison.remarks():
+    for remark in comparison.comparability_remarks():
         console.print(Text(remark, style="yellow"))
 
 
-def tables(comparison: Comparison, width: int) -> list[Table]:
+def build_tables(comparison: Comparison, width: int) -> list[Table]:
     """A column for each SAE; what does not fit into ``width`` goes into further tables, so that no figure is cut."""
     rows = comparison.rows
-    settings, figures = _settings(comparison), _figures(comparison)
-    label = max(map(len, (*settings, *figures)))
-    least = max(_widest(cells) for cells in figures.values())
-    widest = max(least, *map(_widest, settings.values()), *(len(row.run) for row in rows))
+    settings, metrics = _settings_cells(comparison), _metrics_cells(comparison)
+    label = max(map(len, (*settings, *metrics)))
+    least = max(_max_line_length(cells) for cells in metrics.values())
+    widest = max(least, *map(_max_line_length, settings.values()), *(len(row.run) for row in rows))
     room = width - label - 4  # less the label's own borders and padding; a column's are 3
     count = math.ceil(len(rows) / max(1, room // (least + 3)))
     each = math.ceil(len(rows) / count)
@@ -296,7 +318,7 @@ def tables(comparison: Comparison, width: int) -> list[Table]:
         grid.add_column("run", min_width=label, overflow="fold")
         for row in rows[first : first + each]:
             grid.add_column(Text(row.run), width=column, overflow="fold")
-        for part in (settings, figures):
+        for part in (settings, metrics):
             for name, cells in part.items():
                 grid.add_row(Text(name), *cells[first : first + each])
             grid.add_section()
@@ -304,20 +326,25 @@ def tables(comparison: Comparison, width: int) -> list[Table]:
     return out
 
 
-def _settings(comparison: Comparison) -> dict[str, list[Text]]:
+def _settings_cells(comparison: Comparison) -> dict[str, list[Text]]:
     """{what is shown: a cell for each SAE} of what the SAEs are."""
     rows = comparison.rows
-    told = {name: _shown(name, [row.settings.get(name) for row in rows]) for name in comparison.told()}
-    return {"SAE": [Text(row.sae) for row in rows], **{name: list(map(Text, cells)) for name, cells in told.items()}}
+    shown = {
+        name: _format_setting(name, [row.settings.get(name) for row in rows]) for name in comparison.shown_settings()
+    }
+    return {"SAE": [Text(row.sae) for row in rows], **{name: list(map(Text, cells)) for name, cells in shown.items()}}
 
 
-def _figures(comparison: Comparison) -> dict[str, list[Text]]:
+def _metrics_cells(comparison: Comparison) -> dict[str, list[Text]]:
     """{what is shown: a cell for each SAE} of what was found, less what no SAE has."""
     rows = comparison.rows
-    found = {FIGURES[name]: [_cell(row.figures.get(name)) for row in rows] for name in comparison.figures()}
+    found = {
+        METRIC_TITLES[name]: [_format_estimate(row.metrics.get(name)) for row in rows]
+        for name in comparison.metric_names()
+    }
     numbers = {
-        "tokens scored": [row.judged[SCORED] for row in rows],
-        "tokens for the loss": [row.judged[LOSS_SCORED] for row in rows],
+        "tokens scored": [row.judged_on[TOKENS_SCORED] for row in rows],
+        "tokens for the loss": [row.judged_on[LOSS_TOKENS_SCORED] for row in rows],
         "tokens/s": [row.tokens_per_second for row in rows],
     }
     counts = {
@@ -328,44 +355,47 @@ def _figures(comparison: Comparison) -> dict[str, list[Text]]:
     return {"verdict": [Text(row.verdict) for row in rows], **found, **counts}
 
 
-def _cell(estimate: Estimate | None) -> Text:
+def _format_estimate(estimate: Estimate | None) -> Text:
     if estimate is None:
         return Text()
     value, low, high = (f"{number:.4g}" for number in (estimate.value, estimate.low, estimate.high))
     return Text(value) if low == high else Text.assemble(value, (f"\n[{low}, {high}]", "dim"))
 
 
-def _widest(cells: list[Text]) -> int:
+def _max_line_length(cells: list[Text]) -> int:
     return max(len(line) for cell in cells for line in cell.plain.split("\n"))
 
 
-def _shown(name: str, values: list[Any]) -> list[str]:
+def _format_setting(name: str, values: list[Any]) -> list[str]:
     """The values of a setting for the terminal: of paths the last part, unless that makes two of them alike."""
-    whole = list(map(show, values))
-    if name not in PATHS:
+    whole = list(map(format_value, values))
+    if name not in PATH_SETTINGS:
         return whole
-    ends = [show([_end(item) for item in value] if isinstance(value, list) else _end(value)) for value in values]
+    ends = [
+        format_value([_last_path_part(item) for item in value] if isinstance(value, list) else _last_path_part(value))
+        for value in values
+    ]
     return ends if len(set(ends)) == len(set(whole)) else whole
 
 
-def _end(value: Any) -> Any:
+def _last_path_part(value: Any) -> Any:
     """The last part of a path; a hub id, which has one slash within, stays whole."""
     path = isinstance(value, str) and (value.startswith(("/", ".", "~")) or value.count("/") > 1)
     return Path(value).name or value if path else value
 
 
-def show(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A setting's value as it would be typed; none as nothing."""
     if value is None:
         return ""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, dict):
-        return ", ".join(f"{name} {show(item)}" for name, item in value.items())
-    return " ".join(map(show, value)) if isinstance(value, list) else str(value)
+        return ", ".join(f"{name} {format_value(item)}" for name, item in value.items())
+    return " ".join(map(format_value, value)) if isinstance(value, list) else str(value)
 
 
-def write(comparison: Comparison, path: Path) -> None:
+def write_comparison(comparison: Comparison, path: Path) -> None:
     """Write the file that ``--out`` names, as its ending says."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -378,12 +408,12 @@ def write(comparison: Comparison, path: Path) -> None:
     print(f"written: {path}")
 
 
-def _plain(estimate: Estimate) -> dict[str, float | None]:
+def _estimate_as_json(estimate: Estimate) -> dict[str, float | None]:
     """Numbers that JSON has; bounds that are not known as null."""
     values = {"value": estimate.value, "low": estimate.low, "high": estimate.high}
     return {name: value if value == value else None for name, value in values.items()}
 
 
-def _same(values: Any) -> bool:
+def _all_equal(values: Any) -> bool:
     first, *rest = values
     return all(value == first for value in rest)

@@ -21,22 +21,32 @@ from saetrain.logs.jsonl import METRICS_FILE as METRICS
 from saetrain.logs.jsonl import list_earlier_metrics
 from saetrain.training.checkpoint import Checkpoint, find_newest_valid, load_checkpoint
 
-CHECKPOINTS = "checkpoints"
-CONFIG = "config.yaml"
-SAES = "sae"
-SPIKE = "spike.json"
-EVALUATION = "evaluation"
-ASSESSMENT = "final_assessment.json"
-OWN = (CHECKPOINTS, CONFIG, SAES, SPIKE, METRICS, EVALUATION, ASSESSMENT, "wandb", "tensorboard")
+CHECKPOINTS_DIR = "checkpoints"
+CONFIG_FILE = "config.yaml"
+SAES_DIR = "sae"
+SPIKE_FILE = "spike.json"
+EVALUATION_DIR = "evaluation"
+ASSESSMENT_FILE = "final_assessment.json"
+RUN_FILES = (
+    CHECKPOINTS_DIR,
+    CONFIG_FILE,
+    SAES_DIR,
+    SPIKE_FILE,
+    METRICS,
+    EVALUATION_DIR,
+    ASSESSMENT_FILE,
+    "wandb",
+    "tensorboard",
+)
 """What a run writes into its folder."""
-DELETING = ".deleting"
-OVERWRITING = ".overwriting"
+DELETING_DIR = ".deleting"
+OVERWRITING_MARKER = ".overwriting"
 """Lies in a folder whose earlier run is being deleted."""
-MARKER = ".saetrain"
-MARKER_TEXT = "A run of saetrain, format 1. --overwrite deletes runs in folders that hold this file."
+RUN_MARKER = ".saetrain"
+RUN_MARKER_TEXT = "A run of saetrain, format 1. --overwrite deletes runs in folders that hold this file."
 
 
-def run_directory(config: RunConfig) -> Path:
+def resolve_run_dir(config: RunConfig) -> Path:
     """``save_dir/run_name``; without a name, one made from model, layers, k and width."""
     name = config.output.run_name
     if name is None:
@@ -54,34 +64,34 @@ def run_directory(config: RunConfig) -> Path:
     return Path(config.output.save_dir) / name
 
 
-def with_restart(config: RunConfig) -> RunConfig:
+def resume_if_restarted(config: RunConfig) -> RunConfig:
     """A process that torchrun started anew goes on with its run, whatever the flags of the first start said."""
     if not distributed.was_restarted():
         return config
     return dataclasses.replace(config, output=dataclasses.replace(config.output, resume=True, overwrite=False))
 
 
-def open_directory(config: RunConfig, directory: Path) -> Checkpoint | None:
+def open_run_dir(config: RunConfig, directory: Path) -> Checkpoint | None:
     """The checkpoint to go on from, if any; SaetrainError when a run lies there that must not be touched."""
     try:
         # A process that was killed while it claimed a new folder leaves the marker under its temporary name.
-        if directory.exists() and set(directory.iterdir()) - {temporary_path(directory / MARKER)}:
-            _may_enter(config, directory)
+        if directory.exists() and set(directory.iterdir()) - {temporary_path(directory / RUN_MARKER)}:
+            _require_resume_or_overwrite(config, directory)
         # Nothing is made before the run can begin, so the nearest folder that is there is tried.
-        there = next(path for path in (directory, *directory.absolute().parents) if path.exists())
-        with tempfile.TemporaryFile(dir=there):
+        existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+        with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
         raise SaetrainError(
             f"--save_dir {config.output.save_dir}: can't write to {directory}: {error.strerror}"
         ) from error
-    return _checkpoint(directory) if config.output.resume else None
+    return _load_newest_checkpoint(directory) if config.output.resume else None
 
 
-def _may_enter(config: RunConfig, directory: Path) -> None:
+def _require_resume_or_overwrite(config: RunConfig, directory: Path) -> None:
     """SaetrainError unless --resume goes on with what lies there, or --overwrite may delete it."""
     for flag in ("overwrite", "resume"):
-        if getattr(config.output, flag) and not is_run(directory):
+        if getattr(config.output, flag) and not is_run_dir(directory):
             raise SaetrainError(
                 f"--{flag}: {directory} holds no run of saetrain, so it is left alone; remove it by hand, or give "
                 "another --run_name"
@@ -93,54 +103,56 @@ def _may_enter(config: RunConfig, directory: Path) -> None:
         )
 
 
-def is_run(directory: Path) -> bool:
+def is_run_dir(directory: Path) -> bool:
     """Whether this tool made the folder."""
-    return (directory / MARKER).exists()
+    return (directory / RUN_MARKER).exists()
 
 
-def claim(directory: Path, overwrite: bool) -> None:
+def initialize_run_dir(directory: Path, overwrite: bool) -> None:
     """Make the folder this run's: what an earlier run left goes, and nothing else, once the new one can begin."""
     directory.mkdir(parents=True, exist_ok=True)
-    if (directory / DELETING).exists():
-        shutil.rmtree(directory / DELETING)
-    if overwrite or (directory / OVERWRITING).exists():
+    if (directory / DELETING_DIR).exists():
+        shutil.rmtree(directory / DELETING_DIR)
+    if overwrite or (directory / OVERWRITING_MARKER).exists():
         # Cut short, it is finished by the next start, whatever that one asks for.
-        (directory / OVERWRITING).touch()
-        for path in (*(directory / name for name in OWN), *list_earlier_metrics(directory)):
+        (directory / OVERWRITING_MARKER).touch()
+        for path in (*(directory / name for name in RUN_FILES), *list_earlier_metrics(directory)):
             if path.is_dir() and not path.is_symlink():
                 # Deleted in its place and cut short, an SAE's folder could lose a file and still look whole.
-                os.replace(path, directory / DELETING)
-                shutil.rmtree(directory / DELETING)
+                os.replace(path, directory / DELETING_DIR)
+                shutil.rmtree(directory / DELETING_DIR)
             else:
                 path.unlink(missing_ok=True)
-        (directory / OVERWRITING).unlink()
-    write_atomic(directory / MARKER, f"{MARKER_TEXT}\n")
+        (directory / OVERWRITING_MARKER).unlink()
+    write_atomic(directory / RUN_MARKER, f"{RUN_MARKER_TEXT}\n")
 
 
 @contextlib.contextmanager
-def writing(directory: Path, when: str, kept: bool, again: str = "--resume") -> Iterator[None]:
+def report_write_errors(
+    directory: Path, when: str, has_checkpoint: bool, retry_flag: str = "--resume"
+) -> Iterator[None]:
     """Within it, a full or vanished disk ends the run with a message; ``kept``: a checkpoint is there."""
     try:
         yield
     except (OSError, SafetensorError) as error:
-        whole = "; the last checkpoint is whole" if kept else ""
+        whole = "; the last checkpoint is whole" if has_checkpoint else ""
         raise SaetrainError(
-            f"writing to {directory} failed {when}: {error}{whole}; make room and start again with {again}"
+            f"writing to {directory} failed {when}: {error}{whole}; make room and start again with {retry_flag}"
         ) from error
 
 
-def _checkpoint(directory: Path) -> Checkpoint | None:
-    if (directory / OVERWRITING).exists():
+def _load_newest_checkpoint(directory: Path) -> Checkpoint | None:
+    if (directory / OVERWRITING_MARKER).exists():
         log_rank0(f"--resume: {directory} was being overwritten, so the run starts from the beginning")
         return None
     # A damaged checkpoint is renamed only where one before it is whole.
-    with writing(directory, "at the start", kept=True):
-        path, remarks = find_newest_valid(directory / CHECKPOINTS)
+    with report_write_errors(directory, "at the start", has_checkpoint=True):
+        path, remarks = find_newest_valid(directory / CHECKPOINTS_DIR)
     for remark in remarks:
         log_rank0(remark)
     if path is None and remarks:
         raise SaetrainError(
-            f"--resume: every checkpoint in {directory / CHECKPOINTS} is damaged; {remarks[0]}; "
+            f"--resume: every checkpoint in {directory / CHECKPOINTS_DIR} is damaged; {remarks[0]}; "
             "--overwrite starts the run from the beginning"
         )
     if path is None:

@@ -29,11 +29,11 @@ from saetrain.training.engine import SplicedBatch
 from saetrain.training.trainer import TrainSettings
 from saetrain.types import CoderOutput, TokenSequence
 
-NUMBER_BITS = 40
+INDEX_BITS = 40
 """Bits of a mask's seed that are left to the sequence's number."""
 
 
-def load_head(config: RunConfig) -> LMHeadModel:
+def load_lm_head_model(config: RunConfig) -> LMHeadModel:
     """The model with its head; SaetrainError where it has none that predicts tokens."""
     head = load_model_with_head(config.model, config.base)
     if head.kind == "none":
@@ -55,7 +55,7 @@ def require_one_hookpoint(config: RunConfig, hookpoints: list[str]) -> None:
         )
 
 
-def require_mask(config: RunConfig, head: LMHeadModel, tokenizer: Any) -> None:
+def require_mask_token(config: RunConfig, head: LMHeadModel, tokenizer: Any) -> None:
     """SaetrainError when a masked model's tokens can't be masked."""
     if head.kind == "masked" and tokenizer.mask_token_id is None:
         raise SaetrainError(
@@ -65,7 +65,7 @@ def require_mask(config: RunConfig, head: LMHeadModel, tokenizer: Any) -> None:
 
 
 @dataclass(frozen=True)
-class Question:
+class LMBatch:
     """A micro-batch for the model: its input, and which outputs are scored against what.
 
     ``ids``, ``mask`` (B, S) int64; ``keep`` (B, S) bool, positions that the token policy trains on, and ``docs`` (n,)
@@ -73,15 +73,15 @@ class Question:
     tokens there.
     """
 
-    ids: Tensor
-    mask: Tensor
-    keep: Tensor
-    docs: np.ndarray
-    scored: Tensor
+    input_ids: Tensor
+    attention_mask: Tensor
+    keep_mask: Tensor
+    doc_ids: np.ndarray
+    scored_mask: Tensor
     targets: Tensor
 
 
-class Asker:
+class LMBatchBuilder:
     """Sequences -> questions. ``mask_id`` is the tokenizer's mask token; the masks are drawn from ``seed``."""
 
     def __init__(
@@ -89,37 +89,37 @@ class Asker:
     ) -> None:
         self._head, self._keep, self._mask_id, self._seed = head, keep, mask_id, seed
 
-    def __call__(self, dealt: list[IndexedSequence]) -> Question:
+    def __call__(self, indexed: list[IndexedSequence]) -> LMBatch:
         """One batch of them, padded to the longest."""
-        chosen = [each.sequence for each in dealt]
+        chosen = [each.sequence for each in indexed]
         ids, mask = pad_batch(chosen, self._head.base.device)
-        asked = [self._asked(each) for each in dealt]
+        scored_rows = [self._scored_positions(each) for each in indexed]
         kept = [self._keep(sequence) for sequence in chosen]
-        scored = torch.from_numpy(_padded(asked, ids.shape[1])).to(ids.device)
+        scored = torch.from_numpy(_pad_rows(scored_rows, ids.shape[1])).to(ids.device)
         # A causal model is asked for the token behind the position, a masked one for the token at it.
-        ahead = int(self._head.kind == "causal")
-        targets = [s.ids[np.flatnonzero(where) + ahead] for s, where in zip(chosen, asked, strict=True)]
+        shift = int(self._head.kind == "causal")
+        targets = [s.ids[np.flatnonzero(where) + shift] for s, where in zip(chosen, scored_rows, strict=True)]
         if self._head.kind == "masked":
             assert self._mask_id is not None
             ids = ids.masked_fill(scored, self._mask_id)
-        return Question(
-            ids=ids,
-            mask=mask,
-            keep=torch.from_numpy(_padded(kept, ids.shape[1])).to(ids.device),
-            docs=np.concatenate([s.doc[where] for s, where in zip(chosen, kept, strict=True)]),
-            scored=scored,
+        return LMBatch(
+            input_ids=ids,
+            attention_mask=mask,
+            keep_mask=torch.from_numpy(_pad_rows(kept, ids.shape[1])).to(ids.device),
+            doc_ids=np.concatenate([s.doc[where] for s, where in zip(chosen, kept, strict=True)]),
+            scored_mask=scored,
             targets=torch.from_numpy(np.concatenate(targets).astype(np.int64)).to(ids.device),
         )
 
-    def _asked(self, dealt: IndexedSequence) -> np.ndarray:
+    def _scored_positions(self, indexed: IndexedSequence) -> np.ndarray:
         """(S,) bool. The number in the run draws the mask, so that each pass over the text has other ones."""
         if self._head.kind == "causal":
-            return np.arange(len(dealt.sequence)) < len(dealt.sequence) - 1
-        seed = (self._seed << NUMBER_BITS) + dealt.index
-        return select_masked_positions(dealt.sequence, seed % (1 << 64))
+            return np.arange(len(indexed.sequence)) < len(indexed.sequence) - 1
+        seed = (self._seed << INDEX_BITS) + indexed.index
+        return select_masked_positions(indexed.sequence, seed % (1 << 64))
 
 
-def _padded(rows: list[np.ndarray], length: int) -> np.ndarray:
+def _pad_rows(rows: list[np.ndarray], length: int) -> np.ndarray:
     """(B, S) bool, false behind the end of each row."""
     out = np.zeros((len(rows), length), dtype=bool)
     for number, row in enumerate(rows):
@@ -131,70 +131,72 @@ def _padded(rows: list[np.ndarray], length: int) -> np.ndarray:
 class _Splice:
     """A question with the clean model's answer; ``where`` (B, S) bool marks what is replaced."""
 
-    question: Question
-    where: Tensor
-    clean: Tensor | None
-    scored: int
+    lm_batch: LMBatch
+    splice_mask: Tensor
+    clean_log_probs: Tensor | None
+    n_scored: int
 
 
-class EndToEnd:
+class SplicedBatchBuilder:
     """Makes micro-batches whose loss is the model's own; ``normalizer`` is that of the SAE's inputs."""
 
     def __init__(
-        self, head: LMHeadModel, reader: ActivationExtractor, normalizer: Normalizer, settings: TrainSettings
+        self, head: LMHeadModel, extractor: ActivationExtractor, normalizer: Normalizer, settings: TrainSettings
     ) -> None:
-        self._head, self._reader, self._normalizer, self._settings = head, reader, normalizer, settings
-        (self._hookpoint,) = reader.capture.hookpoints
+        self._head, self._extractor, self._normalizer, self._settings = head, extractor, normalizer, settings
+        (self._hookpoint,) = extractor.capture.hookpoints
         self._module = head.base.module.get_submodule(self._hookpoint)
 
-    def batch(self, question: Question, step_tokens: int, step_scored: int) -> SplicedBatch:
+    def build_batch(self, lm_batch: LMBatch, step_tokens: int, step_scored: int) -> SplicedBatch:
         """The micro-batch of ``question``, in an optimizer step of so many kept tokens and scored positions."""
-        x_BSD, clean = self._clean(question)
-        raw = x_BSD[question.keep]
-        fine = self._reader.mask_within_limits({self._hookpoint: raw}, question.docs)
-        fine_N = torch.from_numpy(fine).to(x_BSD.device)
-        where = question.keep.clone()
-        where[question.keep] = fine_N
-        splice = _Splice(question, where, clean, max(step_scored, 1))
-        return SplicedBatch(raw[fine_N], max(step_tokens, 1), partial(self._terms, splice))
+        x_BSD, clean_log_probs = self._run_clean_model(lm_batch)
+        raw_ND = x_BSD[lm_batch.keep_mask]
+        within_limits = self._extractor.mask_within_limits({self._hookpoint: raw_ND}, lm_batch.doc_ids)
+        within_limits_N = torch.from_numpy(within_limits).to(x_BSD.device)
+        splice_mask = lm_batch.keep_mask.clone()
+        splice_mask[lm_batch.keep_mask] = within_limits_N
+        splice = _Splice(lm_batch, splice_mask, clean_log_probs, max(step_scored, 1))
+        return SplicedBatch(raw_ND[within_limits_N], max(step_tokens, 1), partial(self._loss_terms, splice))
 
     @torch.no_grad()
-    def _clean(self, question: Question) -> tuple[Tensor, Tensor | None]:
+    def _run_clean_model(self, lm_batch: LMBatch) -> tuple[Tensor, Tensor | None]:
         """The activation (B, S, D), and for `kl` the log-probabilities of the model as it is."""
         try:
             if self._settings.loss_fn == "ce":
-                return self._reader.capture(question.ids, question.mask)[self._hookpoint], None
+                return self._extractor.capture(lm_batch.input_ids, lm_batch.attention_mask)[self._hookpoint], None
             seen: list[Tensor] = []
 
-            def look(x_BSD: Tensor) -> Tensor:
+            def record_activation(x_BSD: Tensor) -> Tensor:
                 seen.append(x_BSD)
                 return x_BSD
 
-            with splice_output(self._module, look):
-                log_probs = self._log_probs(question)
+            with splice_output(self._module, record_activation):
+                log_probs = self._log_probs(lm_batch)
             return seen[0], log_probs
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            rows, length = question.ids.shape
+            rows, length = lm_batch.input_ids.shape
             raise SaetrainError(
                 f"out of memory while the model read {rows} x {length} tokens: lower {self._settings.suggest_smaller_batch()}"
             ) from error
 
-    def _log_probs(self, question: Question) -> Tensor:
+    def _log_probs(self, lm_batch: LMBatch) -> Tensor:
         """(m, V) fp32 at the scored positions."""
-        return token_log_probs(self._head.compute_logits(question.ids, question.mask)[question.scored])
+        return token_log_probs(
+            self._head.compute_logits(lm_batch.input_ids, lm_batch.attention_mask)[lm_batch.scored_mask]
+        )
 
-    def _terms(self, splice: _Splice, output: CoderOutput) -> dict[str, Tensor]:
+    def _loss_terms(self, splice: _Splice, output: CoderOutput) -> dict[str, Tensor]:
         """The model's loss, a mean over the step's scored positions, beside what is kept of the coder's own terms."""
         rows_ND = self._normalizer.denormalize(output.reconstruction)
-        with splice_output(self._module, lambda x_BSD: replace_positions(x_BSD, splice.where, rows_ND)):
-            log_probs = self._log_probs(splice.question)
-        if splice.clean is None:
-            loss = cross_entropy(log_probs, splice.question.targets)
+        with splice_output(self._module, lambda x_BSD: replace_positions(x_BSD, splice.splice_mask, rows_ND)):
+            log_probs = self._log_probs(splice.lm_batch)
+        if splice.clean_log_probs is None:
+            loss = cross_entropy(log_probs, splice.lm_batch.targets)
         else:
-            loss = kl_divergence(splice.clean, log_probs)
-        terms = {self._settings.loss_fn: loss / splice.scored, **output.losses}
+            loss = kl_divergence(splice.clean_log_probs, log_probs)
+        terms = {self._settings.loss_fn: loss / splice.n_scored, **output.losses}
         recon = terms.pop("recon")
         if self._settings.e2e_recon_weight:
             terms["recon"] = self._settings.e2e_recon_weight * recon

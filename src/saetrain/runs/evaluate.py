@@ -18,29 +18,31 @@ from saetrain.evaluation.heldout import EvalTarget
 from saetrain.evaluation.nulls import PCA, RandomDecoder, RunningMoments
 from saetrain.evaluation.recovered import SplicePolicy, keep_all_tokens
 from saetrain.evaluation.score import Baselines, SaeScores, score_activations, score_losses
-from saetrain.runs.assessment import Assessment, TextScores, report
-from saetrain.runs.locate import Located, locate
-from saetrain.runs.match import Setting, prepare, run_config
+from saetrain.runs.assessment import Assessment, TextScores, report_assessment
+from saetrain.runs.locate import LoadedSae, load_saes
+from saetrain.runs.match import EvalContext, build_eval_context, load_run_config
 from saetrain.runs.prepare import quiet_libraries
-from saetrain.runs.scored import Scored, open_texts
+from saetrain.runs.scored import EvalText, open_eval_texts
 
-THRESHOLD = 0.0005
+DEFAULT_DEAD_THRESHOLD = 0.0005
 
 
-def evaluate(config: EvaluateConfig, most: int | None = None) -> Assessment:
+def evaluate_saes(config: EvaluateConfig, max_eval_tokens: int | None = None) -> Assessment:
     """Score, print and write; SaetrainError for what the user can mend.
 
     ``most``: tokens of each data set at the most, where --eval_tokens leaves them open; else as the SAE's run took.
     """
     torch.set_flush_denormal(True)
     quiet_libraries()
-    located = locate(config.path)
+    loaded = load_saes(config.path)
     try:
-        setting = dataclasses.replace(prepare(config, located), most=most or located.says("eval_tokens"))
-        texts, fit = open_texts(setting)
-        nulls = fit_nulls(setting, fit)
-        scores = [score(setting, text, nulls) for text in texts]
-        assessment = Assessment.of(config, located, setting.head, scores, threshold(config, located))
+        context = dataclasses.replace(
+            build_eval_context(config, loaded), max_eval_tokens=max_eval_tokens or loaded.get_metadata("eval_tokens")
+        )
+        texts, fit = open_eval_texts(context)
+        baselines = fit_baselines(context, fit)
+        scores = [score_text(context, text, baselines) for text in texts]
+        assessment = Assessment.from_scores(config, loaded, context.head, scores, dead_threshold(config, loaded))
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -48,79 +50,83 @@ def evaluate(config: EvaluateConfig, most: int | None = None) -> Assessment:
         raise SaetrainError(
             f"out of memory while scoring: lower --model_batch_tokens from {tokens} to {max(1, tokens // 2)}"
         ) from error
-    report(assessment)
+    report_assessment(assessment)
     return assessment
 
 
-def threshold(config: EvaluateConfig, located: Located) -> float:
+def dead_threshold(config: EvaluateConfig, loaded: LoadedSae) -> float:
     """The rate below which a latent is dead."""
     if config.dead_percentage_threshold is not None:
         return config.dead_percentage_threshold
-    return run_config(located).dead.dead_percentage_threshold if located.run is not None else THRESHOLD
+    return (
+        load_run_config(loaded).dead.dead_percentage_threshold if loaded.run_dir is not None else DEFAULT_DEAD_THRESHOLD
+    )
 
 
-def fit_nulls(setting: Setting, batches: Iterator[LabelledActivations]) -> dict[str, Baselines]:
+def fit_baselines(context: EvalContext, batches: Iterator[LabelledActivations]) -> dict[str, Baselines]:
     """{SAE: what it is held against}, from activations of training tokens."""
-    device = setting.head.base.device
-    moments = {name: RunningMoments(width, device) for name, width in setting.reader.capture.widths.items()}
+    device = context.head.base.device
+    moments = {name: RunningMoments(width, device) for name, width in context.extractor.capture.widths.items()}
     for batch in batches:
         kept = torch.from_numpy(np.flatnonzero(batch.token_class == TokenClass.KEPT)).to(device)
         for name, value in batch.values.items():
             moments[name].add(value[kept].float())
     out = {}
-    for sae, found in setting.located.saes.items():
+    for sae, found in context.loaded.saes.items():
         found.coder.to(device)
-        moment = moments[setting.hookpoints[sae]]
+        moment = moments[context.hookpoints[sae]]
         mean, k = moment.compute_mean(), found.coder.k
-        random = RandomDecoder.from_seed(mean, found.coder.num_latents, k, setting.config.scoring.eval_seed)
+        random = RandomDecoder.from_seed(mean, found.coder.num_latents, k, context.config.scoring.eval_seed)
         out[sae] = Baselines(mean, PCA(mean, moment.principal_directions(k)), random)
     return out
 
 
-def score(setting: Setting, text: Scored, nulls: dict[str, Baselines]) -> TextScores:
+def score_text(context: EvalContext, text: EvalText, baselines: dict[str, Baselines]) -> TextScores:
     """All figures on one text."""
-    subjects = {
-        name: EvalTarget(setting.hookpoints[name], found.coder, nulls[name].mean)
-        for name, found in setting.located.saes.items()
+    targets = {
+        name: EvalTarget(context.hookpoints[name], found.coder, baselines[name].mean)
+        for name, found in context.loaded.saes.items()
     }
-    total = sum(len(text.sequences[int(number)]) for number in text.numbers)
-    with tqdm(total=total, unit="tok", desc=f"{Path(text.name).name}: activations", disable=None) as bar:
-        batches = (batch for group in text.groups(text.numbers) for batch in setting.reader.iterate_labelled(group))
-        dead = threshold(setting.config, setting.located)
-        scores = score_activations(subjects, nulls, batches, dead, setting.config.scoring, bar.update)
-    _add_losses(setting, text, subjects, nulls, scores)
-    return TextScores(text.name, text.in_sample, text.what, scores, text.loss_sequences)
+    n_tokens = sum(len(text.sequences[int(number)]) for number in text.indices)
+    with tqdm(total=n_tokens, unit="tok", desc=f"{Path(text.name).name}: activations", disable=None) as bar:
+        batches = (
+            batch for group in text.iter_groups(text.indices) for batch in context.extractor.iterate_labelled(group)
+        )
+        dead = dead_threshold(context.config, context.loaded)
+        scores = score_activations(targets, baselines, batches, dead, context.config.scoring, bar.update)
+    _add_loss_metrics(context, text, targets, baselines, scores)
+    return TextScores(text.name, text.in_sample, text.description, scores, text.loss_sequences)
 
 
-def _add_losses(
-    setting: Setting,
-    text: Scored,
-    subjects: dict[str, EvalTarget],
-    nulls: dict[str, Baselines],
+def _add_loss_metrics(
+    context: EvalContext,
+    text: EvalText,
+    targets: dict[str, EvalTarget],
+    baselines: dict[str, Baselines],
     scores: dict[str, SaeScores],
 ) -> None:
     """Add the figures of the model's own loss to ``scores``."""
     if not text.loss_sequences:
         return
-    numbers = text.numbers[: text.loss_sequences]
-    everywhere = setting.config.scoring.splice_positions == "all"
-    limits = {} if everywhere else setting.reader.norm_limits
-    keep = keep_all_tokens if everywhere else setting.reader.keep
+    indices = text.indices[: text.loss_sequences]
+    splices_all = context.config.scoring.splice_positions == "all"
+    limits = {} if splices_all else context.extractor.norm_limits
+    keep = keep_all_tokens if splices_all else context.extractor.keep
     policies = {
-        hookpoint: SplicePolicy(keep, limits.get(hookpoint, float("inf"))) for hookpoint in setting.hookpoints.values()
+        hookpoint: SplicePolicy(keep, limits.get(hookpoint, float("inf"))) for hookpoint in context.hookpoints.values()
     }
-    total = sum(len(text.sequences[int(number)]) for number in numbers)
-    with tqdm(total=total, unit="tok", desc=f"{Path(text.name).name}: model loss", disable=None) as bar:
+    n_tokens = sum(len(text.sequences[int(number)]) for number in indices)
+    with tqdm(total=n_tokens, unit="tok", desc=f"{Path(text.name).name}: model loss", disable=None) as bar:
         losses = score_losses(
-            subjects,
-            nulls,
-            setting.head,
-            text.groups(numbers),
+            targets,
+            baselines,
+            context.head,
+            text.iter_groups(indices),
             policies,
-            setting.tokenizer.mask_token_id,
-            setting.reader.batch_tokens,
-            setting.config.scoring,
+            context.tokenizer.mask_token_id,
+            context.extractor.batch_tokens,
+            context.config.scoring,
             bar.update,
         )
-    for name, figures in losses.items():
-        scores[name].metrics.update(figures)
+    for name, metrics in losses.items():
+        scores[name].metrics.update(metrics)

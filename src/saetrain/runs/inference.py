@@ -19,7 +19,7 @@ from saetrain.errors import SaetrainError
 from saetrain.interop.directory import load_sae
 from saetrain.types import Codes, TokenKind, TokenSequence
 
-BATCH_TOKENS = 4096
+MODEL_BATCH_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class SAE:
     ``about``: what it was trained on (model, hookpoint, data set, token policy, held-out figures).
     """
 
-    def __init__(self, coder: TopK, about: dict[str, Any], path: Path) -> None:
-        self.coder, self.about, self.path = coder, about, path
+    def __init__(self, coder: TopK, metadata: dict[str, Any], path: Path) -> None:
+        self.coder, self.metadata, self.path = coder, metadata, path
         self.d_in, self.num_latents, self.k = coder.d_in, coder.num_latents, coder.k
 
     @torch.no_grad()
@@ -61,7 +61,7 @@ class SAE:
         return self.coder.decode(codes)
 
     def __repr__(self) -> str:
-        site = f"{self.about['hookpoint']} of {self.about['model']}"
+        site = f"{self.metadata['hookpoint']} of {self.metadata['model']}"
         return f"SAE(k={self.k}, num_latents={self.num_latents}, d_in={self.d_in}, {site})"
 
     def encode_text(self, texts: str | list[str]) -> list[TokenCodes]:
@@ -70,46 +70,48 @@ class SAE:
         Longer texts are cut at the SAE's context length. Raises SaetrainError when the model can't be loaded or is
         not the one that the SAE was trained on.
         """
-        model, tokenizer, capture, framing = self._base
+        model, tokenizer, capture, framing = self._loaded_model
         texts = [texts] if isinstance(texts, str) else texts
-        read = [self._sequence(text, tokenizer, framing) for text in texts]
-        sequences = [sequence for sequence, _ in read]
+        tokenized = [self._tokenize_text(text, tokenizer, framing) for text in texts]
+        sequences = [sequence for sequence, _ in tokenized]
         out: dict[int, TokenCodes] = {}
-        for numbers in batch_by_length(sequences, BATCH_TOKENS):
+        for numbers in batch_by_length(sequences, MODEL_BATCH_TOKENS):
             ids, mask = pad_batch([sequences[n] for n in numbers], model.device)
-            x_ND = capture(ids, mask)[self.about["hookpoint"]][mask.bool()].float()
+            x_ND = capture(ids, mask)[self.metadata["hookpoint"]][mask.bool()].float()
             codes, start = self.encode(x_ND), 0
             for number in numbers:
-                sequence, offsets = read[number]
+                sequence, offsets = tokenized[number]
                 rows = slice(start, start + len(sequence))
                 out[number] = TokenCodes(
                     tokenizer.convert_ids_to_tokens(sequence.ids.tolist()),
                     offsets,
-                    self._kept(sequence, x_ND[rows]),
+                    self._keep_mask(sequence, x_ND[rows]),
                     codes.select_tokens(rows),
                 )
                 start += len(sequence)
         return [out[number] for number in range(len(texts))]
 
     @cached_property
-    def _base(self) -> tuple[BaseModel, Any, ActivationCapture, Framing]:
-        about = self.about
-        settings = ModelSettings(revision=about["model_revision"], dtype=about["model_dtype"], device=self._device())
-        model = load_model(about["model"], settings)
-        expected, found = about["model_weights_sha256"], hash_model_weights(model)
+    def _loaded_model(self) -> tuple[BaseModel, Any, ActivationCapture, Framing]:
+        metadata = self.metadata
+        settings = ModelSettings(
+            revision=metadata["model_revision"], dtype=metadata["model_dtype"], device=self._device_name()
+        )
+        model = load_model(metadata["model"], settings)
+        expected, found = metadata["model_weights_sha256"], hash_model_weights(model)
         if expected is not None and found != expected:
             raise SaetrainError(
-                f"model {about['model']}: its weights are not those that the SAE in {self.path} was trained on "
+                f"model {metadata['model']}: its weights are not those that the SAE in {self.path} was trained on "
                 f"(SHA-256 {str(found)[:12]}…, expected {expected[:12]}…)"
             )
-        tokenizer = load_tokenizer(about["model"], about["model_revision"], trust_remote_code=False)
-        framing = Framing.from_tokenizer(tokenizer, about["causal"], about["ctx_len"])
-        return model, tokenizer, ActivationCapture(model, [about["hookpoint"]]), framing
+        tokenizer = load_tokenizer(metadata["model"], metadata["model_revision"], trust_remote_code=False)
+        framing = Framing.from_tokenizer(tokenizer, metadata["causal"], metadata["ctx_len"])
+        return model, tokenizer, ActivationCapture(model, [metadata["hookpoint"]]), framing
 
-    def _device(self) -> str:
+    def _device_name(self) -> str:
         return str(self.coder.W_enc.device)
 
-    def _sequence(self, text: str, tokenizer: Any, framing: Framing) -> tuple[TokenSequence, np.ndarray]:
+    def _tokenize_text(self, text: str, tokenizer: Any, framing: Framing) -> tuple[TokenSequence, np.ndarray]:
         encoded = tokenizer(
             text,
             truncation=True,
@@ -126,19 +128,19 @@ class SAE:
             raise SaetrainError(f"encode_text: the text {text!r} has no tokens")
         return TokenSequence(ids, kinds, np.zeros(len(ids), dtype=np.int64)), np.asarray(encoded["offset_mapping"])
 
-    def _kept(self, sequence: TokenSequence, x_SD: Tensor) -> np.ndarray:
-        about = self.about
+    def _keep_mask(self, sequence: TokenSequence, x_SD: Tensor) -> np.ndarray:
+        metadata = self.metadata
         excluded = np.uint8(
-            about["exclude_special_tokens"] * TokenKind.SPECIAL | about["exclude_sinks"] * TokenKind.FIRST
+            metadata["exclude_special_tokens"] * TokenKind.SPECIAL | metadata["exclude_sinks"] * TokenKind.FIRST
         )
         kept = (sequence.kind & excluded) == 0
-        if about.get("norm_limit") is not None:
-            kept &= (x_SD.norm(dim=1) <= about["norm_limit"]).cpu().numpy()
+        if metadata.get("norm_limit") is not None:
+            kept &= (x_SD.norm(dim=1) <= metadata["norm_limit"]).cpu().numpy()
         return np.asarray(kept)
 
 
 def load(path: str | Path, device: str = "cpu") -> SAE:
     """Load the SAE in directory ``path`` (``…/sae/<hookpoint>``); SaetrainError when it holds none or is broken."""
     folder = Path(path)
-    coder, about = load_sae(folder)
-    return SAE(coder.to(device), about, folder)
+    coder, metadata = load_sae(folder)
+    return SAE(coder.to(device), metadata, folder)

@@ -21,7 +21,7 @@ from saetrain.training.native_engine import NativeStep
 from saetrain.training.torch_engine import TorchStep
 from saetrain.training.trainer import END_TO_END_LOSSES
 
-LANGUAGE = {"native": "C++", "triton": "Triton"}
+KERNEL_LANGUAGE = {"native": "C++", "triton": "Triton"}
 
 
 @functools.cache
@@ -37,7 +37,10 @@ def choose_kernels(
                 "needs those through the model; leave the flag out, and --kernels reference is taken"
             )
         name = "reference"
-    problems = {"native": partial(_against_native, optim, device), "triton": partial(_against_triton, optim, device)}
+    problems = {
+        "native": partial(_why_native_unsupported, optim, device),
+        "triton": partial(_why_triton_unsupported, optim, device),
+    }
     if name in problems:
         problem = problems[name]()
         if problem:
@@ -49,7 +52,7 @@ def choose_kernels(
         fast: Literal["native", "triton"] = "native" if device.type == "cpu" else "triton"
         problem = problems[fast]()
         if problem:
-            log_rank0(f"--kernels auto: the {LANGUAGE[fast]} kernels are not used: {problem}; PyTorch's are")
+            log_rank0(f"--kernels auto: the {KERNEL_LANGUAGE[fast]} kernels are not used: {problem}; PyTorch's are")
         name = "torch" if problem else fast
     if name == "reference" and dtype == "bfloat16":
         raise SaetrainError("--compute_dtype bfloat16: --kernels reference computes in float32 alone")
@@ -58,7 +61,7 @@ def choose_kernels(
     return KernelSettings(kernels=name, compute_dtype=dtype)
 
 
-def _against_native(optim: OptimSettings, device: torch.device) -> str | None:
+def _why_native_unsupported(optim: OptimSettings, device: torch.device) -> str | None:
     """Why the C++ kernels can't be taken, or None."""
     if optim.optimizer != "adam":
         return f"it steps by adam alone, not by --optimizer {optim.optimizer}"
@@ -71,7 +74,7 @@ def _against_native(optim: OptimSettings, device: torch.device) -> str | None:
     return None
 
 
-def _against_triton(optim: OptimSettings, device: torch.device) -> str | None:
+def _why_triton_unsupported(optim: OptimSettings, device: torch.device) -> str | None:
     """Why Triton's kernels can't be taken, or None."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if optim.optimizer != "adam":
@@ -89,18 +92,18 @@ def _against_triton(optim: OptimSettings, device: torch.device) -> str | None:
     return find_kernel_problem(device)
 
 
-def make_engine(coder: TopK, kernels: KernelSettings, optim: OptimSettings, *, alone: bool) -> TrainStep:
+def build_train_step(coder: TopK, kernels: KernelSettings, optim: OptimSettings, *, no_accumulation: bool) -> TrainStep:
     """The engine that ``kernels``, worked out by :func:`choose_kernels`, names.
 
     ``alone``: a step has one micro-batch on one rank, so its gradients have nothing to be added to.
     """
-    half = kernels.compute_dtype == "bfloat16"
+    bf16 = kernels.compute_dtype == "bfloat16"
     if kernels.kernels == "native":
-        return NativeStep(coder, optim, use_bf16=half, no_accumulation=alone)
+        return NativeStep(coder, optim, use_bf16=bf16, no_accumulation=no_accumulation)
     if kernels.kernels == "triton":
         from saetrain.training.triton_engine import TritonStep
 
-        return TritonStep(coder, optim, use_bf16=half, no_accumulation=alone)
+        return TritonStep(coder, optim, use_bf16=bf16, no_accumulation=no_accumulation)
     optimizer = Optimizer(
         dict(coder.named_parameters()),
         optim,
@@ -108,5 +111,5 @@ def make_engine(coder: TopK, kernels: KernelSettings, optim: OptimSettings, *, a
         renormalize=coder.renormalize_decoder,
     )
     if kernels.kernels == "torch":
-        return TorchStep(coder, optimizer, torch.bfloat16 if half else torch.float32)
+        return TorchStep(coder, optimizer, torch.bfloat16 if bf16 else torch.float32)
     return ReferenceStep(coder, optimizer)

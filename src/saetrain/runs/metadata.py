@@ -13,28 +13,30 @@ from saetrain.logs.console import log_rank0
 from saetrain.optim import RunSize, describe_small_sgd_lr, describe_unusual_lr, resolve_lr
 from saetrain.runs.build import sae_names
 from saetrain.runs.kernels import choose_kernels
-from saetrain.runs.prepare import Prepared
+from saetrain.runs.prepare import RunContext
 from saetrain.training.firing import min_dead_fraction
 from saetrain.training.trainer import Trainer
 
 
-def about_run(run: Prepared, trainer: Trainer) -> dict[str, Any]:
+def build_run_metadata(run: RunContext, trainer: Trainer) -> dict[str, Any]:
     """What every SAE's metadata say of model, text, token policy and training."""
     config = run.config
     kernels = choose_kernels(config.compute, config.optim, config.train.loss_fn, run.model.device)
     return {
-        "model": location(config.model),
+        "model": absolute_location(config.model),
         "model_revision": run.model.revision,
         "model_weights_sha256": run.weights_sha256,
         "model_dtype": next(name for name, dtype in DTYPES.items() if dtype is run.model.dtype),
-        "dataset": location(config.dataset[0]) if len(config.dataset) == 1 else [location(n) for n in config.dataset],
+        "dataset": absolute_location(config.dataset[0])
+        if len(config.dataset) == 1
+        else [absolute_location(n) for n in config.dataset],
         "mix": None if len(config.dataset) == 1 else list(run.plan.shares),
         "dataset_config": config.source.dataset_config,
         "split": config.source.split,
         "streaming": config.source.streaming,
         "skip_bad_rows": config.source.skip_bad_rows,
         "eval_tokens": config.evaluation.eval_tokens,
-        **run.data,
+        **run.text_metadata,
         "ctx_len": run.framing.ctx_len,
         "causal": run.framing.causal,
         "prepend_bos": run.framing.bos is not None,
@@ -50,29 +52,29 @@ def about_run(run: Prepared, trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def location(name: str) -> str:
+def absolute_location(name: str) -> str:
     """A hub id as it is, a local path in full, so that the SAE's files can be used from anywhere."""
     return str(Path(name).resolve()) if os.path.exists(name) else name
 
 
-def hook_name(run: Prepared, hookpoint: str) -> str:
+def hook_name(run: RunContext, hookpoint: str) -> str:
     """TransformerLens' name of a causal model's residual stream, which SAELens expects; else the module's own."""
     if run.model.causal and run.config.where.hookpoints is None:
         return f"blocks.{hookpoint.rsplit('.', 1)[1]}.hook_resid_post"
     return hookpoint
 
 
-def announce(run: Prepared, trainer: Trainer) -> None:
+def log_run_start(run: RunContext, trainer: Trainer) -> None:
     """The lines at the start: what will be trained on what, and what to know of it."""
     plan, config = run.plan, run.config
-    rest = config.train.max_tokens - plan.tokens
+    leftover_tokens = config.train.max_tokens - plan.n_tokens
     if trainer.step:
         log_rank0(f"{trainer.total_steps - trainer.step} steps of {trainer.total_steps} are left")
     count = len(sae_names(run))
     log_rank0(
         f"training {count} SAE{'s' if count > 1 else ''} for {plan.steps} steps of "
-        f"{plan.tokens_per_step:,} tokens ({plan.tokens:,} in all; {rest:,} of --max_tokens left over), "
-        f"{plan.passes()}, at lr {rates(config, trainer)}"
+        f"{plan.tokens_per_step:,} tokens ({plan.n_tokens:,} in all; {leftover_tokens:,} of --max_tokens left over), "
+        f"{plan.describe_passes()}, at lr {describe_lrs(config, trainer)}"
     )
     if config.train.end_to_end:
         log_rank0(
@@ -91,19 +93,19 @@ def announce(run: Prepared, trainer: Trainer) -> None:
     if not config.dead_bias_lr_multiplier and not config.sae.auxk_alpha:
         log_rank0("nothing revives latents that die in this run; --auxk_alpha 0.03125 switches a loss on that does")
     for latents in sorted({sae.coder.num_latents for sae in trainer.saes.values()}):
-        remark = _remark(config, plan.run_size(latents, config.sae.k))
+        remark = _describe_lr_risk(config, plan.run_size(latents, config.sae.k))
         if remark:
             log_rank0(remark)
-        say_bound(config.sae.k, latents, config.dead.dead_percentage_threshold)
+        warn_unreachable_threshold(config.sae.k, latents, config.dead.dead_percentage_threshold)
 
 
-def rates(config: RunConfig, trainer: Trainer) -> str:
+def describe_lrs(config: RunConfig, trainer: Trainer) -> str:
     """The peak learning rates of the SAEs here, and whether the rule gave them."""
     found = sorted({f"{sae.peak_lr:.3g}" for sae in trainer.saes.values()})
     return " and ".join(found) + (" (--lr auto)" if config.optim.lr == "auto" else "")
 
 
-def _remark(config: RunConfig, size: RunSize) -> str | None:
+def _describe_lr_risk(config: RunConfig, size: RunSize) -> str | None:
     """What to say of the learning rate."""
     lr = resolve_lr(config.optim, size)
     if config.optim.optimizer == "sgd":
@@ -111,7 +113,7 @@ def _remark(config: RunConfig, size: RunSize) -> str | None:
     return describe_unusual_lr(lr, size) if config.has_lr_rule else None
 
 
-def say_bound(k: int, latents: int, threshold: float) -> None:
+def warn_unreachable_threshold(k: int, latents: int, threshold: float) -> None:
     """Say it where the rate rule must call some latents dead whatever the training does."""
     bound = min_dead_fraction(k, latents, threshold)
     if bound > 0:
@@ -121,21 +123,21 @@ def say_bound(k: int, latents: int, threshold: float) -> None:
         )
 
 
-def summary(directory: Path, figures: dict[str, dict[str, float]]) -> None:
+def log_run_summary(directory: Path, metrics: dict[str, dict[str, float]]) -> None:
     """The held-out figures of each SAE, and where things lie."""
-    wide = max(map(len, figures))
-    print(f"{'SAE':<{wide}}     FVU  expl.var      L0  never fired  dead by rate  redundancy (random)")
-    for name, row in figures.items():
+    name_width = max(map(len, metrics))
+    print(f"{'SAE':<{name_width}}     FVU  expl.var      L0  never fired  dead by rate  redundancy (random)")
+    for name, row in metrics.items():
         print(
-            f"{name:<{wide}} {row['fvu']:7.4f} {row['explained_variance']:9.4f} {row['l0']:7.2f} "
+            f"{name:<{name_width}} {row['fvu']:7.4f} {row['explained_variance']:9.4f} {row['l0']:7.2f} "
             f"{row['dead_never_fired']:12.1%} {row['dead_below_threshold']:13.1%} "
             f"{row['decoder_redundancy_top100']:10.3f} ({row['decoder_redundancy_top100_random']:.3f})"
         )
-    tokens = next(iter(figures.values()))["tokens"]
+    tokens = next(iter(metrics.values()))["tokens"]
     print(f"on {tokens:,.0f} held-out tokens; run in {directory}, SAEs in {directory / 'sae'}")
-    bad = [name for name, row in figures.items() if not row["fvu"] < 1]
-    if bad:
+    unusable = [name for name, row in metrics.items() if not row["fvu"] < 1]
+    if unusable:
         print(
-            f"WARNING: {', '.join(bad)}: worse than predicting the mean (FVU is not below 1), so not usable. More "
+            f"WARNING: {', '.join(unusable)}: worse than predicting the mean (FVU is not below 1), so not usable. More "
             "tokens, another --lr or a lower --k usually mend it"
         )

@@ -27,19 +27,19 @@ from saetrain.data.tokenize import DEFAULT_CTX_LEN, Framing, load_tokenizer
 from saetrain.errors import SaetrainError
 from saetrain.logs.console import log_rank0
 from saetrain.optim import RunSize, resolve_lr, resolve_warmup_steps
-from saetrain.runs.end_to_end import load_head, require_mask, require_one_hookpoint
+from saetrain.runs.end_to_end import load_lm_head_model, require_mask_token, require_one_hookpoint
 from saetrain.runs.kernels import choose_kernels
-from saetrain.runs.resources import check_memory, sae_parameters
+from saetrain.runs.resources import check_memory, count_sae_parameters
 from saetrain.runs.text import load_text
 from saetrain.training.parallel import Placement, SaeCost, plan_placement
 
 CALIBRATION_TOKENS = 16_384
 """Tokens on which the inputs' centre, scale and norm limit are measured."""
-EVAL_SEQUENCES = 64
+EVAL_BATCH_SEQUENCES = 64
 
 
 @dataclass(frozen=True)
-class Plan:
+class BatchPlan:
     """Numbers of the run that are known before it starts."""
 
     tokens_per_step: int
@@ -51,7 +51,7 @@ class Plan:
     """Training tokens of each data set that the token policy keeps; None where it is streamed."""
 
     @property
-    def tokens(self) -> int:
+    def n_tokens(self) -> int:
         """Activations that the run trains on."""
         return self.steps * self.tokens_per_step
 
@@ -65,11 +65,11 @@ class Plan:
         known = [tokens for tokens in self.text_tokens if tokens is not None]
         return sum(known) if len(known) == len(self.text_tokens) else None
 
-    def passes(self) -> str:
+    def describe_passes(self) -> str:
         """How often the run passes over its text."""
         rows = zip(self.data_sets, self.shares, self.text_tokens, strict=True)
         counts = {
-            name: f"{self.tokens * share / max(tokens, 1):.2f} passes over" if tokens is not None else "streaming"
+            name: f"{self.n_tokens * share / max(tokens, 1):.2f} passes over" if tokens is not None else "streaming"
             for name, share, tokens in rows
         }
         if len(counts) > 1:
@@ -79,7 +79,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Prepared:
+class RunContext:
     """The stages up to activations, ready to run."""
 
     config: RunConfig
@@ -88,63 +88,63 @@ class Prepared:
     framing: Framing
     hookpoints: list[str]
     capture: ActivationCapture
-    reader: ActivationExtractor
-    train: ShardedSource
+    extractor: ActivationExtractor
+    train_source: ShardedSource
     held_out: Sequences
-    data: dict[str, Any]
+    text_metadata: dict[str, Any]
     """What the SAE's metadata say of the text."""
-    plan: Plan
+    plan: BatchPlan
     weights_sha256: str | None
     """Hash of the model's weight files."""
     head: LMHeadModel | None
     """The model with its head, where the loss is its own."""
-    division: Placement
+    placement: Placement
     """Who of several processes trains what."""
 
 
-def prepare(config: RunConfig) -> Prepared:
+def prepare_run(config: RunConfig) -> RunContext:
     """Load and resolve everything that comes before the first activation; prints what was chosen."""
     quiet_libraries()
-    _announce_local(config)
-    head = load_head(config) if config.train.end_to_end else None
+    _log_local_paths(config)
+    head = load_lm_head_model(config) if config.train.end_to_end else None
     model = head.base if head is not None else load_model(config.model, config.base)
     distributed.init_tensor_group(model.device)
     tokenizer = load_tokenizer(config.model, config.base.revision, config.base.trust_remote_code)
     check_vocabulary(model, len(tokenizer))
     hookpoints = resolve_hookpoints(model, config.where)
     if head is not None:
-        require_mask(config, head, tokenizer)
+        require_mask_token(config, head, tokenizer)
         require_one_hookpoint(config, hookpoints)
     capture = ActivationCapture(model, hookpoints)
     for width in capture.widths.values():
         config.sae.resolve_num_latents(width)
     ctx_len = resolve_ctx_len(config, model)
     require_shards(config, step_tokens(config, ctx_len) // config.train.grad_acc_steps)
-    division = _divide(config, ctx_len, model, capture)
-    check_memory(config, model, capture.widths, ctx_len, division)
+    placement = _plan_placement(config, ctx_len, model, capture)
+    check_memory(config, model, capture.widths, ctx_len, placement)
     framing = Framing.from_tokenizer(tokenizer, model.causal, ctx_len)
     text = distributed.local_rank0_first(
         "reading and tokenizing the data set", lambda: load_text(config, tokenizer, framing)
     )
-    reader = ActivationExtractor(
-        capture, text.train.keep, config.base.resolve_batch_tokens(model.device), config.dataset
+    extractor = ActivationExtractor(
+        capture, text.train_source.keep, config.base.resolve_batch_tokens(model.device), config.dataset
     )
-    plan = make_plan(config, ctx_len, text.tokens)
-    return Prepared(
+    plan = build_batch_plan(config, ctx_len, text.train_tokens)
+    return RunContext(
         config,
         model,
         tokenizer,
         framing,
         hookpoints,
         capture,
-        reader,
-        text.train,
+        extractor,
+        text.train_source,
         text.held_out,
-        text.about,
+        text.metadata,
         plan,
         hash_model_weights(model),
         head,
-        division,
+        placement,
     )
 
 
@@ -167,27 +167,29 @@ def require_shards(config: RunConfig, micro_tokens: int) -> None:
             "would have none of them; raise --batch_size"
         )
     if shards % ranks:
-        most = -(-shards // ranks)
+        max_shards = -(-shards // ranks)
         log_rank0(
-            f"--data_shards {shards} over {ranks} processes: some read {most} shards and some {shards // ranks}, so "
+            f"--data_shards {shards} over {ranks} processes: some read {max_shards} shards and some {shards // ranks}, so "
             f"they wait for one another; {advice}"
         )
 
 
-def _divide(config: RunConfig, ctx_len: int, model: BaseModel, capture: ActivationCapture) -> Placement:
+def _plan_placement(config: RunConfig, ctx_len: int, model: BaseModel, capture: ActivationCapture) -> Placement:
     """Who trains what, said with its reason where there is a choice."""
-    loads = {name: SaeCost(sae_parameters(config, {name: width}), width) for name, width in capture.widths.items()}
-    division = plan_placement(
+    costs = {
+        name: SaeCost(count_sae_parameters(config, {name: width}), width) for name, width in capture.widths.items()
+    }
+    placement = plan_placement(
         config.processes,
-        loads,
+        costs,
         world_size=launch.world_size(),
         step_tokens=step_tokens(config, ctx_len),
         bytes_per_element=model.dtype.itemsize,
         is_spliced=config.train.end_to_end,
     )
-    if division.reason:
-        log_rank0(f"{launch.world_size()} processes, {division.reason}")
-    return division
+    if placement.reason:
+        log_rank0(f"{launch.world_size()} processes, {placement.reason}")
+    return placement
 
 
 def quiet_libraries() -> None:
@@ -198,7 +200,7 @@ def quiet_libraries() -> None:
         datasets.disable_progress_bars()
 
 
-def _announce_local(config: RunConfig) -> None:
+def _log_local_paths(config: RunConfig) -> None:
     for name, what in ((config.model, "model"), *((name, "data set") for name in config.dataset)):
         if os.path.exists(name):
             log_rank0(f"{what} {name}: the local path {Path(name).resolve()}")
@@ -216,13 +218,13 @@ def check_vocabulary(model: BaseModel, tokens: int) -> None:
 
 def resolve_ctx_len(config: RunConfig, model: BaseModel) -> int:
     """Tokens of a sequence; SaetrainError when more are asked for than the model has positions."""
-    given, most = config.tokens.ctx_len, model.max_positions
+    given, max_len = config.tokens.ctx_len, model.max_positions
     if given is None:
         given = stored_ctx_len(config.dataset)
     if given is None:
-        return min(DEFAULT_CTX_LEN, most or DEFAULT_CTX_LEN)
-    if most is not None and given > most:
-        raise SaetrainError(f"--ctx_len {given}: {config.model} has positions for at most {most} tokens")
+        return min(DEFAULT_CTX_LEN, max_len or DEFAULT_CTX_LEN)
+    if max_len is not None and given > max_len:
+        raise SaetrainError(f"--ctx_len {given}: {config.model} has positions for at most {max_len} tokens")
     return given
 
 
@@ -231,7 +233,7 @@ def step_tokens(config: RunConfig, ctx_len: int) -> int:
     return config.train.batch_size * ctx_len * config.train.grad_acc_steps * launch.world_size()
 
 
-def make_plan(config: RunConfig, ctx_len: int, text_tokens: tuple[int | None, ...]) -> Plan:
+def build_batch_plan(config: RunConfig, ctx_len: int, text_tokens: tuple[int | None, ...]) -> BatchPlan:
     """Steps of the run; SaetrainError when --max_tokens does not make one."""
     per_step = step_tokens(config, ctx_len)
     steps = config.train.max_tokens // per_step
@@ -241,37 +243,39 @@ def make_plan(config: RunConfig, ctx_len: int, text_tokens: tuple[int | None, ..
             f"(batch_size {config.train.batch_size} x ctx_len {ctx_len} x grad_acc_steps "
             f"{config.train.grad_acc_steps} x {launch.world_size()} ranks)"
         )
-    return Plan(per_step, steps, config.dataset, config.mixing.normalized_shares(len(config.dataset)), text_tokens)
+    return BatchPlan(per_step, steps, config.dataset, config.mixing.normalized_shares(len(config.dataset)), text_tokens)
 
 
-def read_sample(run: Prepared) -> Any:
+def read_calibration_sample(run: RunContext) -> Any:
     """Activations of the first training tokens of each shard; sets the reader's norm limits from them."""
-    there = run.plan.train_tokens
-    wanted = CALIBRATION_TOKENS if there is None else min(CALIBRATION_TOKENS, max(there, 1))
-    each = -(-wanted // run.train.n_shards)
+    available = run.plan.train_tokens
+    wanted = CALIBRATION_TOKENS if available is None else min(CALIBRATION_TOKENS, max(available, 1))
+    each = -(-wanted // run.train_source.n_shards)
     sequences = [
-        s for shard in range(run.train.n_shards) for s in run.train.read(shard, run.train.start_cursor, each)[0]
+        s
+        for shard in range(run.train_source.n_shards)
+        for s in run.train_source.read(shard, run.train_source.start_cursor, each)[0]
     ]
-    sample = run.reader.extract_all(sequences)
-    total = sum(map(len, sequences))
+    sample = run.extractor.extract_all(sequences)
+    n_tokens = sum(map(len, sequences))
     what = "special or at position 0" if run.model.causal else "special"
-    log_rank0(f"{1 - len(sample) / total:.1%} of the tokens are {what} and left out")
+    log_rank0(f"{1 - len(sample) / n_tokens:.1%} of the tokens are {what} and left out")
     if run.config.buffer.exclude_sinks:
-        run.reader.norm_limits = compute_norm_limits(sample)
+        run.extractor.norm_limits = compute_norm_limits(sample)
     return sample
 
 
-def held_out_batches(run: Prepared) -> Iterator[dict[str, Tensor]]:
+def held_out_batches(run: RunContext) -> Iterator[dict[str, Tensor]]:
     """Raw activations of the held-out sequences, in a fixed mixed order."""
     order = run.held_out.shuffled_order(run.config.loader.shuffle_seed)
-    for start in range(0, len(order), EVAL_SEQUENCES):
-        sequences = [run.held_out[int(number)] for number in order[start : start + EVAL_SEQUENCES]]
-        for batch in run.reader.iterate_batches(sequences):
+    for start in range(0, len(order), EVAL_BATCH_SEQUENCES):
+        sequences = [run.held_out[int(number)] for number in order[start : start + EVAL_BATCH_SEQUENCES]]
+        for batch in run.extractor.iterate_batches(sequences):
             if len(batch):
                 yield batch.values
 
 
-def resolved(run: Prepared) -> RunConfig:
+def resolve_config(run: RunContext) -> RunConfig:
     """The settings with everything filled in that was found out, for ``config.yaml``."""
     config, where = run.config, run.config.where
     if where.hookpoints is None:
@@ -290,7 +294,7 @@ def resolved(run: Prepared) -> RunConfig:
         if dead.dead_feature_threshold is None:
             window = dead.resolve_window(config.train.max_tokens, count, sae.k)
             dead = dataclasses.replace(dead, dead_window_tokens=window)
-    columns = run.data["text_columns"]
+    columns = run.text_metadata["text_columns"]
     column = columns[0] if len(columns) == 1 else config.source.text_column
     return dataclasses.replace(
         config,
@@ -306,6 +310,6 @@ def resolved(run: Prepared) -> RunConfig:
             dtype=dtype,
             device=str(run.model.device),
             revision=run.model.revision or config.base.revision,
-            model_batch_tokens=run.reader.batch_tokens,
+            model_batch_tokens=run.extractor.batch_tokens,
         ),
     )

@@ -10,7 +10,7 @@ import torch
 from saetrain import distributed, launch
 
 
-class RankFigures:
+class RankMetrics:
     """Figures of every rank since the last reading; none where there is one process."""
 
     def __init__(self) -> None:
@@ -26,21 +26,21 @@ class RankFigures:
         """
         if launch.world_size() == 1:
             return {}
-        now, cpu, waited = time.perf_counter(), time.process_time(), distributed.comm_stats().waited_s
-        elapsed, waiting = max(now - self._time, 1e-9), waited - self._waited
+        time_s, cpu, waited = time.perf_counter(), time.process_time(), distributed.comm_stats().waited_s
+        elapsed, waiting = max(time_s - self._time, 1e-9), waited - self._waited
         gpu = device.type == "cuda"
-        figures = {"tokens_per_second": (tokens - self._tokens) / max(elapsed - (0 if gpu else waiting), 1e-9)}
+        metrics = {"tokens_per_second": (tokens - self._tokens) / max(elapsed - (0 if gpu else waiting), 1e-9)}
         if not gpu:
-            figures["waiting"] = waiting / elapsed
-        used = _gpu(device) if gpu else (cpu - self._cpu) / elapsed / torch.get_num_threads()
+            metrics["waiting"] = waiting / elapsed
+        used = _gpu_utilization(device) if gpu else (cpu - self._cpu) / elapsed / torch.get_num_threads()
         if used is not None:
-            figures["utilisation"] = used
-        self._time, self._cpu, self._waited, self._tokens = now, cpu, waited, tokens
-        rows = distributed.all_gather_json(figures, "gathering the ranks' figures")
+            metrics["utilisation"] = used
+        self._time, self._cpu, self._waited, self._tokens = time_s, cpu, waited, tokens
+        rows = distributed.all_gather_json(metrics, "gathering the ranks' figures")
         return {f"rank{number}/{name}": value for number, row in enumerate(rows) for name, value in row.items()}
 
 
-def _gpu(device: torch.device) -> float | None:
+def _gpu_utilization(device: torch.device) -> float | None:
     """Share of the last second in which the GPU was busy, where NVIDIA's library can be asked."""
     with contextlib.suppress(Exception):  # without nvidia-ml-py, or without the right to ask, there is no figure
         return torch.cuda.utilization(device) / 100

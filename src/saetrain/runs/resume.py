@@ -17,10 +17,10 @@ from saetrain.evaluation.verdict import HealthSettings
 from saetrain.logs.console import log_rank0
 from saetrain.optim import LR_DECAY_SHARE
 from saetrain.runs import together
-from saetrain.runs.prepare import Prepared, make_plan, resolved
+from saetrain.runs.prepare import RunContext, build_batch_plan, resolve_config
 from saetrain.training.checkpoint import Checkpoint
 
-FREE = frozenset(
+MAY_CHANGE_ON_RESUME = frozenset(
     {
         "model",
         "dataset",
@@ -52,58 +52,60 @@ FREE = frozenset(
     }
 )
 """Settings that may change: they do not touch the weights (model and data set are compared by their content)."""
-OF_TEXT = frozenset({"split", "dataset_config", "text_column", "skip_bad_rows"})
+TEXT_SETTINGS = frozenset({"split", "dataset_config", "text_column", "skip_bad_rows"})
 """Settings that say which text it is: a text that is compared whole is told by its content."""
-PER_RANK = frozenset({"save_dir", "device", "data_preprocessing_num_proc", "resume", "overwrite"})
+MAY_DIFFER_BETWEEN_RANKS = frozenset({"save_dir", "device", "data_preprocessing_num_proc", "resume", "overwrite"})
 """Settings that may differ between processes."""
-BATCH = ("batch_size", "grad_acc_steps")
-DERIVED = ("lr_warmup_steps", "weight_decay", "dead_window_tokens", "model_batch_tokens")
+BATCH_SETTINGS = ("batch_size", "grad_acc_steps")
+DERIVED_SETTINGS = ("lr_warmup_steps", "weight_decay", "dead_window_tokens", "model_batch_tokens")
 """Settings that follow others, or the machine, where they are not given; a resumed run keeps the first start's."""
 
 
-def identity(run: Prepared) -> dict[str, Any]:
+def content_hashes(run: RunContext) -> dict[str, Any]:
     """What the model's weights and the text are, whatever their names."""
     return {
         "model_weights_sha256": run.weights_sha256,
         "model_config": hash_model_code(run.model),
         "tokenizer": hash_json(tokenizer_identity(run.tokenizer)),
-        "text": run.data["fingerprint"],
+        "text": run.text_metadata["fingerprint"],
     }
 
 
-def require_same(run: Prepared) -> None:
+def require_same_run(run: RunContext) -> None:
     """SaetrainError when the processes do not agree on what they are about to train on."""
-    settings = {f"--{name}": value for name, value in to_flat(run.config).items() if name not in PER_RANK}
-    found = {"the model's dtype": str(run.model.dtype), "--model_batch_tokens": run.reader.batch_tokens}
-    together.require_same({**settings, **found, **identity(run)})
+    settings = {
+        f"--{name}": value for name, value in to_flat(run.config).items() if name not in MAY_DIFFER_BETWEEN_RANKS
+    }
+    found = {"the model's dtype": str(run.model.dtype), "--model_batch_tokens": run.extractor.batch_tokens}
+    together.require_equal_on_ranks({**settings, **found, **content_hashes(run)})
 
 
-def reconcile(run: Prepared, checkpoint: Checkpoint) -> Prepared:
+def reconcile_with_checkpoint(run: RunContext, checkpoint: Checkpoint) -> RunContext:
     """``run`` with the settings that the checkpoint's run had worked out.
 
     Raises SaetrainError for a setting, a model or a text that has changed and would change the result.
     """
-    then, now = checkpoint.values["identity"], identity(run)
-    _same(now, then, "model_weights_sha256", "MODEL: its weights are not those")
-    _same(now, then, "model_config", "MODEL: its configuration or code is not the one")
-    _same(now, then, "tokenizer", "MODEL: its tokenizer is not the one")
+    saved_hashes, current_hashes = checkpoint.values["identity"], content_hashes(run)
+    _require_same_hash(current_hashes, saved_hashes, "model_weights_sha256", "MODEL: its weights are not those")
+    _require_same_hash(current_hashes, saved_hashes, "model_config", "MODEL: its configuration or code is not the one")
+    _require_same_hash(current_hashes, saved_hashes, "tokenizer", "MODEL: its tokenizer is not the one")
     before: Mapping[str, Any] = checkpoint.values["settings"]
     given = to_flat(run.config)
-    flat = to_flat(resolved(run))
+    flat = to_flat(resolve_config(run))
     if flat["max_tokens"] != before["max_tokens"]:
-        _check_longer(flat["max_tokens"], before["max_tokens"])
+        _require_not_shorter(flat["max_tokens"], before["max_tokens"])
     # Also where the tokens are the same: an earlier resume may have asked for more of them.
-    flat.update({name: before[name] for name in DERIVED if given[name] is None})
+    flat.update({name: before[name] for name in DERIVED_SETTINGS if given[name] is None})
     if given["lr"] == checkpoint.values["asked_lr"] == "auto":
         flat["lr"] = before["lr"]
-    flat.update(_kernels(given, before))
-    settled = _settled(run, flat, before)
-    if _sequences(flat, launch.world_size()) == _sequences(before, checkpoint.values["world_size"]):
-        settled |= set(BATCH)
+    flat.update(_resolve_kernels(given, before))
+    ignorable = _ignorable_settings(run, flat, before)
+    if _sequences_per_step(flat, launch.world_size()) == _sequences_per_step(before, checkpoint.values["world_size"]):
+        ignorable |= set(BATCH_SETTINGS)
     changed = [
         f"--{name} is {value} now and was {before.get(name)}"
         for name, value in flat.items()
-        if name not in FREE | settled | {"max_tokens"} and value != before.get(name)
+        if name not in MAY_CHANGE_ON_RESUME | ignorable | {"max_tokens"} and value != before.get(name)
     ]
     if changed and launch.world_size() != checkpoint.values["world_size"]:
         changed.append(
@@ -115,21 +117,21 @@ def reconcile(run: Prepared, checkpoint: Checkpoint) -> Prepared:
             "start a run of another --run_name"
         )
     # Behind the settings, for some of them decide which texts are trained on.
-    _same(now, then, "text", "DATASET: its text is not the one")
+    _require_same_hash(current_hashes, saved_hashes, "text", "DATASET: its text is not the one")
     config: RunConfig = dataclasses.replace(from_flat(flat, "checkpoint"), where=run.config.where)
-    plan = make_plan(config, run.framing.ctx_len, run.plan.text_tokens)
-    run.reader.batch_tokens = config.base.resolve_batch_tokens(run.model.device)
+    plan = build_batch_plan(config, run.framing.ctx_len, run.plan.text_tokens)
+    run.extractor.batch_tokens = config.base.resolve_batch_tokens(run.model.device)
     return dataclasses.replace(run, config=config, plan=plan)
 
 
-def _listed(whole: int) -> str:
+def _format_divisors(whole: int) -> str:
     """The numbers that divide ``whole``, up to a node or a few of GPUs."""
     return ", ".join(str(number) for number in range(1, min(whole, 64) + 1) if whole % number == 0)
 
 
-def _sequences(settings: Mapping[str, Any], world: int) -> int:
+def _sequences_per_step(settings: Mapping[str, Any], world: int) -> int:
     """Sequences of an optimizer step."""
-    return world * math.prod(settings[name] for name in BATCH)
+    return world * math.prod(settings[name] for name in BATCH_SETTINGS)
 
 
 def fit_batch(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
@@ -137,29 +139,29 @@ def fit_batch(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
 
     Raises SaetrainError where they can't be kept; a batch of the user's own is left to :func:`reconcile`.
     """
-    before, world, now = values["settings"], values["world_size"], launch.world_size()
+    before, saved_n_ranks, n_ranks = values["settings"], values["world_size"], launch.world_size()
     flat = to_flat(config)
-    asked, last = [[settings[name] for name in BATCH] for settings in (flat, before)]
-    whole = math.prod(last) * world
-    same = math.prod(asked) * now == whole
+    asked, last = [[settings[name] for name in BATCH_SETTINGS] for settings in (flat, before)]
+    whole = math.prod(last) * saved_n_ranks
+    same = math.prod(asked) * n_ranks == whole
     if same or asked not in (last, values["asked_batch"]):
         return config
-    if whole % now:
+    if whole % n_ranks:
         raise SaetrainError(
-            f"--resume: the run's steps of {whole} sequences ({last[0]} x {last[1]} micro-steps x {world} processes) "
-            f"can't be dealt evenly to {now} processes; start one of {_listed(whole)} processes"
+            f"--resume: the run's steps of {whole} sequences ({last[0]} x {last[1]} micro-steps x {saved_n_ranks} processes) "
+            f"can't be dealt evenly to {n_ranks} processes; start one of {_format_divisors(whole)} processes"
         )
     # The largest micro-batch that is no larger than what was asked for.
-    size = max(size for size in range(1, asked[0] + 1) if whole // now % size == 0)
-    steps = whole // now // size
+    size = max(size for size in range(1, asked[0] + 1) if whole // n_ranks % size == 0)
+    steps = whole // n_ranks // size
     log_rank0(
-        f"--batch_size {size} --grad_acc_steps {steps} keep the run's steps of {whole} sequences on {now} "
-        f"process{'es' if now > 1 else ''}"
+        f"--batch_size {size} --grad_acc_steps {steps} keep the run's steps of {whole} sequences on {n_ranks} "
+        f"process{'es' if n_ranks > 1 else ''}"
     )
     return dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=size, grad_acc_steps=steps))
 
 
-def _kernels(given: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+def _resolve_kernels(given: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
     """The first start's choice holds, for kernels round differently; an explicit one is taken, and that is said.
 
     A machine that the run moves to may have no compiler.
@@ -173,7 +175,7 @@ def _kernels(given: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, A
     return out
 
 
-def _settled(run: Prepared, flat: Mapping[str, Any], before: Mapping[str, Any]) -> frozenset[str]:
+def _ignorable_settings(run: RunContext, flat: Mapping[str, Any], before: Mapping[str, Any]) -> frozenset[str]:
     """Settings that can't matter beside what else is compared."""
     names = set()
     if flat["num_latents"] is not None and flat["num_latents"] == before["num_latents"]:
@@ -185,26 +187,26 @@ def _settled(run: Prepared, flat: Mapping[str, Any], before: Mapping[str, Any]) 
     if run.weights_sha256 is not None and not run.config.base.trust_remote_code:
         names.add("revision")
     if run.plan.train_tokens is not None:
-        names |= OF_TEXT
+        names |= TEXT_SETTINGS
     return frozenset(names)
 
 
-def _same(now: Mapping[str, Any], before: Mapping[str, Any], name: str, what: str) -> None:
-    if now[name] != before[name]:
+def _require_same_hash(current: Mapping[str, Any], saved: Mapping[str, Any], name: str, what: str) -> None:
+    if current[name] != saved[name]:
         raise SaetrainError(
-            f"--resume: {what} that the run began with (hash {str(now[name])[:12]}, was "
-            f"{str(before[name])[:12]}); start a run of another --run_name"
+            f"--resume: {what} that the run began with (hash {str(current[name])[:12]}, was "
+            f"{str(saved[name])[:12]}); start a run of another --run_name"
         )
 
 
-def _check_longer(now: int, before: int) -> None:
-    if now < before:
+def _require_not_shorter(current: int, saved: int) -> None:
+    if current < saved:
         raise SaetrainError(
-            f"--resume: --max_tokens {now} is less than the {before} that the run began with; "
+            f"--resume: --max_tokens {current} is less than the {saved} that the run began with; "
             "only more can be asked for"
         )
     log_rank0(
-        f"--max_tokens {now:,} instead of {before:,}: the decay of the learning rate moves to the last "
+        f"--max_tokens {current:,} instead of {saved:,}: the decay of the learning rate moves to the last "
         f"{LR_DECAY_SHARE:.0%} of the longer run, and a rate of --lr auto stays that of the shorter, so the result is not "
         "that of a run that was this long from the start"
     )

@@ -11,12 +11,12 @@ from saetrain.data.tokenfile import check_output_folder, is_token_folder, save_t
 from saetrain.data.tokenize import DEFAULT_CTX_LEN, Framing, TokenSettings, load_tokenizer
 from saetrain.errors import SaetrainError
 from saetrain.logs.console import log_rank0
-from saetrain.runs.metadata import location
+from saetrain.runs.metadata import absolute_location
 from saetrain.runs.prepare import quiet_libraries
-from saetrain.runs.text import open_text, tokenized
+from saetrain.runs.text import open_text, tokenize_source
 
 
-def tokenize(config: TokenizeConfig) -> None:
+def tokenize_dataset(config: TokenizeConfig) -> None:
     """Write the folder; SaetrainError for what the user can mend."""
     quiet_libraries()
     out = Path(config.out)
@@ -31,12 +31,12 @@ def tokenize(config: TokenizeConfig) -> None:
     )
     settings = TokenSettings(ctx_len=config.ctx_len, data_preprocessing_num_proc=config.data_preprocessing_num_proc)
     tokenizer = load_tokenizer(config.model, config.revision, config.trust_remote_code)
-    framing = _framing(config, tokenizer)
+    framing = _resolve_framing(config, tokenizer)
     source = open_text(config.dataset, source_settings, tokenizer)
-    column, splits = tokenized(config.dataset, source, tokenizer, framing, settings)
-    about = {
+    column, splits = tokenize_source(config.dataset, source, tokenizer, framing, settings)
+    metadata = {
         "model": config.model,
-        "dataset": location(config.dataset),
+        "dataset": absolute_location(config.dataset),
         "split": config.split,
         "dataset_config": config.dataset_config,
         "text_columns": list(column.columns),
@@ -44,16 +44,16 @@ def tokenize(config: TokenizeConfig) -> None:
         "held_out_split": source.held_out_split,
         "splits": list(splits),
     }
-    save_tokens(out, splits, about, tokenizer, framing)
+    save_tokens(out, splits, metadata, tokenizer, framing)
     log_rank0(f"{sum(len(rows) for rows in splits.values()):,} rows of tokens written to {out}")
 
 
-def _framing(config: TokenizeConfig, tokenizer: object) -> Framing:
+def _resolve_framing(config: TokenizeConfig, tokenizer: object) -> Framing:
     """How the model reads documents; the same context length as a run would take."""
     settings = ModelSettings(revision=config.revision, trust_remote_code=config.trust_remote_code)
     model = load_config(config.model, settings)
-    most = getattr(model, "max_position_embeddings", None)
-    length = config.ctx_len or min(DEFAULT_CTX_LEN, most or DEFAULT_CTX_LEN)
-    if most is not None and length > most:
-        raise SaetrainError(f"--ctx_len {length}: {config.model} has positions for at most {most} tokens")
+    max_len = getattr(model, "max_position_embeddings", None)
+    length = config.ctx_len or min(DEFAULT_CTX_LEN, max_len or DEFAULT_CTX_LEN)
+    if max_len is not None and length > max_len:
+        raise SaetrainError(f"--ctx_len {length}: {config.model} has positions for at most {max_len} tokens")
     return Framing.from_tokenizer(tokenizer, detect_causal(config.model, model), length)

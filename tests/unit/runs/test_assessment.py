@@ -11,8 +11,8 @@ from saetrain.coders.topk import TopK
 from saetrain.evaluation.bootstrap import Estimate
 from saetrain.evaluation.score import MetricResult, SaeScores
 from saetrain.evaluation.verdict import HealthSettings
-from saetrain.runs.assessment import TextScores, figures_table, verdict_on, verdict_table
-from saetrain.runs.locate import Found
+from saetrain.runs.assessment import TextScores, build_metrics_table, build_verdict_table, judge_sae
+from saetrain.runs.locate import SavedSae
 
 VALUES = {"explained_variance": 0.8, "l0": 20.0, "dead_below_threshold": 0.6, "decoder_redundancy_top100": 0.1}
 
@@ -23,7 +23,7 @@ def test_the_share_that_must_be_dead_follows_from_k_not_from_what_fires(k: int, 
     scores = SaeScores(
         {name: MetricResult(Estimate(value), 1000) for name, value in VALUES.items()}, {}, {}, (0, 0, 0), 1
     )
-    found = verdict_on(Found(Path(), TopK(8, 4096, k), {}), scores, 0.01, HealthSettings()).judgments["dead"]
+    found = judge_sae(SavedSae(Path(), TopK(8, 4096, k), {}), scores, 0.01, HealthSettings()).judgments["dead"]
     assert found.status == "fail"
     assert found.by_construction == impossible
     assert ("must at this k and num_latents" in found.reason) == impossible
@@ -46,11 +46,11 @@ LOSSES = dict.fromkeys(("ce_clean", "ce_recovered_zero", "ce_recovered_mean", "d
 def test_tables_fit_80_columns_with_every_figure_whole(loss: dict[str, int]) -> None:
     found = scores(loss)
     texts = [TextScores(name, name == "wikitext", "", {"a": found}, 3) for name in ("wikitext", "/x/" + 40 * "n")]
-    verdict = verdict_on(Found(Path(), TopK(8, 4096, 64), {}), found, 0.01, HealthSettings())
+    verdict = judge_sae(SavedSae(Path(), TopK(8, 4096, 64), {}), found, 0.01, HealthSettings())
     console = Console(width=80)
     with console.capture() as capture:
-        console.print(figures_table("title", "a", texts))
-        console.print(verdict_table(verdict, f"health on {texts[0]}"))
+        console.print(build_metrics_table("title", "a", texts))
+        console.print(build_verdict_table(verdict, f"health on {texts[0]}"))
     shown = capture.get()
     assert "…" not in shown
     columns = 3 + len(set(loss) - {"ce_clean"})

@@ -13,8 +13,8 @@ import yaml
 
 from saetrain.cli import main
 from saetrain.config import CompareConfig
-from saetrain.runs.assessment import FORMAT
-from saetrain.runs.compare import Comparison, compare, read_run, tokens_per_second
+from saetrain.runs.assessment import FORMAT_VERSION
+from saetrain.runs.compare import Comparison, compare_runs, mean_tokens_per_second, read_run
 
 LAYER = "encoder.layer.0"
 
@@ -37,7 +37,7 @@ def assessment(explained: float = 0.75, **figures: dict[str, Any]) -> dict[str, 
         },
     }
     judged_on = {"data_set": "text.jsonl", "in_sample": True, "held_out": "documents"}
-    return {"format": FORMAT, "judged_on": judged_on, "thresholds": {"max_dead": 0.2}, "saes": {LAYER: entry}}
+    return {"format": FORMAT_VERSION, "judged_on": judged_on, "thresholds": {"max_dead": 0.2}, "saes": {LAYER: entry}}
 
 
 def make_run(folder: Path, content: dict[str, Any] | None = None, **settings: Any) -> str:
@@ -57,7 +57,7 @@ def shown(printed: str) -> dict[str, list[str]]:
 
 
 def compared(*runs: str) -> Comparison:
-    return compare(CompareConfig(runs=runs))
+    return compare_runs(CompareConfig(runs=runs))
 
 
 def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
@@ -69,7 +69,7 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 
 def test_only_settings_that_differ_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     comparison = compared(make_run(tmp_path / "a"), make_run(tmp_path / "b", auxk_alpha=0.03125, layers=[0, 1]))
-    assert comparison.differing == ["auxk_alpha", "layers"]
+    assert comparison.differing_settings == ["auxk_alpha", "layers"]
     printed = capsys.readouterr().out
     table = shown(printed)
     assert table.pop("") == ["[0.65, 0.85]"] * 2
@@ -140,15 +140,19 @@ def test_scoring_settings_are_counts_of_what_was_scored(tmp_path: Path, capsys: 
     runs = [make_run(tmp_path / "fewer", fewer, eval_tokens=9, max_dead=0.5), make_run(tmp_path / "more", more)]
     comparison = compared(*runs, make_run(tmp_path / "other", other, loss_tokens=1))
     printed = capsys.readouterr().out
-    assert comparison.differing == []
+    assert comparison.differing_settings == []
     assert shown(printed)["tokens scored"] == ["8,000"] * 3
     assert shown(printed)["tokens for the loss"] == ["4,064", "8,001", "300"]
-    assert [line.split(",")[0] for line in comparison.remarks()] == [
+    assert [line.split(",")[0] for line in comparison.comparability_remarks()] == [
         "the numbers of tokens on which the model's loss was scored differ"
     ]
     assert comparison.as_json()["saes"][0]["loss_tokens_scored"] == 4064
-    assert compared(runs[0], make_run(tmp_path / "none")).remarks()[0].startswith("the numbers of tokens scored differ")
-    assert not compared(runs[0]).remarks()
+    assert (
+        compared(runs[0], make_run(tmp_path / "none"))
+        .comparability_remarks()[0]
+        .startswith("the numbers of tokens scored differ")
+    )
+    assert not compared(runs[0]).comparability_remarks()
 
 
 def test_of_a_path_the_last_part_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -166,13 +170,13 @@ def test_the_loss_is_shown_where_an_sae_has_it(tmp_path: Path) -> None:
     names = ("ce_recovered_zero", "delta_ce", "kl", "pooled_cosine")
     with_loss = assessment(**{name: figure(0.9, 0.8, 1.0) for name in names})
     comparison = compared(make_run(tmp_path / "a"), make_run(tmp_path / "b", with_loss))
-    assert comparison.figures()[:5] == ["explained_variance", *names]
-    assert ["ce_recovered_zero" in row.figures for row in comparison.rows] == [False, True]
+    assert comparison.metric_names()[:5] == ["explained_variance", *names]
+    assert ["ce_recovered_zero" in row.metrics for row in comparison.rows] == [False, True]
 
 
 def test_a_figure_that_is_not_known_is_left_out(tmp_path: Path) -> None:
     (row,) = read_run(Path(make_run(tmp_path / "a", assessment(l0=figure(None)))), "a")
-    assert "l0" not in row.figures
+    assert "l0" not in row.metrics
 
 
 def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
@@ -185,7 +189,7 @@ def test_an_sae_without_a_run_has_a_row_too(tmp_path: Path) -> None:
     (alone / "config.yaml").unlink()
     (alone / "metrics.jsonl").unlink()
     comparison = compared(make_run(tmp_path / "a"), str(alone))
-    assert comparison.differing == []
+    assert comparison.differing_settings == []
     assert comparison.rows[1].tokens_per_second is None
 
 
@@ -208,7 +212,7 @@ def test_files_hold_what_is_printed(tmp_path: Path) -> None:
 def test_speed_is_tokens_over_time(tmp_path: Path) -> None:
     """100 tokens at 100 a second and 100 at 300 take 4/3 of a second."""
     make_run(tmp_path / "a")
-    assert tokens_per_second(tmp_path / "a" / "metrics.jsonl") == pytest.approx(200 / (4 / 3))
+    assert mean_tokens_per_second(tmp_path / "a" / "metrics.jsonl") == pytest.approx(200 / (4 / 3))
 
 
 def test_what_spoils_the_comparison_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -250,8 +254,8 @@ def test_a_run_without_an_assessment_says_how_to_make_one(tmp_path: Path, capsys
         ("{", "final_assessment.json: is no JSON"),
         ("\xff", "final_assessment.json: is no JSON"),
         ("[]", "should hold a JSON object"),
-        (json.dumps({**assessment(), "format": 7}), f"is of format 7, and this version reads {FORMAT}"),
-        (json.dumps({"format": FORMAT}), "is not as saetrain writes it (KeyError: 'saes')"),
+        (json.dumps({**assessment(), "format": 7}), f"is of format 7, and this version reads {FORMAT_VERSION}"),
+        (json.dumps({"format": FORMAT_VERSION}), "is not as saetrain writes it (KeyError: 'saes')"),
         (json.dumps({**assessment(), "saes": {LAYER: 3}}), "is not as saetrain writes it"),
         (json.dumps({**assessment(), "saes": {}}), "final_assessment.json: holds no SAE"),
     ],

@@ -17,9 +17,9 @@ from saetrain.coders.topk import TopK
 from saetrain.data.masking import select_masked_positions
 from saetrain.errors import SaetrainError
 from saetrain.runs.build import build_trainer
-from saetrain.runs.end_to_end import EndToEnd
-from saetrain.runs.feed import SequenceFeed, make_feed
-from saetrain.runs.prepare import Prepared, prepare
+from saetrain.runs.end_to_end import SplicedBatchBuilder
+from saetrain.runs.feed import SequenceBatches, build_batch_source
+from saetrain.runs.prepare import RunContext, prepare_run
 from saetrain.training.trainer import SaeState
 from saetrain.types import CoderOutput, Codes, TokenSequence
 
@@ -34,24 +34,24 @@ class Ready:
     """A run up to its first step."""
 
     def __init__(self, model: str, text: str, *words: str) -> None:
-        self.run: Prepared = prepare(parse_train([model, text, *SIZES.split(), *words]))
+        self.run: RunContext = prepare_run(parse_train([model, text, *SIZES.split(), *words]))
         self.trainer, normalizers = build_trainer(self.run, None)
         ((self.hookpoint, self.normalizer),) = normalizers.items()
         self.sae: SaeState = self.trainer.saes[self.hookpoint]
-        self.feed = make_feed(self.run, normalizers)
-        assert isinstance(self.feed, SequenceFeed)
+        self.feed = build_batch_source(self.run, normalizers)
+        assert isinstance(self.feed, SequenceBatches)
 
     def gradients(self) -> dict[str, Tensor]:
         """Of the first step's loss, by both its micro-steps."""
         self.sae.coder.zero_grad()
         for number in range(2):
-            batch: Any = self.feed.micro_batch(number)[self.hookpoint]
+            batch: Any = self.feed.get_micro_batch(number)[self.hookpoint]
             self.sae.forward_backward(batch, self.sae.build_progress(0, self.trainer.tokens_per_step))
         return {name: p.grad.clone() for name, p in self.sae.coder.named_parameters() if p.grad is not None}
 
     def sequences(self) -> list[TokenSequence]:
         """The first step's: the first one of each shard in turn."""
-        return [self.run.train.read(shard, self.run.train.start_cursor, 1)[0][-1] for shard in range(6)]
+        return [self.run.train_source.read(shard, self.run.train_source.start_cursor, 1)[0][-1] for shard in range(6)]
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def rebuilt(weights: dict[str, Tensor], x: Tensor, normalizer: Normalizer, k: in
 def loss_by_hand(ready: Ready, model: Any, weights: dict[str, Tensor], causal: bool) -> Tensor:
     """The step's loss, from the run's sequences and constants and nothing else of it."""
     loss_fn = ready.run.config.train.loss_fn
-    limit = ready.run.reader.norm_limits[ready.hookpoint]
+    limit = ready.run.extractor.norm_limits[ready.hookpoint]
     total, recon, scored, kept = torch.zeros(()), torch.zeros(()), 0, 0
     for number, sequence in enumerate(ready.sequences()):
         ids = torch.from_numpy(sequence.ids).long()
@@ -133,7 +133,9 @@ def test_loss_and_gradients_equal_those_computed_by_hand(model: str, loss: str, 
     causal = model == "tiny_gpt2"
     # Behind BERT's layer norm all activations are as long.
     if causal:
-        made.run.reader.norm_limits[made.hookpoint] = float(made.normalizer.mean.norm() + made.normalizer.variance**0.5)
+        made.run.extractor.norm_limits[made.hookpoint] = float(
+            made.normalizer.mean.norm() + made.normalizer.variance**0.5
+        )
     auto = AutoModelForCausalLM if causal else AutoModelForMaskedLM
     plain = auto.from_pretrained(made.run.model.name).eval().requires_grad_(False)
     weights = {name: p.detach().clone().requires_grad_() for name, p in made.sae.coder.named_parameters()}
@@ -163,7 +165,7 @@ def perfect(width: int) -> TopK:
 
 def terms_of(made: Ready, coder: TopK) -> dict[str, float]:
     """The loss terms of the first micro-batch under another coder."""
-    batch: Any = made.feed.micro_batch(0)[made.hookpoint]
+    batch: Any = made.feed.get_micro_batch(0)[made.hookpoint]
     x = made.normalizer(batch.raw_ND)
     with torch.no_grad():
         output = CoderOutput(coder.encode(x), coder.decode(coder.encode(x)), {"recon": torch.zeros(())})
@@ -180,35 +182,35 @@ def test_the_kl_of_a_perfect_sae_is_zero_and_its_ce_the_model_s(model: str, read
         zero.W_dec.zero_()
     assert terms_of(made, zero)["kl"] > 1e-5, "not whatever is spliced in"
     made = ready(model, "--loss_fn", "ce", *one_step)
-    question = made.feed._step[0] if made.feed.micro_batch(0) else None  # type: ignore[attr-defined]
-    assert question is not None
+    lm_batch = made.feed._step_lm_batches[0] if made.feed.get_micro_batch(0) else None  # type: ignore[attr-defined]
+    assert lm_batch is not None
     assert made.run.head is not None
     with torch.no_grad():
-        logits = made.run.head.compute_logits(question.ids, question.mask)[question.scored]
-    clean = cross_entropy(logits, question.targets)
-    made.feed.restore({str(shard): [0] for shard in range(16)})
+        logits = made.run.head.compute_logits(lm_batch.input_ids, lm_batch.attention_mask)[lm_batch.scored_mask]
+    clean = cross_entropy(logits, lm_batch.targets)
+    made.feed.load_state_dict({str(shard): [0] for shard in range(16)})
     assert terms_of(made, perfect(32))["ce"] == pytest.approx(float(clean), rel=1e-5)
 
 
 @MODELS
 def test_special_tokens_and_first_positions_keep_their_activation(model: str, ready: Callable[..., Ready]) -> None:
     made = ready(model, "--loss_fn", "kl")
-    batch: Any = made.feed.micro_batch(0)[made.hookpoint]
+    batch: Any = made.feed.get_micro_batch(0)[made.hookpoint]
     assert len(batch.raw_ND) == sum(int((s.kind == 0).sum()) for s in made.sequences()[:3])
     assert batch.step_tokens == sum(int((s.kind == 0).sum()) for s in made.sequences())
 
 
 def test_masks_differ_between_passes_over_the_text(ready: Callable[..., Ready]) -> None:
     made = ready("tiny_mlm", "--loss_fn", "kl")
-    made.feed.micro_batch(0)
-    first = [question.scored for question in made.feed._step]  # type: ignore[attr-defined]
-    made.feed.restore({str(shard): [0] for shard in range(16)})
-    made.feed.micro_batch(0)
-    again = [question.scored for question in made.feed._step]  # type: ignore[attr-defined]
+    made.feed.get_micro_batch(0)
+    first = [lm_batch.scored_mask for lm_batch in made.feed._step_lm_batches]  # type: ignore[attr-defined]
+    made.feed.load_state_dict({str(shard): [0] for shard in range(16)})
+    made.feed.get_micro_batch(0)
+    again = [lm_batch.scored_mask for lm_batch in made.feed._step_lm_batches]  # type: ignore[attr-defined]
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True)), "a function of the position alone"
-    made.feed.restore({str(shard): [0] for shard in range(16)})
-    made.feed.micro_batch(32)
-    later = [question.scored for question in made.feed._step]  # type: ignore[attr-defined]
+    made.feed.load_state_dict({str(shard): [0] for shard in range(16)})
+    made.feed.get_micro_batch(32)
+    later = [lm_batch.scored_mask for lm_batch in made.feed._step_lm_batches]  # type: ignore[attr-defined]
     assert [s.shape for s in later] == [s.shape for s in first], "the same sequences"
     assert not all(torch.equal(a, b) for a, b in zip(first, later, strict=True))
 
@@ -236,12 +238,12 @@ def test_no_memory_for_the_model_is_said_with_what_to_lower(
 ) -> None:
     made = ready("tiny_gpt2", "--loss_fn", "kl")
 
-    def fail(self: EndToEnd, question: Any) -> Tensor:
+    def fail(self: SplicedBatchBuilder, lm_batch: Any) -> Tensor:
         raise MemoryError
 
-    monkeypatch.setattr(EndToEnd, "_log_probs", fail)
+    monkeypatch.setattr(SplicedBatchBuilder, "_log_probs", fail)
     with pytest.raises(SaetrainError, match="while the model read 3 x 24 tokens: lower --batch_size from 3 to 1"):
-        made.feed.micro_batch(0)
+        made.feed.get_micro_batch(0)
 
 
 def test_codes_are_those_of_the_coder(ready: Callable[..., Ready]) -> None:
