@@ -1,1 +1,1 @@
-"""What is timed, how, and against what: ``python -m benchmarks`` (docs/performance.md explains it)."""
+"""Benchmarks of training speed, memory and quality; benchmarks/performance.md explains the method."""

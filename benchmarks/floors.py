@@ -1,4 +1,4 @@
-"""What no trainer goes below: the model's forward to the hook, the encoder's GEMM, one fused Adam pass."""
+"""Lower bounds of a step (floors): the forward pass to the hook, the encoder's GEMM, one fused Adam pass."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from benchmarks.saetrain_runner import build_base_model
 from saetrain.activations.capture import ActivationCapture
 
 GEMM_ROWS = 256
-"""Rows of a GEMM at once: its output stays in the cache, which was faster than one large one."""
+"""Rows per GEMM: the output fits into the cache, which is faster than one large GEMM."""
 
 
 class RepeatedWork:
-    """A piece of work that is the same each time."""
+    """The same pieces of work, repeated."""
 
     period = 1
 
@@ -25,7 +25,7 @@ class RepeatedWork:
         self._pieces = pieces
 
     def run(self, steps: int) -> list[float]:
-        """Seconds of each repetition."""
+        """Run the pieces ``steps`` times and return the seconds of each repetition."""
         seconds = []
         for _ in range(steps):
             start = time.perf_counter()
@@ -36,7 +36,7 @@ class RepeatedWork:
 
 
 def build(work: Work) -> RepeatedWork:
-    """The floor of that kind; of an end-to-end step, the sum of the three."""
+    """Build the floor of this kind; that of an end-to-end step is the sum of all three."""
     if work.kind == "forward":
         return RepeatedWork([_build_forward(work)])
     if work.kind == "gemm":

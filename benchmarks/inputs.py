@@ -1,4 +1,4 @@
-"""The same inputs for every tool: activations with structure, token ids, and models with random weights."""
+"""Inputs that all tools share: structured activations, token ids, and models with random weights."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ ACTIVE = 24
 NOISE = 0.1
 VOCABULARY = {"bert": 30522, "gpt2": 50257}
 STEPS = 100_000
-"""Steps of the run that a trainer believes to be in, so that no schedule ends while it is timed."""
+"""Total steps that each trainer is configured for, so that no schedule ends during the measurement."""
 
 
 def make_activations(work: Work) -> list[Tensor]:
-    """BATCHES batches (N, D): sparse mixtures of fixed unit directions over a common mean, plus noise."""
+    """Make BATCHES batches (N, D): sparse mixtures of fixed unit directions, plus a common mean and noise."""
     generator = torch.Generator().manual_seed(SEED)
     directions = torch.randn(DIRECTIONS, work.width, generator=generator)
     directions /= directions.norm(dim=1, keepdim=True)
     mean = torch.randn(work.width, generator=generator)
     batches = []
     for _ in range(BATCHES):
-        # Squaring makes some directions far more frequent than others, as features are.
+        # Squaring makes some directions far more frequent than others, as features of real data are.
         chosen = (torch.rand(work.tokens, ACTIVE, generator=generator).square() * DIRECTIONS).long()
         strength = torch.rand(work.tokens, ACTIVE, generator=generator) * 4
         signal = torch.nn.functional.embedding_bag(chosen, directions, per_sample_weights=strength, mode="sum")
@@ -36,20 +36,20 @@ def make_activations(work: Work) -> list[Tensor]:
 
 
 def make_token_ids(work: Work, sequences: int) -> Tensor:
-    """(sequences, ctx_len) random token ids; what they are changes no time."""
+    """Make random token ids (sequences, ctx_len); their values do not affect the time."""
     generator = torch.Generator().manual_seed(SEED)
     return torch.randint(1, VOCABULARY[work.model], (sequences, work.ctx_len), generator=generator)
 
 
 def sequences_per_step(work: Work) -> int:
-    """Sequences whose tokens make a step."""
+    """Number of sequences whose tokens make up one step."""
     rows = work.tokens // work.ctx_len
     assert rows * work.ctx_len == work.tokens, work
     return rows
 
 
 def build_transformer(work: Work, head: bool = False) -> Any:
-    """A transformers model of that shape, frozen and in eval mode, with a language-model head where asked for."""
+    """Build a transformers model of these sizes, frozen and in eval mode; ``head`` adds a language-model head."""
     import transformers
 
     torch.manual_seed(SEED)
@@ -71,5 +71,5 @@ def build_transformer(work: Work, head: bool = False) -> Any:
 
 
 def hookpoint_name(work: Work, layer: int) -> str:
-    """Name of the block's module in :func:`transformer` without a head."""
+    """Name of the block's module in :func:`build_transformer` without a head."""
     return f"encoder.layer.{layer}" if work.model == "bert" else f"h.{layer}"

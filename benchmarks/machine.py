@@ -1,4 +1,4 @@
-"""Where figures come from: the machine, the code's commit, and the command."""
+"""Origin of the measurements: machine, commit and command."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def describe_machine() -> dict[str, Any]:
 
 
 def describe_run(arguments: list[str]) -> dict[str, Any]:
-    """When, of which code, by which command."""
+    """Date, commit, command and Python version of this run."""
     commit = ""
-    # A machine that is lent for a benchmark may have neither git nor the history.
+    # A machine that only runs a benchmark may have neither git nor the history.
     if shutil.which("git") is not None:
         described = ["git", "describe", "--always", "--dirty"]
         commit = subprocess.run(described, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()

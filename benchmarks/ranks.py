@@ -1,9 +1,10 @@
-"""One process against several, on the CPU: weak and strong scaling, what is exchanged, and how long a step waits.
+"""Scaling from one process to several on a CPU: speed, communicated bytes, and time spent waiting.
 
     torchrun --nproc_per_node 2 -m benchmarks.ranks
 
-Every variant is built in every process; in each round one process trains alone while the others wait, then all train
-with as many tokens each (weak), then with as many in all (strong). End to end: model, mixing buffer and SAE.
+Each process builds all variants. In each round, one process trains alone while the others wait; then all processes
+train with the same number of tokens per process (weak scaling), then with the same number of tokens in total (strong
+scaling). The training is end to end: model, shuffle buffer and SAE.
 """
 
 from __future__ import annotations
@@ -31,14 +32,15 @@ from benchmarks.saetrain_runner import (
     build_base_model,
     build_sae_trainer,
 )
-from saetrain import distributed, launch
+from saetrain import distributed
+from saetrain.activations.buffer import ShuffleBuffer
 from saetrain.activations.capture import ActivationCapture
+from saetrain.activations.extract import ActivationExtractor
 from saetrain.activations.model import ModelSettings
 from saetrain.activations.normalize import Normalizer, compute_norm_limits, fit_normalizers
-from saetrain.activations.read import ActivationExtractor
-from saetrain.activations.shuffle import ShuffleBuffer
 from saetrain.coders.topk import TopKSettings
-from saetrain.data.loader import LoaderSettings, ShardedSequences
+from saetrain.data.sharded import LoaderSettings, ShardedSequences
+from saetrain.distributed import env
 from saetrain.optim import OptimSettings, resolve_warmup_steps
 from saetrain.training.trainer import Trainer, TrainSettings
 
@@ -48,11 +50,11 @@ QUICK: dict[str, Any] = {"tokens": 128, "width": 32, "k": 4, "blocks": 2, "heads
 
 
 def _do_nothing() -> None:
-    """One process has nobody to ask."""
+    """Replace the all-reduce of the flags where there is only one process."""
 
 
 class Variant:
-    """One way to train over ``tokens`` a step, by ``ranks`` of the processes."""
+    """Training with a number of tokens per step on a number of ranks."""
 
     def __init__(
         self, reader: ActivationExtractor, source: Any, normalizers: dict[str, Normalizer], work: Work
@@ -61,7 +63,7 @@ class Variant:
         self._reader, self._source, self._normalizers = reader, source, normalizers
 
     def build(self, tokens: int, ranks: int, compute_dtype: str) -> Variant:
-        """With trainer and buffer."""
+        """Build trainer and buffer, and return self."""
         work, self._ranks = self.work, ranks
         settings = TopKSettings(k=work.k, num_latents=work.latents)
         saes = {
@@ -71,8 +73,8 @@ class Variant:
         warmup = resolve_warmup_steps(OptimSettings(), STEPS)
         train = TrainSettings(max_tokens=STEPS * tokens)
         self.trainer = Trainer(saes, train, tokens_per_step=tokens, warmup_steps=warmup, is_data_parallel=ranks > 1)
-        owned = list(range(launch.rank() if ranks > 1 else 0, SHARDS, ranks))
-        # Of as many steps in every variant, so that samples are of whole periods of refilling.
+        owned = list(range(env.rank() if ranks > 1 else 0, SHARDS, ranks))
+        # The same number of steps in every variant, so that a sample covers whole refill periods.
         pool = BUFFER_BATCHES * tokens // SHARDS
         buffer = ShuffleBuffer(self._reader, self._source, owned, SHARDS, pool, SEED)
         self._take = lambda number: buffer.take_activations(number * tokens, tokens, STEPS * tokens)
@@ -80,11 +82,11 @@ class Variant:
         return self
 
     def take_sample(self, steps: int) -> dict[str, float]:
-        """Seconds of a step, its share of waiting, and what was exchanged in it."""
+        """Run ``steps`` steps and return, per step, the seconds, the share of waiting, and the communication."""
         before = dataclasses.replace(distributed.comm_stats())
         begun = time.perf_counter()
         for _ in range(steps):
-            # A run asks as much before every update.
+            # A run all-reduces as many flags before every update.
             before_sums = distributed.AsyncAllReduce([0, 0, 0, 0]).wait if self._ranks > 1 else _do_nothing
             self.trainer.train_step(self._take, before_sums, self._meanwhile)
         seconds, now = time.perf_counter() - begun, distributed.comm_stats()
@@ -98,7 +100,7 @@ class Variant:
 
 
 def build_variants(work: Work, compute_dtype: str) -> dict[str, Variant]:
-    """The variants, over one model."""
+    """Build all variants on one model."""
     names = [hookpoint_name(work, layer) for layer in work.layers]
     source = ShardedSequences(RandomSequences(work, STEPS), LoaderSettings(data_shards=SHARDS), True, False)
     reader = ActivationExtractor(
@@ -107,7 +109,7 @@ def build_variants(work: Work, compute_dtype: str) -> dict[str, Variant]:
     sample = reader.extract_all(source.read(0, source.start_cursor, CALIBRATION_BATCHES * work.tokens)[0])
     reader.norm_limits = compute_norm_limits(sample)
     normalizers = fit_normalizers(sample, reader.norm_limits)
-    ranks = launch.world_size()
+    ranks = env.world_size()
     shapes = {"alone": (work.tokens, 1), "weak": (ranks * work.tokens, ranks), "strong": (work.tokens, ranks)}
     return {
         name: Variant(reader, source, normalizers, work).build(tokens, count, compute_dtype)
@@ -116,12 +118,12 @@ def build_variants(work: Work, compute_dtype: str) -> dict[str, Variant]:
 
 
 def measure_variants(variants: dict[str, Variant], rounds: int, steps: int) -> dict[str, list[dict[str, float]]]:
-    """Samples of this process, a round at a time; the first, which fills the buffers, is dropped."""
+    """Measure in rounds and return this process's samples, without the first round, which fills the buffers."""
     samples: dict[str, list[dict[str, float]]] = {name: [] for name in variants}
     for number in range(rounds + 1):
         for name, variant in variants.items():
             distributed.barrier("before a sample")
-            if name == "alone" and launch.rank():
+            if name == "alone" and env.rank():
                 continue
             found = variant.take_sample(steps)
             if number:
@@ -130,7 +132,7 @@ def measure_variants(variants: dict[str, Variant], rounds: int, steps: int) -> d
 
 
 def measure_all_reduce_s(work: Work, rounds: int = 10) -> float:
-    """Median seconds in which the processes sum tensors of the gradients' sizes, with nothing else to do."""
+    """Median seconds of an all-reduce of tensors with the gradients' sizes, while nothing else runs."""
     tensors = [torch.zeros(work.latents, work.width) for _ in range(2)]
     seconds = []
     for _ in range(rounds):
@@ -144,8 +146,8 @@ def measure_all_reduce_s(work: Work, rounds: int = 10) -> float:
 
 
 def summarize_samples(samples: dict[str, list[dict[str, float]]], work: Work, exchange: float) -> dict[str, Any]:
-    """Medians, and speed over one process, pair by pair within a round; ``exchange``: seconds of the gradients' sum."""
-    ranks = launch.world_size()
+    """Medians, and the speed over one process in pairs of the same round; ``exchange``: seconds of the all-reduce."""
+    ranks = env.world_size()
     out: dict[str, Any] = {}
     for name, rows in samples.items():
         medians = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
@@ -161,13 +163,13 @@ def summarize_samples(samples: dict[str, list[dict[str, float]]], work: Work, ex
             "over_one_range": [min(speed), max(speed)],
         }
     out["exchange_seconds"] = exchange
-    # Gradients of both matrices in float32: what data parallel training can't do without.
+    # Data-parallel training communicates at least the float32 gradients of both matrices.
     out["bound_bytes"] = 2 * work.width * work.latents * 4
     return out
 
 
 def format_table(metrics: dict[str, dict[str, Any]]) -> str:
-    """The metrics as rows of a table."""
+    """Format the metrics as a table."""
     lines = [
         "| precision | variant | tokens/s | over one | waiting | calls, of numbers | bytes handed in |",
         "|---|---|---|---|---|---|---|",
@@ -187,11 +189,11 @@ def format_table(metrics: dict[str, dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Run and write; rank 0 prints."""
+    """Measure; rank 0 writes the results file and prints the table."""
     parser = argparse.ArgumentParser(prog="torchrun --nproc_per_node 2 -m benchmarks.ranks", description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--precisions", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: whether it runs, not how fast")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to check that everything runs")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "ranks.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -204,14 +206,14 @@ def main() -> None:
                 work = dataclasses.replace(work, **QUICK, layers=(0,))
             samples = measure_variants(build_variants(work, precision), options.rounds, BUFFER_BATCHES)
             exchange = measure_all_reduce_s(work)
-            if launch.rank() == 0:
+            if env.rank() == 0:
                 metrics[precision] = summarize_samples(samples, work, exchange)
-        if launch.rank():
+        if env.rank():
             return
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     run = {
         **describe_run(sys.argv[1:]),
-        "command": f"torchrun --nproc_per_node {launch.world_size()} -m benchmarks.ranks",
+        "command": f"torchrun --nproc_per_node {env.world_size()} -m benchmarks.ranks",
     }
     results = {"run": run, "machine": describe_machine(), "versions": versions, "threads_of_each": 1}
     write_results(options.out, {**results, "metrics": metrics})

@@ -1,4 +1,4 @@
-"""Our own training: the step on prepared activations, and end to end, through saetrain's own classes."""
+"""saetrain's training step on prepared activations, and its end-to-end training, through its own classes."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from torch import Tensor
 
 from benchmarks.cases import Work
 from benchmarks.inputs import SEED, STEPS, VOCABULARY, build_transformer, hookpoint_name, make_activations
+from saetrain.activations.buffer import ShuffleBuffer
 from saetrain.activations.capture import ActivationCapture
+from saetrain.activations.extract import ActivationExtractor, Activations
 from saetrain.activations.model import BaseModel
 from saetrain.activations.normalize import Normalizer, compute_norm_limits, fit_normalizers
-from saetrain.activations.read import ActivationExtractor, Activations
-from saetrain.activations.shuffle import ShuffleBuffer
 from saetrain.coders.topk import TopK, TopKSettings
-from saetrain.data.loader import LoaderSettings, ShardedSequences
-from saetrain.data.sequences import Sequences
+from saetrain.data.packing import Sequences
+from saetrain.data.sharded import LoaderSettings, ShardedSequences
 from saetrain.optim import OptimSettings, RunSize, resolve_lr, resolve_warmup_steps
-from saetrain.runs.kernels import build_train_step, choose_kernels
-from saetrain.training.engine import KernelSettings
-from saetrain.training.firing import DEFAULT_DEAD_BIAS_LIFT, DeadSettings, FiringTracker
+from saetrain.runs.train.choose_step import build_train_step, choose_kernels
+from saetrain.training.dead_latents import DEFAULT_DEAD_BIAS_LIFT, DeadSettings, FiringTracker
+from saetrain.training.steps.base import KernelSettings
 from saetrain.training.trainer import SaeState, Trainer, TrainSettings
 from saetrain.types import TokenKind, TokenSequence
 
 CPU = torch.device("cpu")
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 LOG_EVERY = 10
-"""Steps between two readings of the metrics, as in a run."""
+"""Steps between two reads of the metrics, as in a run."""
 BUFFER_BATCHES = 8
-"""Steps' worth of activations in the mixing buffer, as in the peers' buffers here."""
+"""Size of the shuffle buffer in steps; the other tools' buffers have the same size here."""
 SHARDS = 4
 CALIBRATION_BATCHES = 2
 HOOKPOINT = "activations"
@@ -52,7 +52,7 @@ def build_sae_trainer(
     steps: int = STEPS,
     seed: int = SEED,
 ) -> SaeState:
-    """The trainer of one SAE in a run of ``steps``, as one process (``alone``) or several build it."""
+    """Build the state of one SAE for a run of ``steps``; ``alone``: the run has one process."""
     width = len(normalizer.mean)
     coder = TopK(width, settings.resolve_num_latents(width), settings.k, settings.auxk_alpha, seed)
     optim, dead = optim or OptimSettings(), DeadSettings()
@@ -75,7 +75,7 @@ def build_sae_trainer(
 
 
 class TrainerRunner:
-    """Steps of a trainer over what ``take(number)`` gives, with the metrics read as in a run."""
+    """Runs training steps on the batches of ``take(number)``, and reads the metrics as a run does."""
 
     def __init__(
         self, trainer: Trainer, take: Callable[[int], dict[str, Tensor]], period: int, dead_share: float = 0.0
@@ -84,7 +84,7 @@ class TrainerRunner:
         self._trainer, self._take, self._dead_share = trainer, take, dead_share
 
     def run(self, steps: int) -> list[float]:
-        """Seconds of each of the next ``steps`` training steps."""
+        """Run the next ``steps`` training steps and return the seconds of each."""
         seconds = []
         for _ in range(steps):
             self._mark_dead()
@@ -96,14 +96,14 @@ class TrainerRunner:
         return seconds
 
     def _mark_dead(self) -> None:
-        """Latents that AuxK has revived are marked as dead again, so that every step pays the same."""
+        """Mark latents that AuxK has revived as dead again, so that every step costs the same."""
         for sae in self._trainer.saes.values():
             dead = round(self._dead_share * sae.coder.num_latents)
             sae.firing.since_fired[:dead] = sae.firing.window_tokens
 
 
 def build(work: Work, kernels: str, compute_dtype: str) -> TrainerRunner:
-    """The work, ready to run."""
+    """Build the workload."""
     settings = TopKSettings(k=work.k, num_latents=work.latents, auxk_alpha=1 / 32 if work.dead_share else 0.0)
     if work.kind == "step":
         return _build_step(work, settings, kernels, compute_dtype)
@@ -124,7 +124,7 @@ def _build_step(work: Work, settings: TopKSettings, kernels: str, compute_dtype:
 
 
 class RandomSequences(Sequences):
-    """Full windows of random token ids."""
+    """Sequences of random token ids without padding."""
 
     def __init__(self, work: Work, count: int) -> None:
         self._work, self._count = work, count
@@ -146,7 +146,7 @@ def _build_end_to_end(work: Work, settings: TopKSettings, kernels: str, compute_
     names = [hookpoint_name(work, layer) for layer in work.layers]
     causal = work.model == "gpt2"
     source = ShardedSequences(RandomSequences(work, STEPS), LoaderSettings(data_shards=SHARDS), True, causal)
-    # As many tokens at once as the peers' models get.
+    # The other tools' models also get this many tokens at once.
     reader = ActivationExtractor(ActivationCapture(build_base_model(work), names), source.keep, work.tokens)
     sample = reader.extract_all(source.read(0, source.start_cursor, CALIBRATION_BATCHES * work.tokens)[0])
     reader.norm_limits = compute_norm_limits(sample)
@@ -165,7 +165,7 @@ def _build_end_to_end(work: Work, settings: TopKSettings, kernels: str, compute_
 
 
 def build_base_model(work: Work) -> BaseModel:
-    """The model of the work as saetrain holds one."""
+    """Build the workload's model, wrapped as saetrain's BaseModel."""
     module: Any = build_transformer(work)
     return BaseModel(
         module=module,

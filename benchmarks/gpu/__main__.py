@@ -28,7 +28,7 @@ from benchmarks.gpu.timing import floor_ms, measure_ceilings, time_built
 from benchmarks.machine import describe_machine, describe_run
 from benchmarks.peers.sparsify_gpu import PACKAGE_VARIABLE, load_package
 from benchmarks.results_file import write_results
-from saetrain.training.triton_check import StepShape
+from saetrain.training.steps.self_check import StepShape
 
 OUT = Path(__file__).parents[1] / "results" / "gpu.json"
 MINUTES = 8.0

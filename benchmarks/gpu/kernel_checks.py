@@ -8,8 +8,8 @@ import torch
 
 from benchmarks.gpu.steps import STEP_BUILDERS, build_batches, build_coder, build_triton_step
 from benchmarks.gpu.timing import WARM_UP
-from saetrain.kernels import gpu_step
-from saetrain.training.triton_check import SMALL_SHAPE, StepShape, StepVariant, measure_distances
+from saetrain.ops.triton import launch as triton_launch
+from saetrain.training.steps.self_check import SMALL_SHAPE, StepShape, StepVariant, measure_distances
 from saetrain.types import StepContext
 
 ODD = [StepShape(33, 47, 5, 20), StepShape(7, 16, 16, 9)]
@@ -50,7 +50,7 @@ def _check_topk(shape: StepShape) -> Check:
     """The k largest of bf16 products with ties among them, against torch.topk."""
     coder, x = build_coder(shape, "cuda"), build_batches(shape, "cuda")[0].bfloat16()
     weights = coder.W_enc.detach().T.bfloat16()
-    values, indices = gpu_step.encode_topk(x, weights, coder.b_enc.detach(), shape.k)
+    values, indices = triton_launch.encode_topk(x, weights, coder.b_enc.detach(), shape.k)
     pre = (x @ weights.T).float() + coder.b_enc.detach()
     expected = pre.topk(shape.k, dim=1).values.relu()
     apart = (values.sort(dim=1, descending=True).values - expected).abs().max()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.cases import Work
-from saetrain.training.triton_check import StepShape
+from saetrain.training.steps.self_check import StepShape
 
 SHAPES = [
     StepShape(width, latents, k, tokens)

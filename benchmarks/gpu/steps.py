@@ -16,12 +16,12 @@ from benchmarks.peers import sparsify_gpu
 from saetrain.activations.normalize import Normalizer
 from saetrain.coders.topk import TopK
 from saetrain.optim import Optimizer, OptimSettings
-from saetrain.training.engine import TrainStep
-from saetrain.training.firing import DEFAULT_DEAD_BIAS_LIFT, DeadSettings, FiringTracker
-from saetrain.training.torch_engine import TorchStep
+from saetrain.training.dead_latents import DEFAULT_DEAD_BIAS_LIFT, DeadSettings, FiringTracker
+from saetrain.training.steps.base import TrainStep
+from saetrain.training.steps.pytorch import TorchStep
+from saetrain.training.steps.self_check import StepShape
+from saetrain.training.steps.triton import TritonStep
 from saetrain.training.trainer import SaeState, Trainer, TrainSettings
-from saetrain.training.triton_check import StepShape
-from saetrain.training.triton_engine import TritonStep
 
 LR = 1e-3
 SKEWED = "triton (skewed inputs)"
@@ -103,7 +103,7 @@ StepBuilder = Callable[[StepShape, str], "SaetrainStep | SparsifyStep"]
 
 def build_triton_step(coder: TopK, **how: Any) -> TrainStep:
     """Our kernels, in bf16."""
-    return TritonStep(coder, OptimSettings(), bf16=True, no_accumulation=True, **how)
+    return TritonStep(coder, OptimSettings(), use_bf16=True, no_accumulation=True, **how)
 
 
 def build_torch_step(coder: TopK) -> TrainStep:

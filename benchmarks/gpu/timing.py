@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from saetrain.training.triton_check import StepShape
+from saetrain.training.steps.self_check import StepShape
 
 WARM_UP = 6
 """Calls before the first sample: compiling, and the recording of CUDA graphs."""

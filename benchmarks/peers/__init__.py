@@ -1,1 +1,1 @@
-"""Other trainers' own steps, each imported in an environment of its own."""
+"""The training steps of other tools, each imported in an environment of its own."""

@@ -29,19 +29,19 @@ from benchmarks.inputs import (
 
 BUFFER_BATCHES = 8
 PERIOD = 5
-"""Steps between two refills of a buffer of 8 batches that is filled up once less than half of it is unread."""
+"""Steps between two refills of a buffer of 8 batches, which is refilled once less than half of it is unread."""
 SEQUENCES = 256
 
 
 class UpdateRunner:
-    """What ``trainSAE`` does in a step: take a batch, update the trainer."""
+    """Takes a batch and updates the trainer, as a step of ``trainSAE`` does."""
 
     def __init__(self, trainer: TopKTrainer, batches: Iterator[Tensor], period: int) -> None:
         self._trainer, self._batches, self.period = trainer, batches, period
         self._step = 0
 
     def run(self, steps: int) -> list[float]:
-        """Seconds of each of the next ``steps`` training steps."""
+        """Run the next ``steps`` training steps and return the seconds of each."""
         seconds = []
         for _ in range(steps):
             start = time.perf_counter()
@@ -52,7 +52,7 @@ class UpdateRunner:
 
 
 def build(work: Work) -> UpdateRunner:
-    """The work, ready to run."""
+    """Build the workload."""
     trainer = TopKTrainer(
         steps=STEPS,
         activation_dim=work.width,
@@ -72,7 +72,7 @@ def _build_buffer(work: Work) -> ActivationBuffer:
     assert work.model == "gpt2", "the buffer asks a block for `.output`, which in a BERT block is a module of its own"
     (layer,) = work.layers
     rows = sequences_per_step(work)
-    # Its buffer takes text, so each id is a word that a tokenizer of whole words gives back.
+    # The buffer takes text, so each id becomes a word, which a whole-word tokenizer turns back into the id.
     words = {f"w{number}": number for number in range(VOCABULARY[work.model])}
     backend = Tokenizer(WordLevel(words, unk_token="w0"))
     backend.pre_tokenizer = WhitespaceSplit()

@@ -24,7 +24,7 @@ LR = 3e-4
 
 
 class TimedBatches:
-    """Hands on batches and notes when each was asked for, which is where a step begins."""
+    """Yields batches and records the time of each request, at which a step begins."""
 
     def __init__(self, batches: Iterator[Tensor]) -> None:
         self._batches = batches
@@ -39,13 +39,13 @@ class TimedBatches:
 
 
 class FitRunner:
-    """Calls of ``fit`` for some steps each."""
+    """Calls ``fit`` for a number of steps at a time."""
 
     def __init__(self, trainer: SAETrainer, provider: TimedBatches, period: int) -> None:
         self._trainer, self._provider, self.period = trainer, provider, period
 
     def run(self, steps: int) -> list[float]:
-        """Seconds of each of the next ``steps`` training steps."""
+        """Run the next ``steps`` training steps and return the seconds of each."""
         config = self._trainer.cfg
         config.total_training_samples = self._trainer.n_training_samples + steps * config.train_batch_size_samples
         self._provider.times = []
@@ -55,10 +55,10 @@ class FitRunner:
 
 
 def build(work: Work, autocast: bool) -> FitRunner:
-    """The work, ready to run."""
+    """Build the workload."""
     torch.manual_seed(SEED)
     sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=work.width, d_sae=work.latents, k=work.k, device="cpu"))
-    # The runner sets lr_end; without the runner it must be given.
+    # SAELens' runner sets lr_end; without the runner it must be given.
     config = SAETrainerConfig(
         total_training_samples=0,
         train_batch_size_samples=work.tokens,
@@ -70,7 +70,7 @@ def build(work: Work, autocast: bool) -> FitRunner:
     if work.kind == "step":
         provider, period = TimedBatches(cycle(make_activations(work))), 1
     else:
-        # Half of the buffer is kept for mixing, so a refill comes after the other half.
+        # Half of the buffer is kept for shuffling, so a refill comes after the other half.
         provider, period = TimedBatches(iter(_build_store(work, autocast))), BUFFER_BATCHES // 2
     return FitRunner(SAETrainer(config, sae, provider), provider, period)
 

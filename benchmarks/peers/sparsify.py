@@ -1,4 +1,4 @@
-"""eai-sparsify: its own ``Trainer.fit``, over a real model or over one that hands out prepared activations."""
+"""eai-sparsify: its own ``Trainer.fit``, over a real model or over one that returns prepared activations."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SEQUENCES = 64
 
 
 class TokenDataset:
-    """A data set of as many sequences as the next call of ``fit`` shall train on."""
+    """A data set with as many sequences as the next call of ``fit`` trains on."""
 
     def __init__(self, ids: Tensor, count: int) -> None:
         self._ids, self.count = ids, count
@@ -31,12 +31,12 @@ class TokenDataset:
         return {"input_ids": self._ids[index % len(self._ids)]}
 
     def select(self, rows: range) -> TokenDataset:
-        """All of it, since a later ``fit`` gets new sequences rather than the rest of the old ones."""
+        """Return all sequences, because each call of ``fit`` starts with new ones."""
         return self
 
 
 class ReplayModel(nn.Module):
-    """In the place of a model: its one layer gives the next prepared activations."""
+    """Replaces a model: its only layer returns the next prepared activations."""
 
     def __init__(self, batches: Sequence[Tensor]) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class ReplayModel(nn.Module):
         self._batches, self._next = batches, 0
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """The activations in place of those of ``input_ids``."""
+        """Return the next prepared activations and ignore ``input_ids``."""
         batch = self._batches[self._next % len(self._batches)]
         self._next += 1
         out: Tensor = self.layer(batch)
@@ -55,17 +55,17 @@ class ReplayModel(nn.Module):
 
 
 class TimedTrainer(Trainer):
-    """Notes the time where it would save, which is right behind the last step of ``fit``."""
+    """Records the time at which it would save, which is right after the last step of ``fit``."""
 
     times: list[float]
 
     def save(self) -> None:
-        """Nothing is written while it is timed."""
+        """Record the time and write nothing."""
         self.times.append(time.perf_counter())
 
 
 class FitRunner:
-    """Calls of ``fit`` for some steps each; a step is from one call of the model to the next."""
+    """Calls ``fit`` for a number of steps at a time; a step lasts from one call of the model to the next."""
 
     period = 1
 
@@ -77,7 +77,7 @@ class FitRunner:
         self._trainer.times.append(time.perf_counter())
 
     def run(self, steps: int) -> list[float]:
-        """Seconds of each of the next ``steps`` training steps."""
+        """Run the next ``steps`` training steps and return the seconds of each."""
         self._tokens.count = steps * self._trainer.cfg.batch_size
         self._trainer.times = []
         self._trainer.fit()
@@ -86,7 +86,7 @@ class FitRunner:
 
 
 def build(work: Work, optimizer: str) -> FitRunner:
-    """The work, ready to run."""
+    """Build the workload."""
     rows = work.tokens // work.ctx_len
     model: Any
     if work.kind == "step":

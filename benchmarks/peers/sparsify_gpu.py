@@ -1,10 +1,10 @@
-"""sparsify's training step on a GPU, where its trainer and what that needs are not installed.
+"""sparsify's training step on a GPU, for machines on which its trainer and its dependencies are not installed.
 
-Written out after eai-sparsify 1.3.3 (``sparse_coder.py``, ``fused_encoder.py``, ``trainer.py``): dense encoder with
-ReLU and ``torch.topk`` under bf16 autocast, the encoder's gradient by ``index_add_`` over rows for every active pair,
-a decoder over fp32 weights, ``torch.optim.Adam`` without its options, unit norms before and projection behind each
-step, and one number for the host per step. The decoder is ``embedding_bag``, as in the package without Triton; where
-the package's files can be found, encoder and decoder are its own.
+The step follows eai-sparsify 1.3.3 (``sparse_coder.py``, ``fused_encoder.py``, ``trainer.py``): a dense encoder with
+ReLU and ``torch.topk`` under bf16 autocast, the encoder's gradient by ``index_add_`` over one row per active pair, a
+decoder with fp32 weights, ``torch.optim.Adam`` with default options, unit norms before each step, a projection of the
+gradient after it, and one number copied to the host per step. The decoder is ``embedding_bag``, as in the package
+without Triton. If the package's files are available, its own encoder and decoder are used.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from torch.nn.functional import embedding_bag, linear
 from saetrain.coders.topk import TopK
 
 PACKAGE_VARIABLE = "SPARSIFY"
-"""Variable that names the package's folder or its wheel."""
+"""Environment variable with the path of the package's folder or wheel."""
 LR = 2e-4
 
 
 @dataclass(frozen=True)
 class Package:
-    """Two modules of the package: what it encodes and what it decodes with."""
+    """The package's modules for encoding and decoding."""
 
     encoder: Any
     decoder: Any
@@ -39,7 +39,7 @@ class Package:
 
 @cache
 def load_package() -> Package | None:
-    """The package's own modules, without its trainer; None where ``PLACE`` names none."""
+    """Load the package's own modules, without its trainer; None if ``PACKAGE_VARIABLE`` is not set."""
     named = os.environ.get(PACKAGE_VARIABLE)
     if not named:
         return None
@@ -61,11 +61,11 @@ def _load_module(path: Path) -> Any:
 
 
 class Encode(torch.autograd.Function):
-    """Dense forward, and a backward over the active pairs alone."""
+    """Dense forward pass, and a backward pass over the active pairs only."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """(values, indices), both (N, k)."""
+        """Return values and indices, both (N, k)."""
         values, indices = linear(x, weight, bias).relu().topk(k, dim=-1, sorted=False)
         ctx.save_for_backward(x, weight, bias, indices)
         ctx.mark_non_differentiable(indices)
@@ -73,7 +73,7 @@ class Encode(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_values: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        """A row for every pair, added up by latent."""
+        """Make one row of gradients per active pair, and add the rows per latent."""
         x, weight, bias, indices = ctx.saved_tensors
         flat = indices.flatten()
         rows = (grad_values.unsqueeze(2) * x.unsqueeze(1)).flatten(0, 1).type_as(weight)
@@ -84,7 +84,7 @@ class Encode(torch.autograd.Function):
 
 
 class Step:
-    """Training steps from a coder's weights."""
+    """Training steps that start with a coder's weights."""
 
     def __init__(self, coder: TopK, package: Package | None) -> None:
         self._k, self._package = coder.k, package
@@ -96,7 +96,7 @@ class Step:
         self._fired = torch.zeros(latents, dtype=torch.bool, device=device)
 
     def __call__(self, x: Tensor) -> float:
-        """One step; gives the FVU."""
+        """Run one step and return the FVU."""
         W_enc, b_enc, W_dec, b_dec = self.weights
         with torch.no_grad():
             W_dec.div_(W_dec.norm(dim=1, keepdim=True) + torch.finfo(W_dec.dtype).eps)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.machine import ROOT
 from saetrain.cli import parse_train
-from saetrain.runs.prepare import RunContext, held_out_batches, prepare_run, read_calibration_sample
+from saetrain.runs.train.setup import RunContext, held_out_batches, prepare_run, read_calibration_sample
 
 TRAIN_TOKENS = 440_000
 HELD_OUT_TOKENS = 45_000

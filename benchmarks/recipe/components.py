@@ -13,7 +13,7 @@ from benchmarks import saetrain_runner
 from saetrain import optim
 from saetrain.activations.normalize import Normalizer
 from saetrain.coders import base
-from saetrain.training import native_engine
+from saetrain.training.steps import native
 
 
 def _set_constants(*values: tuple[Any, str, Any]) -> Callable[[], None]:
@@ -36,10 +36,8 @@ COMPONENTS: dict[str, Callable[[], None]] = {
     AXES: _set_constants(),
     IDLE: _set_constants((optim.Optimizer, "_active_latents", _list_all_latents)),
     "encoder starts at 0.3": _set_constants((base, "ENCODER_INIT_NORM", 1.0)),
-    "Adam's betas": _set_constants((native_engine, "BETAS", (0.9, 0.999)), (optim, "BETAS", (0.9, 0.999))),
-    "encoder at half the rate": _set_constants(
-        (native_engine, "ENCODER_LR_RATIO", 1.0), (optim, "ENCODER_LR_RATIO", 1.0)
-    ),
+    "Adam's betas": _set_constants((native, "BETAS", (0.9, 0.999)), (optim, "BETAS", (0.9, 0.999))),
+    "encoder at half the rate": _set_constants((native, "ENCODER_LR_RATIO", 1.0), (optim, "ENCODER_LR_RATIO", 1.0)),
     "decay over 80 %": _set_constants((optim, "LR_DECAY_SHARE", 0.2)),
     DECAY: _set_constants(),
     "lift of dead latents": _set_constants((saetrain_runner, "DEFAULT_DEAD_BIAS_LIFT", 0.0)),

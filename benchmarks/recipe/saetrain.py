@@ -12,12 +12,12 @@ from benchmarks.recipe.components import COMPONENTS, DECAY, kernels_without, nor
 from benchmarks.recipe.task import Batches, Task
 from benchmarks.recipe.worker import Reconstruct
 from benchmarks.saetrain_runner import HOOKPOINT, build_sae_trainer
+from saetrain.activations.extract import Activations
 from saetrain.activations.normalize import fit_normalizers
-from saetrain.activations.read import Activations
 from saetrain.coders.folding import fold_normalizer
 from saetrain.coders.topk import TopKSettings
 from saetrain.optim import AUTO_WEIGHT_DECAY, OptimSettings, resolve_warmup_steps
-from saetrain.runs.prepare import CALIBRATION_TOKENS
+from saetrain.runs.train.setup import CALIBRATION_TOKENS
 from saetrain.training.trainer import Trainer, TrainSettings
 
 

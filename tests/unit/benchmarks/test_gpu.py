@@ -18,7 +18,7 @@ from benchmarks.gpu import kernel_checks
 from benchmarks.gpu.steps import SKEWED, STEP_BUILDERS, build_coder, builders_for
 from benchmarks.gpu.timing import floor_ms
 from benchmarks.peers import sparsify_gpu
-from saetrain.training.triton_check import StepShape, StepVariant
+from saetrain.training.steps.self_check import StepShape, StepVariant
 
 ROOT = Path(__file__).parents[3]
 ABSENT = ("tyro", "datasets", "pyarrow", "pandas", "wandb", "tensorboard", "rich", "psutil", "matplotlib", "pytest")

@@ -23,7 +23,7 @@ from benchmarks.recipe.task import Batches, Task
 from benchmarks.recipe.worker import score_sae
 from saetrain import optim
 from saetrain.coders import base
-from saetrain.training import native_engine
+from saetrain.training.steps import native
 
 MAKE = functools.partial(Task, site="minilm-3", latents=96, k=4, tokens=16)
 TASK = MAKE(tool="saetrain", steps=8, seed=1)
@@ -147,7 +147,7 @@ def test_each_piece_can_be_switched_off(piece: str, monkeypatch: pytest.MonkeyPa
     rows = torch.randn(200, 6, generator=torch.Generator().manual_seed(0)) * torch.arange(1.0, 7.0)
     for module, names in (
         (optim, ("BETAS", "ENCODER_LR_RATIO", "LR_DECAY_SHARE")),
-        (native_engine, ("BETAS", "ENCODER_LR_RATIO")),
+        (native, ("BETAS", "ENCODER_LR_RATIO")),
         (base, ("ENCODER_INIT_NORM",)),
         (saetrain_runner, ("DEFAULT_DEAD_BIAS_LIFT",)),
         (optim.Optimizer, ("_active_latents",)),
