@@ -64,12 +64,12 @@ $(BENCH)/%/installed: constraints.txt
 	$(@D)/bin/python -m pip uninstall --quiet --yes torchvision
 	touch $@
 
-# The results file is named by its time; the newest one is drawn.
+# The name of the results file is its time; the newest file is plotted.
 bench-peers: $(VENV)/installed-bench $(PEERS:%=$(BENCH)/%/installed)
 	$(BIN)/python -m benchmarks --peers
 	$(BIN)/python -m benchmarks.plot "$$(ls -t benchmarks/results/*.json | head -n 1)"
 
-# The cases whose model is beside the checkout are left out where it is not.
+# Cases whose model does not exist in ../shared are skipped. Takes hours; the last line writes the tables of the pages.
 bench-recipe: $(VENV)/installed-bench $(PEERS:%=$(BENCH)/%/installed)
 	$(BIN)/python -m benchmarks.recipe
 	$(BIN)/python -m benchmarks.recipe.rule

@@ -1,4 +1,5 @@
-"""The SAE's step on a GPU: Triton's kernels beside plain PyTorch and sparsify's step, and under the ceilings.
+"""The SAE's step on a GPU: Triton kernels compared with plain PyTorch, sparsify's step and the device's peak rates.
 
-``benchmarks/gpu.sh`` calls it. It needs torch, transformers, triton, numpy and safetensors alone, and this repository.
+``benchmarks/gpu.sh`` runs this package. Apart from this repository, it needs only torch, transformers, triton, numpy
+and safetensors.
 """

@@ -1,4 +1,4 @@
-"""The GPU suite: correctness, ceilings, steps and whole passes, into a file and as lines; see benchmarks/gpu.sh."""
+"""The GPU benchmark: kernel checks, peak rates, training steps and end-to-end passes; see benchmarks/gpu.sh."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 if not torch.cuda.is_available():
-    # Read when triton is first imported.
+    # Triton reads this variable when it is first imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from benchmarks.cases import Work
@@ -32,12 +32,12 @@ from saetrain.training.steps.self_check import StepShape
 
 OUT = Path(__file__).parents[1] / "results" / "gpu.json"
 MINUTES = 8.0
-"""After which no path is begun."""
+"""No further measurement starts after this time."""
 Record = dict[str, Any]
 
 
 def time_steps(shape: StepShape, limits: dict[str, float]) -> Iterator[tuple[str, Callable[[], Record]]]:
-    """(name, what times it) of each path at a shape."""
+    """Yield (name, function that times it) for each implementation at a shape."""
     for name, make in builders_for(shape, SMALL).items():
 
         def time_step(name: str = name, make: Any = make) -> Record:
@@ -59,7 +59,7 @@ def time_steps(shape: StepShape, limits: dict[str, float]) -> Iterator[tuple[str
 
 
 def time_end_to_end(work: Work) -> Iterator[tuple[str, Callable[[], Record]]]:
-    """The model's forward to the hook alone, then with each path's step behind it."""
+    """Yield (name, function that times it) for the forward pass to the hook, alone and followed by each step."""
     forward = ModelForward(work)
     alone: list[float] = []
 
@@ -88,27 +88,29 @@ def time_end_to_end(work: Work) -> Iterator[tuple[str, Callable[[], Record]]]:
         yield name, time_step
 
 
-def format_line(name: str, path: Record) -> str:
-    """What is said of a path."""
-    if "failed" in path:
-        return f"  {name}: {path['failed']}"
+def format_line(name: str, result: Record) -> str:
+    """Format the results of one implementation."""
+    if "failed" in result:
+        return f"  {name}: {result['failed']}"
     kinds = ("of_floor", "of_floor_of_fired", "of_forward", "fired")
-    shares = "".join(f", {path[kind]:.0%} {kind.replace('_', ' ')}" for kind in kinds if kind in path)
-    return f"  {name}: {path['ms']:.3f} ms{shares}, {path['peak_bytes'] / 2**30:.1f} GiB"
+    shares = "".join(f", {result[kind]:.0%} {kind.replace('_', ' ')}" for kind in kinds if kind in result)
+    return f"  {name}: {result['ms']:.3f} ms{shares}, {result['peak_bytes'] / 2**30:.1f} GiB"
 
 
 def print_plan(shapes: list[StepShape], models: list[Work]) -> None:
-    """What a GPU would be asked for."""
-    print("no GPU: nothing is timed. With one, these are, beside a large copy and a large bf16 product:")
+    """Print what would be timed on a GPU."""
+    print("no GPU: nothing is timed. On a GPU, a large copy, a large bf16 product and these are timed:")
     for shape in shapes:
         sizes = f"D={shape.width} F={shape.latents} k={shape.k} N={shape.tokens}"
         print(f"  step {sizes}: {'; '.join(builders_for(shape, SMALL))}")
     for work in models:
-        print(f"  end to end: {work.model} to block {HOOK}, {work.tokens} tokens a step, F={work.latents}, k={work.k}")
+        print(
+            f"  end to end: {work.model} to block {HOOK}, {work.tokens} tokens per step, F={work.latents}, k={work.k}"
+        )
 
 
 def time_all(shapes: list[StepShape], models: list[Work], results: Record, out: Path, until: float) -> None:
-    """Time every path while there is time, and write the results behind each."""
+    """Time every implementation until the time limit, and write the results file after each."""
     tasks: list[tuple[str, Record, Iterator[tuple[str, Callable[[], Record]]]]] = []
     tasks += [("end_to_end", {"model": work.model, **asdict(work)}, time_end_to_end(work)) for work in models]
     limits = results["ceilings"]
@@ -120,7 +122,7 @@ def time_all(shapes: list[StepShape], models: list[Work], results: Record, out: 
         print(about)
         results[key].append({**about, "paths": {}})
         for name, timed in paths:
-            found: Record = {"failed": "left out for want of time"}
+            found: Record = {"failed": "skipped, because the time limit was reached"}
             if time.monotonic() < until:
                 try:
                     found = timed()
@@ -132,33 +134,35 @@ def time_all(shapes: list[StepShape], models: list[Work], results: Record, out: 
 
 
 def main() -> None:
-    """All of it."""
+    """Check the kernels; on a GPU, time the steps and write the results file."""
     parser = argparse.ArgumentParser(prog="benchmarks/gpu.sh", description=__doc__)
-    parser.add_argument("--out", type=Path, default=OUT, help="the results file; default: benchmarks/results/gpu.json")
-    parser.add_argument("--quick", action="store_true", help="the small shape and BERT alone")
+    parser.add_argument("--out", type=Path, default=OUT, help="results file; default: benchmarks/results/gpu.json")
+    parser.add_argument("--quick", action="store_true", help="only the small shape and BERT")
     parser.add_argument(
-        "--minutes", type=float, default=MINUTES, help="after which nothing more is begun; default: %(default)s"
+        "--minutes",
+        type=float,
+        default=MINUTES,
+        help="start no further measurement after this time; default: %(default)s",
     )
     options = parser.parse_args()
     if not options.out.parent.is_dir():
-        parser.error(f"--out {options.out}: there is no folder {options.out.parent}")
+        parser.error(f"--out {options.out}: the folder {options.out.parent} does not exist")
     if not options.minutes > 0:
         parser.error(f"--minutes {options.minutes}: must be positive")
     try:
         load_package()
     except OSError as error:
         parser.error(
-            f"SPARSIFY={os.environ[PACKAGE_VARIABLE]}: {error}; name the folder sparsify or the wheel of eai-sparsify"
+            f"{PACKAGE_VARIABLE}={os.environ[PACKAGE_VARIABLE]}: {error}; set it to the folder sparsify or to the "
+            "wheel of eai-sparsify"
         )
     until, device = time.monotonic() + 60 * options.minutes, "cuda" if torch.cuda.is_available() else "cpu"
     shapes, models = ([SMALL], MODELS[:1]) if options.quick else ([SMALL, *SHAPES], MODELS)
-    print(
-        f"checking the kernels {'on the GPU' if device == 'cuda' else 'by the interpreter of Triton, slowly'}",
-        flush=True,
-    )
+    place = "on the GPU" if device == "cuda" else "in Triton's interpreter, which is slow"
+    print(f"checking the kernels {place}", flush=True)
     checked = check_kernels(device, quick=options.quick)
     for check in checked:
-        verdict = "right" if check["fine"] else "WRONG"
+        verdict = "correct" if check["ok"] else "WRONG"
         print(
             f"  {verdict}: {check['what']}, {check['shape']}: {check['distance']:.1e} (at most {check['allowed']:.0e})"
         )
@@ -170,15 +174,15 @@ def main() -> None:
             "machine": describe_machine(),
             "device": torch.cuda.get_device_name(),
             "versions": {"torch": torch.__version__, "cuda": torch.version.cuda, "triton": version("triton")},
-            "correct": checked,
+            "checks": checked,
             "ceilings": measure_ceilings(),
             "steps": [],
             "end_to_end": [],
         }
         print(f"{results['device']}: {results['ceilings']}")
         time_all(shapes, models, results, options.out, until)
-    if not all(check["fine"] for check in checked):
-        sys.exit("the kernels do not compute what they should")
+    if not all(check["ok"] for check in checked):
+        sys.exit("the kernels compute wrong results")
 
 
 if __name__ == "__main__":

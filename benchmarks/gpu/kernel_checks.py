@@ -1,4 +1,4 @@
-"""Whether the kernels compute what they should: on the device in real sizes, by the interpreter in small ones."""
+"""Checks of the kernels' results: with real sizes on a GPU, with small sizes in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from saetrain.types import StepContext
 ODD = [StepShape(33, 47, 5, 20), StepShape(7, 16, 16, 9)]
 REAL = [StepShape(768, 6144, 32, 1000), StepShape(384, 3000, 64, 777)]
 REAL_TOLERANCE = {False: 0.05, True: 0.3}
-"""By whether products are in bf16: of thousands of latents, rounding decides between some that are nearly alike."""
+"""{products in bf16: tolerance}; among thousands of latents, rounding decides between some that are nearly equal."""
 WIDE = StepShape(768, 24576, 192, 4096)
 Check = dict[str, Any]
 
 
 def check_kernels(device: str, *, quick: bool) -> list[Check]:
-    """What was compared, how far apart it was, and whether that is near enough."""
+    """Run all checks; each gives what was compared, the distance, the allowed distance, and whether it is ok."""
     if device != "cuda":
         return [check for shape in (ODD[-1:] if quick else ODD) for check in _check_updates(shape, device)]
     found = [check for shape in [SMALL_SHAPE, *ODD, *REAL] for check in _check_updates(shape, device)]
@@ -30,8 +30,8 @@ def check_kernels(device: str, *, quick: bool) -> list[Check]:
 
 def _make_check(what: str, shape: StepShape, distance: float, allowed: float = 0.0) -> Check:
     sizes = f"D={shape.width} F={shape.latents} k={shape.k} N={shape.tokens}"
-    # What is not a number is not near.
-    return {"what": what, "shape": sizes, "distance": distance, "allowed": allowed, "fine": distance <= allowed}
+    # The comparison is false for NaN.
+    return {"what": what, "shape": sizes, "distance": distance, "allowed": allowed, "ok": distance <= allowed}
 
 
 def _check_updates(shape: StepShape, device: str) -> list[Check]:
@@ -40,14 +40,14 @@ def _check_updates(shape: StepShape, device: str) -> list[Check]:
 
     found = measure_distances(shape, torch.device(device))
     if any(each > allowed(way) for way, each in found.items()):
-        # With one seed rounding may choose another latent.
+        # With a single seed, rounding may select another latent.
         again = measure_distances(shape, torch.device(device), seed=1)
         found = {way: min(each, again[way]) for way, each in found.items()}
     return [_make_check(f"update against autograd, {way}", shape, each, allowed(way)) for way, each in found.items()]
 
 
 def _check_topk(shape: StepShape) -> Check:
-    """The k largest of bf16 products with ties among them, against torch.topk."""
+    """Compare the k largest of bf16 products, which contain ties, with torch.topk."""
     coder, x = build_coder(shape, "cuda"), build_batches(shape, "cuda")[0].bfloat16()
     weights = coder.W_enc.detach().T.bfloat16()
     values, indices = triton_launch.encode_topk(x, weights, coder.b_enc.detach(), shape.k)
@@ -59,13 +59,13 @@ def _check_topk(shape: StepShape) -> Check:
 
 
 def _check_determinism(shape: StepShape) -> Check:
-    """Steps from the same inputs give the same bits."""
+    """Check that steps on the same inputs give the same bits."""
     ends = []
     for _ in range(2):
         coder = build_coder(shape, "cuda")
         variance = torch.tensor(float(shape.width), device="cuda")
         for products in ("sparse", "dense"):
-            engine = build_triton_step(coder, products=products, recorded=False)
+            engine = build_triton_step(coder, products=products, use_cuda_graphs=False)
             engine.forward_backward(
                 build_batches(shape, "cuda", skewed=True)[0], StepContext(0, shape.tokens, None, variance, variance)
             )
@@ -75,7 +75,7 @@ def _check_determinism(shape: StepShape) -> Check:
 
 
 def _check_no_sync(shape: StepShape) -> Check:
-    """A step in which torch refuses to wait for the device."""
+    """Check that a step does not synchronize with the device."""
     step, batches = STEP_BUILDERS["triton"](shape, "cuda"), build_batches(shape, "cuda")
     for number in range(WARM_UP):
         step(batches[number % len(batches)])
@@ -84,7 +84,7 @@ def _check_no_sync(shape: StepShape) -> Check:
     try:
         step(batches[0])
     except RuntimeError as error:
-        return _make_check(f"a step that waits for nothing: {error}", shape, 1.0)
+        return _make_check(f"a step without synchronization: {error}", shape, 1.0)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    return _make_check("a step that waits for nothing", shape, 0.0)
+    return _make_check("a step without synchronization", shape, 0.0)

@@ -1,4 +1,4 @@
-"""A model's forward to a hook, over token ids in turn, ended there as a run ends it."""
+"""A model's forward pass up to a hook, where it stops, as in a run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks.inputs import BATCHES, build_transformer, hookpoint_name, make_t
 
 
 class _HookReached(Exception):
-    """Carries the activations out of the model."""
+    """Carries the activations out of the forward pass."""
 
     def __init__(self, activations: Tensor) -> None:
         self.activations = activations
@@ -33,7 +33,7 @@ class ModelForward:
 
     @torch.no_grad()
     def __call__(self) -> Tensor:
-        """Of the next ids."""
+        """Return the activations of the next token ids."""
         self._number += 1
         try:
             self._module(self._ids[self._number % BATCHES], use_cache=False)

@@ -1,4 +1,4 @@
-"""What is timed."""
+"""Sizes that the GPU benchmark times."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ SHAPES = [
     for tokens in (4096, 16384)
 ]
 SMALL = StepShape(768, 3072, 32, 4096)
-"""One whose launches are replayed as CUDA graphs."""
+"""A shape whose launches are replayed as CUDA graphs."""
 HOOK = 6
 MODELS = [
     Work("end_to_end", tokens=8192, model=name, model_dtype="bf16", latents=24576, layers=(HOOK,))
     for name in ("bert", "gpt2")
 ]
-"""Of BERT-base's and GPT-2's sizes."""
+"""Models with the sizes of BERT-base and GPT-2."""

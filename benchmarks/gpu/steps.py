@@ -1,4 +1,4 @@
-"""A training step by each path, over inputs in turn: ours through the trainer, and sparsify's."""
+"""Training steps of each implementation: saetrain's through its trainer, and sparsify's."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ from saetrain.training.trainer import SaeState, Trainer, TrainSettings
 
 LR = 1e-3
 SKEWED = "triton (skewed inputs)"
-"""Over inputs as those of the CPU's benchmarks, in which few latents fire often and most hardly do."""
+"""With the inputs of the CPU benchmarks, on which few latents fire often and most fire rarely."""
 
 
 @lru_cache(maxsize=1)
 def _build_initial(width: int, latents: int, k: int) -> TopK:
-    """Kept, for making a wide one takes long."""
+    """Cached, because initializing a wide coder takes long."""
     return TopK(width, latents, k, seed=SEED)
 
 
 def build_coder(shape: StepShape, device: str) -> TopK:
-    """A fresh coder."""
+    """Build a coder with initial weights."""
     return copy.deepcopy(_build_initial(shape.width, shape.latents, shape.k)).to(device)
 
 
 def build_batches(shape: StepShape, device: str, *, skewed: bool = False) -> list[Tensor]:
-    """Activations in turn, so that none is in the cache from the step before; unless skewed, all latents fire alike."""
+    """Several batches, so that none is in the cache from the previous step; unless skewed, all latents fire equally."""
     if skewed:
         work = Work("step", tokens=shape.tokens, width=shape.width, latents=shape.latents, k=shape.k)
         return [batch.to(device) for batch in make_activations(work)]
@@ -49,7 +49,7 @@ def build_batches(shape: StepShape, device: str, *, skewed: bool = False) -> lis
 
 
 class SaetrainStep:
-    """Our whole step as in a run: turning the inputs, spikes, counters and the lifting of dead latents are in it."""
+    """saetrain's whole step as in a run, with rotation of the inputs, spike detection, counters and dead latents."""
 
     def __init__(self, build: Callable[[TopK], TrainStep], shape: StepShape, device: str) -> None:
         coder = build_coder(shape, device)
@@ -73,7 +73,7 @@ class SaetrainStep:
         self._trainer.train_step(lambda _: {"x": x})
 
     def check_steps(self) -> dict[str, float]:
-        """The share of the latents that fired in the last step; AssertionError where a step was left out."""
+        """Return the share of latents that fired in the last step; AssertionError if a step was skipped."""
         left_out = self._trainer.drain_spikes()
         assert not left_out, str(left_out[0])
         count = int(self._sae.train_step.state_dict()["W_dec.step"])
@@ -83,7 +83,7 @@ class SaetrainStep:
 
 
 class SparsifyStep:
-    """sparsify's; ``package``: with the package's own modules."""
+    """sparsify's step; ``package``: use the package's own modules."""
 
     def __init__(self, package: sparsify_gpu.Package | None, shape: StepShape, device: str) -> None:
         self._step = sparsify_gpu.Step(build_coder(shape, device), package)
@@ -93,7 +93,7 @@ class SparsifyStep:
         self._fvu = self._step(x)
 
     def check_steps(self) -> dict[str, float]:
-        """Nothing but that the loss is a number."""
+        """AssertionError if the loss is not a number; returns nothing else."""
         assert self._fvu == self._fvu, "the loss is not a number"
         return {}
 
@@ -102,12 +102,12 @@ StepBuilder = Callable[[StepShape, str], "SaetrainStep | SparsifyStep"]
 
 
 def build_triton_step(coder: TopK, **how: Any) -> TrainStep:
-    """Our kernels, in bf16."""
+    """saetrain's Triton kernels, in bf16."""
     return TritonStep(coder, OptimSettings(), use_bf16=True, no_accumulation=True, **how)
 
 
 def build_torch_step(coder: TopK) -> TrainStep:
-    """The PyTorch path, in bf16."""
+    """saetrain's PyTorch step, in bf16."""
     settings = OptimSettings()
     optimizer = Optimizer(
         dict(coder.named_parameters()),
@@ -127,24 +127,24 @@ PRODUCT_BUILDERS: dict[str, StepBuilder] = {
     "triton (sparse)": partial(SaetrainStep, partial(build_triton_step, products="sparse")),
     "triton (dense)": partial(SaetrainStep, partial(build_triton_step, products="dense")),
 }
-"""Where the choice between them is near."""
+"""For shapes at which sparse and dense gradient products take similar times."""
 
 
 def builders_for(shape: StepShape, small: StepShape) -> dict[str, StepBuilder]:
-    """What is timed at a shape."""
+    """The implementations that are timed at a shape."""
     found = dict(STEP_BUILDERS)
     package = sparsify_gpu.load_package()
     if package is not None:
         found["sparsify"] = partial(SparsifyStep, package)
     if shape == small:
-        found["triton (no graphs)"] = partial(SaetrainStep, partial(build_triton_step, recorded=False))
+        found["triton (no graphs)"] = partial(SaetrainStep, partial(build_triton_step, use_cuda_graphs=False))
     elif shape.latents <= 256 * shape.k:
         found |= PRODUCT_BUILDERS
     return {**found, SKEWED: STEP_BUILDERS["triton"]}
 
 
 def cycle_batches(step: Callable[[Tensor], object], batches: Sequence[Tensor]) -> Callable[[], None]:
-    """The step, each time over the next batch."""
+    """Return a function that runs the step on the next batch."""
     number = 0
 
     def run() -> None:

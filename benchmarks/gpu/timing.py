@@ -1,4 +1,4 @@
-"""Times by device events, what the device can do at best, and what a step costs at the least."""
+"""Times from device events, the device's peak rates, and the lower bound of a step."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ import torch
 from saetrain.training.steps.self_check import StepShape
 
 WARM_UP = 6
-"""Calls before the first sample: compiling, and the recording of CUDA graphs."""
+"""Calls before the first sample, for compilation and for recording CUDA graphs."""
 MIN_SAMPLES, MAX_SAMPLES = 5, 25
-"""Samples."""
+"""Numbers of samples."""
 SAMPLING_S = 4.0
-"""Of samples, above LEAST of them."""
+"""After this time, no sample beyond MIN_SAMPLES is taken."""
 COPY_BYTES, PRODUCT_ROWS = 1 << 30, 8192
-"""Bytes of the large copy; rows and columns of the large product."""
+"""Size of the large copy; rows and columns of the large product."""
 
 
 def time_calls_ms(run: Callable[[], Any], inner: int = 4) -> list[float]:
-    """Of a call: samples by device events, each the mean of ``inner`` calls in a row."""
+    """Take samples from device events, each the mean of ``inner`` consecutive calls, in milliseconds."""
     for _ in range(WARM_UP):
         run()
     samples: list[float] = []
@@ -38,21 +38,21 @@ def time_calls_ms(run: Callable[[], Any], inner: int = 4) -> list[float]:
 
 
 def measure_ceilings() -> dict[str, float]:
-    """Bytes a second of a large copy (read and written), and operations a second of a large bf16 product."""
+    """Measure bytes per second of a large copy (read and written), and flops per second of a large bf16 product."""
     source = torch.randint(255, (COPY_BYTES,), dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     copy = statistics.median(time_calls_ms(lambda: target.copy_(source)))
-    # Of random numbers, for a product of zeros draws less power and runs faster.
+    # Random numbers, because a product of zeros draws less power and runs faster.
     a, b = (torch.randn(PRODUCT_ROWS, PRODUCT_ROWS, device="cuda").bfloat16() for _ in range(2))
     product = statistics.median(time_calls_ms(lambda: a @ b))
     return {"bytes_per_s": 2e3 * COPY_BYTES / copy, "flops_per_s": 2e3 * PRODUCT_ROWS**3 / product}
 
 
 def floor_ms(shape: StepShape, limits: dict[str, float], share: float = 1.0) -> float:
-    """Milliseconds of the encoder's product and a fused optimizer pass over ``share`` of the latents, at the ceilings.
+    """Milliseconds of the encoder's product and a fused optimizer pass over ``share`` of the latents, at peak rates.
 
-    The pass reads and writes both weights and their two moments in fp32 and writes the bf16 copies. Ours leaves out
-    latents that did not fire, so it is held to the share that did.
+    The pass reads and writes both weights and their two moments in fp32, and writes the bf16 copies. saetrain skips
+    latents that did not fire, so its floor covers only the share that fired.
     """
     numbers = 2 * shape.width * shape.latents
     product = shape.tokens * numbers / limits["flops_per_s"]
@@ -60,8 +60,8 @@ def floor_ms(shape: StepShape, limits: dict[str, float], share: float = 1.0) -> 
 
 
 def time_built(build: Callable[[], Callable[[], Any]]) -> dict[str, Any]:
-    """Median and samples in milliseconds, and peak memory in bytes, of what ``build`` makes; or why there are none."""
-    # What the path before has left would count as this one's.
+    """Median and quartiles in ms, and peak memory in bytes, of the function that ``build`` returns; or the error."""
+    # Memory of the previous implementation would count as memory of this one.
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()

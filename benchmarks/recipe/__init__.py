@@ -1,1 +1,1 @@
-"""The recipe against other tools' recipes: the same activations, FVU and dead latents of each."""
+"""saetrain's recipe compared with those of other tools: FVU and dead latents on the same activations."""

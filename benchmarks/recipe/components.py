@@ -1,4 +1,4 @@
-"""The pieces of the recipe, each of which can be switched off in this process."""
+"""The components of the recipe, each of which can be switched off in this process."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from saetrain.training.steps import native
 
 
 def _set_constants(*values: tuple[Any, str, Any]) -> Callable[[], None]:
-    """Sets constants of modules."""
+    """Return a function that sets constants of modules."""
 
     def switch_off() -> None:
         for module, name, value in values:
@@ -42,14 +42,14 @@ COMPONENTS: dict[str, Callable[[], None]] = {
     DECAY: _set_constants(),
     "lift of dead latents": _set_constants((saetrain_runner, "DEFAULT_DEAD_BIAS_LIFT", 0.0)),
 }
-"""{piece: what switches it off}; what takes its place is the usual value of other tools, or nothing."""
+"""{component: function that switches it off}; it is replaced by the usual value of other tools, or by nothing."""
 
 
 def kernels_without(component: str | None) -> str:
-    """Kernels that can do without it: the fastest have one update."""
+    """Kernels that support switching the component off; the fastest kernels have a fixed update."""
     return "torch" if component == IDLE else "auto"
 
 
 def normalizer_without(component: str | None, normalizer: Normalizer) -> Normalizer:
-    """The inputs' constants, without axes where these are off."""
+    """The normalizer, without principal axes if these are switched off."""
     return replace(normalizer, axes=torch.eye(len(normalizer.mean))) if component == AXES else normalizer

@@ -1,4 +1,4 @@
-"""What the defaults of rate, k, expansion and batch give, beside `--lr auto` over the same batches.
+"""The default learning rate, k, expansion factor and batch size, compared with `--lr auto` on the same batches.
 
 python -m benchmarks.recipe.defaults
 """
@@ -23,11 +23,11 @@ from saetrain.training.trainer import TrainSettings
 
 OUT = ROOT / "benchmarks" / "results" / "recipe-defaults.json"
 MINILM_WIDTH = 384
-"""Of MiniLM's activations."""
+"""Width of MiniLM's activations."""
 
 
 def default_tasks(site: str) -> list[Task]:
-    """The default run at its rate and at the rule's."""
+    """The default run at the default rate and at the rule's rate."""
     sae, train, lr = TopKSettings(), TrainSettings(), OptimSettings().lr
     assert lr != "auto"
     tokens = train.batch_size * train.grad_acc_steps * DEFAULT_CTX_LEN
@@ -36,8 +36,8 @@ def default_tasks(site: str) -> list[Task]:
 
 
 def defaults_table(site: str, results: Results) -> str:
-    """A row for each rate that is done."""
-    rows = ["| `--lr` | learning rate | FVU | never fired | silent in the last 50 batches |", "|---" * 5 + "|"]
+    """One row per rate that has a result."""
+    rows = ["| `--lr` | learning rate | FVU | never fired | inactive in the last 50 batches |", "|---" * 5 + "|"]
     for task in default_tasks(site):
         found = results.get(task)
         if found is not None:
@@ -49,7 +49,7 @@ def defaults_table(site: str, results: Results) -> str:
 
 
 def main() -> None:
-    """Run what is lacking, and print the table."""
+    """Run the missing tasks and print the table."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.recipe.defaults",
         description=__doc__,

@@ -1,4 +1,4 @@
-"""dictionary_learning by its own ``TopKTrainer.update``, as ``trainSAE`` calls it."""
+"""dictionary_learning, trained by its own ``TopKTrainer.update``, as ``trainSAE`` calls it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks.recipe.worker import Reconstruct
 
 
 def fit_sae(task: Task, batches: Batches) -> tuple[Reconstruct, dict[str, Any]]:
-    """Train; beside a given rate it gets a warm-up and a decay that suit the run's length."""
+    """Train; with a given rate, also use a warm-up and a decay that fit the run's length."""
     schedule = (
         {}
         if task.lr is None

@@ -1,4 +1,4 @@
-"""The tables of docs/recipe.md and its picture, from the files of results: no figure in them is typed by hand.
+"""Writes the tables of benchmarks/recipe.md and docs/recipe.md, and the plot, from the results files.
 
 python -m benchmarks.recipe.page
 """
@@ -11,12 +11,16 @@ from pathlib import Path
 
 from benchmarks.machine import ROOT
 from benchmarks.recipe import ablation, defaults, rule
-from benchmarks.recipe.report import comparison_table, draw_comparison
+from benchmarks.recipe.report import comparison_table, draw_comparison, summary_table
 from benchmarks.recipe.results import Results
 from benchmarks.recipe.sweep import Comparison
 from benchmarks.recipe.task import Task
 
-PAGE = ROOT / "docs" / "recipe.md"
+PAGES = {
+    ROOT / "docs" / "recipe.md": ("summary",),
+    ROOT / "benchmarks" / "recipe.md": ("ablation", "defaults", "comparison", "rule"),
+}
+"""{page: names of its tables}."""
 RESULTS = ROOT / "benchmarks" / "results"
 COMPARISON = Comparison(
     functools.partial(Task, site="minilm-3", latents=3072, k=32, tokens=1024), (400, 4000), (1, 2, 3)
@@ -24,10 +28,11 @@ COMPARISON = Comparison(
 
 
 def build_tables() -> dict[str, str]:
-    """{marker: what stands behind it}."""
+    """{name: table}."""
     cases = rule.rule_tasks(rule.build_parser().parse_args([]))
     return {
         "defaults": defaults.defaults_table("minilm-3", read_results("recipe-defaults")),
+        "summary": summary_table(COMPARISON, read_results("recipe")),
         "comparison": comparison_table(COMPARISON, read_results("recipe")),
         "ablation": ablation.ablation_table(read_results("recipe-ablation")),
         "rule": rule.rule_table(cases, read_results("recipe-rule")),
@@ -35,22 +40,24 @@ def build_tables() -> dict[str, str]:
 
 
 def read_results(name: str) -> Results:
-    """The file of results of that name."""
+    """Read the results file of this name."""
     return Results(RESULTS / f"{name}.json", "benchmarks.recipe.page")
 
 
-def fill_tables(page: str) -> str:
-    """The page with its tables made anew."""
-    for name, text in build_tables().items():
+def fill_tables(path: Path) -> str:
+    """Return the page's text with current tables."""
+    text, tables = path.read_text(), build_tables()
+    for name in PAGES[path]:
         marked = re.compile(f"(<!-- {name} -->\n).*?(\n<!-- end -->)", re.DOTALL)
-        assert marked.search(page), name
-        page = marked.sub(lambda found, text=text: f"{found[1]}\n{text}\n{found[2]}", page)  # type: ignore[misc]
-    return page
+        assert marked.search(text), name
+        text = marked.sub(lambda found, table=tables[name]: f"{found[1]}\n{table}\n{found[2]}", text)  # type: ignore[misc]
+    return text
 
 
-def main(page: Path = PAGE) -> None:
-    """Rewrite page and picture."""
-    page.write_text(fill_tables(page.read_text()))
+def main() -> None:
+    """Rewrite the pages and the plot."""
+    for path in PAGES:
+        path.write_text(fill_tables(path))
     draw_comparison(COMPARISON, read_results("recipe"), RESULTS / "recipe.png")
 
 

@@ -1,8 +1,9 @@
-"""The comparison's table and plot, from its file of results."""
+"""Tables and plot of the comparison, from its results file."""
 
 from __future__ import annotations
 
 import statistics
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +11,12 @@ from pathlib import Path
 from benchmarks.recipe.results import Result, Results
 from benchmarks.recipe.sweep import OURS, TOOLS, Comparison, Tool
 
-HEAD = ["steps", "tool", "learning rate", "FVU", "never fired", "silent in the last 50 batches"]
+HEAD = ["steps", "tool", "learning rate", "FVU", "never fired", "inactive in the last 50 batches"]
 
 
 @dataclass(frozen=True)
 class Row:
-    """A tool at a rate over some steps: what each seed gave."""
+    """A tool at one rate and run length, with the results of all seeds."""
 
     steps: int
     name: str
@@ -23,18 +24,18 @@ class Row:
     seeds: list[Result]
 
     def mean_over_seeds(self, metric: str) -> float:
-        """Of the seeds."""
+        """Mean of the metric over the seeds."""
         return statistics.mean(result[metric] for result in self.seeds)
 
     def format_cell(self, metric: str, form: str) -> str:
-        """Mean over the seeds, with the least and the largest where several are done."""
+        """Mean over the seeds, with the smallest and the largest value."""
         values = [result[metric] for result in self.seeds]
         spread = f"{min(values):{form}} to {max(values):{form}}" if len(values) > 1 else "one seed"
         return f"{self.mean_over_seeds(metric):{form}} ({spread})"
 
 
 def comparison_rows(comparison: Comparison, results: Results) -> Iterator[Row]:
-    """The rows of which a seed is done; a tool that failed has seeds with an ``error``."""
+    """Yield the rows with at least one result; a tool that failed has an ``error``."""
     for steps in comparison.lengths:
         for tool in TOOLS:
             yield from _tool_rows(comparison, results, tool, steps)
@@ -52,7 +53,7 @@ def _tool_rows(comparison: Comparison, results: Results, tool: Tool, steps: int)
 
 
 def comparison_table(comparison: Comparison, results: Results) -> str:
-    """All rows, wall times beneath, and how far ours is below the best of the others."""
+    """All rows, followed by the differences between saetrain and the best other tool, and by wall times."""
     lines = ["| " + " | ".join(HEAD) + " |", "|---" * len(HEAD) + "|"]
     found = list(comparison_rows(comparison, results))
     for row in found:
@@ -61,15 +62,24 @@ def comparison_table(comparison: Comparison, results: Results) -> str:
             continue
         shares = " | ".join(row.format_cell(figure, ".1%") for figure in ("never_fired", "dead_by_window"))
         lines.append(f"| {row.steps} | {row.name} | {row.rate} | {row.format_cell('fvu', '.4f')} | {shares} |")
-    return "\n".join(
-        [
-            *lines,
-            "",
-            *_describe_gaps(found),
-            *_describe_fp32(comparison, results),
-            *_describe_times(comparison, results),
-        ]
-    )
+    remarks = (_describe_gaps(found), _describe_fp32(comparison, results), _describe_times(comparison, results))
+    paragraphs = [textwrap.fill(remark, 120) for each in remarks for remark in each]
+    return "\n\n".join(["\n".join(lines), *paragraphs])
+
+
+def summary_table(comparison: Comparison, results: Results) -> str:
+    """One row per tool, at its best rate: means over the seeds, for each run length."""
+    found = [row for row in comparison_rows(comparison, results) if not any("error" in each for each in row.seeds)]
+    head = ["tool", *(f"{name}, {steps} steps" for steps in comparison.lengths for name in ("FVU", "never fired"))]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for name in dict.fromkeys(tool.name.split()[0] for tool in TOOLS):
+        cells = []
+        for steps in comparison.lengths:
+            rows = [row for row in found if row.steps == steps and row.name.split()[0] == name]
+            best = min(rows, key=lambda row: row.mean_over_seeds("fvu"))
+            cells += [f"{best.mean_over_seeds('fvu'):.4f}", f"{best.mean_over_seeds('never_fired'):.1%}"]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def _describe_gaps(found: list[Row]) -> Iterator[str]:
@@ -84,12 +94,12 @@ def _describe_gaps(found: list[Row]) -> Iterator[str]:
             yield (
                 f"After {steps} steps, saetrain's FVU is {where} ({best.name} at {best.rate}). Its share of latents "
                 f"that never fire is {own.mean_over_seeds('never_fired'):.1%}, compared with "
-                f"{best.mean_over_seeds('never_fired'):.1%}.\n"
+                f"{best.mean_over_seeds('never_fired'):.1%}."
             )
 
 
 def _describe_fp32(comparison: Comparison, results: Results) -> Iterator[str]:
-    """What products in bfloat16 changed of the others' figures."""
+    """Describe how bfloat16 products change the FVU of the other tools."""
     gaps = []
     for tool in TOOLS:
         task = comparison.fp32_task(tool, results) if tool.first_lr is not None else None
@@ -98,18 +108,18 @@ def _describe_fp32(comparison: Comparison, results: Results) -> Iterator[str]:
         if pair[0] and pair[1]:
             gaps.append(f"{tool.name} {pair[0]['fvu'] - pair[1]['fvu']:+.4f}")
     if gaps:
-        yield f"FVU with products in fp32 less that with bfloat16, one seed: {', '.join(gaps)}.\n"
+        yield f"FVU with products in fp32, minus FVU with products in bfloat16 (one seed): {', '.join(gaps)}."
 
 
 def _describe_times(comparison: Comparison, results: Results) -> Iterator[str]:
-    """Medians of the runs that had the machine for themselves."""
+    """Describe the median wall times of runs that were alone on the machine."""
     if results.timings:
-        told = [f"{name} {statistics.median(seconds):.0f} s" for name, seconds in results.timings.items()]
-        yield f"Wall time of {comparison.lengths[0]} steps, alone on the machine: {', '.join(told)}."
+        times = [f"{name} {statistics.median(seconds):.0f} s" for name, seconds in results.timings.items()]
+        yield f"Wall time of {comparison.lengths[0]} steps, alone on the machine: {', '.join(times)}."
 
 
 def draw_comparison(comparison: Comparison, results: Results, path: Path) -> None:
-    """FVU against latents that never fire, a panel for each length; needs matplotlib (extra `bench`)."""
+    """Plot FVU against latents that never fire, one panel per run length; needs matplotlib (extra `bench`)."""
     import matplotlib
 
     matplotlib.use("Agg")

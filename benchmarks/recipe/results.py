@@ -21,7 +21,7 @@ DEFAULTS = {each.name: each.default for each in dataclasses.fields(Task)} | {"op
 
 
 class Results:
-    """Tasks with what they gave; ``timings`` {tool: wall seconds of runs that had the machine for themselves}."""
+    """Tasks and their results; ``timings`` {tool: wall seconds of runs that were alone on the machine}."""
 
     def __init__(self, path: Path, module: str, arguments: Sequence[str] = ()) -> None:
         self._path = path
@@ -35,11 +35,11 @@ class Results:
         self._about = {"run": {**describe_run([]), "command": command}, "machine": describe_machine()}
 
     def get(self, task: Task) -> Result | None:
-        """What the task gave, if it is done."""
+        """The task's result, or None if it has not run."""
         return next((result for known, result in self.runs if known == task), None)
 
     def tried_rates(self, like: Task) -> dict[float, float]:
-        """{rate: FVU} of the runs that differ from ``like`` in nothing else; infinite where one failed."""
+        """{rate: FVU} of the runs that differ from ``like`` only in the rate; infinite for a failed run."""
         return {
             task.lr: float(result.get("fvu", float("inf")))
             for task, result in self.runs
@@ -47,17 +47,17 @@ class Results:
         }
 
     def discard_if_again(self, tasks: Collection[Task], again: bool) -> None:
-        """Forget what these gave where it is to be measured ``again``; else say where other code gave it."""
+        """Discard the results of ``tasks`` if ``again``; otherwise print which commits they are from."""
         if again:
             self.discard(tasks)
             return
         now = describe_run([])["commit"]
         others = {str(result.get("commit")) for task, result in self.runs if task in tasks} - {now}
         if others:
-            print(f"some results are of other code ({', '.join(sorted(others))}; now {now}): --again measures anew")
+            print(f"some results are from other commits ({', '.join(sorted(others))}; now {now}): --again repeats them")
 
     def discard(self, tasks: Collection[Task]) -> None:
-        """Forget what these gave."""
+        """Discard the results of ``tasks``."""
         self.runs = [(task, result) for task, result in self.runs if task not in tasks]
 
     def add(self, task: Task, result: Result) -> None:

@@ -1,4 +1,4 @@
-"""How near `--lr auto` comes to the best of fixed rates, over widths, sparsities, lengths and sites.
+"""How close `--lr auto` comes to the best fixed rate, over widths, sparsities, run lengths and sites.
 
     python -m benchmarks.recipe.rule
 
@@ -24,15 +24,15 @@ from saetrain.optim import RunSize, recommended_lr
 
 OUT = ROOT / "benchmarks" / "results" / "recipe-rule.json"
 TOLERANCE = 0.004
-"""Of FVU above the best fixed rate's."""
+"""Largest accepted FVU above that of the best fixed rate."""
 BATCH_CASE = 3072, 32, 400
-"""Latents, k and steps of the cases of other batch sizes."""
+"""Latents, k and steps of the cases with other batch sizes."""
 ANCHOR = 0.01
-"""A rate that every sweep's rates are powers of FACTOR from, so that they stay where the rule moves."""
+"""All rates of a sweep are ANCHOR times a power of FACTOR, so that they stay the same when the rule changes."""
 
 
 def rule_tasks(options: argparse.Namespace) -> list[Task]:
-    """The rule's own task of each case, the short and narrow ones first."""
+    """One task with the rule's rate per case, short and narrow cases first."""
     grid = [
         Task(OURS, site, latents, k, steps, options.tokens, options.seed)
         for steps in sorted(options.steps)
@@ -44,12 +44,12 @@ def rule_tasks(options: argparse.Namespace) -> list[Task]:
 
 
 def rule_rate(task: Task) -> float:
-    """The rate that the rule takes for a task."""
+    """The rate that the rule chooses for a task."""
     return recommended_lr(RunSize(task.latents, task.k, task.tokens, task.steps))
 
 
 def first_sweep_rate(task: Task) -> float:
-    """The sweep's rate that is nearest to the rule's, or a little below it."""
+    """The rate of the sweep that is closest to the rule's."""
     rate = ANCHOR
     while rate > rule_rate(task) * FACTOR**0.5:
         rate /= FACTOR
@@ -59,7 +59,7 @@ def first_sweep_rate(task: Task) -> float:
 
 
 def missing_tasks(tasks: Iterable[Task], results: Results, sweep_alone: bool) -> list[Task]:
-    """What is lacking of these cases."""
+    """Tasks of these cases that have no result yet."""
     found: list[Task] = []
     for task in tasks:
         rates = next_rates(results.tried_rates(task), first_sweep_rate(task))
@@ -70,7 +70,7 @@ def missing_tasks(tasks: Iterable[Task], results: Results, sweep_alone: bool) ->
 
 
 def discard_stale(tasks: Iterable[Task], results: Results) -> None:
-    """Forget runs of the rule that it would not take that rate for any more."""
+    """Discard runs of the rule for which it now chooses another rate."""
     old = []
     for task in tasks:
         result = results.get(task)
@@ -80,7 +80,7 @@ def discard_stale(tasks: Iterable[Task], results: Results) -> None:
 
 
 def rule_table(tasks: Iterable[Task], results: Results) -> str:
-    """A row for each case that is complete, and how many are within what is allowed."""
+    """One row per complete case, and the number of cases within the tolerance."""
     rows = ["| site | F | k | N | steps | best fixed lr | FVU | never fired | rule | FVU | above | never fired |"]
     rows.append("|---" * 12 + "|")
     above: list[float] = []
@@ -102,7 +102,7 @@ def rule_table(tasks: Iterable[Task], results: Results) -> str:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The options."""
+    """Build the command line's parser."""
     found = argparse.ArgumentParser(
         prog="python -m benchmarks.recipe.rule",
         description=__doc__,
@@ -112,29 +112,31 @@ def build_parser() -> argparse.ArgumentParser:
     found.add_argument("--latents", nargs="+", type=int, default=[512, 3072, 12288])
     found.add_argument("--k", nargs="+", type=int, default=[16, 32, 64])
     found.add_argument("--steps", nargs="+", type=int, default=[400, 4000])
-    found.add_argument("--tokens", type=int, default=1024, help="activations a step")
-    found.add_argument("--batches", nargs="*", type=int, default=[256, 4096], help="other activations a step")
+    found.add_argument("--tokens", type=int, default=1024, help="activations per step")
+    found.add_argument(
+        "--batches", nargs="*", type=int, default=[256, 4096], help="other numbers of activations per step"
+    )
     found.add_argument("--seed", type=int, default=1)
-    found.add_argument("--sweep_alone", action="store_true", help="leave the rule's own runs for later")
-    found.add_argument("--train_tokens", type=int, default=TRAIN_TOKENS, help="of text, pass after pass")
-    found.add_argument("--held_out_tokens", type=int, default=HELD_OUT_TOKENS, help="that all are scored on")
+    found.add_argument("--sweep_alone", action="store_true", help="skip the rule's own runs")
+    found.add_argument("--train_tokens", type=int, default=TRAIN_TOKENS, help="size of the training text")
+    found.add_argument("--held_out_tokens", type=int, default=HELD_OUT_TOKENS, help="size of the held-out text")
     add_run_options(found, OUT)
     return found
 
 
 def available_sites(sites: Iterable[str]) -> list[str]:
-    """Those whose model is here; the others are named."""
+    """The sites whose model exists; prints the names of the others."""
     found = []
     for site in sites:
         if SITES[site].model().exists():
             found.append(site)
         else:
-            print(f"{site} is left out: there is no {SITES[site].model()}")
+            print(f"skipping {site}: {SITES[site].model()} does not exist")
     return found
 
 
 def main() -> None:
-    """Run what is lacking, and print the table."""
+    """Run the missing tasks and print the table."""
     options = build_parser().parse_args()
     options.sites = available_sites(options.sites)
     results, tasks = Results(options.out, "benchmarks.recipe.rule", sys.argv[1:]), rule_tasks(options)

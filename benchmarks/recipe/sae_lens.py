@@ -1,4 +1,4 @@
-"""SAELens by its own ``SAETrainer.fit``."""
+"""SAELens, trained by its own ``SAETrainer.fit``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from benchmarks.recipe.worker import Reconstruct
 
 
 def fit_sae(task: Task, batches: Batches) -> tuple[Reconstruct, dict[str, Any]]:
-    """Train; beside a given rate it gets the schedule that its default lacks."""
+    """Train; with a given rate, also use a warm-up and a decay, which the defaults do not have."""
     torch.manual_seed(task.seed)
     sae = TopKTrainingSAE(
         TopKTrainingSAEConfig(d_in=batches[0].shape[1], d_sae=task.latents, k=task.k, device="cpu", **task.options)
@@ -27,7 +27,7 @@ def fit_sae(task: Task, batches: Batches) -> tuple[Reconstruct, dict[str, Any]]:
         total_training_samples=task.steps * task.tokens,
         train_batch_size_samples=task.tokens,
         lr=lr,
-        # The runner sets lr_end; without the runner it must be given.
+        # SAELens' runner sets lr_end; without the runner it must be given.
         lr_end=lr / 10,
         device="cpu",
         **schedule,

@@ -1,4 +1,4 @@
-"""saetrain's own trainer over the prepared activations, every setting but the learning rate at its default."""
+"""saetrain's own trainer on the prepared activations, with all settings but the learning rate at their defaults."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from saetrain.training.trainer import Trainer, TrainSettings
 
 
 def fit_sae(task: Task, batches: Batches) -> tuple[Reconstruct, dict[str, Any]]:
-    """Train by `--lr auto`, or by the task's rate and else alike; the option ``without`` names a piece to leave out."""
+    """Train with `--lr auto` or the task's rate; the option ``without`` names a component that is switched off."""
     options = {"without": None, "weight_decay": AUTO_WEIGHT_DECAY, **task.options}
     without, decay = options.pop("without"), options.pop("weight_decay")
     if without is not None:

@@ -1,4 +1,4 @@
-"""eai-sparsify by its own ``Trainer.fit``, over a model that hands out the prepared activations."""
+"""eai-sparsify, trained by its own ``Trainer.fit`` over a model that returns the prepared activations."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from benchmarks.recipe.worker import Reconstruct
 
 
 class BatchSequence(Sequence[Tensor]):
-    """The batches (1, N, D), each as one sequence."""
+    """The batches as sequences (1, N, D)."""
 
     def __init__(self, batches: Batches) -> None:
         self._batches = batches
@@ -28,14 +28,14 @@ class BatchSequence(Sequence[Tensor]):
 
 
 class TrainerWithoutSave(Trainer):
-    """Leaves no files."""
+    """Writes no files."""
 
     def save(self) -> None:
-        """Nothing."""
+        """Write nothing."""
 
 
 def fit_sae(task: Task, batches: Batches) -> tuple[Reconstruct, dict[str, Any]]:
-    """Train; its default optimizer knows no warm-up, and Adam's of 1000 steps is longer than a short run."""
+    """Train; with a given rate, also set a warm-up: signum has none, and Adam's 1000 steps exceed a short run."""
     schedule = {} if task.lr is None else {"lr": task.lr, "lr_warmup_steps": task.steps // 10}
     config = TrainConfig(
         SparseCoderConfig(num_latents=task.latents, k=task.k),
@@ -47,7 +47,7 @@ def fit_sae(task: Task, batches: Batches) -> tuple[Reconstruct, dict[str, Any]]:
         **schedule,
         **task.options,
     )
-    # It asks the model for the width first, so that batch 0 is the last that it trains on.
+    # The trainer runs the model once for the width, so training starts with batch 1 and ends with batch 0.
     trainer = TrainerWithoutSave(
         config,
         TokenDataset(torch.zeros(1, task.tokens, dtype=torch.long), task.steps),
@@ -55,7 +55,7 @@ def fit_sae(task: Task, batches: Batches) -> tuple[Reconstruct, dict[str, Any]]:
     )
     group = trainer.optimizers[0].param_groups[0]
     lr = group.get("initial_lr", group["lr"])
-    # Scored as they were trained: signum's averages, which it saves, have decoder rows shorter than one and do worse.
+    # The training weights are scored: the averages that signum saves have decoder rows shorter than one and worse FVU.
     trainer.fit()
     (sae,) = trainer.saes.values()
 

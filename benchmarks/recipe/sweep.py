@@ -1,4 +1,4 @@
-"""Which rates a sweep tries, and the tasks of a comparison of tools that sweep."""
+"""The rates of a sweep, and the tasks of a comparison of tools."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from benchmarks.recipe.task import Task
 
 OURS = "saetrain"
 FACTOR = 2.0
-"""Between neighbouring rates of a sweep."""
+"""Ratio of neighbouring rates of a sweep."""
 
 
 def next_rates(tried: Mapping[float, float], first: float) -> list[float]:
-    """Rates to try behind those of ``tried`` {rate: FVU}; none once both neighbours of the best one are among them."""
+    """Rates to try after ``tried`` {rate: FVU}; empty once both neighbours of the best rate are known."""
     if not tried:
         return [_round_rate(first)]
     best = best_rate(tried)
@@ -24,61 +24,61 @@ def next_rates(tried: Mapping[float, float], first: float) -> list[float]:
 
 
 def is_settled(tried: Mapping[float, float]) -> bool:
-    """Whether the best rate's neighbours are known."""
+    """Whether both neighbours of the best rate are known."""
     return bool(tried) and not next_rates(tried, min(tried))
 
 
 def best_rate(tried: Mapping[float, float]) -> float:
-    """The rate of the lowest FVU."""
+    """The rate with the lowest FVU."""
     return min(tried, key=lambda rate: tried[rate])
 
 
 def _round_rate(rate: float) -> float:
-    """The rate without the noise of its last bits, by which it would not be found again."""
+    """Round away the last bits, so that equal rates compare equal."""
     return float(f"{rate:.6g}")
 
 
 @dataclass(frozen=True)
 class Tool:
-    """A way to train: a tool with its options, and the rate that its sweep begins with at the shortest runs."""
+    """A tool with its options, and the first rate of its sweep over the shortest runs."""
 
     name: str
     first_lr: float | None = None
     options: tuple[tuple[str, Any], ...] = ()
     shipped: bool = True
-    """Whether its default is what the tool does when nothing is said, and so has a row."""
+    """Whether these options are the tool's defaults, whose results then have a row."""
     longest_sweep: float = float("inf")
-    """Steps of the longest run that it is swept over."""
+    """Steps of the longest runs for which the rate is swept."""
 
     def is_swept(self, steps: int) -> bool:
-        """Whether it is swept over runs of that length."""
+        """Whether the rate is swept for runs of this length."""
         return self.first_lr is not None and steps <= self.longest_sweep
 
 
 TOOLS = (
     Tool(OURS),
-    # At its best rate it is far behind the same tool's Adam, so the long runs, of minutes each, are left to that.
+    # At its best rate it is far worse than Adam of the same tool, so the long runs, minutes each, use only Adam.
     Tool("sparsify signum", 8e-3, (("optimizer", "signum"),), longest_sweep=400),
     Tool("sparsify adam", 4e-3, (("optimizer", "adam"),), shipped=False),
     Tool("sae-lens", 4e-3),
     Tool("dictionary_learning", 4e-3),
-    # Its own window of 10 million tokens never ends in these runs, so that its auxiliary loss never acts.
+    # The default window of 10 million tokens is longer than these runs, so the auxiliary loss would never act.
     Tool("dictionary_learning short window", 4e-3, (("dead_window", 4096),), shipped=False, longest_sweep=400),
 )
 
 
 class Comparison:
-    """The tasks of a comparison: each tool at its default, and at the best rate of a sweep by the first seed."""
+    """The tasks of a comparison: each tool at its default, and at the best rate of a sweep with the first seed."""
 
     def __init__(self, make: Callable[..., Task], lengths: tuple[int, ...], seeds: tuple[int, ...]) -> None:
         self._make, self.lengths, self.seeds = make, lengths, seeds
 
     def default_tasks(self, tool: Tool, steps: int) -> list[Task]:
-        """A task for each seed at the tool's default; ours takes its rule."""
+        """One task per seed at the tool's default; for saetrain, at the rule's rate."""
         return [self._make(tool=tool.name, steps=steps, seed=seed, options=dict(tool.options)) for seed in self.seeds]
 
     def best_tasks(self, tool: Tool, steps: int, results: Results) -> list[Task] | None:
-        """A task for each seed at the best rate, once the sweep knows it."""
+        """One task per seed at the best rate, or None until the sweep is complete."""
         tasks = self.default_tasks(tool, steps)
         tried = results.tried_rates(tasks[0])
         if not is_settled(tried):
@@ -86,12 +86,12 @@ class Comparison:
         return [dataclasses.replace(task, lr=best_rate(tried)) for task in tasks]
 
     def fp32_task(self, tool: Tool, results: Results) -> Task | None:
-        """The first of the shortest runs at the best rate, with products in fp32."""
+        """The first seed's task of the shortest runs at the best rate, with products in fp32."""
         best = self.best_tasks(tool, self.lengths[0], results)
         return dataclasses.replace(best[0], fp32_products=True) if best else None
 
     def missing_tasks(self, tools: tuple[Tool, ...], results: Results) -> list[Task]:
-        """Tasks that can be begun, the short ones first, then sweeps; none when the comparison is complete."""
+        """Tasks that can start now, short ones first; empty once the comparison is complete."""
         found: list[Task] = []
         for steps in self.lengths:
             for tool in tools:
@@ -101,7 +101,7 @@ class Comparison:
         return [task for task in found if results.get(task) is None]
 
     def _sweep_tasks(self, tool: Tool, steps: int, results: Results) -> list[Task]:
-        """What the sweep tries next, or all seeds at what it found."""
+        """The next rates of the sweep, or all seeds at the best rate."""
         best = self.best_tasks(tool, steps, results)
         if best is None:
             rates = self._next_sweep_rates(tool, steps, results)
@@ -110,7 +110,7 @@ class Comparison:
         return [*best, *([exact] if exact else [])]
 
     def _next_sweep_rates(self, tool: Tool, steps: int, results: Results) -> list[float]:
-        """What the sweep tries next; one over a longer run begins below the best rate of the shorter."""
+        """The next rates of the sweep; for longer runs it starts below the best rate of the shorter runs."""
         assert tool.first_lr is not None
         first = tool.first_lr
         for length in self.lengths:

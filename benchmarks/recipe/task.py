@@ -1,4 +1,4 @@
-"""One training run: which tool over how many steps of which activations, with which settings."""
+"""One training run: its tool, activations, length and settings."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Task:
-    """A run of a tool; ``lr`` None is its default, and with it its own schedule."""
+    """A run of a tool; with ``lr`` None it uses its default rate and schedule."""
 
     tool: str
     site: str
@@ -20,7 +20,7 @@ class Task:
     k: int
     steps: int
     tokens: int
-    """Activations a step."""
+    """Activations per step."""
     seed: int
     lr: float | None = None
     fp32_products: bool = False
@@ -34,7 +34,7 @@ class Task:
 
 
 class Batches:
-    """Batches (N, D) in a random order of the rows that the seed decides, pass after pass; the same for every tool."""
+    """Batches (N, D) in random order, pass after pass; the order depends only on the seed, so all tools share it."""
 
     def __init__(self, rows_TD: Tensor, task: Task) -> None:
         self._rows, self._tokens, self._steps = rows_TD, task.tokens, task.steps

@@ -1,4 +1,4 @@
-"""Runs tasks, each in a process and an environment of its own, some at a time."""
+"""Runs tasks in parallel, each in its own process and in the environment of its tool."""
 
 from __future__ import annotations
 
@@ -19,29 +19,31 @@ from benchmarks.recipe.task import Task
 
 
 def add_run_options(parser: argparse.ArgumentParser, out: Path) -> None:
-    """What every conduct can be told."""
-    parser.add_argument("--again", action="store_true", help="measure anew what is there")
-    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="runs at a time")
-    parser.add_argument("--threads", type=int, default=1, help="of each run")
-    parser.add_argument("--folder", type=Path, default=ROOT / ".bench" / "recipe", help="for text and activations")
+    """Add the options that all programs of this package share."""
+    parser.add_argument("--again", action="store_true", help="repeat runs that have a result")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="number of parallel runs")
+    parser.add_argument("--threads", type=int, default=1, help="threads per run")
+    parser.add_argument(
+        "--folder", type=Path, default=ROOT / ".bench" / "recipe", help="folder for text and activations"
+    )
     parser.add_argument("--out", type=Path, default=out, help="results file")
 
 
 def find_python(tool: str) -> Path:
-    """The interpreter of the environment that has the tool."""
+    """Path of the Python interpreter in the tool's environment."""
     name = tool.split()[0]
     return Path(sys.executable) if name == OURS else ROOT / ".bench" / name / "bin" / "python"
 
 
 def run_task(task: Task, activations: Path, threads: int) -> Result:
-    """What the task gives, from a process of its own."""
+    """Run the task in its own process and return its result."""
     command = [str(find_python(task.tool)), "-m", "benchmarks.recipe.worker", str(activations), str(threads)]
     variables = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     words = json.dumps(dataclasses.asdict(task))
     done = subprocess.run([*command, words], cwd=ROOT, env=variables, capture_output=True, text=True, check=False)
-    # One that was killed, by a full memory or a hand, says nothing about the tool.
+    # A killed run (out of memory, or by hand) is not a result of the tool.
     if done.returncode < 0:
-        raise SystemExit(f"{words}: ended by signal {-done.returncode}; start again to go on")
+        raise SystemExit(f"{words}: ended by signal {-done.returncode}; start again to continue")
     if done.returncode:
         return {"error": (done.stderr.strip().splitlines() or [f"ended with {done.returncode}"])[-1]}
     result: Result = json.loads(done.stdout.splitlines()[-1])
@@ -56,9 +58,9 @@ def run_tasks(
     processes: int,
     threads: int,
 ) -> None:
-    """Run what is wanted until nothing is; what to run next may hang on what came out.
+    """Run tasks until none is missing; the next tasks may depend on earlier results.
 
-    ``activations`` gives the file of a site.
+    ``activations`` returns the file of a site.
     """
     running: dict[Future[Result], Task] = {}
     with ThreadPoolExecutor(processes) as pool:
@@ -77,5 +79,5 @@ def run_tasks(
 
 def _log_result(task: Task, result: Result) -> None:
     size = f"{task.tool}, {task.site}, F={task.latents}, k={task.k}, {task.steps} steps, seed {task.seed}"
-    told = {name: round(value, 4) for name, value in result.items() if isinstance(value, float)}
-    print(f"{size}, lr {task.lr or 'default'}:", told or result, flush=True)
+    metrics = {name: round(value, 4) for name, value in result.items() if isinstance(value, float)}
+    print(f"{size}, lr {task.lr or 'default'}:", metrics or result, flush=True)

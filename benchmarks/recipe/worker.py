@@ -1,7 +1,7 @@
-"""The process of one task: trains by one tool and scores what came out, by a definition of its own.
+"""The process of one task: trains with one tool, and scores the SAE with code that all tools share.
 
-python -m benchmarks.recipe.worker ACTIVATIONS THREADS TASK, in the environment of the task's tool; its last line of
-output is JSON.
+Usage: python -m benchmarks.recipe.worker ACTIVATIONS THREADS TASK, in the environment of the task's tool. The last line
+of its output is JSON.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from benchmarks.recipe.task import Batches, Task
 from benchmarks.worker import package_versions
 
 Reconstruct = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""Activations (n, D) -> their reconstruction (n, D), and which latents fired (n, F)."""
+"""Activations (n, D) -> their reconstruction (n, D), and whether each latent fired (n, F)."""
 
 ROWS = 1024
 WINDOW_STEPS = 50
-"""Last steps of training on which a latent must fire, by the final weights, not to count as dead by the window."""
+"""A latent is dead by the window if, with the final weights, it fires on none of the last steps' batches."""
 
 
 @torch.no_grad()
 def score_sae(reconstruct: Reconstruct, held_out_TD: Tensor, last_batches: list[Tensor]) -> dict[str, float]:
-    """FVU, L0 and shares of latents that fire on nothing of ``held_out_TD`` and of the batches ``last``."""
+    """FVU, L0, and the shares of latents that never fire on ``held_out_TD`` and on ``last_batches``."""
     error, fired = 0.0, None
     for rows in held_out_TD.split(ROWS):
         rebuilt, active = reconstruct(rows)
@@ -49,7 +49,7 @@ def score_sae(reconstruct: Reconstruct, held_out_TD: Tensor, last_batches: list[
 
 
 def train_and_score(activations: Path, task: Task) -> dict[str, Any]:
-    """Train and score."""
+    """Train with the task's tool and score the SAE."""
     tensors = load_file(activations)
     batches = Batches(tensors["train"], task)
     tool = importlib.import_module(f"benchmarks.recipe.{task.module}")
@@ -66,12 +66,12 @@ def train_and_score(activations: Path, task: Task) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run the task of the command line."""
+    """Run the task that the command line gives."""
     activations, threads, task = sys.argv[1:]
     chosen = Task(**json.loads(task))
     torch.set_num_threads(int(threads))
     torch.set_flush_denormal(True)
-    # "medium" makes products of fp32 tensors in bfloat16 where the CPU has them; saetrain chooses by itself.
+    # "medium" computes products of fp32 tensors in bfloat16 if the CPU supports it; saetrain chooses by itself.
     torch.set_float32_matmul_precision("highest" if chosen.fp32_products or chosen.tool == "saetrain" else "medium")
     print("\n" + json.dumps(train_and_score(Path(activations), chosen)))
 

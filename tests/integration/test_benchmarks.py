@@ -53,7 +53,7 @@ def test_quick_run_writes_results_and_tables(tmp_path: Path) -> None:
     assert page.read_text() == f"before\n{BEGIN}\n\n{table}\n{END}\nafter\n"
 
 
-def test_a_quick_run_of_several_processes(tmp_path: Path) -> None:
+def test_quick_run_of_several_processes(tmp_path: Path) -> None:
     out = tmp_path / "ranks.json"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += ["-m", "benchmarks.ranks", "--quick", "--rounds", "1", "--precisions", "fp32", "--out", str(out)]
@@ -86,7 +86,7 @@ def test_page_holds_the_measured_scaling_of_several_processes() -> None:
     assert ranks.format_table(results["metrics"]) in page
 
 
-def test_a_sweep_ends_when_the_best_rates_neighbours_are_known() -> None:
+def test_sweep_ends_once_neighbours_are_known() -> None:
     tried: dict[float, float] = {}
     order = []
     while rates := next_rates(tried, 0.01):
@@ -97,7 +97,7 @@ def test_a_sweep_ends_when_the_best_rates_neighbours_are_known() -> None:
     assert next_rates({0.02: 1.0, 0.01: float("inf"), 0.04: float("inf")}, 0.5) == [], "a rate that fails is worse"
 
 
-def test_a_quick_comparison_of_recipes(tmp_path: Path) -> None:
+def test_quick_comparison_of_recipes(tmp_path: Path) -> None:
     words = ["--tools", "saetrain", "--latents", "96", "--k", "4", "--tokens", "256", "--steps", "4", "12"]
     words += ["--seeds", "1", "2", "--processes", "2"]
     printed, results = recipe("benchmarks.recipe", tmp_path, words)
@@ -108,10 +108,10 @@ def test_a_quick_comparison_of_recipes(tmp_path: Path) -> None:
     assert "| 12 | saetrain | " in printed
     assert "`--lr auto`" in printed
     again, _ = recipe("benchmarks.recipe", tmp_path, words)
-    assert again == printed[printed.index("| steps") :], "what is done is not run again"
+    assert again == printed[printed.index("| steps") :], "finished tasks must not run again"
 
 
-def test_a_quick_look_at_the_rule(tmp_path: Path) -> None:
+def test_quick_sweep_of_the_rule(tmp_path: Path) -> None:
     words = ["--sites", "minilm-3", "--latents", "96", "--k", "4", "--tokens", "256", "--steps", "12", "--batches"]
     printed, results = recipe("benchmarks.recipe.rule", tmp_path, [*words, "--processes", "2"])
     rates = sorted(run["task"]["lr"] for run in results["runs"] if "lr" in run["task"])

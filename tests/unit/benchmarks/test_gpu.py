@@ -1,4 +1,4 @@
-"""The GPU suite where there is no GPU, and the peer's step that it holds ours against."""
+"""The GPU benchmark without a GPU, and sparsify's step, with which it compares."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ ABSENT = ("tyro", "datasets", "pyarrow", "pandas", "wandb", "tensorboard", "rich
 SMALL = StepShape(12, 40, 3, 50)
 
 
-def test_without_a_gpu_it_checks_says_what_it_would_time_and_ends_well(tmp_path: Path) -> None:
-    """With no more installed than torch, transformers, triton, numpy, safetensors and what they need."""
+def test_without_gpu_it_checks_kernels_and_lists_measurements(tmp_path: Path) -> None:
+    """The environment has only torch, transformers, triton, numpy, safetensors and their dependencies."""
     for folder in {*site.getsitepackages(), *sys.path}:
         for path in Path(folder).glob("*") if Path(folder).name == "site-packages" else []:
             hidden = path.name.startswith(("__editable__", "_", *ABSENT)) or path.suffix == ".pth"
@@ -43,7 +43,7 @@ def test_without_a_gpu_it_checks_says_what_it_would_time_and_ends_well(tmp_path:
         cwd=ROOT, env={**env, "PYTHON": str(python)}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("  right: update against autograd") == 8
+    assert done.stdout.count("  correct: update against autograd") == 8
     assert done.stdout.count("(at most 1e-03)") == 6
     assert done.stdout.count("(at most 5e-02)") == 2
     assert "no GPU: nothing is timed" in done.stdout
@@ -51,19 +51,19 @@ def test_without_a_gpu_it_checks_says_what_it_would_time_and_ends_well(tmp_path:
     assert not (tmp_path / "gpu.json").exists()
 
 
-def test_an_update_that_is_off_is_called_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_updates_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     off = {StepVariant("sparse"): 2e-3, StepVariant("dense"): float("nan"), StepVariant("dense", use_bf16=True): 2e-3}
     monkeypatch.setattr(kernel_checks, "measure_distances", lambda *_, **__: off)
-    assert [check["fine"] for check in kernel_checks.check_kernels("cpu", quick=True)] == [False, False, True]
+    assert [check["ok"] for check in kernel_checks.check_kernels("cpu", quick=True)] == [False, False, True]
 
 
-def test_the_floor_counts_the_product_and_the_weights() -> None:
+def test_floor_counts_product_and_weights() -> None:
     shape = StepShape(100, 1000, 3, 50)
     assert floor_ms(shape, {"flops_per_s": 1e9, "bytes_per_s": 1e30}) == pytest.approx(2 * 50 * 100 * 1000 / 1e6)
     assert floor_ms(shape, {"flops_per_s": 1e30, "bytes_per_s": 1e9}) == pytest.approx(200_000 * 26 / 1e6)
 
 
-def test_the_peer_s_gradients_are_those_of_autograd() -> None:
+def test_gradients_of_sparsify_match_autograd() -> None:
     coder = build_coder(SMALL, "cpu")
     x = torch.randn(50, 12, generator=torch.Generator().manual_seed(1)).requires_grad_()
     weight, bias = coder.W_enc.detach().T.contiguous().requires_grad_(), coder.b_enc.detach().clone().requires_grad_()
@@ -77,7 +77,7 @@ def test_the_peer_s_gradients_are_those_of_autograd() -> None:
         torch.testing.assert_close(found, each.grad)
 
 
-def test_every_path_trains() -> None:
+def test_every_implementation_trains() -> None:
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(50, 3, generator=generator) @ torch.randn(3, 12, generator=generator)
     peer = sparsify_gpu.Step(build_coder(SMALL, "cpu"), None)
@@ -91,7 +91,7 @@ def test_every_path_trains() -> None:
             assert 0 < step.check_steps().get("fired", 1) <= 1
 
 
-def test_a_step_that_was_left_out_is_not_timed_for_one() -> None:
+def test_skipped_steps_are_detected() -> None:
     step = STEP_BUILDERS["torch"](SMALL, "cpu")
     x = torch.randn(50, 12)
     step(x)
@@ -101,30 +101,30 @@ def test_a_step_that_was_left_out_is_not_timed_for_one() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "environment", "said"),
+    ("words", "environment", "message"),
     [
-        ("--out nowhere/gpu.json", {}, "--out nowhere/gpu.json: there is no folder nowhere"),
+        ("--out nowhere/gpu.json", {}, "--out nowhere/gpu.json: the folder nowhere does not exist"),
         ("--minutes 0", {}, "--minutes 0.0: must be positive"),
         ("--quick", {"SPARSIFY": "nowhere"}, "SPARSIFY=nowhere: "),
         ("--shapes", {}, "unrecognized arguments: --shapes"),
     ],
 )
-def test_mistakes_are_said_before_anything_is_run(
-    words: str, environment: dict[str, str], said: str, tmp_path: Path
+def test_wrong_options_are_reported_at_once(
+    words: str, environment: dict[str, str], message: str, tmp_path: Path
 ) -> None:
     env = {**os.environ, **environment, "PYTHON": sys.executable}
     command = [str(ROOT / "benchmarks" / "gpu.sh"), *words.split()]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert said in done.stderr
+    assert message in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_a_python_without_the_packages_is_named(tmp_path: Path) -> None:
+def test_missing_packages_are_named(tmp_path: Path) -> None:
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\nexec {sys.executable} -S -I "$@"\n')
     python.chmod(0o755)
     command, env = [str(ROOT / "benchmarks" / "gpu.sh")], {**os.environ, "PYTHON": str(python)}
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "lacks torch transformers triton numpy safetensors; PYTHON names another" in done.stderr
+    assert "lacks torch transformers triton numpy safetensors; set PYTHON to another" in done.stderr
