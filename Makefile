@@ -69,7 +69,7 @@ bench-peers: $(VENV)/installed-bench $(PEERS:%=$(BENCH)/%/installed)
 	$(BIN)/python -m benchmarks --peers
 	$(BIN)/python -m benchmarks.plot "$$(ls -t benchmarks/results/*.json | head -n 1)"
 
-# Cases whose model does not exist in ../shared are skipped. Takes hours; the last line writes the tables of the pages.
+# Takes hours; the last line writes the tables of the pages. Cases whose model does not exist are skipped.
 bench-recipe: $(VENV)/installed-bench $(PEERS:%=$(BENCH)/%/installed)
 	$(BIN)/python -m benchmarks.recipe
 	$(BIN)/python -m benchmarks.recipe.rule

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,8 @@ from saetrain.runs.train.setup import RunContext, held_out_batches, prepare_run,
 
 TRAIN_TOKENS = 440_000
 HELD_OUT_TOKENS = 45_000
-SHARED = ROOT.parent / "shared"
-"""Folder next to the checkout that may hold a causal model and text; the comparison needs neither."""
+ASSETS = Path(os.environ.get("BENCHMARK_ASSETS", ROOT / ".bench" / "assets"))
+"""Folder that may hold a causal model and text, for the cases of tiny-gpt2; the comparison needs neither."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def write_documentation(folder: Path) -> Path:
 SITES = {
     "minilm-1": Site(find_minilm, write_documentation, 1, 128),
     "minilm-3": Site(find_minilm, write_documentation, 3, 128),
-    "tiny-gpt2-3": Site(lambda: SHARED / "models" / "tiny-gpt2", lambda _: SHARED / "data" / "wikitext", 3, 256),
+    "tiny-gpt2-3": Site(lambda: ASSETS / "tiny-gpt2", lambda _: ASSETS / "wikitext", 3, 256),
 }
 
 
