@@ -14,8 +14,8 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "SAE": "saetrain.runs.inference",
-    "load": "saetrain.runs.inference",
+    "SAE": "saetrain.sae",
+    "load": "saetrain.sae",
     "Codes": "saetrain.types",
     "SaetrainError": "saetrain.errors",
 }

@@ -12,8 +12,9 @@ from typing import Any
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec
 
-from saetrain import distributed, launch
+from saetrain import distributed
 from saetrain.config import CompareConfig, EvaluateConfig, RunConfig, TokenizeConfig, flag_types, from_flat, read_yaml
+from saetrain.distributed import env
 from saetrain.errors import RankFailure, SaetrainError, did_you_mean
 
 TRUE_WORDS, FALSE_WORDS = ("true", "yes", "1"), ("false", "no", "0")
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             traceback.print_exc()
         # What every process finds wrong is said by the first one that does; who is lost, by each that is left.
         if distributed.report_failure(str(error), error.exit_code) or (
-            isinstance(error, RankFailure) and launch.should_print_error(error)
+            isinstance(error, RankFailure) and env.should_print_error(error)
         ):
             print(f"saetrain: {distributed.rank_prefix()}error: {error}", file=sys.stderr)
         distributed.exit_now(error.exit_code)
@@ -70,25 +71,25 @@ def _is_debug_requested(words: list[str]) -> bool:
 def _run_command(words: list[str]) -> None:
     """The command that the words name."""
     if words[:1] == ["tokenize"]:
-        launch.require_one_rank("tokenize")
+        env.require_one_rank("tokenize")
         from saetrain.runs.tokenize import tokenize_dataset
 
         tokenize_dataset(parse_tokenize(words[1:]))
     elif words[:1] == ["evaluate"]:
-        launch.require_one_rank("evaluate")
-        from saetrain.runs.evaluate import evaluate_saes
+        env.require_one_rank("evaluate")
+        from saetrain.runs.evaluate.run import evaluate_saes
 
         evaluate_saes(parse_evaluate(words[1:]))
     elif words[:1] == ["compare"]:
-        launch.require_one_rank("compare")
+        env.require_one_rank("compare")
         from saetrain.runs.compare import compare_runs
 
         compare_runs(parse_compare(words[1:]))
-    elif launch.rank() and {"-h", "--help"} & set(words):
+    elif env.rank() and {"-h", "--help"} & set(words):
         return
     else:
         config = parse_train(words)
-        from saetrain.runs.train import train_saes
+        from saetrain.runs.train.run import train_saes
 
         train_saes(config)
 
@@ -121,7 +122,7 @@ def parse_evaluate(words: Sequence[str]) -> EvaluateConfig:
         return tyro.cli(EvaluateConfig, prog="saetrain evaluate", args=words, default=default, **TYRO_OPTIONS)
 
     path = words[0] if words and not words[0].startswith("--") else parse_with_defaults(tyro.MISSING_NONPROP).path
-    from saetrain.runs.match import defaults_from_run
+    from saetrain.runs.evaluate.setup import defaults_from_run
 
     return parse_with_defaults(defaults_from_run(path) or tyro.MISSING_NONPROP)
 

@@ -12,25 +12,25 @@ from typing import Any
 import tyro
 import yaml
 
+from saetrain.activations.buffer import BufferSettings
 from saetrain.activations.hookpoints import HookpointSettings
 from saetrain.activations.model import ModelSettings
-from saetrain.activations.shuffle import BufferSettings
+from saetrain.atomic_io import write_atomic
 from saetrain.coders.topk import TopKSettings
-from saetrain.data.loader import LoaderSettings
-from saetrain.data.mix import MixSettings
+from saetrain.data.mixture import MixSettings
+from saetrain.data.sharded import LoaderSettings
 from saetrain.data.sources import SourceSettings
 from saetrain.data.tokenize import TokenSettings
 from saetrain.errors import SaetrainError, did_you_mean
-from saetrain.evaluation.heldout import EvalSettings
+from saetrain.evaluation.evaluator import EvalSettings
+from saetrain.evaluation.health import HealthSettings
 from saetrain.evaluation.score import ScoreSettings
-from saetrain.evaluation.verdict import HealthSettings
-from saetrain.files import write_atomic
 from saetrain.logs import LogSettings
 from saetrain.optim import OptimSettings
 from saetrain.training.checkpoint import CheckpointSettings
-from saetrain.training.engine import KernelSettings
-from saetrain.training.firing import DEFAULT_DEAD_BIAS_LIFT, DeadSettings
-from saetrain.training.parallel import ParallelSettings
+from saetrain.training.dead_latents import DEFAULT_DEAD_BIAS_LIFT, DeadSettings
+from saetrain.training.placement import ParallelSettings
+from saetrain.training.steps.base import KernelSettings
 from saetrain.training.trainer import TrainSettings
 from saetrain.types import shown_default
 

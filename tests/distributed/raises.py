@@ -3,7 +3,7 @@
 import os
 import time
 
-import saetrain.runs.session as session
+import saetrain.runs.train.loop as session
 from saetrain.cli import main
 from saetrain.training.trainer import SaeState
 

@@ -18,8 +18,7 @@ from pathlib import Path
 import torch
 
 from saetrain import cli
-from saetrain.interop.directory import load_sae
-from saetrain.runs import train
+from saetrain.interop.saetrain_format import load_sae
 from tests.integration.test_resume import fingerprint, records
 
 LIBRARY, WORK, MODEL, TEXT, BEFORE, *FAULTS = sys.argv[1:]
@@ -40,8 +39,8 @@ run = out / "run"
 def prepare_once() -> None:
     """Load model and text here, so that each child begins where its run begins to write."""
     config = cli.parse_train(WORDS.split())
-    prepared = train.prepare_run(config)
-    train.prepare_run = lambda config: dataclasses.replace(prepared, config=config)
+    prepared = run_command.prepare_run(config)
+    run_command.prepare_run = lambda config: dataclasses.replace(prepared, config=config)
     cli.parse_train = lambda words: dataclasses.replace(  # half of a child's time
         config,
         sae=dataclasses.replace(config.sae, k=3 if "--k" in words else 4),

@@ -120,7 +120,7 @@ def short_row(place: Place) -> list[str]:
 
 
 def broken_row_group(place: Place) -> list[str]:
-    from tests.unit.data.test_rows import write_parquet
+    from tests.unit.data.test_lenient_readers import write_parquet
 
     place.text = str(write_parquet(place.folder / "t.parquet"))
     return []

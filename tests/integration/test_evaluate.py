@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from saetrain.cli import main
-from saetrain.interop.reading import load_any_format
+from saetrain.interop.load import load_any_format
 from tests.conftest import python_topics
 
 ROOT = Path(__file__).parents[2]

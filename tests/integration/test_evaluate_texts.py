@@ -98,7 +98,7 @@ def test_a_foreign_saes_training_text_is_not_read_in_vain(
     def never(*values: Any) -> None:
         raise AssertionError("the training text is read")
 
-    monkeypatch.setattr("saetrain.runs.scored.load_text", never)
+    monkeypatch.setattr("saetrain.runs.evaluate.texts.load_text", never)
     words = ("--dataset", other, "--in_sample", "false")
     found = evaluate(tmp_path / "sae", tmp_path / "out", *words)["other"]
     assert UNCHECKED in found["held_out"]

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
+from saetrain.atomic_io import hash_file
 from saetrain.cli import main
-from saetrain.files import hash_file
 from saetrain.optim import LR_DECAY_SHARE, lr_factor
 from tests.integration.test_resume import (
     SETTINGS,
@@ -70,7 +70,7 @@ def test_a_signal_saves_the_step_and_loses_nothing(
 )
 def test_a_second_ctrl_c_ends_at_once(signals: list[str], code: int, reached: bool) -> None:
     lines = "".join(f"    os.kill(os.getpid(), signal.{name})\n" for name in signals)
-    source = f"import os, signal\nfrom saetrain.training.stop import PreemptionHandler\nwith PreemptionHandler():\n{lines}    print('on')"
+    source = f"import os, signal\nfrom saetrain.training.preemption import PreemptionHandler\nwith PreemptionHandler():\n{lines}    print('on')"
     done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=False)
     assert done.returncode == code
     assert ("on" in done.stdout) == reached

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from saetrain.cli import main
-from saetrain.kernels.processor import has_fast_bf16
+from saetrain.ops.cpu_features import has_fast_bf16
 
 BASE = "--k 4 --num_latents 64 --batch_size 2 --ctx_len 32 --eval_tokens 500 --max_tokens 640 --buffer_tokens 256"
 BASE += " --assess false"
@@ -87,7 +87,7 @@ def test_an_error_does_not_wait_for_what_is_read_ahead(tmp_path: Path, tiny_bert
     """A spike at the second step ends the process although the next pools' text takes a minute each to be read."""
     code = """
 import sys, time
-import saetrain.data.loader as loader
+import saetrain.data.sharded as loader
 from saetrain.training.trainer import SaeState
 read, count = loader.ShardedSequences.read, SaeState.forward_backward
 def slow(self, shard, cursor, tokens):

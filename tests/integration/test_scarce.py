@@ -60,7 +60,7 @@ def test_missing_extras_are_said_before_the_model_is_loaded(tmp_path: Path) -> N
 
 
 def test_force_goes_on(place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("saetrain.runs.resources.available_memory_bytes", lambda device: 1000)
+    monkeypatch.setattr("saetrain.runs.train.memory.available_memory_bytes", lambda device: 1000)
     words = [place.model, place.text, *BASE.split(), "--save_dir", str(place.folder / "out")]
     with pytest.raises(SystemExit):
         main(words)
@@ -70,7 +70,7 @@ def test_force_goes_on(place: Place, monkeypatch: pytest.MonkeyPatch, capsys: py
 
 LIMITED = """
 import resource, sys, torch
-import saetrain.runs.build as build
+import saetrain.runs.train.builders as build
 from saetrain.cli import main
 torch.set_num_threads(1)
 measure = build.measure_normalizers

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from saetrain.cli import main, parse_train
 from saetrain.config import from_flat, read_yaml
 from saetrain.data.tokenize import Framing
-from saetrain.runs.text import load_text
+from saetrain.runs.text_data import load_text
 from saetrain.types import DATASET_ROW_BITS
 from tests.integration.test_resume import fingerprint
 

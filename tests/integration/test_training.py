@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import saetrain
 from saetrain.cli import main, parse_train
-from saetrain.runs.prepare import held_out_batches, prepare_run, read_calibration_sample
+from saetrain.runs.train.setup import held_out_batches, prepare_run, read_calibration_sample
 
 SIZES = "--k 4 --num_latents 64 --batch_size 4 --ctx_len 32 --eval_tokens 1500 --assess false"
 TINY = f"{SIZES} --buffer_tokens 2048"

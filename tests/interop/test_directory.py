@@ -10,7 +10,7 @@ import torch
 
 import saetrain
 from saetrain.cli import main
-from saetrain.interop.directory import load_sae
+from saetrain.interop.saetrain_format import load_sae
 
 pytestmark = pytest.mark.interop
 

@@ -14,9 +14,16 @@ import torch
 from saetrain.cli import main
 from saetrain.config import EvaluateConfig
 from saetrain.evaluation.score import ScoreSettings
-from saetrain.interop.directory import save_sae
-from saetrain.runs.evaluate import EvalContext, EvalText, build_eval_context, fit_baselines, open_eval_texts, score_text
-from saetrain.runs.locate import load_saes
+from saetrain.interop.saetrain_format import save_sae
+from saetrain.runs.evaluate.load_saes import load_saes
+from saetrain.runs.evaluate.run import (
+    EvalContext,
+    EvalText,
+    build_eval_context,
+    fit_baselines,
+    open_eval_texts,
+    score_text,
+)
 
 pytestmark = pytest.mark.interop
 

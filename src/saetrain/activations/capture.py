@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from saetrain.activations.model import BaseModel
+from saetrain.async_copy import copy_to_device_async
 from saetrain.errors import SaetrainError
-from saetrain.transfer import copy_to_device_async
 from saetrain.types import TokenSequence
 
 PROBE_TOKENS = 8

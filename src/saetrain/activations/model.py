@@ -12,9 +12,9 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import nn
 
-from saetrain import launch
+from saetrain.atomic_io import hash_file
+from saetrain.distributed import env
 from saetrain.errors import SaetrainError
-from saetrain.files import hash_file
 from saetrain.hub import load_cached_or_fetch, refuse_missing_path
 from saetrain.types import shown_default
 
@@ -83,12 +83,12 @@ def resolve_device(wanted: str | None) -> torch.device:
     """The device to run on; SaetrainError when it is not there."""
     if wanted is None:
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    if wanted == "cuda" and launch.local_world_size() > 1 and torch.cuda.device_count() > 1:
+    if wanted == "cuda" and env.local_world_size() > 1 and torch.cuda.device_count() > 1:
         # A launcher that gives each process a GPU of its own shows it that one alone.
-        wanted = f"cuda:{launch.local_rank()}"
-        if launch.local_rank() >= torch.cuda.device_count():
+        wanted = f"cuda:{env.local_rank()}"
+        if env.local_rank() >= torch.cuda.device_count():
             raise SaetrainError(
-                f"{launch.local_world_size()} processes on a host of {torch.cuda.device_count()} GPUs: start one for "
+                f"{env.local_world_size()} processes on a host of {torch.cuda.device_count()} GPUs: start one for "
                 "each GPU, or give --device cpu"
             )
     try:

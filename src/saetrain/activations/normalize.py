@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from saetrain.activations.read import Activations
+from saetrain.activations.extract import Activations
 from saetrain.errors import SaetrainError
 
 OUTLIER_FACTOR = 10.0

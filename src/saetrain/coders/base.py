@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
-from saetrain.kernels import sparse_decode
+from saetrain.ops import sparse_decode
 from saetrain.types import CoderOutput, Codes, StepContext
 
 ENCODER_INIT_NORM = 0.3

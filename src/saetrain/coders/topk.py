@@ -12,8 +12,8 @@ from torch import Tensor
 
 from saetrain.coders.base import SparseCoder
 from saetrain.errors import SaetrainError
-from saetrain.kernels import sparse_decode, topk_relu
 from saetrain.losses import auxk_loss, reconstruction_loss
+from saetrain.ops import sparse_decode, topk_relu
 from saetrain.types import CoderOutput, Codes, StepContext, shown_default
 
 

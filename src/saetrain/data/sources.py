@@ -11,8 +11,14 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any
 
-from saetrain.data.rows import BadRow, choose_file_column, find_first_bad_row, find_split_files, load_leniently
-from saetrain.data.text import TextColumn
+from saetrain.data.lenient_readers import (
+    BadRow,
+    choose_file_column,
+    find_first_bad_row,
+    find_split_files,
+    load_leniently,
+)
+from saetrain.data.text_column import TextColumn
 from saetrain.errors import SaetrainError, did_you_mean
 from saetrain.hub import is_hub_reachable, offline_mode, refuse_missing_path, require_hub
 from saetrain.types import shown_default

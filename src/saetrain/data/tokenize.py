@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 
-from saetrain.data.text import Rows, TextColumn, build_renderer
+from saetrain.data.text_column import Rows, TextColumn, build_renderer
 from saetrain.errors import SaetrainError
 from saetrain.hub import load_cached_or_fetch
 from saetrain.types import shown_default

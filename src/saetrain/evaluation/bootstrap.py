@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saetrain.data.masking import mix_bits
+from saetrain.data.mlm_masking import mix_bits
 
 INTERVAL_COVERAGE = 0.95
 ValueRange = tuple[float, float]

@@ -11,17 +11,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saetrain.activations.head import LMHeadModel
-from saetrain.activations.read import LabelledActivations, TokenClass
+from saetrain.activations.extract import LabelledActivations, TokenClass
+from saetrain.activations.lm_head import LMHeadModel
 from saetrain.coders.base import SparseCoder
 from saetrain.errors import SaetrainError
-from saetrain.evaluation import recovered
+from saetrain.evaluation import loss_recovered
+from saetrain.evaluation.baselines import PCA, RandomDecoder
 from saetrain.evaluation.bootstrap import UNBOUNDED, DocumentSums, Estimate, Formula
+from saetrain.evaluation.evaluator import CHUNK_TOKENS, EvalTarget
 from saetrain.evaluation.geometry import geometry_metrics
-from saetrain.evaluation.heldout import CHUNK_TOKENS, EvalTarget
-from saetrain.evaluation.nulls import PCA, RandomDecoder
+from saetrain.evaluation.loss_recovered import LossScorer, SplicePolicy, iter_lm_batches, model_outputs
 from saetrain.evaluation.reconstruction import ReconstructionSums
-from saetrain.evaluation.recovered import LossScorer, SplicePolicy, iter_lm_batches, model_outputs
 from saetrain.evaluation.sparsity import SparsitySums
 from saetrain.types import TokenSequence, shown_default
 
@@ -256,11 +256,11 @@ def score_losses(
     return {name: _loss_metrics(head, scorer) for name, scorer in scorers.items()}
 
 
-def _build_variants(coder: SparseCoder, baselines: Baselines) -> dict[str, recovered.ReplaceFn]:
+def _build_variants(coder: SparseCoder, baselines: Baselines) -> dict[str, loss_recovered.ReplaceFn]:
     return {
-        recovered.SAE_VARIANT: lambda x: coder.decode(coder.encode(x)),
-        recovered.ZERO_VARIANT: torch.zeros_like,
-        recovered.MEAN_VARIANT: baselines.mean.expand_as,
+        loss_recovered.SAE_VARIANT: lambda x: coder.decode(coder.encode(x)),
+        loss_recovered.ZERO_VARIANT: torch.zeros_like,
+        loss_recovered.MEAN_VARIANT: baselines.mean.expand_as,
         RANDOM_DECODER: baselines.random_decoder,
         PCA_RECONSTRUCTION: baselines.pca,
     }
@@ -270,28 +270,35 @@ def _loss_metrics(head: LMHeadModel, scorer: LossScorer) -> dict[str, MetricResu
     if not scorer.n_tokens:
         return {}
     if head.kind == "none":
-        hidden_metrics = _metrics_with_baselines(scorer.token_sums, recovered.hidden_formulas, scorer.n_tokens)
+        hidden_metrics = _metrics_with_baselines(scorer.token_sums, loss_recovered.hidden_formulas, scorer.n_tokens)
         n_sequences = int(scorer.sequence_sums.full_sums["sequences"])
         return {
             **hidden_metrics,
-            **_metrics_with_baselines(scorer.sequence_sums, recovered.pooled_formulas, n_sequences),
+            **_metrics_with_baselines(scorer.sequence_sums, loss_recovered.pooled_formulas, n_sequences),
         }
     model_metrics = {
-        name: MetricResult(scorer.token_sums.estimate_metric(formula, recovered.METRIC_RANGES[name]), scorer.n_tokens)
-        for name, formula in recovered.MODEL_FORMULAS.items()
+        name: MetricResult(
+            scorer.token_sums.estimate_metric(formula, loss_recovered.METRIC_RANGES[name]), scorer.n_tokens
+        )
+        for name, formula in loss_recovered.MODEL_FORMULAS.items()
     }
-    return {**model_metrics, **_metrics_with_baselines(scorer.token_sums, recovered.loss_formulas, scorer.n_tokens)}
+    return {
+        **model_metrics,
+        **_metrics_with_baselines(scorer.token_sums, loss_recovered.loss_formulas, scorer.n_tokens),
+    }
 
 
 def _metrics_with_baselines(
     sums: DocumentSums, formulas: Callable[[str], dict[str, Formula]], count: int
 ) -> dict[str, MetricResult]:
     """Each figure of the SAE with the same of what takes its place; the mean's is the mean ablation."""
-    baseline_formulas = {name: formulas(name) for name in (RANDOM_DECODER, PCA_RECONSTRUCTION, recovered.MEAN_VARIANT)}
+    baseline_formulas = {
+        name: formulas(name) for name in (RANDOM_DECODER, PCA_RECONSTRUCTION, loss_recovered.MEAN_VARIANT)
+    }
     out = {}
-    for name, formula in formulas(recovered.SAE_VARIANT).items():
-        value_range = recovered.METRIC_RANGES.get(name, UNBOUNDED)
-        flag = "small denominator" if recovered.has_small_denominator(sums.full_sums, name) else ""
+    for name, formula in formulas(loss_recovered.SAE_VARIANT).items():
+        value_range = loss_recovered.METRIC_RANGES.get(name, UNBOUNDED)
+        flag = "small denominator" if loss_recovered.has_small_denominator(sums.full_sums, name) else ""
         baselines = {
             baseline: sums.estimate_metric(formulas_of_baseline[name], value_range)
             for baseline, formulas_of_baseline in baseline_formulas.items()

@@ -11,7 +11,7 @@ from torch import Tensor
 from saetrain.coders.topk import TopK
 from saetrain.errors import SaetrainError
 from saetrain.interop import saelens
-from saetrain.interop.reading import read_weights
+from saetrain.interop.load import read_weights
 
 NORM_SPREAD_TOLERANCE = 1e-3
 """Relative spread of decoder norms up to which one common factor stands for all (more where the file's own number

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from saetrain.coders.topk import TopK
-from saetrain.interop.checks import require_tensor_shapes
+from saetrain.interop.schema import require_tensor_shapes
 
 WEIGHTS_FILE = "sae.safetensors"
 DIM_LETTERS = {"W_dec": "FD", "encoder.weight": "FD", "encoder.bias": "F", "b_dec": "D"}

@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from saetrain import launch
+from saetrain.distributed import env
 
 LINE_INTERVAL_S = 30.0
 MIN_LINES = 10
@@ -18,7 +18,7 @@ MIN_LINES = 10
 
 def log_rank0(text: str) -> None:
     """Print a line of the run's own account, above a progress bar where there is one; of rank 0 alone."""
-    if launch.rank():
+    if env.rank():
         return
     tqdm.write(text, file=sys.stderr)
 
@@ -33,7 +33,7 @@ class ProgressLine:
 
     def should_print(self, step: int) -> bool:
         """Whether a plain line is to be printed at step ``step`` (from 1), which then wants its figures."""
-        if sys.stderr.isatty() or launch.rank():
+        if sys.stderr.isatty() or env.rank():
             return False
         tenth = max(1, self._total_steps // MIN_LINES)
         is_overdue = self._last_line_s > 0 and time.monotonic() - self._last_line_s > LINE_INTERVAL_S
@@ -41,7 +41,7 @@ class ProgressLine:
 
     def update(self, step: int, metrics: Mapping[str, float] | None) -> None:
         """Step ``step`` is done; ``figures`` are those of this step, where they were computed."""
-        if launch.rank():
+        if env.rank():
             return
         if not self._start_s:
             # The first step waits for the buffer to fill, which says nothing of the others.

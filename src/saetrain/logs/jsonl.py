@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from saetrain.files import fsync_dir, write_atomic
+from saetrain.atomic_io import fsync_dir, write_atomic
 from saetrain.logs.base import FINAL_KINDS, MetricsRecord, RunInfo, Sink
 from saetrain.logs.console import log_rank0
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import psutil
 
+from saetrain.atomic_io import write_json
 from saetrain.errors import SaetrainError
-from saetrain.files import write_json
 from saetrain.logs.base import FINAL_KINDS, MetricsRecord, RunInfo, Sink
 from saetrain.logs.console import log_rank0
 

@@ -19,19 +19,19 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from saetrain.atomic_io import write_atomic, write_json
 from saetrain.config import CompareConfig, read_yaml
 from saetrain.errors import SaetrainError
 from saetrain.evaluation.bootstrap import Estimate
-from saetrain.evaluation.heldout import EvalSettings
+from saetrain.evaluation.evaluator import EvalSettings
+from saetrain.evaluation.health import HealthSettings
 from saetrain.evaluation.score import ScoreSettings
-from saetrain.evaluation.verdict import HealthSettings
-from saetrain.files import write_atomic, write_json
-from saetrain.interop.directory import CONFIG_FILE as SAE_CONFIG
+from saetrain.interop.saetrain_format import CONFIG_FILE as SAE_CONFIG
 from saetrain.logs.console import log_rank0
 from saetrain.logs.jsonl import METRICS_FILE as METRICS
-from saetrain.runs.assessment import ASSESSMENT_FILE, DEFAULT_TABLE_COLUMNS
-from saetrain.runs.assessment import FORMAT_VERSION as ASSESSMENT_FORMAT
-from saetrain.runs.directory import CONFIG_FILE, SAES_DIR, is_run_dir
+from saetrain.runs.evaluate.report import ASSESSMENT_FILE, DEFAULT_TABLE_COLUMNS
+from saetrain.runs.evaluate.report import FORMAT_VERSION as ASSESSMENT_FORMAT
+from saetrain.runs.run_dir import CONFIG_FILE, SAES_DIR, is_run_dir
 
 FORMAT_VERSION = 1
 LOCATION_SETTINGS = ("run_name", "save_dir")

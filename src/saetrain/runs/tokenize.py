@@ -7,13 +7,13 @@ from pathlib import Path
 from saetrain.activations.model import ModelSettings, detect_causal, load_config
 from saetrain.config import TokenizeConfig
 from saetrain.data.sources import SourceSettings
-from saetrain.data.tokenfile import check_output_folder, is_token_folder, save_tokens
+from saetrain.data.token_store import check_output_folder, is_token_folder, save_tokens
 from saetrain.data.tokenize import DEFAULT_CTX_LEN, Framing, TokenSettings, load_tokenizer
 from saetrain.errors import SaetrainError
 from saetrain.logs.console import log_rank0
-from saetrain.runs.metadata import absolute_location
-from saetrain.runs.prepare import quiet_libraries
-from saetrain.runs.text import open_text, tokenize_source
+from saetrain.runs.text_data import open_text, tokenize_source
+from saetrain.runs.train.metadata import absolute_location
+from saetrain.runs.train.setup import quiet_libraries
 
 
 def tokenize_dataset(config: TokenizeConfig) -> None:

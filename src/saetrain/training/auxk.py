@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from saetrain.coders.topk import TopK, default_k_aux
-from saetrain.kernels.auxk import AuxKGradients, compute_auxk_gradients
-from saetrain.kernels.plain import next_power_of_2
+from saetrain.ops.auxk import AuxKGradients, compute_auxk_gradients
+from saetrain.ops.reference import next_power_of_2
 from saetrain.types import StepContext
 
 

@@ -14,8 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from saetrain.atomic_io import fsync_dir, hash_file, write_json
 from saetrain.errors import SaetrainError
-from saetrain.files import fsync_dir, hash_file, write_json
 from saetrain.types import shown_default
 
 MAX_CHECKPOINTS = 2

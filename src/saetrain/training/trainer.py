@@ -14,9 +14,9 @@ from saetrain.coders.base import SparseCoder
 from saetrain.distributed import GradientBuckets
 from saetrain.errors import SaetrainError, is_out_of_memory
 from saetrain.optim import lr_factor
-from saetrain.training.engine import DeviceStep, SplicedBatch, StepStats, TrainStep
-from saetrain.training.firing import DeadCountBound, FiringTracker
-from saetrain.training.spikes import DeviceSpikeDetector, LossSpike, SpikeDetector
+from saetrain.training.dead_latents import DeadCountBound, FiringTracker
+from saetrain.training.loss_spikes import DeviceSpikeDetector, LossSpike, SpikeDetector
+from saetrain.training.steps.base import DeviceStep, SplicedBatch, StepStats, TrainStep
 from saetrain.types import StepContext
 
 MicroBatch = Mapping[str, Tensor] | Mapping[str, SplicedBatch]

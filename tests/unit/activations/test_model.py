@@ -21,8 +21,8 @@ from saetrain.activations.model import (
     load_model,
     resolve_device,
 )
+from saetrain.atomic_io import hash_file
 from saetrain.errors import SaetrainError
-from saetrain.files import hash_file
 
 
 @pytest.fixture

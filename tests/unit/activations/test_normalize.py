@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from saetrain.activations.extract import Activations
 from saetrain.activations.normalize import compute_norm_limits, fit_normalizers
-from saetrain.activations.read import Activations
 from saetrain.errors import SaetrainError
 
 

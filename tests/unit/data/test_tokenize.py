@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from saetrain.data.sources import SourceSettings, open_dataset
-from saetrain.data.text import TextColumn, find_text_column
+from saetrain.data.text_column import TextColumn, find_text_column
 from saetrain.data.tokenize import ROW_TOKENS, Framing, TokenSettings, hash_text, load_tokenizer, tokenize_rows
 from saetrain.errors import SaetrainError
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from saetrain.activations.head import LMHeadModel, load_model_with_head
+from saetrain.activations.lm_head import LMHeadModel, load_model_with_head
 from saetrain.activations.model import ModelSettings
 from saetrain.types import TokenKind, TokenSequence
 

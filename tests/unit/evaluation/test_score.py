@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from saetrain.activations.read import LabelledActivations, TokenClass
+from saetrain.activations.extract import LabelledActivations, TokenClass
 from saetrain.coders.topk import TopK
 from saetrain.errors import SaetrainError
-from saetrain.evaluation.nulls import PCA, RandomDecoder, RunningMoments
+from saetrain.evaluation.baselines import PCA, RandomDecoder, RunningMoments
 from saetrain.evaluation.score import Baselines, EvalTarget, SaeScores, ScoreSettings, score_activations
 
 N, D, F, K, AT = 3000, 16, 96, 5, "layers.0"

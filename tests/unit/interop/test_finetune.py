@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 
 from saetrain.coders.topk import TopK
 from saetrain.errors import SaetrainError
-from saetrain.interop.directory import save_sae
 from saetrain.interop.finetune import load_for_finetune
+from saetrain.interop.saetrain_format import save_sae
 
 D, F, K, N = 6, 20, 3, 40
 

@@ -9,10 +9,10 @@ from rich.console import Console
 
 from saetrain.coders.topk import TopK
 from saetrain.evaluation.bootstrap import Estimate
+from saetrain.evaluation.health import HealthSettings
 from saetrain.evaluation.score import MetricResult, SaeScores
-from saetrain.evaluation.verdict import HealthSettings
-from saetrain.runs.assessment import TextScores, build_metrics_table, build_verdict_table, judge_sae
-from saetrain.runs.locate import SavedSae
+from saetrain.runs.evaluate.load_saes import SavedSae
+from saetrain.runs.evaluate.report import TextScores, build_metrics_table, build_verdict_table, judge_sae
 
 VALUES = {"explained_variance": 0.8, "l0": 20.0, "dead_below_threshold": 0.6, "decoder_redundancy_top100": 0.1}
 

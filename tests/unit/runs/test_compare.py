@@ -13,8 +13,8 @@ import yaml
 
 from saetrain.cli import main
 from saetrain.config import CompareConfig
-from saetrain.runs.assessment import FORMAT_VERSION
 from saetrain.runs.compare import Comparison, compare_runs, mean_tokens_per_second, read_run
+from saetrain.runs.evaluate.report import FORMAT_VERSION
 
 LAYER = "encoder.layer.0"
 

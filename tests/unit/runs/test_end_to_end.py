@@ -14,12 +14,12 @@ from saetrain.activations.normalize import Normalizer
 from saetrain.cli import parse_train
 from saetrain.coders.folding import fold_normalizer
 from saetrain.coders.topk import TopK
-from saetrain.data.masking import select_masked_positions
+from saetrain.data.mlm_masking import select_masked_positions
 from saetrain.errors import SaetrainError
-from saetrain.runs.build import build_trainer
-from saetrain.runs.end_to_end import SplicedBatchBuilder
-from saetrain.runs.feed import SequenceBatches, build_batch_source
-from saetrain.runs.prepare import RunContext, prepare_run
+from saetrain.runs.train.batches import SequenceBatches, build_batch_source
+from saetrain.runs.train.builders import build_trainer
+from saetrain.runs.train.end_to_end import SplicedBatchBuilder
+from saetrain.runs.train.setup import RunContext, prepare_run
 from saetrain.training.trainer import SaeState
 from saetrain.types import CoderOutput, Codes, TokenSequence
 

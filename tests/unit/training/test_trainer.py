@@ -7,9 +7,9 @@ import torch
 
 from saetrain.coders.topk import TopK
 from saetrain.optim import Optimizer, OptimSettings, lr_factor
-from saetrain.training.engine import ReferenceStep
-from saetrain.training.firing import FiringTracker
-from saetrain.training.stop import Preempted
+from saetrain.training.dead_latents import FiringTracker
+from saetrain.training.preemption import Preempted
+from saetrain.training.steps.base import ReferenceStep
 from saetrain.training.trainer import SaeState, Trainer, TrainSettings
 
 D, F, N = 6, 15, 40

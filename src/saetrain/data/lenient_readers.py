@@ -1,0 +1,231 @@
+"""Rows of jsonl, csv and parquet files one by one, so that a broken one can be named or left out.
+
+The library reads such files in large pieces and says of a broken one at best where in the piece it broke.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import IO, Any
+
+from saetrain.data.text_column import TextColumn, choose_text_column, matches_kind
+from saetrain.errors import SaetrainError
+
+CACHE_FORMAT_VERSION = 1
+"""Part of what the cache of read rows is found by: raise it when the rows of a file change."""
+BAD_ROW_COLUMN = "bad_row"
+"""Column that says what is wrong with a row; empty where nothing is."""
+SAMPLE_ROWS = 64
+
+
+@dataclass(frozen=True)
+class RowFiles:
+    """Files of one kind that hold the rows of a split: what `datasets` would read them with, and how."""
+
+    kind: str
+    """`json`, `csv` or `parquet`."""
+    paths: tuple[str, ...]
+    """Paths or addresses."""
+    separator: str = ","
+
+    @property
+    def are_local(self) -> bool:
+        """Whether all of them lie on this machine."""
+        return all(os.path.exists(path) for path in self.paths)
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row (or, in parquet, one of a group of rows) that can't be read."""
+
+    location: str
+    problem: str
+
+    def __str__(self) -> str:
+        return f"{self.location}: {self.problem}"
+
+
+RowOrError = dict[str, Any] | BadRow
+
+
+def find_split_files(path: str, config: str | None, split: str, **options: Any) -> RowFiles | None:
+    """The files of ``split`` (one name, or several joined by +), or None when their kind is not one of ours."""
+    import datasets
+
+    builder = datasets.load_dataset_builder(path, config, **options)
+    kind = type(builder).__module__.rsplit(".", 1)[1]
+    settings = builder.config
+    if kind not in READERS or getattr(settings, "field", None) is not None or not settings.data_files:
+        return None
+    paths = tuple(str(file) for name in split.split("+") for file in settings.data_files[name.strip()])
+    separator = (getattr(settings, "delimiter", None) or getattr(settings, "sep", None)) if kind == "csv" else None
+    return RowFiles(kind, paths, separator or ",")
+
+
+def find_first_bad_row(files: RowFiles) -> BadRow | None:
+    """The first row that can't be read, or None when all can."""
+    return next((row for row in iterate_rows(files) if isinstance(row, BadRow)), None)
+
+
+def iterate_rows(files: RowFiles) -> Iterator[RowOrError]:
+    """All rows of all files in their order."""
+    for path in files.paths:
+        yield from READERS[files.kind](path, files)
+
+
+def choose_file_column(files: RowFiles, wanted: str | None) -> TextColumn:
+    """The column that holds the text, chosen from the first rows that can be read."""
+    good: list[dict[str, Any]] = []
+    for row in iterate_rows(files):
+        if isinstance(row, dict):
+            good.append(row)
+        if len(good) == SAMPLE_ROWS:
+            break
+    names = list(dict.fromkeys(name for row in good for name in row))
+    if not good:
+        raise SaetrainError(f"data set {files.paths[0]}: holds no row that can be read")
+    return choose_text_column(names, {name: [row.get(name) for row in good] for name in names}, wanted)
+
+
+def load_leniently(files: RowFiles, column: TextColumn, streaming: bool) -> Any:
+    """The text columns of every row as a data set of the library, with BAD_ROW beside them.
+
+    A row that can't be read is there with empty columns, so that rows keep their numbers.
+    """
+    import datasets
+    from datasets import Features, List, Value
+
+    options: dict[str, Any] = {"files": files, "column": column}
+    if streaming:
+        return datasets.IterableDataset.from_generator(_iterate_text_rows, gen_kwargs=options)
+    # Hashed into the name of what is cached. The hub's addresses hold their commit.
+    stamps = [os.stat(path) for path in files.paths if os.path.exists(path)]
+    options["version"] = (CACHE_FORMAT_VERSION, tuple((stat.st_size, stat.st_mtime_ns) for stat in stamps))
+    kind = {"text": Value("string"), "prompt": Value("string"), "ids": List(Value("int64"))}.get(column.kind)
+    features = Features({**dict.fromkeys(column.columns, kind), BAD_ROW_COLUMN: Value("string")}) if kind else None
+    return datasets.Dataset.from_generator(_iterate_text_rows, features=features, gen_kwargs=options)
+
+
+def _iterate_text_rows(files: RowFiles, column: TextColumn, version: object = None) -> Iterator[dict[str, Any]]:
+    for row in iterate_rows(files):
+        problem = str(row) if isinstance(row, BadRow) else _describe_wrong_value(row, column)
+        yield {
+            **{name: None if isinstance(row, BadRow) or problem else row.get(name) for name in column.columns},
+            BAD_ROW_COLUMN: problem,
+        }
+
+
+def _describe_wrong_value(row: dict[str, Any], column: TextColumn) -> str:
+    for name in column.columns:
+        value = row.get(name)
+        if not matches_kind(value, column.kind):
+            return f"column {name} holds {str(value)[:40]!r}, no {column.kind}"
+        if isinstance(value, str) and not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
+            return f"column {name} holds half a character"
+    return ""
+
+
+def _read_json_rows(path: str, files: RowFiles) -> Iterator[RowOrError]:
+    with _open_file(path) as handle:
+        if handle.read(1) == b"[":
+            yield from _read_json_list(path, handle)
+            return
+    with _open_file(path) as handle:
+        for number, line in enumerate(handle, start=1):
+            if not line.strip():
+                continue
+            location = f"{path}, line {number}"
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                yield BadRow(location, f"is no JSON: {error}")
+                continue
+            if not isinstance(row, dict):
+                yield BadRow(location, f"holds {line[:40]!r} and no object of columns")
+            elif b"\\ud" in line.lower() and _has_lone_surrogate(row):
+                yield BadRow(location, "holds half a character")
+            else:
+                yield row
+
+
+def _has_lone_surrogate(row: dict[str, Any]) -> bool:
+    """Whether a string of the row can't be written as UTF-8, by half of a surrogate pair."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def _read_json_list(path: str, handle: IO[bytes]) -> Iterator[RowOrError]:
+    try:
+        rows = json.loads(b"[" + handle.read())
+    except ValueError as error:
+        raise SaetrainError(f"data set {path}: is one JSON list, of which no rows can be left out: {error}") from error
+    for number, row in enumerate(rows, start=1):
+        yield row if isinstance(row, dict) else BadRow(f"{path}, item {number}", "is no object of columns")
+
+
+def _read_csv_rows(path: str, files: RowFiles) -> Iterator[RowOrError]:
+    before = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    try:
+        # Bytes that are not UTF-8 become lone surrogates, so that their row can be told.
+        with _open_file(path, mode="rt", encoding="utf-8", errors="surrogateescape", newline="") as handle:
+            reader = csv.reader(handle, delimiter=files.separator)
+            header = next(reader, [])
+            while True:
+                location = f"{path}, line {reader.line_num + 1}"
+                try:
+                    fields = next(reader)
+                except StopIteration:
+                    return
+                except csv.Error as error:
+                    yield BadRow(location, str(error))
+                    continue
+                if fields:
+                    yield _parse_csv_row(header, fields, location)
+    finally:
+        csv.field_size_limit(before)
+
+
+def _parse_csv_row(header: list[str], fields: list[str], location: str) -> RowOrError:
+    if len(fields) != len(header):
+        return BadRow(location, f"has {len(fields)} fields, the header has {len(header)}")
+    if any("\udc80" <= char <= "\udcff" for field in fields if not field.isascii() for char in field):
+        return BadRow(location, "is not UTF-8")
+    return dict(zip(header, fields, strict=True))
+
+
+def _read_parquet_rows(path: str, files: RowFiles) -> Iterator[RowOrError]:
+    import pyarrow.parquet
+
+    with _open_file(path) as handle:
+        try:
+            file = pyarrow.parquet.ParquetFile(handle)
+        except Exception as error:  # Arrow raises several unrelated types for a broken file
+            raise SaetrainError(f"data set {path}: is no whole parquet file: {error}") from error
+        first = 1
+        for group in range(file.metadata.num_row_groups):
+            count = file.metadata.row_group(group).num_rows
+            try:
+                rows: list[RowOrError] = file.read_row_group(group).to_pylist()
+            except Exception as error:
+                location = f"{path}, rows {first} to {first + count - 1} (row group {group})"
+                rows = [BadRow(location, str(error).splitlines()[0])] * count
+            yield from rows
+            first += count
+
+
+READERS = {"json": _read_json_rows, "csv": _read_csv_rows, "parquet": _read_parquet_rows}
+
+
+def _open_file(path: str, **options: Any) -> Any:
+    import fsspec
+
+    compression = None if path.endswith(".parquet") else "infer"
+    return fsspec.open(path, compression=compression, **options)

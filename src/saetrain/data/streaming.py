@@ -1,0 +1,271 @@
+"""Text that is read from front to back while training, in an order of our own that survives a restart.
+
+The rows come in blocks of BLOCK_ROWS in the stream's order; block b belongs to virtual shard b mod V, is tokenized and
+packed on its own, and its sequences are mixed by a seed of its own. So what a shard gives depends on the rows and the
+cursor alone, and a cursor (ordinal of the block within the shard, index in the block) is found again by opening the
+stream anew. The library's shuffle buffer is not used: it is lost at a restart.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from saetrain.data.lenient_readers import BAD_ROW_COLUMN, BadRow
+from saetrain.data.packing import TokenTable, build_sequences, build_token_table
+from saetrain.data.sharded import NO_KEPT_TOKEN, LoaderSettings, ShardedSource
+from saetrain.data.text_column import Rows
+from saetrain.data.tokenize import Framing
+from saetrain.errors import SaetrainError
+from saetrain.types import Cursor, TokenSequence
+
+BLOCK_ROWS = 32
+RETRY_DELAYS_S = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
+"""Seconds before each further try to read a row."""
+LIBRARY_RETRIES = {
+    "STREAMING_READ_MAX_RETRIES": 1,
+    "STREAMING_READ_RETRY_INTERVAL": 0,
+    "STREAMING_READ_SERVER_UNAVAILABLE_RETRY_INTERVAL": 0,
+    "STREAMING_READ_RATE_LIMIT_RETRY_INTERVAL": 0,
+    "STREAMING_OPEN_MAX_RETRIES": 1,
+    "STREAMING_OPEN_RETRY_INTERVAL": 0,
+}
+"""The library would try for minutes, in which no wish to stop is heard."""
+
+Row = dict[str, Any]
+RowEncoder = Callable[[Rows, list[int]], Rows]
+
+
+class StreamedRows:
+    """The rows of a stream from any number on; where it fails it is opened again, and in the end given up."""
+
+    def __init__(
+        self, rows: Any, name: str, log: Callable[[str], None], find_bad_row: Callable[[], BadRow | None]
+    ) -> None:
+        self._rows, self._name, self._log, self._find_bad_row = rows, name, log, find_bad_row
+        import datasets
+
+        for setting, value in LIBRARY_RETRIES.items():
+            setattr(datasets.config, setting, value)
+        self._bad_rows: set[int] = set()
+        self.check_interrupt: Callable[[], None] = lambda: None
+        """Called while waiting; may raise to give up."""
+
+    def __call__(self, first: int) -> Iterator[Row]:
+        """Rows number ``first`` and on, until the stream ends."""
+        row_number, failures = first, 0
+        while True:
+            try:
+                for row in self._rows.skip(row_number) if row_number else self._rows:
+                    if row.get(BAD_ROW_COLUMN):
+                        self._count_bad_row(row_number, row[BAD_ROW_COLUMN])
+                    row_number, failures = row_number + 1, 0
+                    yield row
+                return
+            except SaetrainError:
+                raise
+            except Exception as error:  # file systems, HTTP libraries and parsers all raise types of their own
+                self._wait_before_retry(row_number, failures, error)
+                failures += 1
+
+    def _wait_before_retry(self, row_number: int, failures: int, error: Exception) -> None:
+        """Wait for the next try; SaetrainError when a row is broken for good, or after the last try."""
+        bad = self._find_bad_row()
+        if bad is not None:
+            raise SaetrainError(
+                f"data set {self._name}: could not be read: {bad}; --skip_bad_rows leaves such rows out"
+            ) from error
+        error_text = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+        if failures == len(RETRY_DELAYS_S):
+            raise SaetrainError(
+                f"data set {self._name}: row {row_number} (from 0) could not be read in {failures + 1} tries; the last error "
+                f"was {error_text}. What is saved is whole: start again with --resume when the source is back"
+            ) from error
+        self._log(
+            f"data set {self._name}: reading row {row_number} failed ({error_text}); again in {RETRY_DELAYS_S[failures]:g} s"
+        )
+        retry_time = time.monotonic() + RETRY_DELAYS_S[failures]
+        while time.monotonic() < retry_time:
+            self.check_interrupt()
+            time.sleep(0.05)
+
+    def _count_bad_row(self, row_number: int, problem: str) -> None:
+        if row_number in self._bad_rows:  # every pass meets the same ones again
+            return
+        self._bad_rows.add(row_number)
+        count = len(self._bad_rows)
+        if str(count).strip("0") == "1":
+            self._log(f"data set {self._name}: {count} bad rows left out so far, the last: {problem}")
+
+
+class BlockReader:
+    """The blocks of the endlessly repeated stream by number, read forwards, with those met on the way kept."""
+
+    def __init__(self, rows: StreamedRows, name: str, n_shards: int) -> None:
+        self._rows, self._name, self._n_shards = rows, name, n_shards
+        self._n_blocks: int | None = None
+        self.blocks_per_pass: int | None = None
+        """Blocks in a pass, empty ones at its end included; None until the stream's end was seen."""
+        self._iterator: Iterator[Row] | None = None
+        self._next_number, self._opened_number = 0, 0
+        self.waiting_blocks: dict[int, list[Row]] = {}
+
+    def index_in_pass(self, number: int) -> int:
+        """The block's number within its pass."""
+        return number % self.blocks_per_pass if self.blocks_per_pass is not None else number
+
+    def read_block(self, number: int, lowest: int, is_wanted: Callable[[int], bool]) -> list[Row]:
+        """Rows of block ``number``; if the stream has to be opened again it is at block ``lowest`` or before.
+
+        Blocks that ``wanted`` names wait in memory, for the caller to drop.
+        """
+        if number not in self.waiting_blocks and (self._iterator is None or number < self._next_number):
+            self._open_stream(min(lowest, number))
+        while number not in self.waiting_blocks:
+            rows, read_number = self._read_next_block(), self._next_number - 1
+            if read_number == number or is_wanted(read_number):
+                self.waiting_blocks[read_number] = rows
+        return self.waiting_blocks[number]
+
+    def _open_stream(self, number: int) -> None:
+        self._next_number = self._opened_number = number
+        index = self.index_in_pass(number)
+        self._iterator = (
+            self._rows(index * BLOCK_ROWS) if self._n_blocks is None or index < self._n_blocks else iter(())
+        )
+
+    def _read_next_block(self) -> list[Row]:
+        if self.blocks_per_pass is not None and self.index_in_pass(self._next_number) == 0:
+            self._open_stream(self._next_number)
+        assert self._iterator is not None
+        self._rows.check_interrupt()
+        rows = list(islice(self._iterator, BLOCK_ROWS))
+        if self.blocks_per_pass is None and len(rows) < BLOCK_ROWS:
+            # Opened behind its end, a stream does not say where that was.
+            seen = bool(rows) or self._next_number == 0 or self._next_number > self._opened_number
+            self._set_stream_end(self._next_number * BLOCK_ROWS + len(rows) if seen else None)
+            if not rows:
+                self._open_stream(self._next_number)
+                return self._read_next_block()
+        self._next_number += 1
+        return rows
+
+    def _set_stream_end(self, n_rows: int | None) -> None:
+        """The stream has ended behind ``total`` rows (None: somewhere before the row at which it was opened)."""
+        if n_rows is None:
+            n_rows = sum(1 for _ in self._rows(0))
+        if n_rows == 0:
+            raise SaetrainError(f"data set {self._name}: it has no rows")
+        self._n_blocks = -(-n_rows // BLOCK_ROWS)
+        # Without a common divisor, every shard meets every block sooner or later.
+        self.blocks_per_pass = self._n_blocks
+        while math.gcd(self.blocks_per_pass, self._n_shards) > 1:
+            self.blocks_per_pass += 1
+
+
+class StreamedSequences(ShardedSource):
+    """The sequences of a stream.
+
+    ``encode`` tokenizes a batch of rows (``row_encoder``); those for which ``held_out`` is true are left out, wherever
+    they occur.
+    """
+
+    start_cursor: Cursor = (0, 0)
+
+    def __init__(
+        self,
+        rows: StreamedRows,
+        name: str,
+        encode: RowEncoder,
+        is_held_out: Callable[[TokenTable], np.ndarray],
+        framing: Framing,
+        *,
+        loader: LoaderSettings,
+        exclude_special: bool,
+        exclude_first: bool,
+    ) -> None:
+        super().__init__(loader.data_shards, exclude_special, exclude_first)
+        self._rows = rows
+        self._blocks = BlockReader(rows, name, self.n_shards)
+        self._encode, self._is_held_out, self._framing = encode, is_held_out, framing
+        self._seed, self._exclude_special = loader.shuffle_seed, exclude_special
+        self._expected_ordinals = dict.fromkeys(range(self.n_shards), 0)
+        self._current_blocks: dict[int, tuple[int, list[TokenSequence]]] = {}
+
+    def hint_cursors(self, cursors: Mapping[int, Cursor]) -> None:
+        """Of other shards no block waits in memory, and the stream is opened where the first of these needs it."""
+        self._expected_ordinals = {shard: cursor[0] for shard, cursor in cursors.items()}
+        self._discard_unwanted_blocks()
+
+    def set_interrupt_check(self, check: Callable[[], None]) -> None:
+        """Call ``check``, which may raise, while the stream is read or waited for."""
+        self._rows.check_interrupt = check
+
+    def _discard_unwanted_blocks(self) -> None:
+        self._blocks.waiting_blocks = {
+            number: rows for number, rows in self._blocks.waiting_blocks.items() if self._is_wanted(number)
+        }
+
+    def _is_wanted(self, number: int) -> bool:
+        ordinal, shard = divmod(number, self.n_shards)
+        return shard in self._expected_ordinals and ordinal >= self._expected_ordinals[shard]
+
+    def read(self, shard: int, cursor: Cursor, tokens: int) -> tuple[list[TokenSequence], Cursor]:
+        """The shard's sequences from ``cursor`` on until they hold ``tokens`` kept tokens, and the next cursor."""
+        out: list[TokenSequence] = []
+        held, empty = 0, 0
+        ordinal, index = cursor
+        while held < tokens:
+            sequences = self._load_block_sequences(shard, ordinal)
+            if index >= len(sequences):
+                ordinal, index, empty = ordinal + 1, 0, empty + 1
+                blocks_per_pass = self._blocks.blocks_per_pass
+                if blocks_per_pass is not None and empty > 2 * blocks_per_pass:
+                    raise SaetrainError(NO_KEPT_TOKEN)
+                continue
+            kept = int(self.keep(sequences[index]).sum())
+            out.append(sequences[index])
+            held, index = held + kept, index + 1
+            empty = 0 if kept else empty
+        return out, (ordinal, index)
+
+    def _load_block_sequences(self, shard: int, ordinal: int) -> list[TokenSequence]:
+        """The sequences of the shard's block, in their mixed order."""
+        if self._current_blocks.get(shard, (None,))[0] != ordinal:
+            number = ordinal * self.n_shards + shard
+            self._expected_ordinals[shard] = ordinal
+            lowest = min(first * self.n_shards + other for other, first in self._expected_ordinals.items())
+            rows = self._blocks.read_block(number, lowest, self._is_wanted)
+            self._discard_unwanted_blocks()
+            sequences = self._encode_block(self._blocks.index_in_pass(number) * BLOCK_ROWS, rows)
+            order = np.random.default_rng([self._seed, number]).permutation(len(sequences))
+            self._current_blocks[shard] = ordinal, [sequences[position] for position in order]
+        return self._current_blocks[shard][1]
+
+    def _encode_block(self, first: int, rows: list[Row]) -> list[TokenSequence]:
+        if not rows:
+            return []
+        batch = self._encode(to_columns(rows), list(range(first, first + len(rows))))
+        table = build_token_table(batch)
+        kept = np.flatnonzero(~self._is_held_out(table))
+        sequences = build_sequences(table, kept, self._framing, self._exclude_special)
+        return [sequences[number] for number in range(len(sequences))]
+
+
+def iterate_encoded_blocks(rows: StreamedRows, encode: RowEncoder) -> Iterator[Rows]:
+    """One pass over the stream, tokenized in the same blocks."""
+    iterator, first = rows(0), 0
+    while block := list(islice(iterator, BLOCK_ROWS)):
+        yield encode(to_columns(block), list(range(first, first + len(block))))
+        first += len(block)
+
+
+def to_columns(rows: list[Row]) -> Rows:
+    """The same rows as {column: values}; a column that a row lacks is None there."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: [row.get(name) for row in rows] for name in names}

@@ -1,0 +1,1 @@
+"""The top-k step in C++ for CPUs."""

@@ -1,0 +1,204 @@
+"""The TopK step in C++ on torch's memory: thin, typed calls of native.cpp."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+
+import torch
+from torch import Tensor
+
+from saetrain.ops.native.compile import build_library
+
+MEASURE, STORE, UPDATE, ADD = 0, 1, 2, 3
+FROM_PAIRS, FROM_MEMORY, FROM_ROWS = 0, 1, 2
+CHUNK_BYTES = 24 << 20
+"""Pre-activations that are held at once: fewer tokens cost more than they save, for each product packs all weights."""
+
+POINTER, LONG, INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+FLOAT, DOUBLE = ctypes.c_float, ctypes.c_double
+LONG_FIELDS = ("N", "D", "F", "K")
+INT_FIELDS = ("threads", "half")
+POINTER_FIELDS = (
+    *("x", "x_enc", "x_norms", "values", "indices", "residual", "residual_copy", "dz", "residual_norms"),
+    *("residual_sum", "residual_square", "starts", "pair_token", "pair_value", "pair_dz", "W_enc", "W_dec"),
+    *("b_enc", "b_dec", "W_enc_half", "W_dec_half", "m_enc", "v_enc", "m_dec", "v_dec", "m_b", "v_b"),
+    *("g_enc", "g_dec", "g_b", "extra_row", "extra_enc", "extra_dec", "extra_b"),
+)
+FLOAT_FIELDS = ("lr", "encoder_lr", "beta1", "beta2", "eps", "correction1", "correction2", "decay", "clip")
+
+POINTER_DTYPES = {
+    **dict.fromkeys(("indices", "pair_token", "extra_row"), (torch.int32,)),
+    **dict.fromkeys(("residual_sum", "residual_square", "g_b_dec", "square"), (torch.float64,)),
+    **dict.fromkeys(("residual_copy", "W_enc_half", "W_dec_half"), (torch.bfloat16,)),
+    "x_enc": (torch.float32, torch.bfloat16),
+    "starts": (torch.int64,),
+}
+"""Of the tensors that are not fp32."""
+
+
+class Gradients(ctypes.Structure):
+    """Mirror of the C++ ``Gradients``: where the gradient rows of some latents come from."""
+
+    _fields_ = [("origin", INT), ("first", LONG), ("stop", LONG), ("enc", POINTER), ("dec", POINTER)]
+
+
+class SaetrainStep(ctypes.Structure):
+    """Mirror of ``SaetrainStep``; pointers are set from tensors by :func:`set_pointers`."""
+
+    _fields_ = [
+        *((name, LONG) for name in LONG_FIELDS),
+        *((name, INT) for name in INT_FIELDS),
+        ("scale", FLOAT),
+        *((name, POINTER) for name in POINTER_FIELDS),
+        *((name, FLOAT) for name in FLOAT_FIELDS),
+        ("g_b_dec", POINTER),
+        ("square", POINTER),
+    ]
+
+
+@functools.cache
+def load_library() -> ctypes.CDLL:
+    """The compiled kernels; OSError where they can't be built or loaded."""
+    try:
+        library = ctypes.CDLL(str(build_library()))
+    except OSError:
+        library = ctypes.CDLL(str(build_library(rebuild=True)))
+    library.saetrain_topk_bf16.argtypes = [POINTER, POINTER, LONG, LONG, LONG, POINTER, POINTER, INT]
+    library.saetrain_topk_f32.argtypes = library.saetrain_topk_bf16.argtypes
+    library.saetrain_center.argtypes = [POINTER, POINTER, POINTER]
+    library.saetrain_tokens.argtypes = library.saetrain_sort.argtypes = [POINTER]
+    library.saetrain_code_rows.argtypes = library.saetrain_residuals.argtypes = [POINTER, LONG, LONG, POINTER]
+    library.saetrain_pick.argtypes = [POINTER, LONG, LONG, POINTER]
+    library.saetrain_codes.argtypes = [POINTER, LONG, LONG, POINTER, POINTER]
+    library.saetrain_latents.argtypes = [POINTER, INT, POINTER, POINTER]
+    library.saetrain_norm_bound.argtypes = [POINTER, DOUBLE, DOUBLE, POINTER]
+    library.saetrain_norm_bound.restype = ctypes.c_double
+    return library
+
+
+def set_pointers(step: SaetrainStep, **tensors: Tensor | None) -> None:
+    """Set pointers of ``step``; the caller keeps the tensors alive."""
+    for name, tensor in tensors.items():
+        assert name in POINTER_FIELDS or name in ("g_b_dec", "square"), name
+        assert tensor is None or tensor.is_contiguous(), name
+        assert tensor is None or tensor.dtype in POINTER_DTYPES.get(name, (torch.float32,)), (name, tensor.dtype)
+        setattr(step, name, None if tensor is None else tensor.data_ptr())
+
+
+def center_inputs(step: SaetrainStep, out_ND: Tensor, norms_N: Tensor) -> None:
+    """``x - b_dec`` in the products' format, and the norms of its rows."""
+    load_library().saetrain_center(ctypes.byref(step), out_ND.data_ptr(), norms_N.data_ptr())
+
+
+def encode_topk(
+    x_ND: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, pre_CF: Tensor, values_NK: Tensor, indices_NK: Tensor
+) -> None:
+    """ReLU of the k largest of ``x W_encᵀ + b_enc`` in each row, written to ``values_NK`` and ``indices_NK`` (int32).
+
+    ``x_ND`` and ``W_enc_FD`` are both fp32 or both bf16; ``pre_CF`` is where C tokens' pre-activations go. Among
+    equals the lower index is taken.
+    """
+    select_topk = (
+        load_library().saetrain_topk_bf16 if x_ND.dtype == torch.bfloat16 else load_library().saetrain_topk_f32
+    )
+    chunk, latents = pre_CF.shape
+    k, threads = values_NK.shape[1], torch.get_num_threads()
+    bias = b_enc_F.data_ptr()
+    for start in range(0, len(x_ND), chunk):
+        rows = x_ND[start : start + chunk]
+        out = pre_CF[: len(rows)]
+        torch.mm(rows, W_enc_FD.T, out=out)
+        values, indices = values_NK[start].data_ptr(), indices_NK[start].data_ptr()
+        select_topk(out.data_ptr(), bias, len(rows), latents, k, values, indices, threads)
+
+
+def compute_residuals(step: SaetrainStep) -> None:
+    """Residuals and latent gradients of each token, then its pairs sorted by latent."""
+    load_library().saetrain_tokens(ctypes.byref(step))
+    load_library().saetrain_sort(ctypes.byref(step))
+
+
+def compute_residuals_dense(
+    step: SaetrainStep, W_dec_FD: Tensor, residual_ND: Tensor, workspace: DenseWorkspace, pre_CF: Tensor
+) -> None:
+    """The same by dense bf16 products of C tokens at a time."""
+    pointer, rows = ctypes.byref(step), len(pre_CF)
+    for first in range(0, step.N, rows):
+        stop = min(first + rows, step.N)
+        dense_CF, decoded = pre_CF[: stop - first], workspace.decoded[: stop - first]
+        load_library().saetrain_code_rows(pointer, first, stop, dense_CF.data_ptr())
+        torch.mm(dense_CF, W_dec_FD, out=decoded)
+        load_library().saetrain_residuals(pointer, first, stop, decoded.data_ptr())
+        torch.mm(residual_ND[first:stop], W_dec_FD.T, out=dense_CF)
+        load_library().saetrain_pick(pointer, first, stop, dense_CF.data_ptr())
+    load_library().saetrain_sort(pointer)
+
+
+def bound_squared_norm(step: SaetrainStep, grad_b_enc_F: Tensor, inputs: dict[str, Tensor] | None = None) -> float:
+    """At least the squared norm of the gradients of both weights and ``b_enc``, from the norms of what they sum.
+
+    With ``inputs``, {`enc`: what the encoder multiplies, `dec`: the residual} (N, D), a tighter one: a sum of tokens'
+    rows is no longer than the root of their weights' squares times the largest singular value of all rows. The
+    gradient of ``b_enc`` itself goes to ``grad_b_enc_F``.
+    """
+    eigenvalue_bounds = {name: bound_largest_eigenvalue(rows) for name, rows in inputs.items()} if inputs else {}
+    infinite = float("inf")
+    eigenvalues = eigenvalue_bounds.get("enc", infinite), eigenvalue_bounds.get("dec", infinite)
+    return float(load_library().saetrain_norm_bound(ctypes.byref(step), *eigenvalues, grad_b_enc_F.data_ptr()))
+
+
+def bound_largest_eigenvalue(rows_ND: Tensor) -> float:
+    """At least the largest eigenvalue of ``rowsᵀ rows``: the fourth root of the sum of all fourth powers."""
+    gram = (rows_ND.T @ rows_ND).float()
+    trace = float(gram.diagonal().sum().clamp_min(torch.finfo(torch.float32).tiny))
+    gram = (gram / trace).to(rows_ND.dtype)
+    # Products in bfloat16 are off by less than a hundredth.
+    return 1.02 * trace * float((gram @ gram).float().norm()) ** 0.5
+
+
+def run_latent_pass(step: SaetrainStep, mode: int, encoder_norms_F: Tensor, *, from_memory: bool) -> None:
+    """Gradient rows of each latent: summed up (MEASURE), put into memory (STORE) or added to it (ADD), or applied.
+
+    ``from_memory``: the rows are taken from memory instead of from the pairs. Adds to the step's ``square`` and, unless
+    stored, to its ``g_b_dec``.
+    """
+    source = Gradients(origin=FROM_MEMORY if from_memory else FROM_PAIRS, first=0, stop=step.F)
+    load_library().saetrain_latents(ctypes.byref(step), mode, ctypes.byref(source), encoder_norms_F.data_ptr())
+
+
+def run_latent_pass_dense(
+    step: SaetrainStep, mode: int, encoder_norms_F: Tensor, inputs: dict[str, Tensor], workspace: DenseWorkspace
+) -> None:
+    """The same by dense bf16 products of some latents at a time, for codes that are not so sparse.
+
+    ``inputs``: {`enc`: what the encoder multiplies, `dec`: the residual}, both (N, D) bf16.
+    """
+    for first in range(0, step.F, workspace.block_latents):
+        stop = min(first + workspace.block_latents, step.F)
+        codes = {name: code[: stop - first] for name, code in workspace.codes.items()}
+        load_library().saetrain_codes(ctypes.byref(step), first, stop, codes["enc"].data_ptr(), codes["dec"].data_ptr())
+        rows = {
+            name: torch.mm(code, inputs[name], out=workspace.rows[name][: stop - first]) for name, code in codes.items()
+        }
+        source = Gradients(FROM_ROWS, first, stop, rows["enc"].data_ptr(), rows["dec"].data_ptr())
+        load_library().saetrain_latents(ctypes.byref(step), mode, ctypes.byref(source), encoder_norms_F.data_ptr())
+
+
+class DenseWorkspace:
+    """Memory of dense products in bf16.
+
+    ``decoded`` (C, D): reconstructions of a chunk of tokens; ``codes`` {`enc`, `dec`: (B, N)} and ``rows`` {…: (B, D)}:
+    codes and gradient rows of a block of latents. The codes lie in ``pre_CF``, which is no longer needed by then.
+    """
+
+    def __init__(self, latents: int, tokens: int, width: int, pre_CF: Tensor) -> None:
+        self.decoded = torch.empty(len(pre_CF), width, dtype=torch.bfloat16)
+        flat = pre_CF.view(-1)
+        self.block_latents = max(1, min(latents, flat.numel() // (2 * tokens)))
+        size = self.block_latents * tokens
+        if flat.numel() < 2 * size:
+            flat = torch.empty(2 * size, dtype=torch.bfloat16)
+        parts = {"enc": flat[:size], "dec": flat[size : 2 * size]}
+        self.codes = {name: part.view(self.block_latents, tokens) for name, part in parts.items()}
+        self.rows = {name: torch.empty(self.block_latents, width, dtype=torch.bfloat16) for name in parts}

@@ -1,0 +1,1 @@
+"""The top-k step as Triton kernels for NVIDIA GPUs."""

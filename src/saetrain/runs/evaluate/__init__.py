@@ -1,0 +1,1 @@
+"""The evaluate command: score saved SAEs on held-out text."""

@@ -1,0 +1,72 @@
+"""Which SAEs a path holds, of which run they are, and what they were trained on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from saetrain.coders.topk import TopK
+from saetrain.errors import SaetrainError
+from saetrain.interop.load import load_any_format
+from saetrain.interop.saetrain_format import CONFIG_FILE as SAE_CONFIG
+from saetrain.runs.run_dir import CONFIG_FILE, SAES_DIR, is_run_dir
+
+
+@dataclass(frozen=True)
+class SavedSae:
+    """A saved SAE: its coder of raw activations and what it says of itself."""
+
+    folder: Path
+    coder: TopK
+    metadata: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class LoadedSae:
+    """The SAEs that a path names, {name: SAE}; ``run``: the folder of the run that they are of, where there is one."""
+
+    path: Path
+    saes: dict[str, SavedSae]
+    run_dir: Path | None
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What the first says of itself; the SAEs of one run agree in all but their hookpoint."""
+        return next(iter(self.saes.values())).metadata
+
+    def get_metadata(self, key: str) -> Any:
+        """An entry of the metadata, or None where there is none."""
+        return self.metadata.get(key)
+
+
+def load_saes(path: str) -> LoadedSae:
+    """Load every SAE in ``path``; SaetrainError when it holds none, or one that is broken."""
+    folder = Path(path)
+    if not folder.is_dir():
+        raise SaetrainError(f"{path}: there is no such folder; give a run's, or that of one SAE")
+    if (folder / SAE_CONFIG).exists():
+        coder, metadata = load_any_format(folder)
+        name = str(metadata.get("hookpoint") or metadata.get("hook_name") or folder.name)
+        return LoadedSae(folder, {name: SavedSae(folder, coder, metadata)}, find_run_dir(folder))
+    inside = folder / SAES_DIR if (folder / SAES_DIR).is_dir() else folder
+    folders = sorted(found.parent for found in inside.rglob(SAE_CONFIG))
+    if not folders:
+        unfinished = "; its run is not finished: --resume goes on with it" if is_run_dir(folder) else ""
+        raise SaetrainError(f"{path}: holds no SAE (no {SAE_CONFIG}){unfinished}")
+    saes = {str(found.relative_to(inside)): SavedSae(found, *load_any_format(found)) for found in folders}
+    first = next(iter(saes.values()))
+    for name, sae in saes.items():
+        for key in ("model", "model_weights_sha256"):
+            if sae.metadata.get(key) != first.metadata.get(key):
+                raise SaetrainError(
+                    f"{path}: {name} was trained on {sae.metadata.get('model')} and {next(iter(saes))} on "
+                    f"{first.metadata.get('model')}; score each by its own folder"
+                )
+    return LoadedSae(folder, saes, find_run_dir(folder))
+
+
+def find_run_dir(folder: Path) -> Path | None:
+    """The folder of the run that ``folder`` is, or is a part of."""
+    candidates = [folder.resolve(), *folder.resolve().parents[:3]]
+    return next((place for place in candidates if is_run_dir(place) and (place / CONFIG_FILE).exists()), None)

@@ -1,0 +1,311 @@
+"""What an evaluation gives: JSON files with every figure, a verdict on each SAE, and tables on the terminal."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from saetrain.activations.lm_head import LMHeadModel
+from saetrain.activations.model import DTYPES
+from saetrain.atomic_io import write_json
+from saetrain.config import EvaluateConfig
+from saetrain.errors import SaetrainError
+from saetrain.evaluation.health import HealthSettings, Judgment, SaeProperties, Verdict, judge_metrics
+from saetrain.evaluation.score import (
+    MEAN_RECONSTRUCTION,
+    PCA_RECONSTRUCTION,
+    RANDOM_DECODER,
+    RANDOM_DIRECTIONS,
+    MetricResult,
+    SaeScores,
+)
+from saetrain.logs.jsonl import replace_non_finite
+from saetrain.runs.evaluate.load_saes import LoadedSae, SavedSae
+from saetrain.runs.run_dir import ASSESSMENT_FILE, EVALUATION_DIR, SAES_DIR
+from saetrain.training.dead_latents import min_dead_fraction
+
+FORMAT_VERSION = 1
+DEFAULT_TABLE_COLUMNS = 120
+"""Columns of a table where there is no terminal."""
+BASELINE_NAMES = {
+    RANDOM_DECODER: "random decoder",
+    PCA_RECONSTRUCTION: "PCA of rank k",
+    MEAN_RECONSTRUCTION: "mean",
+    RANDOM_DIRECTIONS: "random directions",
+}
+METRIC_COLUMNS = {
+    "explained_variance": "expl. var.",
+    "ce_recovered_zero": "CE recov. (zero)",
+    "ce_recovered_mean": "CE recov. (mean)",
+    "delta_ce": "CE increase",
+    "pooled_cosine": "pooled cosine",
+    "final_hidden_error": "final hidden error",
+    "l0": "L0",
+    "dead_below_threshold": "dead by rate",
+}
+STATUS_STYLES = {"good": "green", "pass": "green", "fail": "red"}
+HEADLINE_METRICS = ("explained_variance", "fvu", "cosine", "l0", "dead_below_threshold", "dead_never_fired")
+"""Figures that the assessment repeats; of the model's loss it repeats all."""
+
+
+@dataclass(frozen=True)
+class TextScores:
+    """The scores of every SAE on one text; ``loss_sequences`` of its sequences were scored by the model's loss."""
+
+    name: str
+    in_sample: bool
+    description: str
+    scores: dict[str, SaeScores]
+    loss_sequences: int
+
+    @property
+    def sample_kind(self) -> str:
+        """Whether it is of the data set that was trained on."""
+        return "in-sample" if self.in_sample else "out of sample"
+
+    def __str__(self) -> str:
+        return f"{Path(self.name).name} ({self.sample_kind})"
+
+
+@dataclass(frozen=True)
+class Assessment:
+    """Everything that was found, and where it is written."""
+
+    config: EvaluateConfig
+    loaded: LoadedSae
+    model: dict[str, Any]
+    texts: list[TextScores]
+    verdicts: dict[str, Verdict]
+    """By the scores on the first text."""
+    other_verdicts: dict[str, list[Verdict]]
+    """By those on each other text."""
+    folder: Path
+
+    @staticmethod
+    def from_scores(
+        config: EvaluateConfig, loaded: LoadedSae, head: LMHeadModel, texts: list[TextScores], threshold: float
+    ) -> Assessment:
+        """Judge each SAE by its scores on each text."""
+        verdicts_per_text = {
+            name: [judge_sae(sae, text.scores[name], threshold, config.health) for text in texts]
+            for name, sae in loaded.saes.items()
+        }
+        model = {
+            "name": head.base.name,
+            "architecture": head.architecture,
+            "predicts": {"causal": "next tokens", "masked": "masked tokens", "none": "nothing"}[head.kind],
+            "dtype": next(name for name, dtype in DTYPES.items() if dtype is head.base.dtype),
+        }
+        whole_run = loaded.run_dir is not None and loaded.path.resolve() in (loaded.run_dir, loaded.run_dir / SAES_DIR)
+        default_folder = loaded.run_dir if whole_run and loaded.run_dir is not None else loaded.path
+        verdicts = {name: each[0] for name, each in verdicts_per_text.items()}
+        other_verdicts = {name: each[1:] for name, each in verdicts_per_text.items()}
+        return Assessment(
+            config, loaded, model, texts, verdicts, other_verdicts, Path(config.out) if config.out else default_folder
+        )
+
+    def to_log_record(self) -> dict[str, dict[str, float]]:
+        """{SAE: verdict and figures} as the logs take them, of the text that was judged on."""
+        first = self.texts[0].scores
+        return {
+            name: {
+                "health_passed": verdict.n_passed,
+                "health_metrics": len(verdict.judgments),
+                **{figure: scored.estimate.value for figure, scored in first[name].metrics.items()},
+            }
+            for name, verdict in self.verdicts.items()
+        }
+
+    def write_files(self) -> list[Path]:
+        """Write one file a text and the final assessment; gives their paths."""
+        names = unique_file_names([text.name for text in self.texts])
+        folder = self.folder / EVALUATION_DIR
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, text in zip(names, self.texts, strict=True):
+                write_json(folder / name, self._text_json(text))
+            write_json(self.folder / ASSESSMENT_FILE, self.as_json(names))
+        except OSError as error:
+            raise SaetrainError(
+                f"the evaluation can't be written to {folder}: {error.strerror}; name another folder by --out"
+            ) from error
+        return [*(folder / name for name in names), self.folder / ASSESSMENT_FILE]
+
+    def as_json(self, names: list[str]) -> dict[str, Any]:
+        """``final_assessment.json``."""
+        first = self.texts[0]
+        return {
+            "format": FORMAT_VERSION,
+            "saetrain": version("saetrain"),
+            "model": self.model,
+            "judged_on": {"data_set": first.name, "in_sample": first.in_sample, "held_out": first.description},
+            "thresholds": dataclasses.asdict(self.config.health),
+            "saes": {
+                name: {**verdict.as_json(), "figures": headline_metrics(first.scores[name])}
+                for name, verdict in self.verdicts.items()
+            },
+            "evaluations": [f"{EVALUATION_DIR}/{name}" for name in names],
+        }
+
+    def _text_json(self, text: TextScores) -> dict[str, Any]:
+        return {
+            "format": FORMAT_VERSION,
+            "saetrain": version("saetrain"),
+            "data_set": text.name,
+            "in_sample": text.in_sample,
+            "held_out": text.description,
+            "model": self.model,
+            "loss_sequences": text.loss_sequences,
+            "settings": _flatten_config(self.config),
+            "saes": {name: _sae_json(self.loaded.saes[name], scores) for name, scores in text.scores.items()},
+        }
+
+
+def judge_sae(sae: SavedSae, scores: SaeScores, threshold: float, settings: HealthSettings) -> Verdict:
+    """The verdict on one SAE by its scores on one text."""
+    estimates = {name: figure.estimate for name, figure in scores.metrics.items()}
+    baselines = {
+        name: {BASELINE_NAMES[baseline]: estimate.value for baseline, estimate in figure.baselines.items()}
+        for name, figure in scores.metrics.items()
+    }
+    coder = sae.coder
+    bound = min_dead_fraction(coder.k, coder.num_latents, threshold)
+    tokens = scores.metrics["dead_below_threshold"].count
+    return judge_metrics(
+        estimates, baselines, SaeProperties(coder.d_in, coder.num_latents, coder.k, bound, threshold, tokens), settings
+    )
+
+
+def headline_metrics(scores: SaeScores) -> dict[str, Any]:
+    """{figure: value with interval and nulls} of those that matter most."""
+    losses = [name for name in scores.metrics if name.startswith(("ce_", "delta_", "kl", "pooled", "final_hidden"))]
+    return {name: scores.metrics[name].as_json(name) for name in (*HEADLINE_METRICS, *losses)}
+
+
+def _sae_json(sae: SavedSae, scores: SaeScores) -> dict[str, Any]:
+    coder = sae.coder
+    return {
+        "folder": str(sae.folder.resolve()),
+        "hookpoint": sae.metadata.get("hookpoint") or sae.metadata.get("hook_name"),
+        "d_in": coder.d_in,
+        "num_latents": coder.num_latents,
+        "k": coder.k,
+        "documents": scores.n_documents,
+        "figures": {name: figure.as_json(name) for name, figure in scores.metrics.items()},
+        "classes": {name: replace_non_finite(figures) for name, figures in scores.metrics_by_class.items()},
+        "l0_percentiles": dict(zip(("p5", "p50", "p95"), scores.l0_percentiles, strict=True)),
+        "density": scores.density_histogram,
+    }
+
+
+def _flatten_config(config: EvaluateConfig) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for name, value in dataclasses.asdict(config).items():
+        out.update(value if isinstance(value, dict) else {name: value})
+    return out
+
+
+def unique_file_names(data_sets: list[str]) -> list[str]:
+    """``<data set>.json`` of each, told apart where two are called alike."""
+    out: list[str] = []
+    for name in data_sets:
+        last = Path(name).stem if Path(name).exists() else name
+        stem = "".join(char if char.isalnum() or char in "-_." else "_" for char in last).strip("._") or "text"
+        number = 1
+        while f"{stem}{'' if number == 1 else f'_{number}'}.json" in out:
+            number += 1
+        out.append(f"{stem}{'' if number == 1 else f'_{number}'}.json")
+    return out
+
+
+def report_assessment(assessment: Assessment) -> None:
+    """Print the tables and write the files, in this order, so that a disk that fails costs no figures."""
+    # Rich takes the terminal's width, or COLUMNS where that is set.
+    known = sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdigit()
+    console = Console(file=sys.stdout, width=None if known else DEFAULT_TABLE_COLUMNS, highlight=False)
+    for name, verdict in assessment.verdicts.items():
+        coder = assessment.loaded.saes[name].coder
+        title = f"{name}: k = {coder.k}, {coder.num_latents:,} latents, width {coder.d_in}"
+        console.print(build_metrics_table(title, name, assessment.texts))
+        console.print(build_verdict_table(verdict, f"health on {assessment.texts[0]}"))
+        for metric, judgment in verdict.judgments.items():
+            advice = f"; {judgment.advice}" if judgment.advice else ""
+            console.print(Text(f"  {metric}: {judgment.reason}{advice}"))
+        each = zip((verdict, *assessment.other_verdicts[name]), assessment.texts, strict=True)
+        console.print(Text(f"verdict {', '.join(f'{found} on {text}' for found, text in each)}", style="bold"))
+    console.print(Text(f"written: {', '.join(map(str, assessment.write_files()))}"))
+
+
+def build_metrics_table(title: str, sae: str, texts: list[TextScores]) -> Table:
+    """One SAE's figures on each text, the nulls beneath."""
+    # Narrow gaps and a word a line, so that all of it fits into 80 columns.
+    table = Table(
+        title=Text(title), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False
+    )
+    shown = [name for name in METRIC_COLUMNS if name in texts[0].scores[sae].metrics]
+    table.add_column("text", overflow="fold")
+    for name in shown:
+        table.add_column(METRIC_COLUMNS[name].replace(" ", "\n"), justify="right", no_wrap=True, overflow="fold")
+    for text in texts:
+        metrics = text.scores[sae].metrics
+        label = Text(f"{Path(text.name).name}\n{text.sample_kind}\n{_describe_counts(metrics)}")
+        table.add_row(label, *(_format_figure(metrics[name]) for name in shown))
+        present = {null for name in shown for null in metrics[name].baselines}
+        for baseline in (name for name in BASELINE_NAMES if name in present):
+            values = [metrics[name].baselines.get(baseline) for name in shown]
+            cells = [Text(_format_value(value.value) if value else "", style="dim") for value in values]
+            table.add_row(Text(f"  {BASELINE_NAMES[baseline]}", style="dim"), *cells)
+        table.add_section()
+    return table
+
+
+def _describe_counts(metrics: dict[str, MetricResult]) -> str:
+    """``8,000 tokens``, and of how many the model's loss or output was scored."""
+    counts = f"{metrics['explained_variance'].count:,} tokens"
+    for name, what in (("ce_clean", "loss"), ("final_hidden_error", "output")):
+        if name in metrics:
+            counts += f",\n{what} on {metrics[name].count:,}"
+    return counts
+
+
+def _format_figure(figure: MetricResult) -> Text:
+    estimate = figure.estimate
+    cell = Text(_format_value(estimate.value))
+    if estimate.low < estimate.high:
+        cell.append(f"\n[{_format_value(estimate.low)},\n{_format_value(estimate.high)}]", style="dim")
+    if figure.flag:
+        cell.append("\n" + figure.flag.replace(" ", "\n"), style="yellow")
+    return cell
+
+
+def _format_value(value: float) -> str:
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+
+
+def build_verdict_table(verdict: Verdict, title: str) -> Table:
+    """The four figures with null, threshold and status."""
+    table = Table(title=Text(title), title_justify="left")
+    for heading in ("health", "value", "null", "threshold", "status"):
+        table.add_column(heading, no_wrap=heading == "health", overflow="fold")
+    for name, judgment in verdict.judgments.items():
+        table.add_row(Text(name), *_format_judgment(judgment))
+    return table
+
+
+def _format_judgment(judgment: Judgment) -> tuple[Text, Text, Text, Text]:
+    value = _format_value(judgment.value)
+    if judgment.low < judgment.high:
+        value += f" [{_format_value(judgment.low)}, {_format_value(judgment.high)}]"
+    baseline = ", ".join(f"{_format_value(value)} {name}" for name, value in judgment.nulls.items())
+    status = judgment.status + (" (by construction)" if judgment.by_construction else "")
+    return Text(value), Text(baseline), Text(judgment.threshold), Text(status, style=STATUS_STYLES[judgment.status])

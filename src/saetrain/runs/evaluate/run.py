@@ -1,0 +1,132 @@
+"""``saetrain evaluate PATH``: figures on held-out text beside their nulls, and a verdict."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from saetrain.activations.extract import LabelledActivations, TokenClass
+from saetrain.activations.model import resolve_device
+from saetrain.config import EvaluateConfig
+from saetrain.errors import SaetrainError, is_out_of_memory
+from saetrain.evaluation.baselines import PCA, RandomDecoder, RunningMoments
+from saetrain.evaluation.evaluator import EvalTarget
+from saetrain.evaluation.loss_recovered import SplicePolicy, keep_all_tokens
+from saetrain.evaluation.score import Baselines, SaeScores, score_activations, score_losses
+from saetrain.runs.evaluate.load_saes import LoadedSae, load_saes
+from saetrain.runs.evaluate.report import Assessment, TextScores, report_assessment
+from saetrain.runs.evaluate.setup import EvalContext, build_eval_context, load_run_config
+from saetrain.runs.evaluate.texts import EvalText, open_eval_texts
+from saetrain.runs.train.setup import quiet_libraries
+
+DEFAULT_DEAD_THRESHOLD = 0.0005
+
+
+def evaluate_saes(config: EvaluateConfig, max_eval_tokens: int | None = None) -> Assessment:
+    """Score, print and write; SaetrainError for what the user can mend.
+
+    ``most``: tokens of each data set at the most, where --eval_tokens leaves them open; else as the SAE's run took.
+    """
+    torch.set_flush_denormal(True)
+    quiet_libraries()
+    loaded = load_saes(config.path)
+    try:
+        context = dataclasses.replace(
+            build_eval_context(config, loaded), max_eval_tokens=max_eval_tokens or loaded.get_metadata("eval_tokens")
+        )
+        texts, fit = open_eval_texts(context)
+        baselines = fit_baselines(context, fit)
+        scores = [score_text(context, text, baselines) for text in texts]
+        assessment = Assessment.from_scores(config, loaded, context.head, scores, dead_threshold(config, loaded))
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        tokens = config.base.resolve_batch_tokens(resolve_device(config.base.device))
+        raise SaetrainError(
+            f"out of memory while scoring: lower --model_batch_tokens from {tokens} to {max(1, tokens // 2)}"
+        ) from error
+    report_assessment(assessment)
+    return assessment
+
+
+def dead_threshold(config: EvaluateConfig, loaded: LoadedSae) -> float:
+    """The rate below which a latent is dead."""
+    if config.dead_percentage_threshold is not None:
+        return config.dead_percentage_threshold
+    return (
+        load_run_config(loaded).dead.dead_percentage_threshold if loaded.run_dir is not None else DEFAULT_DEAD_THRESHOLD
+    )
+
+
+def fit_baselines(context: EvalContext, batches: Iterator[LabelledActivations]) -> dict[str, Baselines]:
+    """{SAE: what it is held against}, from activations of training tokens."""
+    device = context.head.base.device
+    moments = {name: RunningMoments(width, device) for name, width in context.extractor.capture.widths.items()}
+    for batch in batches:
+        kept = torch.from_numpy(np.flatnonzero(batch.token_class == TokenClass.KEPT)).to(device)
+        for name, value in batch.values.items():
+            moments[name].add(value[kept].float())
+    out = {}
+    for sae, found in context.loaded.saes.items():
+        found.coder.to(device)
+        moment = moments[context.hookpoints[sae]]
+        mean, k = moment.compute_mean(), found.coder.k
+        random = RandomDecoder.from_seed(mean, found.coder.num_latents, k, context.config.scoring.eval_seed)
+        out[sae] = Baselines(mean, PCA(mean, moment.principal_directions(k)), random)
+    return out
+
+
+def score_text(context: EvalContext, text: EvalText, baselines: dict[str, Baselines]) -> TextScores:
+    """All figures on one text."""
+    targets = {
+        name: EvalTarget(context.hookpoints[name], found.coder, baselines[name].mean)
+        for name, found in context.loaded.saes.items()
+    }
+    n_tokens = sum(len(text.sequences[int(number)]) for number in text.indices)
+    with tqdm(total=n_tokens, unit="tok", desc=f"{Path(text.name).name}: activations", disable=None) as bar:
+        batches = (
+            batch for group in text.iter_groups(text.indices) for batch in context.extractor.iterate_labelled(group)
+        )
+        dead = dead_threshold(context.config, context.loaded)
+        scores = score_activations(targets, baselines, batches, dead, context.config.scoring, bar.update)
+    _add_loss_metrics(context, text, targets, baselines, scores)
+    return TextScores(text.name, text.in_sample, text.description, scores, text.loss_sequences)
+
+
+def _add_loss_metrics(
+    context: EvalContext,
+    text: EvalText,
+    targets: dict[str, EvalTarget],
+    baselines: dict[str, Baselines],
+    scores: dict[str, SaeScores],
+) -> None:
+    """Add the figures of the model's own loss to ``scores``."""
+    if not text.loss_sequences:
+        return
+    indices = text.indices[: text.loss_sequences]
+    splices_all = context.config.scoring.splice_positions == "all"
+    limits = {} if splices_all else context.extractor.norm_limits
+    keep = keep_all_tokens if splices_all else context.extractor.keep
+    policies = {
+        hookpoint: SplicePolicy(keep, limits.get(hookpoint, float("inf"))) for hookpoint in context.hookpoints.values()
+    }
+    n_tokens = sum(len(text.sequences[int(number)]) for number in indices)
+    with tqdm(total=n_tokens, unit="tok", desc=f"{Path(text.name).name}: model loss", disable=None) as bar:
+        losses = score_losses(
+            targets,
+            baselines,
+            context.head,
+            text.iter_groups(indices),
+            policies,
+            context.tokenizer.mask_token_id,
+            context.extractor.batch_tokens,
+            context.config.scoring,
+            bar.update,
+        )
+    for name, metrics in losses.items():
+        scores[name].metrics.update(metrics)

@@ -1,0 +1,196 @@
+"""What saved SAEs belong to: the model with its head, their hookpoints, their token policy."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from saetrain.activations.capture import ActivationCapture
+from saetrain.activations.extract import ActivationExtractor
+from saetrain.activations.hookpoints import find_blocks
+from saetrain.activations.lm_head import LMHeadModel, load_model_with_head
+from saetrain.activations.model import ModelSettings, hash_model_weights, load_config
+from saetrain.config import EvaluateConfig, RunConfig, from_flat, read_yaml
+from saetrain.data.sharded import build_token_policy
+from saetrain.data.tokenize import DEFAULT_CTX_LEN, Framing, load_tokenizer
+from saetrain.errors import SaetrainError, did_you_mean
+from saetrain.interop.saelens import resolve_module_name
+from saetrain.interop.saetrain_format import CONFIG_FILE as SAE_CONFIG
+from saetrain.logs.console import log_rank0
+from saetrain.runs.evaluate.load_saes import LoadedSae, SavedSae, find_run_dir
+from saetrain.runs.run_dir import CONFIG_FILE
+from saetrain.runs.train.setup import check_vocabulary
+
+
+@dataclass(frozen=True)
+class EvalContext:
+    """All that the scores are computed with."""
+
+    config: EvaluateConfig
+    loaded: LoadedSae
+    head: LMHeadModel
+    tokenizer: Any
+    framing: Framing
+    hookpoints: dict[str, str]
+    """{SAE: its hookpoint}."""
+    extractor: ActivationExtractor
+    exclude_special: bool
+    exclude_first: bool
+    max_eval_tokens: int | None = None
+
+    def token_budget(self, requested: int | None, defaults: dict[str, int]) -> int:
+        """Tokens to take where ``asked`` may be left to the device."""
+        return requested if requested is not None else defaults[self.head.base.device.type]
+
+
+def build_eval_context(config: EvaluateConfig, loaded: LoadedSae) -> EvalContext:
+    """Load the model with its head, and settle hookpoints and token policy; refuses what does not fit the SAEs."""
+    name = config.model or loaded.get_metadata("model")
+    if name is None:
+        raise SaetrainError(f"{config.path}: does not say which model it belongs to; name it by --model")
+    base = config.base
+    base = dataclasses.replace(
+        base,
+        dtype=base.dtype or loaded.get_metadata("model_dtype"),
+        revision=base.revision or loaded.get_metadata("model_revision"),
+    )
+    _require_model(config, loaded, name, base)
+    head = load_model_with_head(name, base)
+    _require_weights(head, loaded)
+    tokenizer = load_tokenizer(name, base.revision, base.trust_remote_code)
+    check_vocabulary(head.base, len(tokenizer))
+    hookpoints = {sae: _resolve_hookpoint(config, head, loaded, found) for sae, found in loaded.saes.items()}
+    capture = ActivationCapture(head.base, list(dict.fromkeys(hookpoints.values())))
+    for sae, found in loaded.saes.items():
+        width = capture.widths[hookpoints[sae]]
+        if found.coder.d_in != width:
+            raise SaetrainError(
+                f"{found.folder}: takes activations of width {found.coder.d_in}, those of {hookpoints[sae]} of {name} "
+                f"are {width} wide; was it trained on another model?"
+            )
+    special, first = _resolve_token_policy(config, loaded)
+    extractor = ActivationExtractor(
+        capture, build_token_policy(special, first), base.resolve_batch_tokens(head.base.device)
+    )
+    if first:
+        limits = {hookpoints[sae]: found.metadata.get("norm_limit") for sae, found in loaded.saes.items()}
+        extractor.norm_limits = {hookpoint: limit for hookpoint, limit in limits.items() if limit is not None}
+    framing = _match_trained_bos(
+        loaded, tokenizer, Framing.from_tokenizer(tokenizer, head.base.causal, _resolve_ctx_len(config, loaded, head))
+    )
+    return EvalContext(config, loaded, head, tokenizer, framing, hookpoints, extractor, special, first)
+
+
+def _require_model(config: EvaluateConfig, loaded: LoadedSae, name: str, base: ModelSettings) -> None:
+    """SaetrainError that says how to name the model where it is no longer where the SAE says."""
+    try:
+        load_config(name, base)
+    except SaetrainError as error:
+        if config.model is not None:
+            raise
+        named = next(iter(loaded.saes.values())).folder / SAE_CONFIG
+        raise SaetrainError(f"{error} ({named} names this model; --model says where it is now)") from error
+
+
+def _require_weights(head: LMHeadModel, loaded: LoadedSae) -> None:
+    expected, found = loaded.get_metadata("model_weights_sha256"), hash_model_weights(head.base)
+    if expected is not None and found != expected:
+        raise SaetrainError(
+            f"model {head.base.name}: its weights are not those that the SAE in {loaded.path} was trained on "
+            f"({loaded.get_metadata('model')}, SHA-256 {expected[:12]}…, found {str(found)[:12]}…)"
+        )
+
+
+def _resolve_hookpoint(config: EvaluateConfig, head: LMHeadModel, loaded: LoadedSae, sae: SavedSae) -> str:
+    """The module whose output the SAE takes; SaetrainError where it is not known or --hookpoint says another."""
+    names = [name for name, _ in head.base.module.named_modules() if name]
+    named = [str(sae.metadata[key]) for key in ("hookpoint", "hook_name") if sae.metadata.get(key)]
+    own = resolve_module_name(sae.metadata.get("hookpoint") or "", names) or _translate_hook_name(
+        sae.metadata.get("hook_name"), head
+    )
+    wanted = config.hookpoint or own
+    if wanted is None:
+        shown = " and ".join(f"'{name}'" for name in dict.fromkeys(named))
+        problem = f"names its hookpoint {shown}, which is no module of the model" if named else "names no hookpoint"
+        raise SaetrainError(f"{sae.folder}: {problem}; name the module by --hookpoint")
+    if own is not None and own != wanted:
+        raise SaetrainError(f"--hookpoint {wanted}: the SAE in {sae.folder} was trained on {own}")
+    if wanted not in names:
+        raise SaetrainError(f"--hookpoint {wanted}: no module of {head.base.name}.{did_you_mean(wanted, names)}")
+    return wanted
+
+
+def _translate_hook_name(name: str | None, head: LMHeadModel) -> str | None:
+    """Our name of a hookpoint that another library names: TransformerLens' residual streams, sparsify's layers."""
+    if name is None or name in dict(head.base.module.named_modules()):
+        return name
+    blocks, layers = find_blocks(head.base)
+    parts = name.split(".")
+    if len(parts) == 3 and parts[0] == "blocks" and parts[1].isdigit():
+        layer_offset = {"hook_resid_post": 0, "hook_resid_pre": -1}.get(parts[2])
+        layer = int(parts[1]) + layer_offset if layer_offset is not None else -1
+    elif len(parts) == 2 and parts[0] == "layers" and parts[1].isdigit():
+        layer = int(parts[1])
+    else:
+        return None
+    return f"{blocks}.{layer}" if 0 <= layer < len(layers) else None
+
+
+def _resolve_token_policy(config: EvaluateConfig, loaded: LoadedSae) -> tuple[bool, bool]:
+    """(special tokens left out, first positions left out): the SAE's own policy unless a flag says another."""
+
+    def resolve_flag(flag: str, key: str) -> bool:
+        return loaded.get_metadata(key) is not False if flag == "auto" else flag == "true"
+
+    return resolve_flag(config.exclude_special_tokens, "exclude_special_tokens"), resolve_flag(
+        config.exclude_sinks, "exclude_sinks"
+    )
+
+
+def _resolve_ctx_len(config: EvaluateConfig, loaded: LoadedSae, head: LMHeadModel) -> int:
+    max_len = head.base.max_positions
+    wanted = config.ctx_len or loaded.get_metadata("ctx_len") or min(DEFAULT_CTX_LEN, max_len or DEFAULT_CTX_LEN)
+    if max_len is not None and wanted > max_len:
+        raise SaetrainError(f"--ctx_len {wanted}: {head.base.name} has positions for at most {max_len} tokens")
+    return int(wanted)
+
+
+def _match_trained_bos(loaded: LoadedSae, tokenizer: Any, framing: Framing) -> Framing:
+    """With a BOS where the SAE was trained with one, which another library may put or leave out by itself."""
+    wanted = loaded.get_metadata("prepend_bos")
+    if not framing.causal or wanted is None or wanted == (framing.bos is not None):
+        return framing
+    if not wanted:
+        log_rank0("texts are read without a BOS token, as the SAE was trained (prepend_bos)")
+        return dataclasses.replace(framing, bos=None)
+    bos = tokenizer.bos_token_id
+    if bos is None:
+        raise SaetrainError(
+            f"{loaded.path}: the SAE was trained with a BOS token before each text (prepend_bos), and the model's "
+            "tokenizer has none; was it trained on another model?"
+        )
+    log_rank0("texts are read with a BOS token before each, as the SAE was trained (prepend_bos)")
+    # One token that serves as both parts documents once.
+    return dataclasses.replace(framing, bos=bos, eos=None if framing.eos == bos else framing.eos)
+
+
+def load_run_config(loaded: LoadedSae) -> RunConfig:
+    """The settings of the run that the SAEs are of."""
+    assert loaded.run_dir is not None
+    return _read_run_config(loaded.run_dir)
+
+
+def _read_run_config(run: Path) -> RunConfig:
+    path = str(run / CONFIG_FILE)
+    return from_flat(read_yaml(path, flag=""), path)
+
+
+def defaults_from_run(path: str) -> EvaluateConfig | None:
+    """What an evaluation of ``path`` starts from: the scoring and thresholds of its run; None where there is none."""
+    run = find_run_dir(Path(path))
+    if run is None:
+        return None
+    config = _read_run_config(run)
+    return EvaluateConfig(path=path, scoring=config.scoring, health=config.health)

@@ -1,0 +1,270 @@
+"""The texts that SAEs are scored on, and the tokens on which their nulls are fitted."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from saetrain.activations.extract import LabelledActivations
+from saetrain.config import EvaluateConfig, RunConfig, from_flat
+from saetrain.data.holdout_split import HeldOutTexts
+from saetrain.data.packing import Sequences
+from saetrain.data.sources import SourceSettings
+from saetrain.data.tokenize import Framing, TokenSettings
+from saetrain.errors import SaetrainError
+from saetrain.interop.saetrain_format import CONFIG_FILE as SAE_CONFIG
+from saetrain.logs.console import log_rank0
+from saetrain.runs.evaluate.setup import EvalContext, load_run_config
+from saetrain.runs.text_data import TrainingText, load_text, open_token_table, without_training_text
+from saetrain.runs.train.metadata import absolute_location
+
+DEFAULT_EVAL_TOKENS = {"cpu": 50_000, "cuda": 1_000_000}
+DEFAULT_LOSS_TOKENS = {"cpu": 8_192, "cuda": 131_072}
+GROUP_SEQUENCES = 64
+"""Sequences that are batched together, by length."""
+
+
+@dataclass(frozen=True)
+class EvalText:
+    """One text to score on: which of its sequences, in order; ``what`` says how it was chosen.
+
+    The model's own loss is scored on the first ``loss_sequences`` of them.
+    """
+
+    name: str
+    in_sample: bool
+    description: str
+    sequences: Sequences
+    indices: np.ndarray
+    loss_sequences: int = 0
+
+    def iter_groups(self, indices: np.ndarray) -> Iterator[list[Any]]:
+        """The sequences of those numbers, GROUP at a time."""
+        for start in range(0, len(indices), GROUP_SEQUENCES):
+            yield [self.sequences[int(number)] for number in indices[start : start + GROUP_SEQUENCES]]
+
+
+def load_training_config(context: EvalContext) -> RunConfig | None:
+    """The settings under which the SAEs' training text is read again, or None where it is not known."""
+    loaded = context.loaded
+    dataset, shares = loaded.get_metadata("dataset"), loaded.get_metadata("mix")
+    if dataset is None:
+        return None
+    names = (dataset,) if isinstance(dataset, str) else tuple(dataset)
+    if loaded.run_dir is not None:
+        config = dataclasses.replace(load_run_config(loaded), dataset=names)
+    else:
+        columns = loaded.get_metadata("text_columns")
+        known = {
+            key: loaded.get_metadata(key)
+            for key in ("dataset_config", "split", "eval_tokens", "streaming", "skip_bad_rows")
+        }
+        values: dict[str, Any] = {name: value for name, value in known.items() if value is not None}
+        values.update(model=context.head.base.name, dataset=list(names), mix=shares)
+        if isinstance(columns, list) and len(columns) == 1 and isinstance(columns[0], str):
+            values["text_column"] = columns[0]
+        config = from_flat(values, str(loaded.path))
+    tokens = dataclasses.replace(
+        config.tokens, ctx_len=context.framing.ctx_len, exclude_special_tokens=context.exclude_special
+    )
+    buffer = dataclasses.replace(config.buffer, exclude_sinks=context.exclude_first)
+    return dataclasses.replace(config, tokens=tokens, buffer=buffer)
+
+
+def open_eval_texts(context: EvalContext) -> tuple[list[EvalText], Iterator[LabelledActivations]]:
+    """(the texts to score on, the SAE's own first; activations of other tokens, on which the nulls are fitted)."""
+    config, own = context.config, load_training_config(context)
+    # Without a fingerprint nothing tells whether it is still the text of then, and it may be as large as the Pile.
+    known = context.loaded.get_metadata("fingerprint") is not None
+    text = _load_training_text(context, own) if own is not None and (config.in_sample or known) else None
+    if own is None and not config.dataset:
+        raise SaetrainError(f"{config.path}: does not say what text it was trained on; name a data set by --dataset")
+    texts = []
+    if own is not None and text is not None and config.in_sample:
+        # Another library may have trained on what we would hold out.
+        what = text.metadata["held_out"] if known else f"{text.metadata['held_out']}, but not by who trained the SAE"
+        texts.append(
+            _select_sequences(context, " + ".join(own.dataset), True, what, text.held_out, own.loader.shuffle_seed)
+        )
+    seen = text.collect_training_texts() if text is not None else HeldOutTexts()
+    caveat = "; not checked against the training text" if text is None or None in text.train_tokens else ""
+    for name in config.dataset:
+        if own is not None and _is_training_text(config, own, name):
+            if not config.in_sample:
+                raise SaetrainError(
+                    f"--dataset {name}: the SAE was trained on its split '{own.source.split}'; leave out --in_sample "
+                    "false, or name another split of it by --split"
+                )
+            log_rank0(
+                f"--dataset {name}: the SAE was trained on its split '{own.source.split}', so it is scored once, on "
+                "what was held out"
+            )
+            continue
+        texts.append(_open_other_text(context, name, seen, caveat))
+    if text is not None:
+        fit = _read_training_sample(context, text)
+    else:
+        texts, fit = _split_off_fit_text(context, texts)
+    return [_with_loss_sequences(context, each) for each in texts], fit
+
+
+def _is_training_text(config: EvaluateConfig, own: RunConfig, name: str) -> bool:
+    """Whether --dataset, --split and --dataset_config name the very rows that the SAEs were trained on."""
+    source = own.source
+    same = config.split in (None, source.split) and config.dataset_config in (None, source.dataset_config)
+    return same and absolute_location(name) in own.dataset
+
+
+def _load_training_text(context: EvalContext, own: RunConfig) -> TrainingText | None:
+    """The text that the SAEs were trained on, or None where it can't be had and is not to be scored on."""
+    framing = _training_framing(context)
+    try:
+        text = load_text(own, context.tokenizer, framing)
+        expected, found = context.loaded.get_metadata("fingerprint"), text.metadata["fingerprint"]
+        if expected is not None and expected != found:
+            raise SaetrainError(
+                f"{context.config.path}: the text that it was trained on has changed since, so none of it is known to "
+                "be held out; score on other text by --dataset with --in_sample false"
+            )
+    except SaetrainError as error:
+        if context.config.in_sample:
+            if "--in_sample false" in str(error):
+                raise
+            named = next(iter(context.loaded.saes.values())).folder / SAE_CONFIG
+            raise SaetrainError(
+                f"{error} ({named} names {' + '.join(own.dataset)} as the training text; --dataset with --in_sample "
+                "false scores without it)"
+            ) from error
+        log_rank0(f"without the training text: {error}")
+        return None
+    return text
+
+
+def _training_framing(context: EvalContext) -> Framing:
+    """The framing under which the SAEs' text was divided; SaetrainError where --ctx_len asks to score it otherwise.
+
+    An encoder's text is cut to the length of a sequence before a part is held out; a decoder's afterwards.
+    """
+    framing, own = context.framing, context.loaded.get_metadata("ctx_len")
+    if framing.causal or context.loaded.get_metadata("fingerprint") is None or framing.ctx_len == own:
+        return framing
+    if context.config.in_sample:
+        raise SaetrainError(
+            f"--ctx_len {framing.ctx_len}: the SAE's own text was cut into sequences of {own} tokens before some were "
+            "held out; leave the flag out, or score on other text by --dataset with --in_sample false"
+        )
+    return dataclasses.replace(framing, ctx_len=own)
+
+
+def _open_other_text(context: EvalContext, name: str, seen: HeldOutTexts, caveat: str) -> EvalText:
+    config = context.config
+    source = SourceSettings(
+        split=config.split or SourceSettings.split,
+        dataset_config=config.dataset_config,
+        text_column=config.text_column,
+        skip_bad_rows=config.skip_bad_rows,
+    )
+    tokens = TokenSettings(ctx_len=context.framing.ctx_len, exclude_special_tokens=context.exclude_special)
+    which = "held_out" if config.split is None else "train"
+    table, what = open_token_table(name, source, which, tokens, context.tokenizer, context.framing)
+    sequences, what = without_training_text(name, table, what, context.framing, context.exclude_special, seen)
+    if caveat:
+        log_rank0(f"data set {name}{caveat}, so some of it may have been trained on")
+    return _select_sequences(context, name, False, what + caveat, sequences, context.config.scoring.eval_seed)
+
+
+def _select_sequences(
+    context: EvalContext, name: str, in_sample: bool, what: str, sequences: Sequences, seed: int
+) -> EvalText:
+    """The first sequences of a mixed order that hold --eval_tokens tokens; SaetrainError when there are fewer."""
+    requested = context.config.eval_tokens
+    wanted = context.token_budget(requested or context.max_eval_tokens, DEFAULT_EVAL_TOKENS)
+    order = sequences.shuffled_order(seed)
+    count, held = n_sequences_for(context, sequences, order, wanted)
+    if requested is not None and held < requested:
+        raise SaetrainError(
+            f"--eval_tokens {requested}: data set {name} has only {held:,} tokens to score on ({what}); give fewer, or "
+            "leave the flag out to take them all"
+        )
+    _require_two_tokens(name, held, what)
+    return EvalText(name, in_sample, what, sequences, order[:count])
+
+
+def _require_two_tokens(name: str, held: int, what: str) -> None:
+    """SaetrainError where there is nothing about whose mean a variance could be."""
+    if held < 2:
+        raise SaetrainError(f"data set {name}: has {held} tokens to score on ({what}); at least 2 are needed")
+
+
+def n_sequences_for(context: EvalContext, sequences: Sequences, order: np.ndarray, tokens: int) -> tuple[int, int]:
+    """(how many of the sequences in ``order`` hold ``tokens`` kept tokens or all there are, the tokens they hold)."""
+    held = 0
+    for count, number in enumerate(order):
+        if held >= tokens:
+            return count, held
+        held += int(context.extractor.keep(sequences[int(number)]).sum())
+    return len(order), held
+
+
+def _with_loss_sequences(context: EvalContext, text: EvalText) -> EvalText:
+    """With the sequences for the model's own loss; SaetrainError when --loss_tokens asks for more than there are."""
+    requested, run = context.config.scoring.loss_tokens, context.loaded.run_dir
+    if requested != 0 and context.head.kind == "masked" and context.tokenizer.mask_token_id is None:
+        log_rank0("the model's own loss is not scored: its tokenizer has no mask token")
+        return text
+    count, held = n_sequences_for(
+        context, text.sequences, text.indices, context.token_budget(requested, DEFAULT_LOSS_TOKENS)
+    )
+    if requested is not None and held < requested:
+        # What the run was started with was asked of text whose length was not known yet.
+        if run is None or requested != load_run_config(context.loaded).scoring.loss_tokens:
+            raise SaetrainError(
+                f"--loss_tokens {requested}: of data set {text.name} {held:,} tokens are scored on ({text.description}); give "
+                "fewer, or leave the flag out to take up to the default; --eval_tokens may ask for more"
+            )
+        log_rank0(
+            f"data set {text.name}: the model's loss is scored on {held:,} tokens, of --loss_tokens {requested:,}"
+        )
+    return dataclasses.replace(text, loss_sequences=count)
+
+
+def _read_training_sample(context: EvalContext, text: TrainingText) -> Iterator[LabelledActivations]:
+    shards = text.train_source.n_shards
+    wanted = context.config.scoring.fit_tokens
+    known = [tokens for tokens in text.train_tokens if tokens is not None]
+    if len(known) == len(text.train_tokens):
+        wanted = max(1, min(wanted, sum(known)))
+    for shard in range(shards):
+        sequences, _ = text.train_source.read(shard, text.train_source.start_cursor, -(-wanted // shards))
+        yield from context.extractor.iterate_labelled(sequences)
+
+
+def _split_off_fit_text(
+    context: EvalContext, texts: list[EvalText]
+) -> tuple[list[EvalText], Iterator[LabelledActivations]]:
+    """Without training text: the nulls are fitted on the end of the first text, which is then not scored on."""
+    first = texts[0]
+    order = first.sequences.shuffled_order(context.config.scoring.eval_seed)
+    count, _ = n_sequences_for(context, first.sequences, order[::-1], context.config.scoring.fit_tokens)
+    count = max(1, min(count, len(order) // 2))
+    log_rank0(
+        f"without the training text: the nulls are fitted on {count:,} sequences of {first.name}, which are not "
+        "scored on"
+    )
+    fitted, kept = order[len(order) - count :], first.indices[: len(order) - count]
+    if not len(kept):
+        raise SaetrainError(f"data set {first.name}: too small to fit the nulls and score on")
+    requested = context.config.eval_tokens
+    _, held = n_sequences_for(context, first.sequences, kept, requested or 2)
+    _require_two_tokens(first.name, held, f"{first.description}, beside those that the nulls are fitted on")
+    if requested is not None and held < requested:
+        raise SaetrainError(
+            f"--eval_tokens {requested}: data set {first.name} has only {held:,} tokens to score on beside those that "
+            "the nulls are fitted on, for the training text is not at hand; give fewer, or lower --fit_tokens"
+        )
+    texts = [dataclasses.replace(first, indices=kept), *texts[1:]]
+    return texts, (batch for group in first.iter_groups(fitted) for batch in context.extractor.iterate_labelled(group))

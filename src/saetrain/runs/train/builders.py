@@ -1,0 +1,155 @@
+"""The SAEs of a run, from the start, from a saved SAE, or from a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saetrain import distributed
+from saetrain.activations.normalize import Normalizer, fit_normalizers
+from saetrain.coders.folding import unfold_normalizer_
+from saetrain.coders.topk import TopK
+from saetrain.config import RunConfig
+from saetrain.distributed import env
+from saetrain.errors import SaetrainError
+from saetrain.interop.finetune import load_for_finetune
+from saetrain.logs.console import log_rank0
+from saetrain.optim import resolve_lr, resolve_warmup_steps
+from saetrain.runs.train.choose_step import build_train_step, choose_kernels
+from saetrain.runs.train.setup import RunContext, read_calibration_sample
+from saetrain.training.checkpoint import Checkpoint
+from saetrain.training.dead_latents import FiringTracker
+from saetrain.training.trainer import SaeState, Trainer
+
+MEASURING_PHASE = "measuring the inputs"
+
+
+def build_trainer(run: RunContext, checkpoint: Checkpoint | None) -> tuple[Trainer, dict[str, Normalizer]]:
+    """The trainer of every hookpoint and seed, and the constants of each hookpoint's inputs."""
+    if run.config.finetune is not None and len(run.config.train.init_seeds) > 1:
+        raise SaetrainError("--finetune with several --init_seeds: all would start from the same SAE; give one seed")
+    normalizers = measure_normalizers(run) if checkpoint is None else load_normalizers(run, checkpoint)
+    saes: dict[str, SaeState] = {}
+    for name, (hookpoint, seed) in sae_names(run).items():
+        if not run.placement.is_owned_by(hookpoint, env.rank()):
+            continue
+        coder = build_coder(run, hookpoint, normalizers[hookpoint], seed, fresh=checkpoint is None)
+        saes[name] = build_sae_state(run, hookpoint, coder, normalizers[hookpoint], seed)
+        if checkpoint is not None:
+            saes[name].load_state_dict(checkpoint.tensors[name], checkpoint.values["losses"][name])
+            # Both follow the length of the run, which a resume may have changed.
+            saes[name].peak_lr, saes[name].firing.window_tokens = checkpoint.values["rates"][name]
+    trainer = Trainer(
+        saes,
+        run.config.train,
+        tokens_per_step=run.plan.tokens_per_step,
+        warmup_steps=resolve_warmup_steps(run.config.optim, run.plan.steps),
+        is_data_parallel=is_data_parallel(run),
+    )
+    trainer.step = checkpoint.values["step"] if checkpoint else 0
+    return trainer, normalizers
+
+
+def sae_names(run: RunContext) -> dict[str, tuple[str, int]]:
+    """{SAE: (hookpoint, seed)} of the whole run, whichever rank trains it."""
+    seeds = run.config.train.init_seeds
+    return {
+        hookpoint if number == 0 else f"{hookpoint}/seed{seed}": (hookpoint, seed)
+        for hookpoint in run.hookpoints
+        for number, seed in enumerate(seeds)
+    }
+
+
+def is_data_parallel(run: RunContext) -> bool:
+    """Whether every rank trains every SAE on a part of the tokens."""
+    return env.world_size() > 1 and not run.placement.owners
+
+
+def measure_normalizers(run: RunContext) -> dict[str, Normalizer]:
+    """Constants of each hookpoint's inputs, from the first training tokens; rank 0's hold everywhere."""
+    normalizers = _measure_on_this_rank(run) if env.rank() == 0 else {}
+    constants = distributed.broadcast_from_rank0(
+        {name: value.scalar_constants() for name, value in normalizers.items()}, MEASURING_PHASE
+    )
+    parts = {
+        (name, part): value for name, each in normalizers.items() for part, value in each.tensor_constants().items()
+    }
+    sent = distributed.broadcast_tensors({":".join(key): value for key, value in parts.items()}, MEASURING_PHASE)
+    tensors = {name: {part: sent[f"{name}:{part}"] for part in ("mean", "axes")} for name in run.hookpoints}
+    return _build_normalizers(run, constants, tensors)
+
+
+def _measure_on_this_rank(run: RunContext) -> dict[str, Normalizer]:
+    log_rank0("measuring centre, scale and principal axes of the activations")
+    sample = read_calibration_sample(run)
+    normalizers = fit_normalizers(sample, run.extractor.norm_limits)
+    kept = len(sample)
+    for name, normalizer in normalizers.items():
+        outliers = int((sample.values[name].float().norm(dim=1) > normalizer.norm_limit).sum())
+        log_rank0(
+            f"{name}: width {len(normalizer.mean)}, ‖mean‖/‖std‖ {normalizer.mean_to_std:.2f}, "
+            f"{outliers / kept:.2%} of tokens left out as norm outliers"
+        )
+    return normalizers
+
+
+def load_normalizers(run: RunContext, checkpoint: Checkpoint) -> dict[str, Normalizer]:
+    """The constants that a checkpoint holds."""
+    tensors = {name: checkpoint.tensors[f"normalizer:{name}"] for name in run.hookpoints}
+    return _build_normalizers(run, checkpoint.values["normalizers"], tensors)
+
+
+def _build_normalizers(
+    run: RunContext, constants: dict[str, Any], tensors: Mapping[str, Mapping[str, Tensor]]
+) -> dict[str, Normalizer]:
+    """The normalizers with these constants; sets the reader's norm limits."""
+    normalizers = {}
+    for name in run.hookpoints:
+        values, own = constants[name], {part: value.to(run.model.device) for part, value in tensors[name].items()}
+        limit = values["norm_limit"] if values["norm_limit"] is not None else float("inf")
+        normalizers[name] = Normalizer(scale=values["scale"], variance=values["variance"], norm_limit=limit, **own)
+    if run.config.buffer.exclude_sinks:
+        run.extractor.norm_limits = {name: normalizer.norm_limit for name, normalizer in normalizers.items()}
+    return normalizers
+
+
+def build_coder(run: RunContext, hookpoint: str, normalizer: Normalizer, seed: int, *, fresh: bool) -> TopK:
+    """A coder with initial weights, or with those of --finetune unfolded for the normalizer's inputs."""
+    settings, device = run.config.sae, run.model.device
+    width = len(normalizer.mean)
+    coder = TopK(width, settings.resolve_num_latents(width), settings.k, settings.auxk_alpha, seed).to(device)
+    if run.config.finetune is not None and fresh:
+        remark = load_for_finetune(run.config.finetune, hookpoint, coder, run.weights_sha256)
+        log_rank0(f"{hookpoint}: starts from the SAE in {run.config.finetune}")
+        if remark:
+            log_rank0(remark)
+        unfold_normalizer_(coder, normalizer.mean, normalizer.scale, normalizer.axes)
+    return coder
+
+
+def build_sae_state(run: RunContext, hookpoint: str, coder: TopK, normalizer: Normalizer, seed: int) -> SaeState:
+    """The trainer of one coder."""
+    config: RunConfig = run.config
+    device: torch.device = run.model.device
+    lr = resolve_lr(config.optim, run.plan.run_size(coder.num_latents, coder.k))
+    kernels = choose_kernels(config.compute, config.optim, config.train.loss_fn, device)
+    window = config.dead.resolve_window(config.train.max_tokens, coder.num_latents, coder.k)
+    return SaeState(
+        hookpoint,
+        coder,
+        partial(normalizer, bf16=kernels.compute_dtype == "bfloat16"),
+        build_train_step(
+            coder, kernels, config.optim, no_accumulation=config.train.grad_acc_steps == 1 and not is_data_parallel(run)
+        ),
+        FiringTracker(coder.num_latents, window, config.dead.dead_percentage_threshold, device),
+        data_variance=normalizer.scaled_variance,
+        mse_per_fvu=normalizer.variance / coder.d_in,
+        peak_lr=lr,
+        seed=seed,
+        dead_bias_lr_multiplier=config.dead_bias_lr_multiplier,
+        stop_on_spike=config.train.on_spike == "stop",
+    )

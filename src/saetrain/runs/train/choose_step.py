@@ -1,0 +1,115 @@
+"""Which kernels a run takes: what was asked for, or the fastest that run here."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from functools import partial
+from typing import Literal
+
+import torch
+
+from saetrain.coders.topk import TopK
+from saetrain.errors import SaetrainError
+from saetrain.logs.console import log_rank0
+from saetrain.ops.cpu_features import has_fast_bf16
+from saetrain.ops.native import bindings as native
+from saetrain.optim import Optimizer, OptimSettings
+from saetrain.training.steps.base import KernelSettings, ReferenceStep, TrainStep
+from saetrain.training.steps.native import NativeStep
+from saetrain.training.steps.pytorch import TorchStep
+from saetrain.training.trainer import END_TO_END_LOSSES
+
+KERNEL_LANGUAGE = {"native": "C++", "triton": "Triton"}
+
+
+@functools.cache
+def choose_kernels(
+    settings: KernelSettings, optim: OptimSettings, loss_fn: str, device: torch.device
+) -> KernelSettings:
+    """``settings`` with every `auto` worked out; SaetrainError for what can't run here."""
+    name, dtype = settings.kernels, settings.compute_dtype
+    if loss_fn in END_TO_END_LOSSES:
+        if name not in ("auto", "reference"):
+            raise SaetrainError(
+                f"--kernels {name}: its gradients are written out for the SAE's own loss, and --loss_fn {loss_fn} "
+                "needs those through the model; leave the flag out, and --kernels reference is taken"
+            )
+        name = "reference"
+    problems = {
+        "native": partial(_why_native_unsupported, optim, device),
+        "triton": partial(_why_triton_unsupported, optim, device),
+    }
+    if name in problems:
+        problem = problems[name]()
+        if problem:
+            raise SaetrainError(
+                f"--kernels {name}: {problem}; leave the flag out, and the fastest that runs here is taken; a run that "
+                "began with them goes on with --kernels torch"
+            )
+    if name == "auto":
+        fast: Literal["native", "triton"] = "native" if device.type == "cpu" else "triton"
+        problem = problems[fast]()
+        if problem:
+            log_rank0(f"--kernels auto: the {KERNEL_LANGUAGE[fast]} kernels are not used: {problem}; PyTorch's are")
+        name = "torch" if problem else fast
+    if name == "reference" and dtype == "bfloat16":
+        raise SaetrainError("--compute_dtype bfloat16: --kernels reference computes in float32 alone")
+    if dtype == "auto":
+        dtype = "bfloat16" if name != "reference" and has_fast_bf16(device) else "float32"
+    return KernelSettings(kernels=name, compute_dtype=dtype)
+
+
+def _why_native_unsupported(optim: OptimSettings, device: torch.device) -> str | None:
+    """Why the C++ kernels can't be taken, or None."""
+    if optim.optimizer != "adam":
+        return f"it steps by adam alone, not by --optimizer {optim.optimizer}"
+    if device.type != "cpu":
+        return f"it runs on a CPU, not on {device}"
+    try:
+        native.load_library()
+    except OSError as error:
+        return f"they can't be built: {error}"
+    return None
+
+
+def _why_triton_unsupported(optim: OptimSettings, device: torch.device) -> str | None:
+    """Why Triton's kernels can't be taken, or None."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if optim.optimizer != "adam":
+        return f"it steps by adam alone, not by --optimizer {optim.optimizer}"
+    if device.type != "cuda" and not interpreted:
+        return f"it runs on a GPU, not on {device}"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if device.type != "cuda":
+        log_rank0("--kernels triton: interpreted, as TRITON_INTERPRET=1 says: for tests, and thousands of times slower")
+        return None
+    from saetrain.training.steps.self_check import find_kernel_problem
+
+    # Seconds, at the first start on a machine: a compiler or a GPU that nobody has tried is not taken on trust.
+    return find_kernel_problem(device)
+
+
+def build_train_step(coder: TopK, kernels: KernelSettings, optim: OptimSettings, *, no_accumulation: bool) -> TrainStep:
+    """The engine that ``kernels``, worked out by :func:`choose_kernels`, names.
+
+    ``alone``: a step has one micro-batch on one rank, so its gradients have nothing to be added to.
+    """
+    bf16 = kernels.compute_dtype == "bfloat16"
+    if kernels.kernels == "native":
+        return NativeStep(coder, optim, use_bf16=bf16, no_accumulation=no_accumulation)
+    if kernels.kernels == "triton":
+        from saetrain.training.steps.triton import TritonStep
+
+        return TritonStep(coder, optim, use_bf16=bf16, no_accumulation=no_accumulation)
+    optimizer = Optimizer(
+        dict(coder.named_parameters()),
+        optim,
+        project=coder.remove_parallel_gradient,
+        renormalize=coder.renormalize_decoder,
+    )
+    if kernels.kernels == "torch":
+        return TorchStep(coder, optimizer, torch.bfloat16 if bf16 else torch.float32)
+    return ReferenceStep(coder, optimizer)

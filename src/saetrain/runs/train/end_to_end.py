@@ -1,0 +1,203 @@
+"""The end-to-end losses: what the model's predictions lose when the SAE's reconstruction takes the activation's place.
+
+Causal models: the next token. Masked ones: masked tokens. Braun et al., Identifying functionally important features
+with end-to-end sparse dictionary learning, arXiv 2405.12241.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from saetrain.activations.capture import pad_batch
+from saetrain.activations.extract import ActivationExtractor
+from saetrain.activations.lm_head import LMHeadModel, load_model_with_head, token_log_probs
+from saetrain.activations.normalize import Normalizer
+from saetrain.activations.sequence_sampler import IndexedSequence
+from saetrain.activations.splice import replace_positions, splice_output
+from saetrain.config import RunConfig
+from saetrain.data.mlm_masking import select_masked_positions
+from saetrain.errors import SaetrainError, is_out_of_memory
+from saetrain.losses import cross_entropy, kl_divergence
+from saetrain.training.steps.base import SplicedBatch
+from saetrain.training.trainer import TrainSettings
+from saetrain.types import CoderOutput, TokenSequence
+
+INDEX_BITS = 40
+"""Bits of a mask's seed that are left to the sequence's number."""
+
+
+def load_lm_head_model(config: RunConfig) -> LMHeadModel:
+    """The model with its head; SaetrainError where it has none that predicts tokens."""
+    head = load_model_with_head(config.model, config.base)
+    if head.kind == "none":
+        what = f"is a {head.architecture}" if head.architecture else "names no architecture"
+        raise SaetrainError(
+            f"--loss_fn {config.train.loss_fn}: model {config.model} {what} and has no head that predicts tokens, so "
+            "it has no loss of its own; use mse or fvu"
+        )
+    return head
+
+
+def require_one_hookpoint(config: RunConfig, hookpoints: list[str]) -> None:
+    """SaetrainError for several: each SAE needs passes of its own."""
+    if len(hookpoints) > 1:
+        raise SaetrainError(
+            f"--loss_fn {config.train.loss_fn} trains one SAE at a time, and {len(hookpoints)} hookpoints are named "
+            f"({', '.join(hookpoints[:3])}{', …' if len(hookpoints) > 3 else ''}): spliced in together they would act "
+            "on each other, and apart nothing would be shared; start one run for each"
+        )
+
+
+def require_mask_token(config: RunConfig, head: LMHeadModel, tokenizer: Any) -> None:
+    """SaetrainError when a masked model's tokens can't be masked."""
+    if head.kind == "masked" and tokenizer.mask_token_id is None:
+        raise SaetrainError(
+            f"--loss_fn {config.train.loss_fn}: model {config.model} predicts masked tokens, and its tokenizer has no "
+            "mask token; use mse or fvu"
+        )
+
+
+@dataclass(frozen=True)
+class LMBatch:
+    """A micro-batch for the model: its input, and which outputs are scored against what.
+
+    ``ids``, ``mask`` (B, S) int64; ``keep`` (B, S) bool, positions that the token policy trains on, and ``docs`` (n,)
+    the rows that they are of; ``scored`` (B, S) bool, positions whose output counts; ``targets`` (m,) int64, the right
+    tokens there.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    keep_mask: Tensor
+    doc_ids: np.ndarray
+    scored_mask: Tensor
+    targets: Tensor
+
+
+class LMBatchBuilder:
+    """Sequences -> questions. ``mask_id`` is the tokenizer's mask token; the masks are drawn from ``seed``."""
+
+    def __init__(
+        self, head: LMHeadModel, keep: Callable[[TokenSequence], np.ndarray], mask_id: int | None, seed: int
+    ) -> None:
+        self._head, self._keep, self._mask_id, self._seed = head, keep, mask_id, seed
+
+    def __call__(self, indexed: list[IndexedSequence]) -> LMBatch:
+        """One batch of them, padded to the longest."""
+        chosen = [each.sequence for each in indexed]
+        ids, mask = pad_batch(chosen, self._head.base.device)
+        scored_rows = [self._scored_positions(each) for each in indexed]
+        kept = [self._keep(sequence) for sequence in chosen]
+        scored = torch.from_numpy(_pad_rows(scored_rows, ids.shape[1])).to(ids.device)
+        # A causal model is asked for the token behind the position, a masked one for the token at it.
+        shift = int(self._head.kind == "causal")
+        targets = [s.ids[np.flatnonzero(where) + shift] for s, where in zip(chosen, scored_rows, strict=True)]
+        if self._head.kind == "masked":
+            assert self._mask_id is not None
+            ids = ids.masked_fill(scored, self._mask_id)
+        return LMBatch(
+            input_ids=ids,
+            attention_mask=mask,
+            keep_mask=torch.from_numpy(_pad_rows(kept, ids.shape[1])).to(ids.device),
+            doc_ids=np.concatenate([s.doc[where] for s, where in zip(chosen, kept, strict=True)]),
+            scored_mask=scored,
+            targets=torch.from_numpy(np.concatenate(targets).astype(np.int64)).to(ids.device),
+        )
+
+    def _scored_positions(self, indexed: IndexedSequence) -> np.ndarray:
+        """(S,) bool. The number in the run draws the mask, so that each pass over the text has other ones."""
+        if self._head.kind == "causal":
+            return np.arange(len(indexed.sequence)) < len(indexed.sequence) - 1
+        seed = (self._seed << INDEX_BITS) + indexed.index
+        return select_masked_positions(indexed.sequence, seed % (1 << 64))
+
+
+def _pad_rows(rows: list[np.ndarray], length: int) -> np.ndarray:
+    """(B, S) bool, false behind the end of each row."""
+    out = np.zeros((len(rows), length), dtype=bool)
+    for number, row in enumerate(rows):
+        out[number, : len(row)] = row
+    return out
+
+
+@dataclass(frozen=True)
+class _Splice:
+    """A question with the clean model's answer; ``where`` (B, S) bool marks what is replaced."""
+
+    lm_batch: LMBatch
+    splice_mask: Tensor
+    clean_log_probs: Tensor | None
+    n_scored: int
+
+
+class SplicedBatchBuilder:
+    """Makes micro-batches whose loss is the model's own; ``normalizer`` is that of the SAE's inputs."""
+
+    def __init__(
+        self, head: LMHeadModel, extractor: ActivationExtractor, normalizer: Normalizer, settings: TrainSettings
+    ) -> None:
+        self._head, self._extractor, self._normalizer, self._settings = head, extractor, normalizer, settings
+        (self._hookpoint,) = extractor.capture.hookpoints
+        self._module = head.base.module.get_submodule(self._hookpoint)
+
+    def build_batch(self, lm_batch: LMBatch, step_tokens: int, step_scored: int) -> SplicedBatch:
+        """The micro-batch of ``question``, in an optimizer step of so many kept tokens and scored positions."""
+        x_BSD, clean_log_probs = self._run_clean_model(lm_batch)
+        raw_ND = x_BSD[lm_batch.keep_mask]
+        within_limits = self._extractor.mask_within_limits({self._hookpoint: raw_ND}, lm_batch.doc_ids)
+        within_limits_N = torch.from_numpy(within_limits).to(x_BSD.device)
+        splice_mask = lm_batch.keep_mask.clone()
+        splice_mask[lm_batch.keep_mask] = within_limits_N
+        splice = _Splice(lm_batch, splice_mask, clean_log_probs, max(step_scored, 1))
+        return SplicedBatch(raw_ND[within_limits_N], max(step_tokens, 1), partial(self._loss_terms, splice))
+
+    @torch.no_grad()
+    def _run_clean_model(self, lm_batch: LMBatch) -> tuple[Tensor, Tensor | None]:
+        """The activation (B, S, D), and for `kl` the log-probabilities of the model as it is."""
+        try:
+            if self._settings.loss_fn == "ce":
+                return self._extractor.capture(lm_batch.input_ids, lm_batch.attention_mask)[self._hookpoint], None
+            seen: list[Tensor] = []
+
+            def record_activation(x_BSD: Tensor) -> Tensor:
+                seen.append(x_BSD)
+                return x_BSD
+
+            with splice_output(self._module, record_activation):
+                log_probs = self._log_probs(lm_batch)
+            return seen[0], log_probs
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            rows, length = lm_batch.input_ids.shape
+            raise SaetrainError(
+                f"out of memory while the model read {rows} x {length} tokens: lower {self._settings.suggest_smaller_batch()}"
+            ) from error
+
+    def _log_probs(self, lm_batch: LMBatch) -> Tensor:
+        """(m, V) fp32 at the scored positions."""
+        return token_log_probs(
+            self._head.compute_logits(lm_batch.input_ids, lm_batch.attention_mask)[lm_batch.scored_mask]
+        )
+
+    def _loss_terms(self, splice: _Splice, output: CoderOutput) -> dict[str, Tensor]:
+        """The model's loss, a mean over the step's scored positions, beside what is kept of the coder's own terms."""
+        rows_ND = self._normalizer.denormalize(output.reconstruction)
+        with splice_output(self._module, lambda x_BSD: replace_positions(x_BSD, splice.splice_mask, rows_ND)):
+            log_probs = self._log_probs(splice.lm_batch)
+        if splice.clean_log_probs is None:
+            loss = cross_entropy(log_probs, splice.lm_batch.targets)
+        else:
+            loss = kl_divergence(splice.clean_log_probs, log_probs)
+        terms = {self._settings.loss_fn: loss / splice.n_scored, **output.losses}
+        recon = terms.pop("recon")
+        if self._settings.e2e_recon_weight:
+            terms["recon"] = self._settings.e2e_recon_weight * recon
+        return terms

@@ -1,0 +1,97 @@
+"""Memory and disk that a run needs, beside what there is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+import torch
+
+from saetrain.activations.buffer import MAX_EARLY_POOLS
+from saetrain.activations.model import BaseModel
+from saetrain.config import RunConfig
+from saetrain.distributed import env
+from saetrain.errors import SaetrainError
+from saetrain.training.placement import Placement
+
+FP32_BYTES = 4
+LOGIT_COPIES = 5
+"""Times that an end-to-end step holds the vocabulary's logits: both models' answers, their difference, gradients."""
+CGROUP_LIMIT_FILES = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+def count_sae_parameters(config: RunConfig, widths: dict[str, int]) -> int:
+    """Parameters of all SAEs of the run."""
+    each = (
+        2 * width * config.sae.resolve_num_latents(width) + config.sae.resolve_num_latents(width) + width
+        for width in widths.values()
+    )
+    return sum(each) * len(config.train.init_seeds)
+
+
+def required_memory_bytes(
+    config: RunConfig, model: BaseModel, widths: dict[str, int], ctx_len: int, placement: Placement
+) -> int:
+    """Bytes beside the program: model, SAEs with gradients, moments and a copy to score, buffer, a micro-step's codes.
+
+    Ranks that share the SAEs fill some pools of the buffer before they are needed.
+
+    End to end, the logits of a micro-step in the buffer's place.
+    """
+    model_bytes = sum(p.numel() * p.element_size() for p in model.module.parameters())
+    own = {name: width for name, width in widths.items() if placement.is_owned_by(name, env.rank())}
+    sae_bytes = 5 * FP32_BYTES * count_sae_parameters(config, own)
+    buffered = min(config.buffer.buffer_tokens, config.train.max_tokens) // env.world_size()
+    buffer_bytes = buffered * sum(widths.values()) * model.dtype.itemsize
+    if env.world_size() > 1 and not placement.owners:
+        own_shards = max(1, config.loader.data_shards // env.world_size())
+        buffer_bytes += buffer_bytes * min(MAX_EARLY_POOLS, own_shards) // own_shards
+    if config.train.end_to_end:
+        vocabulary = model.module.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+        buffer_bytes = LOGIT_COPIES * FP32_BYTES * config.train.batch_size * ctx_len * vocabulary
+    widest = max(config.sae.resolve_num_latents(width) for width in widths.values())
+    rows = config.train.batch_size * ctx_len * (env.world_size() if placement.owners else 1)
+    return model_bytes + sae_bytes + buffer_bytes + 3 * FP32_BYTES * rows * widest
+
+
+def available_memory_bytes(device: torch.device) -> int:
+    """Bytes that this process can still take on ``device``, with what it holds already counted back in.
+
+    Processes of one host share its memory.
+    """
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device)
+    free = psutil.virtual_memory().available
+    held, here = psutil.Process().memory_info().rss, env.local_world_size()
+    for name in CGROUP_LIMIT_FILES:
+        limit = Path(name).read_text().strip() if Path(name).exists() else "max"
+        if limit.isdigit():
+            return min(free // here + held, int(limit) // here)
+    return free // here + held
+
+
+def check_memory(
+    config: RunConfig, model: BaseModel, widths: dict[str, int], ctx_len: int, placement: Placement
+) -> None:
+    """SaetrainError when the run needs more memory than there is, unless --force."""
+    needed, available = (
+        required_memory_bytes(config, model, widths, ctx_len, placement),
+        available_memory_bytes(model.device),
+    )
+    if needed <= available or config.force:
+        return
+    latents = ", ".join(sorted({f"{config.sae.resolve_num_latents(width):,}" for width in widths.values()}))
+    raise SaetrainError(
+        f"{latents} latents over {len(widths)} hookpoints need about {format_bytes(needed)} of memory, and {format_bytes(available)} are "
+        f"there on {model.device}; lower --expansion_factor (now {config.sae.expansion_factor}) or --num_latents, "
+        "take fewer --layers at once, lower --buffer_tokens, or go on with --force"
+    )
+
+
+def format_bytes(count: int) -> str:
+    """Bytes in the largest unit that leaves a number above 1."""
+    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count / 1024:.1f} KiB"

@@ -1,0 +1,143 @@
+"""What is said of a run: in the SAE's files, at its start, and at its end."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from saetrain.activations.model import DTYPES
+from saetrain.config import RunConfig
+from saetrain.distributed import env
+from saetrain.logs.console import log_rank0
+from saetrain.optim import RunSize, describe_small_sgd_lr, describe_unusual_lr, resolve_lr
+from saetrain.runs.train.builders import sae_names
+from saetrain.runs.train.choose_step import choose_kernels
+from saetrain.runs.train.setup import RunContext
+from saetrain.training.dead_latents import min_dead_fraction
+from saetrain.training.trainer import Trainer
+
+
+def build_run_metadata(run: RunContext, trainer: Trainer) -> dict[str, Any]:
+    """What every SAE's metadata say of model, text, token policy and training."""
+    config = run.config
+    kernels = choose_kernels(config.compute, config.optim, config.train.loss_fn, run.model.device)
+    return {
+        "model": absolute_location(config.model),
+        "model_revision": run.model.revision,
+        "model_weights_sha256": run.weights_sha256,
+        "model_dtype": next(name for name, dtype in DTYPES.items() if dtype is run.model.dtype),
+        "dataset": absolute_location(config.dataset[0])
+        if len(config.dataset) == 1
+        else [absolute_location(n) for n in config.dataset],
+        "mix": None if len(config.dataset) == 1 else list(run.plan.shares),
+        "dataset_config": config.source.dataset_config,
+        "split": config.source.split,
+        "streaming": config.source.streaming,
+        "skip_bad_rows": config.source.skip_bad_rows,
+        "eval_tokens": config.evaluation.eval_tokens,
+        **run.text_metadata,
+        "ctx_len": run.framing.ctx_len,
+        "causal": run.framing.causal,
+        "prepend_bos": run.framing.bos is not None,
+        "exclude_special_tokens": config.tokens.exclude_special_tokens,
+        "exclude_sinks": config.buffer.exclude_sinks,
+        "loss_fn": config.train.loss_fn,
+        "finetuned_from": config.finetune,
+        "kernels": kernels.kernels,
+        "compute_dtype": kernels.compute_dtype,
+        "processes": env.world_size(),
+        "tokens_seen": trainer.tokens_seen,
+        "steps": trainer.step,
+    }
+
+
+def absolute_location(name: str) -> str:
+    """A hub id as it is, a local path in full, so that the SAE's files can be used from anywhere."""
+    return str(Path(name).resolve()) if os.path.exists(name) else name
+
+
+def hook_name(run: RunContext, hookpoint: str) -> str:
+    """TransformerLens' name of a causal model's residual stream, which SAELens expects; else the module's own."""
+    if run.model.causal and run.config.where.hookpoints is None:
+        return f"blocks.{hookpoint.rsplit('.', 1)[1]}.hook_resid_post"
+    return hookpoint
+
+
+def log_run_start(run: RunContext, trainer: Trainer) -> None:
+    """The lines at the start: what will be trained on what, and what to know of it."""
+    plan, config = run.plan, run.config
+    leftover_tokens = config.train.max_tokens - plan.n_tokens
+    if trainer.step:
+        log_rank0(f"{trainer.total_steps - trainer.step} steps of {trainer.total_steps} are left")
+    count = len(sae_names(run))
+    log_rank0(
+        f"training {count} SAE{'s' if count > 1 else ''} for {plan.steps} steps of "
+        f"{plan.tokens_per_step:,} tokens ({plan.n_tokens:,} in all; {leftover_tokens:,} of --max_tokens left over), "
+        f"{plan.describe_passes()}, at lr {describe_lrs(config, trainer)}"
+    )
+    if config.train.end_to_end:
+        log_rank0(
+            f"a micro-step takes {config.train.batch_size} whole sequences, which count as {run.framing.ctx_len} "
+            "tokens each towards --max_tokens, shorter ones too"
+        )
+    kernels = choose_kernels(config.compute, config.optim, config.train.loss_fn, run.model.device)
+    log_rank0(f"kernels: {kernels.kernels}, products in {kernels.compute_dtype} (--kernels, --compute_dtype)")
+    if config.dead.dead_feature_threshold is not None:
+        log_rank0("--dead_feature_threshold is deprecated: use --dead_window_tokens")
+    widths = sorted({sae.coder.d_in for sae in trainer.saes.values() if config.sae.k >= sae.coder.d_in})
+    if widths:
+        log_rank0(
+            f"--k {config.sae.k} is no less than the width {widths[0]} of the activations: such a code is hardly sparse"
+        )
+    if not config.dead_bias_lr_multiplier and not config.sae.auxk_alpha:
+        log_rank0("nothing revives latents that die in this run; --auxk_alpha 0.03125 switches a loss on that does")
+    for latents in sorted({sae.coder.num_latents for sae in trainer.saes.values()}):
+        remark = _describe_lr_risk(config, plan.run_size(latents, config.sae.k))
+        if remark:
+            log_rank0(remark)
+        warn_unreachable_threshold(config.sae.k, latents, config.dead.dead_percentage_threshold)
+
+
+def describe_lrs(config: RunConfig, trainer: Trainer) -> str:
+    """The peak learning rates of the SAEs here, and whether the rule gave them."""
+    found = sorted({f"{sae.peak_lr:.3g}" for sae in trainer.saes.values()})
+    return " and ".join(found) + (" (--lr auto)" if config.optim.lr == "auto" else "")
+
+
+def _describe_lr_risk(config: RunConfig, size: RunSize) -> str | None:
+    """What to say of the learning rate."""
+    lr = resolve_lr(config.optim, size)
+    if config.optim.optimizer == "sgd":
+        return describe_small_sgd_lr(lr)
+    return describe_unusual_lr(lr, size) if config.has_lr_rule else None
+
+
+def warn_unreachable_threshold(k: int, latents: int, threshold: float) -> None:
+    """Say it where the rate rule must call some latents dead whatever the training does."""
+    bound = min_dead_fraction(k, latents, threshold)
+    if bound > 0:
+        log_rank0(
+            f"with k = {k} at most {int(k / threshold):,} of {latents:,} latents can fire on {threshold:.3%} of "
+            f"tokens, so at least {bound:.1%} count as dead by --dead_percentage_threshold whatever the training does"
+        )
+
+
+def log_run_summary(directory: Path, metrics: dict[str, dict[str, float]]) -> None:
+    """The held-out figures of each SAE, and where things lie."""
+    name_width = max(map(len, metrics))
+    print(f"{'SAE':<{name_width}}     FVU  expl.var      L0  never fired  dead by rate  redundancy (random)")
+    for name, row in metrics.items():
+        print(
+            f"{name:<{name_width}} {row['fvu']:7.4f} {row['explained_variance']:9.4f} {row['l0']:7.2f} "
+            f"{row['dead_never_fired']:12.1%} {row['dead_below_threshold']:13.1%} "
+            f"{row['decoder_redundancy_top100']:10.3f} ({row['decoder_redundancy_top100_random']:.3f})"
+        )
+    tokens = next(iter(metrics.values()))["tokens"]
+    print(f"on {tokens:,.0f} held-out tokens; run in {directory}, SAEs in {directory / 'sae'}")
+    unusable = [name for name, row in metrics.items() if not row["fvu"] < 1]
+    if unusable:
+        print(
+            f"WARNING: {', '.join(unusable)}: worse than predicting the mean (FVU is not below 1), so not usable. More "
+            "tokens, another --lr or a lower --k usually mend it"
+        )

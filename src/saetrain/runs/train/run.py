@@ -1,0 +1,100 @@
+"""``saetrain MODEL DATASET``: what the main command does, in order."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from saetrain import distributed
+from saetrain.activations.model import resolve_device
+from saetrain.config import RunConfig, write_yaml
+from saetrain.distributed import env
+from saetrain.logs import require_log_packages
+from saetrain.runs.run_dir import (
+    CONFIG_FILE,
+    initialize_run_dir,
+    open_run_dir,
+    report_write_errors,
+    resolve_run_dir,
+    resume_if_restarted,
+)
+from saetrain.runs.train import gather
+from saetrain.runs.train.builders import build_trainer, sae_names
+from saetrain.runs.train.choose_step import choose_kernels
+from saetrain.runs.train.dry_run import report_dry_run
+from saetrain.runs.train.loop import TrainLoop
+from saetrain.runs.train.resume import fit_batch, reconcile_with_checkpoint, require_same_run
+from saetrain.runs.train.setup import RunContext, prepare_run, resolve_config
+from saetrain.training.checkpoint import Checkpoint
+
+
+def train_saes(config: RunConfig) -> None:
+    """Train, evaluate and save; SaetrainError for what the user can mend."""
+    # Moments of idle latents fade until they are denormal, which makes a step many times slower; before the first
+    # parallel region, for its threads keep what they were made with.
+    torch.set_flush_denormal(True)
+    if env.rank() == 0:
+        require_log_packages(config.logs)
+    # Before anything slow, for it may be refused.
+    _choose_kernels_on_ranks(config)
+    config = resume_if_restarted(config)
+    distributed.set_phase("loading model and text")
+    if config.dry_run:
+        context = prepare_run(config)
+        report_dry_run(context, *build_trainer(context, None))
+        return
+    directory = resolve_run_dir(config)
+    checkpoint = _open_checkpoint(config, directory)
+    if checkpoint is not None:
+        config = fit_batch(config, checkpoint.values)
+    context = prepare_run(config)
+    if checkpoint is not None:
+        context = reconcile_with_checkpoint(context, checkpoint)
+        checkpoint = _broadcast_checkpoint(context, checkpoint)
+    require_same_run(context)
+    trainer, normalizers = build_trainer(context, checkpoint)
+    is_rank0 = env.rank() == 0
+    retry_flag = "--overwrite" if config.output.overwrite else "--resume"
+    if is_rank0:
+        with report_write_errors(directory, "at the start", checkpoint is not None, retry_flag):
+            initialize_run_dir(directory, config.output.overwrite)
+    loop = TrainLoop(context, trainer, normalizers, directory, checkpoint)
+    output = dataclasses.replace(config.output, run_name=directory.name)
+    if is_rank0:
+        with loop.report_write_errors():
+            write_yaml(directory / CONFIG_FILE, dataclasses.replace(resolve_config(loop.context), output=output))
+    loop.run()
+
+
+def _choose_kernels_on_ranks(config: RunConfig) -> None:
+    """One process of each host builds what has to be built; all must come to the same kernels."""
+    device = resolve_device(config.base.device)
+    if device.type == "cuda" and device.index is not None:
+        # Triton launches where torch stands, whatever device its inputs are on.
+        torch.cuda.set_device(device)
+    arguments = (config.compute, config.optim, config.train.loss_fn, device)
+    chosen = distributed.local_rank0_first("building the kernels", lambda: choose_kernels(*arguments))
+    gather.require_equal_on_ranks({"the kind of --device": device.type})
+    gather.require_equal_on_ranks({"--kernels": chosen.kernels, "--compute_dtype": chosen.compute_dtype})
+
+
+def _open_checkpoint(config: RunConfig, directory: Path) -> Checkpoint | None:
+    """The checkpoint to go on from, as rank 0 finds it; the others get its tensors later."""
+    found = open_run_dir(config, directory) if env.rank() == 0 else None
+    values = distributed.broadcast_from_rank0(found.values if found is not None else None, "opening the run's folder")
+    if values is None:
+        return None
+    return found or Checkpoint(directory, {}, values)
+
+
+def _broadcast_checkpoint(run: RunContext, checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with the tensors that this rank needs, for the folder may lie on rank 0's disk alone."""
+    tensors = {}
+    for name in checkpoint.values["files"]:
+        content = distributed.broadcast_tensors(checkpoint.tensors.get(name), f"sending the checkpoint of {name}")
+        hookpoint = sae_names(run).get(name, (None,))[0]
+        if hookpoint is None or run.placement.is_owned_by(hookpoint, env.rank()):
+            tensors[name] = content
+    return dataclasses.replace(checkpoint, tensors=tensors)

@@ -1,0 +1,146 @@
+"""A finished SAE in Python: ``saetrain.load(path)``, then ``encode``, ``decode`` and ``encode_text``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from saetrain.activations.capture import ActivationCapture, batch_by_length, pad_batch
+from saetrain.activations.model import BaseModel, ModelSettings, hash_model_weights, load_model
+from saetrain.coders.topk import TopK
+from saetrain.data.tokenize import Framing, load_tokenizer
+from saetrain.errors import SaetrainError
+from saetrain.interop.saetrain_format import load_sae
+from saetrain.types import Codes, TokenKind, TokenSequence
+
+MODEL_BATCH_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class TokenCodes:
+    """The code of one text.
+
+    ``tokens`` (S,) as strings; ``offsets`` (S, 2) where each begins and ends in the text; ``kept`` (S,) bool, tokens
+    of a kind that the SAE was trained on; ``codes`` of all S tokens.
+    """
+
+    tokens: list[str]
+    offsets: np.ndarray
+    kept: np.ndarray
+    codes: Codes
+
+
+class SAE:
+    """A trained SAE that takes raw activations of its hookpoint.
+
+    ``about``: what it was trained on (model, hookpoint, data set, token policy, held-out figures).
+    """
+
+    def __init__(self, coder: TopK, metadata: dict[str, Any], path: Path) -> None:
+        self.coder, self.metadata, self.path = coder, metadata, path
+        self.d_in, self.num_latents, self.k = coder.d_in, coder.num_latents, coder.k
+
+    @torch.no_grad()
+    def encode(self, x_ND: Tensor) -> Codes:
+        """The code of raw activations (N, D) of any float dtype."""
+        if x_ND.dim() != 2 or x_ND.shape[1] != self.d_in:
+            raise SaetrainError(f"encode: activations should be of shape (N, {self.d_in}), found {tuple(x_ND.shape)}")
+        return self.coder.encode(x_ND.to(self.coder.W_enc.device, torch.float32))
+
+    @torch.no_grad()
+    def decode(self, codes: Codes | Tensor) -> Tensor:
+        """The reconstruction (N, D) of a code, sparse or as a dense tensor (N, F)."""
+        if isinstance(codes, Tensor):
+            codes = Codes(codes, None, self.num_latents)
+        return self.coder.decode(codes)
+
+    def __repr__(self) -> str:
+        site = f"{self.metadata['hookpoint']} of {self.metadata['model']}"
+        return f"SAE(k={self.k}, num_latents={self.num_latents}, d_in={self.d_in}, {site})"
+
+    def encode_text(self, texts: str | list[str]) -> list[TokenCodes]:
+        """Run the model that the SAE was trained on over ``texts``, and encode every token.
+
+        Longer texts are cut at the SAE's context length. Raises SaetrainError when the model can't be loaded or is
+        not the one that the SAE was trained on.
+        """
+        model, tokenizer, capture, framing = self._loaded_model
+        texts = [texts] if isinstance(texts, str) else texts
+        tokenized = [self._tokenize_text(text, tokenizer, framing) for text in texts]
+        sequences = [sequence for sequence, _ in tokenized]
+        out: dict[int, TokenCodes] = {}
+        for numbers in batch_by_length(sequences, MODEL_BATCH_TOKENS):
+            ids, mask = pad_batch([sequences[n] for n in numbers], model.device)
+            x_ND = capture(ids, mask)[self.metadata["hookpoint"]][mask.bool()].float()
+            codes, start = self.encode(x_ND), 0
+            for number in numbers:
+                sequence, offsets = tokenized[number]
+                rows = slice(start, start + len(sequence))
+                out[number] = TokenCodes(
+                    tokenizer.convert_ids_to_tokens(sequence.ids.tolist()),
+                    offsets,
+                    self._keep_mask(sequence, x_ND[rows]),
+                    codes.select_tokens(rows),
+                )
+                start += len(sequence)
+        return [out[number] for number in range(len(texts))]
+
+    @cached_property
+    def _loaded_model(self) -> tuple[BaseModel, Any, ActivationCapture, Framing]:
+        metadata = self.metadata
+        settings = ModelSettings(
+            revision=metadata["model_revision"], dtype=metadata["model_dtype"], device=self._device_name()
+        )
+        model = load_model(metadata["model"], settings)
+        expected, found = metadata["model_weights_sha256"], hash_model_weights(model)
+        if expected is not None and found != expected:
+            raise SaetrainError(
+                f"model {metadata['model']}: its weights are not those that the SAE in {self.path} was trained on "
+                f"(SHA-256 {str(found)[:12]}…, expected {expected[:12]}…)"
+            )
+        tokenizer = load_tokenizer(metadata["model"], metadata["model_revision"], trust_remote_code=False)
+        framing = Framing.from_tokenizer(tokenizer, metadata["causal"], metadata["ctx_len"])
+        return model, tokenizer, ActivationCapture(model, [metadata["hookpoint"]]), framing
+
+    def _device_name(self) -> str:
+        return str(self.coder.W_enc.device)
+
+    def _tokenize_text(self, text: str, tokenizer: Any, framing: Framing) -> tuple[TokenSequence, np.ndarray]:
+        encoded = tokenizer(
+            text,
+            truncation=True,
+            max_length=framing.ctx_len,
+            return_special_tokens_mask=True,
+            split_special_tokens=True,
+            return_offsets_mapping=True,
+        )
+        kinds = np.asarray(encoded["special_tokens_mask"], dtype=np.uint8) * np.uint8(TokenKind.SPECIAL)
+        if framing.causal and len(kinds):
+            kinds[0] |= np.uint8(TokenKind.FIRST)
+        ids = np.asarray(encoded["input_ids"], dtype=np.int32)
+        if not len(ids):
+            raise SaetrainError(f"encode_text: the text {text!r} has no tokens")
+        return TokenSequence(ids, kinds, np.zeros(len(ids), dtype=np.int64)), np.asarray(encoded["offset_mapping"])
+
+    def _keep_mask(self, sequence: TokenSequence, x_SD: Tensor) -> np.ndarray:
+        metadata = self.metadata
+        excluded = np.uint8(
+            metadata["exclude_special_tokens"] * TokenKind.SPECIAL | metadata["exclude_sinks"] * TokenKind.FIRST
+        )
+        kept = (sequence.kind & excluded) == 0
+        if metadata.get("norm_limit") is not None:
+            kept &= (x_SD.norm(dim=1) <= metadata["norm_limit"]).cpu().numpy()
+        return np.asarray(kept)
+
+
+def load(path: str | Path, device: str = "cpu") -> SAE:
+    """Load the SAE in directory ``path`` (``…/sae/<hookpoint>``); SaetrainError when it holds none or is broken."""
+    folder = Path(path)
+    coder, metadata = load_sae(folder)
+    return SAE(coder.to(device), metadata, folder)

@@ -1,0 +1,210 @@
+"""When is a latent dead? Counters over tokens, exact under accumulation and over ranks."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from torch import Tensor
+
+from saetrain.async_copy import DelayedCopy
+from saetrain.errors import SaetrainError
+from saetrain.types import shown_default
+
+MAX_WINDOW_TOKENS = 10_000_000
+DEFAULT_DEAD_BIAS_LIFT = 4.0
+"""Default of --dead_bias_lift."""
+WINDOW_RUN_SHARE = 0.01
+WINDOW_FIRINGS = 10
+"""Times that a latent of the mean rate, k in num_latents, fires within the shortest window."""
+MIN_RATE_TOKENS = 50_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeadSettings:
+    """Dead latents: the two rules."""
+
+    dead_percentage_threshold: float = 0.0005
+    """A latent is dead when it fires on less than this share of tokens (0.0005 = 0.05 %)."""
+    dead_window_tokens: Annotated[
+        int | None, shown_default("a hundredth of the run, from 10 x num_latents / k to 10000000", "INT")
+    ] = None
+    """Tokens without firing after which a latent is dead, which lifts its bias and gives it to AuxK."""
+    dead_bias_lift: Annotated[float | None, shown_default("4; none with sgd, ce and kl", "FLOAT")] = None
+    """Each step raises a dead latent's encoder bias by this times the learning rate; 0 switches that off."""
+    dead_feature_threshold: Annotated[int | None, shown_default("unset", "INT")] = None
+    """Deprecated, the older name of --dead_window_tokens."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.dead_percentage_threshold < 1:
+            raise SaetrainError(
+                f"--dead_percentage_threshold {self.dead_percentage_threshold}: must be a share of tokens, "
+                "from 0 to below 1 (0.0005 is 0.05 %)"
+            )
+        for name in ("dead_window_tokens", "dead_feature_threshold"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise SaetrainError(f"--{name} {value}: must be at least 1 token")
+        if self.dead_bias_lift is not None and not 0 <= self.dead_bias_lift < float("inf"):
+            raise SaetrainError(f"--dead_bias_lift {self.dead_bias_lift}: must not be negative")
+        if self.dead_window_tokens is not None and self.dead_feature_threshold is not None:
+            raise SaetrainError(
+                "--dead_window_tokens and --dead_feature_threshold are the same setting: give the first alone"
+            )
+
+    def resolve_window(self, max_tokens: int, num_latents: int, k: int) -> int:
+        """Tokens without firing after which one of so many latents is dead, in a run of ``max_tokens``."""
+        given = self.dead_window_tokens or self.dead_feature_threshold
+        min_window = math.ceil(WINDOW_FIRINGS * num_latents / k)
+        return given or min(MAX_WINDOW_TOKENS, max(min_window, int(max_tokens * WINDOW_RUN_SHARE)))
+
+
+def min_dead_fraction(l0: float, num_latents: int, threshold: float) -> float:
+    """Least share of latents that the rate rule must call dead, whatever the training does.
+
+    The firing rates sum to L0, so at most L0 / threshold latents can reach the threshold.
+    """
+    if threshold <= 0:
+        return 0.0
+    return max(0.0, 1 - l0 / (threshold * num_latents))
+
+
+class FiringTracker:
+    """Firing counters of F latents.
+
+    A latent fires on a token when its code is above zero there. ``since_fired`` (F,) int64: tokens since each
+    latent last fired, in whole optimizer steps. Rates come from the last one to two blocks of tokens, so they
+    depend on neither log frequency nor micro-batches.
+    """
+
+    def __init__(self, num_latents: int, window_tokens: int, threshold: float, device: torch.device) -> None:
+        self.window_tokens, self.threshold = window_tokens, threshold
+        self._tokens_per_block = max(MIN_RATE_TOKENS, math.ceil(20 / threshold) if threshold else 0)
+        zeros = torch.zeros(num_latents, dtype=torch.long, device=device)
+        self.since_fired = zeros.clone()
+        self._step_counts, self._block_counts, self._previous_block_counts = zeros.clone(), zeros.clone(), zeros.clone()
+        self._step_tokens = self._block_tokens = 0
+        # Current and previous block; the host's count of the current one has steps in it that were left out.
+        self._counted_tokens = torch.zeros(2, dtype=torch.long, device=device)
+
+    def count_micro_batch(self, fired: Tensor, tokens: int) -> None:
+        """Count a micro-batch of ``tokens``, on ``fired`` (F,) int64 of which each latent was active."""
+        self._step_counts += fired
+        self._step_tokens += tokens
+
+    def finish_step(self, ok: Tensor | None = None) -> None:
+        """Close the optimizer step: all its tokens count at once.
+
+        Where ``ok``, a bool on the device, is false the step was left out: no latent has fired or been silent in it.
+        """
+        since = (self.since_fired + self._step_tokens).masked_fill_(self._step_counts > 0, 0)
+        if ok is not None:
+            since = torch.where(ok, since, self.since_fired)
+            self._step_counts *= ok
+        self.since_fired.copy_(since)
+        if self._block_tokens >= self._tokens_per_block:
+            self._previous_block_counts = self._block_counts.clone()
+            self._block_counts.zero_()
+            self._counted_tokens = self._counted_tokens.roll(1)
+            self._counted_tokens[0] = 0
+            self._block_tokens = 0
+        self._block_counts += self._step_counts
+        self._counted_tokens[0] += self._step_tokens if ok is None else self._step_tokens * ok
+        self._block_tokens += self._step_tokens
+        self.discard_step()
+
+    def discard_step(self) -> None:
+        """Forget the step under way."""
+        self._step_counts.zero_()
+        self._step_tokens = 0
+
+    def dead_mask(self) -> Tensor:
+        """(F,) bool, latents that have not fired within the window."""
+        return self.since_fired >= self.window_tokens
+
+    def dead_mask_or_none(self) -> Tensor | None:
+        """The same; None when all have fired, which the device is asked for."""
+        mask = self.dead_mask()
+        return mask if bool(mask.any()) else None
+
+    def firing_rates(self) -> tuple[Tensor, int]:
+        """((F,) share of tokens on which each latent fired, tokens that it is measured on)."""
+        tokens = int(self._counted_tokens.sum())
+        return (self._block_counts + self._previous_block_counts) / max(tokens, 1), tokens
+
+    def compute_metrics(self) -> dict[str, float]:
+        """Dead shares by both rules, each with the tokens behind it."""
+        rates, tokens = self.firing_rates()
+        return {
+            "dead_below_threshold": int((rates < self.threshold).sum()) / len(rates),
+            "dead_below_threshold_tokens": tokens,
+            "dead_not_fired": int(self.dead_mask().sum()) / len(rates),
+            "dead_not_fired_tokens": self.window_tokens,
+        }
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Counters between two steps, as tensors."""
+        return {
+            "since_fired": self.since_fired,
+            "current": self._block_counts,
+            "previous": self._previous_block_counts,
+            "tokens": torch.tensor([*self._counted_tokens.tolist(), self._block_tokens]),
+        }
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take back what :meth:`state_dict` gave."""
+        self.since_fired.copy_(state["since_fired"])
+        self._block_counts.copy_(state["current"])
+        self._previous_block_counts.copy_(state["previous"])
+        # Older checkpoints hold no count of the host's own.
+        current, previous, *block = state["tokens"].tolist()
+        self._counted_tokens.copy_(torch.tensor([current, previous]))
+        (self._block_tokens,) = block or (current,)
+
+
+class DeadCountBound:
+    """How many latents can be dead at most, known to the host without waiting for the device.
+
+    Who is dead ``lag_steps`` steps later has by now been silent for at least the window less the tokens of those steps, and
+    how many have is copied while they run.
+    """
+
+    def __init__(self, firing: FiringTracker, lag_steps: int) -> None:
+        self._firing, self._lag_steps, self._pending_counts = firing, lag_steps, DelayedCopy(lag_steps)
+        self._max_dead: int | None = None
+
+    def _count_candidates(self, tokens: int) -> Tensor:
+        return (self._firing.since_fired >= self._firing.window_tokens - self._lag_steps * tokens).sum().unsqueeze(0)
+
+    def max_dead_count(self, tokens: int) -> int:
+        """Of the step that comes, of ``tokens`` like those around it; the first time the device is asked."""
+        if self._max_dead is None:
+            self._max_dead = int(self._count_candidates(tokens))
+        return self._max_dead
+
+    def update_after_step(self, tokens: int) -> None:
+        """Count, behind a step of ``tokens``."""
+        self._push_count(self._count_candidates(tokens))
+        for _, (count,) in self._pending_counts.pop_ready():
+            self._max_dead = int(count)
+
+    def state_dict(self) -> Tensor:
+        """What it knows and what is on its way, so that a resumed run works in the same sizes to the same bits."""
+        waiting = [count for _, (count,) in self._pending_counts.pop_all()]
+        for count in waiting:
+            self._push_count(torch.tensor([count]))
+        return torch.tensor([-1 if self._max_dead is None else self._max_dead, *waiting], dtype=torch.long)
+
+    def load_state_dict(self, state: Tensor) -> None:
+        """Take back what :meth:`state_dict` gave."""
+        max_dead, *waiting = state.tolist()
+        self._max_dead = None if max_dead < 0 else max_dead
+        self._pending_counts.pop_all()
+        for count in waiting:
+            self._push_count(torch.tensor([count]))
+
+    def _push_count(self, count: Tensor) -> None:
+        # Their order says of which step they are.
+        self._pending_counts.put(0, count)

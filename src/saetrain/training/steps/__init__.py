@@ -1,0 +1,1 @@
+"""Implementations of a training step of one coder: forward, gradients, update."""

@@ -1,0 +1,100 @@
+"""The text column is found as people lay data sets out, and rows of every layout become one document each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import datasets
+import pytest
+
+from saetrain.data.text_column import TextColumn, build_renderer, find_text_column
+from saetrain.errors import SaetrainError
+
+OPENAI = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]
+SHAREGPT = [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "Because."}]
+
+
+def find(columns: dict[str, list[Any]], wanted: str | None = None) -> TextColumn:
+    return find_text_column(datasets.Dataset.from_dict(columns), wanted)
+
+
+def render(columns: dict[str, list[Any]], tokenizer: Any, wanted: str | None = None) -> list[str]:
+    rows = datasets.Dataset.from_dict(columns)
+    return build_renderer(find_text_column(rows, wanted), tokenizer)(rows[:])
+
+
+@pytest.mark.parametrize(
+    ("columns", "kind", "chosen"),
+    [
+        ({"title": ["a long title indeed"], "text": ["short"]}, "text", ("text",)),
+        ({"messages": [OPENAI], "prompt": ["a very long prompt to be ignored"]}, "chat", ("messages",)),
+        ({"id": ["abcdefghijklmnopqrstuvwxyz"], "conversations": [SHAREGPT]}, "chat", ("conversations",)),
+        ({"instruction": ["a"], "input": [""], "output": ["b"], "id": ["0000000000"]}, "prompt", None),
+        ({"instruction": ["a"], "output": ["b"]}, "prompt", ("instruction", "output")),
+        ({"title": ["short"], "body": ["a much longer text"], "votes": [3]}, "text", ("body",)),
+        ({"input_ids": [[1, 2]], "attention_mask": [[1, 1]]}, "ids", ("input_ids",)),
+        # The first rows may be empty, as wikitext's are.
+        ({"text": ["", None, "filled"], "other": ["longer than that", "x", "y"]}, "text", ("text",)),
+        ({"messages": [[], OPENAI]}, "chat", ("messages",)),
+        # A column called text that holds none is not taken for one.
+        ({"text": [1, 2], "body": ["a", "b"]}, "text", ("body",)),
+    ],
+)
+def test_column_is_found(columns: dict[str, list[Any]], kind: str, chosen: tuple[str, ...] | None) -> None:
+    column = find(columns)
+    assert (column.kind, column.columns) == (kind, chosen or ("instruction", "input", "output"))
+    assert "--text_column" in column.describe_choice()
+    assert " + ".join(column.columns) in column.describe_choice()
+
+
+def test_column_can_be_named() -> None:
+    columns = {"text": ["a"], "other": ["b"], "number": [1], "messages": [OPENAI]}
+    assert find(columns, "other") == TextColumn("text", ("other",), "by name")
+    assert find(columns, "messages").kind == "chat"
+    with pytest.raises(SaetrainError, match=r"--text_column othr: no such column\. Did you mean other\?.* number"):
+        find(columns, "othr")
+    with pytest.raises(SaetrainError, match="--text_column number: holds neither strings"):
+        find(columns, "number")
+
+
+@pytest.mark.parametrize("columns", [{"number": [1]}, {"title": ["", None]}])
+def test_no_text_is_an_error_that_names_the_columns(columns: dict[str, list[Any]]) -> None:
+    with pytest.raises(SaetrainError, match=f"no text column was found: the data set has {next(iter(columns))}"):
+        find(columns)
+
+
+def test_rows_without_text_become_empty(wordpiece: Any) -> None:
+    assert render({"text": ["a", None, ""]}, wordpiece) == ["a", "", ""]
+    assert render({"messages": [OPENAI, [], None]}, wordpiece)[1:] == ["", ""]
+
+
+def test_instruction_rows_are_joined_without_their_empty_parts(wordpiece: Any) -> None:
+    columns = {"instruction": ["add", "greet"], "input": ["1 2", None], "output": ["3", "hello"]}
+    assert render(columns, wordpiece) == ["add\n\n1 2\n\n3", "greet\n\nhello"]
+
+
+@pytest.mark.parametrize("messages", [OPENAI, SHAREGPT])
+def test_chat_without_a_template(wordpiece: Any, messages: list[dict[str, str]]) -> None:
+    assert wordpiece.chat_template is None
+    assert render({"messages": [messages]}, wordpiece) == ["user: Why?\n\nassistant: Because."]
+
+
+@pytest.mark.parametrize("messages", [OPENAI, SHAREGPT])
+def test_chat_with_the_tokenizer_s_template(chat_bpe: Any, messages: list[dict[str, str]]) -> None:
+    expected = "<s><|user|>Why?<|endoftext|><|assistant|>Because.<|endoftext|>"
+    assert render({"messages": [messages]}, chat_bpe) == [expected]
+
+
+def test_chat_columns_of_lists_and_of_content_parts(wordpiece: Any) -> None:
+    expected = ["user: Why?\n\nassistant: Because."]
+    # Older data sets hold a dictionary of lists for a list of dictionaries.
+    lists = {key: [turn[key] for turn in SHAREGPT] for key in ("from", "value")}
+    assert render({"conversations": [lists]}, wordpiece) == expected
+    parts = [{"role": turn["role"], "content": [{"type": "text", "text": turn["content"]}]} for turn in OPENAI]
+    assert render({"messages": [parts]}, wordpiece) == expected
+
+
+def test_chat_template_s_refusal_is_a_user_error(chat_bpe: Any) -> None:
+    chat_bpe.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(SaetrainError, match=r"refuses a conversation \(roles user, assistant.*roles must alternate"):
+        render({"messages": [OPENAI]}, chat_bpe)

@@ -1,0 +1,257 @@
+"""The verdict: every status, what no training could change, and thresholds that can be set."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+from saetrain.errors import SaetrainError
+from saetrain.evaluation.bootstrap import Estimate
+from saetrain.evaluation.health import HealthSettings, Judgment, SaeProperties, Verdict, judge_metrics
+
+SHAPE = SaeProperties(d_in=384, num_latents=4096, k=64, min_dead_fraction=0.0, dead_threshold=0.0005, n_tokens=20_000)
+HEALTHY = {
+    "explained_variance": 0.8,
+    "l0": 63.0,
+    "dead_below_threshold": 0.05,
+    "decoder_redundancy_top100": 0.2,
+}
+NULLS: dict[str, float | None] = {
+    "explained_variance": 0.4,
+    "l0": 64.0,
+    "dead_below_threshold": 0.0,
+    "decoder_redundancy_top100": 0.15,
+}
+
+
+def verdict(
+    shape: SaeProperties = SHAPE,
+    settings: HealthSettings | None = None,
+    nulls: dict[str, float | None] | None = None,
+    **values: float,
+) -> Verdict:
+    figures = {name: Estimate(value, value - 0.01, value + 0.01) for name, value in (HEALTHY | values).items()}
+    return judge_metrics(figures, beside(NULLS | (nulls or {})), shape, settings or HealthSettings())
+
+
+def beside(nulls: dict[str, float | None]) -> dict[str, dict[str, float]]:
+    return {name: {"random decoder": value} for name, value in nulls.items() if value is not None}
+
+
+def one(name: str, **options: object) -> Judgment:
+    return verdict(**options).judgments[name]  # type: ignore[arg-type]
+
+
+def test_all_healthy() -> None:
+    found = verdict()
+    assert str(found) == "4/4"
+    assert [judged.status for judged in found.judgments.values()] == ["good", "pass", "good", "pass"]
+    assert not any(judged.by_construction for judged in found.judgments.values())
+    assert not any(judged.advice for judged in found.judgments.values())
+
+
+@pytest.mark.parametrize(
+    ("value", "status", "advice"),
+    [
+        (0.7, "good", ""),
+        (0.6999, "pass", "more tokens or latents"),
+        (0.6, "pass", "more tokens or latents"),
+        (0.5999, "fail", "train on more tokens"),
+        (0.0, "fail", "train on more tokens"),
+        (-0.01, "fail", "worse than predicting the mean"),
+        (math.nan, "fail", "check its weights"),
+        (-math.inf, "fail", "check its weights"),
+    ],
+)
+def test_explained_variance(value: float, status: str, advice: str) -> None:
+    found = one("explained_variance", explained_variance=value)
+    assert found.status == status
+    assert found.advice.startswith(advice)
+    assert bool(found.advice) == bool(advice)
+    assert found.is_passing == (status != "fail")
+    assert not found.by_construction
+
+
+def test_an_sae_that_random_directions_match_is_told_so() -> None:
+    found = one("explained_variance", explained_variance=0.75, nulls={"explained_variance": 0.75})
+    assert found.status == "good", "the threshold is the user's"
+    assert "random decoder does no worse" in found.advice
+    assert found.nulls == {"random decoder": 0.75}
+    assert "random decoder" not in one("explained_variance", nulls={"explained_variance": None}).reason
+
+
+def test_what_pca_explains_too_is_said_whatever_the_status() -> None:
+    """And its advice goes with that of L0."""
+    for value in (0.5, 0.65, 0.75):
+        found = one("explained_variance", explained_variance=value, nulls={"explained_variance": 0.76})
+        assert "random decoder does no worse with as many numbers a token" in found.advice
+        assert "lower k" not in found.advice
+    assert "no worse" not in one("explained_variance", explained_variance=0.5).advice
+
+
+@pytest.mark.parametrize(("l0", "raised"), [(64.0, True), (199.0, True), (200.0, False), (300.0, False)])
+def test_a_larger_k_is_advised_only_where_l0_may_rise(l0: float, raised: bool) -> None:
+    found = one("explained_variance", explained_variance=0.5, l0=l0)
+    assert ("or k" in found.advice) == raised
+    assert "raise num_latents" in found.advice
+
+
+@pytest.mark.parametrize(("latents", "advice"), [(128, "raise k and num_latents"), (512, "raise k")])
+def test_k_is_raised_with_the_latents_where_the_code_would_be_hardly_sparse(latents: int, advice: str) -> None:
+    assert one("l0", l0=8.0, shape=replace(SHAPE, num_latents=latents, k=8)).advice == advice
+
+
+def test_dead_latents_name_their_null_and_what_they_were_counted_on() -> None:
+    found = one("dead", dead_below_threshold=0.528, nulls={"dead_below_threshold": 0.376})
+    assert "52.8% of the latents fire on less than 0.0005 of the 20,000 tokens" in found.reason
+    assert "(random decoder 37.6%)" in found.reason
+    assert "learned nothing are over the threshold too" in found.reason
+    assert "read it beside the random figure" in found.advice
+    assert not found.by_construction, "training may find better directions than chance"
+    for value, null in ((0.528, 0.15), (0.15, 0.376)):
+        found = one("dead", dead_below_threshold=value, nulls={"dead_below_threshold": null})
+        assert "learned nothing" not in found.reason
+
+
+@pytest.mark.parametrize(("rate", "tokens", "few"), [(0.0005, 1999, True), (0.0005, 2000, False), (0.0, 10, False)])
+def test_too_few_tokens_for_a_rate_are_named(rate: float, tokens: int, few: bool) -> None:
+    found = one("dead", dead_below_threshold=0.3, shape=replace(SHAPE, dead_threshold=rate, n_tokens=tokens))
+    assert ("scored on too few tokens" in found.reason) == few
+    assert (found.advice == "score on at least 2,000 tokens (--eval_tokens)") == few
+
+
+@pytest.mark.parametrize(("latents", "wide"), [(384, False), (1535, False), (1536, True)])
+def test_near_copies_are_usual_only_in_a_wide_sae(latents: int, wide: bool) -> None:
+    found = one("redundancy", decoder_redundancy_top100=0.5, shape=replace(SHAPE, num_latents=latents))
+    assert ("wide SAE" in found.advice) == wide
+    assert "lower lr" in found.advice
+
+
+@pytest.mark.parametrize(
+    ("l0", "k", "status", "impossible", "advice"),
+    [
+        (20.0, 20, "pass", False, ""),
+        (200.0, 200, "pass", False, ""),
+        (19.9, 32, "fail", False, "raise k"),
+        (19.5, 20, "fail", False, "raise k"),
+        (16.0, 16, "fail", True, "raise k"),
+        (256.0, 256, "fail", True, "lower k"),
+        (201.0, None, "fail", False, "lower k"),
+        (10.0, None, "fail", False, "raise k"),
+    ],
+)
+def test_l0(l0: float, k: int | None, status: str, impossible: bool, advice: str) -> None:
+    found = one("l0", l0=l0, shape=replace(SHAPE, num_latents=40_960, k=k))
+    assert (found.status, found.by_construction) == (status, impossible)
+    assert found.advice == advice
+    assert (f"k = {k} fixes it" in found.reason) == impossible
+
+
+@pytest.mark.parametrize(("latents", "hardly"), [(1279, True), (1281, False)])
+def test_a_code_of_more_than_a_twentieth_is_hardly_sparse(latents: int, hardly: bool) -> None:
+    found = one("l0", l0=64.0, shape=replace(SHAPE, num_latents=latents))
+    assert found.status == "pass"
+    assert ("hardly sparse" in found.advice) == hardly
+
+
+@pytest.mark.parametrize(
+    ("value", "bound", "status", "impossible"),
+    [
+        (0.1, 0.0, "good", False),
+        (0.1001, 0.0, "pass", False),
+        (0.2, 0.2, "pass", False),
+        (0.2001, 0.0, "fail", False),
+        (0.9, 0.84, "fail", True),
+        (1.0, 1.0, "fail", True),
+    ],
+)
+def test_dead(value: float, bound: float, status: str, impossible: bool) -> None:
+    found = one("dead", dead_below_threshold=value, shape=replace(SHAPE, min_dead_fraction=bound))
+    assert (found.status, found.by_construction) == (status, impossible)
+    assert found.advice.startswith("lower --dead_percentage_threshold") == impossible
+    assert (f"at least {bound:.1%} must" in found.reason) == impossible
+
+
+@pytest.mark.parametrize(
+    ("value", "null", "status", "impossible"),
+    [
+        (0.25, 0.2, "pass", False),
+        (0.2501, 0.2, "fail", False),
+        (0.5, 0.2501, "fail", True),
+        (0.2, 0.3, "pass", False),
+        (0.5, None, "fail", False),
+        (math.nan, None, "fail", False),
+    ],
+)
+def test_redundancy(value: float, null: float | None, status: str, impossible: bool) -> None:
+    found = one("redundancy", decoder_redundancy_top100=value, nulls={"decoder_redundancy_top100": null})
+    assert (found.status, found.by_construction) == (status, impossible)
+    assert found.nulls == ({} if null is None else {"random decoder": null})
+
+
+def test_thresholds_are_those_that_are_set() -> None:
+    strict = HealthSettings(
+        min_explained_variance=0.85, good_explained_variance=0.9, l0_range=(70.0, 80.0), max_dead=0.04, good_dead=0.01,
+        max_redundancy=0.1,
+    )  # fmt: skip
+    found = verdict(settings=strict)
+    assert str(found) == "0/4"
+    assert found.judgments["explained_variance"].threshold == ">= 0.85 (good: 0.9)"
+    assert found.judgments["l0"].threshold == "70 to 80"
+    assert found.judgments["dead"].threshold == "<= 0.04 (good: 0.01)"
+    assert found.judgments["redundancy"].threshold == "<= 0.1"
+    assert found.judgments["l0"].by_construction, "L0 can't exceed k = 64"
+    assert found.judgments["redundancy"].by_construction, "random directions have 0.15"
+    loose = HealthSettings(
+        min_explained_variance=-5, good_explained_variance=0, l0_range=(0.0, 1e9), max_dead=1, good_dead=1,
+        max_redundancy=1,
+    )  # fmt: skip
+    worst = verdict(settings=loose, explained_variance=-1, l0=0.0, dead_below_threshold=1.0)
+    assert [judged.status for judged in worst.judgments.values()] == ["pass", "pass", "good", "pass"]
+
+
+@pytest.mark.parametrize(
+    ("values", "flag"),
+    [
+        ({"l0_range": (200.0, 20.0)}, "--l0_range 200 20"),
+        ({"l0_range": (-1.0, 20.0)}, "--l0_range -1 20"),
+        ({"min_explained_variance": 0.8}, "--min_explained_variance 0.8"),
+        ({"good_dead": 0.3}, "--good_dead 0.3"),
+        ({"l0_range": (20.0, math.inf)}, "--l0_range 20 inf: must be finite"),
+        ({"max_dead": math.nan}, "--max_dead nan: must be finite"),
+        ({"min_explained_variance": -math.inf}, "--min_explained_variance -inf: must be finite"),
+        ({"min_explained_variance": 60}, "--min_explained_variance 60: must be at most 1; it is a share, 0.6 for 60 %"),
+        ({"good_explained_variance": 70}, "--good_explained_variance 70: must be at most 1"),
+        ({"max_dead": 20}, "--max_dead 20: must be 0 to 1; it is a share"),
+        ({"good_dead": -0.1}, "--good_dead -0.1: must be 0 to 1"),
+        ({"max_redundancy": 25}, "--max_redundancy 25: must be -1 to 1"),
+        ({"l0_range": (20.0,)}, "--l0_range: takes 2 numbers, from and to; found 1"),
+    ],
+)
+def test_thresholds_that_say_nothing_are_refused(values: dict, flag: str) -> None:
+    with pytest.raises(SaetrainError, match=flag):
+        HealthSettings(**values)
+
+
+def test_the_json_has_all_of_it_and_no_nan() -> None:
+    broken = {"explained_variance": math.nan, "decoder_redundancy_top100": -math.inf}
+    figures = {name: Estimate(value) for name, value in (HEALTHY | broken).items()}
+    nulls = beside(NULLS | {"explained_variance": math.nan})
+    found = judge_metrics(figures, nulls, SHAPE, HealthSettings()).as_json()
+    again = json.loads(json.dumps(found, allow_nan=False))
+    assert (again["verdict"], again["passed"], again["of"]) == ("3/4", 3, 4)
+    assert set(again["metrics"]) == {"explained_variance", "l0", "dead", "redundancy"}
+    assert again["metrics"]["explained_variance"]["value"] is None
+    assert again["metrics"]["explained_variance"]["nulls"] == {"random decoder": None}
+    assert again["metrics"]["redundancy"]["value"] is None
+    schema = json.loads((Path(__file__).parents[3] / "docs" / "final_assessment.schema.json").read_text())
+    for judged in again["metrics"].values():
+        jsonschema.validate(judged, {"$ref": "#/$defs/judged", "$defs": schema["$defs"]})
+    assert again["metrics"]["l0"]["low"] is None
+    assert again["metrics"]["l0"]["nulls"] == {}
+    assert again["metrics"]["dead"]["nulls"] == {"random decoder": 0.0}

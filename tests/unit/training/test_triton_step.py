@@ -1,0 +1,319 @@
+"""Steps by Triton's kernels are the reference's: whole steps, added-up micro-batches, clipping, AuxK, resume."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from saetrain import async_copy
+from saetrain.coders.topk import TopK
+from saetrain.ops.triton import kernels as triton_kernels
+from saetrain.ops.triton import launch as triton_launch
+from saetrain.ops.triton import topk as triton_topk
+from saetrain.optim import OptimSettings
+from saetrain.training.dead_latents import FiringTracker
+from saetrain.training.steps.triton import TritonStep
+from saetrain.training.trainer import SaeState, Trainer, TrainSettings
+from saetrain.types import StepContext
+from tests.unit.ops.conftest import DEVICE
+from tests.unit.training.test_steps import data, progress, reference, relative
+
+Shape = tuple[int, int, int, int, int]
+SHAPES: list[Shape] = [(17, 7, 16, 16, 3), (1, 8, 16, 1, 0), (30, 33, 47, 5, 0), (20, 12, 60, 3, 7)]
+
+
+@pytest.fixture(autouse=True)
+def _short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that some latents have several."""
+    monkeypatch.setattr(triton_launch, "SEGMENT_PAIRS", 4)
+
+
+def make(
+    shape: Shape,
+    *,
+    half: bool = False,
+    fused: bool = True,
+    by: str = "triton",
+    products: str = "sparse",
+    **settings: object,
+) -> tuple[TopK, Any]:
+    _, width, latents, k, _ = shape
+    coder = TopK(width, latents, k, auxk_alpha=1 / 32, seed=1)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        coder.b_enc.copy_(torch.randn(latents, generator=generator) * 0.3)
+        coder.b_dec.copy_(torch.randn(width, generator=generator) * 0.3)
+    coder.to(DEVICE)
+    optim = OptimSettings(**settings)  # type: ignore[arg-type]
+    if by == "reference":
+        return coder, reference(coder, optim)
+    return coder, TritonStep(coder, optim, use_bf16=half, no_accumulation=fused, products=products)  # type: ignore[arg-type]
+
+
+def here(about: StepContext) -> StepContext:
+    dead = None if about.dead_mask is None else about.dead_mask.to(DEVICE)
+    most = None if dead is None else int(dead.sum()) + 2
+    return StepContext(
+        about.step, about.n_tokens, dead, about.data_variance.to(DEVICE), about.residual_variance.to(DEVICE), most
+    )
+
+
+WHOLE = [
+    *[("sparse", fused, 0.01, shape) for fused in (True, False) for shape in SHAPES],
+    *[("sparse", fused, limit, SHAPES[0]) for fused in (True, False) for limit in (1.0, 0.0)],
+    *[("dense", fused, limit, SHAPES[3]) for fused in (True, False) for limit in (0.01, 1.0)],
+    ("dense", True, 0.01, SHAPES[1]),
+]
+"""Few, for a step takes the interpreter a second: every shape clipped, and one with a limit far off and with none."""
+
+
+@pytest.mark.parametrize(("products", "fused", "limit", "shape"), WHOLE, ids=str)
+def test_whole_steps_are_the_reference_s(products: str, fused: bool, limit: float, shape: Shape) -> None:
+    settings = {"max_grad_norm": limit, "weight_decay": 0.1}
+    plain, one = make(shape, by="reference", **settings)
+    coder, two = make(shape, fused=fused, products=products, **settings)
+    start = {key: p.detach().clone() for key, p in plain.named_parameters()}
+    for step in range(3):
+        x, about = data(shape[0], shape[1], step).to(DEVICE), here(progress(shape, step=step))
+        expected, found = one.forward_backward(x, about), two.forward_backward(x, about)
+        assert torch.equal(found.fired, expected.fired)
+        assert found.losses.keys() == expected.losses.keys()
+        for key, loss in expected.losses.items():
+            torch.testing.assert_close(found.losses[key], loss.detach(), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(found.residual_sum, expected.residual_sum, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(found.residual_square, expected.residual_square, rtol=1e-4, atol=1e-5)
+        bound = two.norm_bound()
+        one.norm_bound()
+        wanted, norm = one.optimizer_step(1e-2), two.optimizer_step(1e-2)
+        torch.testing.assert_close(norm, wanted.detach(), rtol=1e-3, atol=1e-7)
+        assert bound >= float(norm) * 0.9999
+    for key, p in plain.named_parameters():
+        moved = dict(coder.named_parameters())[key].detach() - start[key]
+        assert relative(moved, p.detach() - start[key]) < 0.02, key
+    for key, value in one.state_dict().items():
+        torch.testing.assert_close(two.state_dict()[key], value, rtol=1e-2, atol=1e-6, msg=key)
+
+
+@pytest.mark.parametrize("products", ["sparse", "dense"])
+def test_products_in_bfloat16_are_near(products: str) -> None:
+    shape = (30, 33, 47, 5, 3)
+    plain, one = make(shape, by="reference")
+    coder, two = make(shape, half=True, products=products)
+    start = plain.W_dec.detach().clone()
+    x, about = data(30, 33).to(DEVICE), here(progress(shape))
+    for engine in (one, two):
+        engine.forward_backward(x, about)
+        engine.norm_bound()
+        engine.optimizer_step(1e-2)
+    assert relative(coder.W_dec.detach() - start, plain.W_dec.detach() - start) < 0.3
+    for copy, weights in zip(two._bf16_weights.values(), (coder.W_enc.T, coder.W_dec), strict=True):
+        assert torch.equal(copy, weights.detach().bfloat16())
+
+
+def test_micro_batches_add_up_to_one_batch() -> None:
+    shape = (24, 12, 30, 3, 5)
+    (_, one), (_, two) = make(shape, fused=False), make(shape, fused=False)
+    x, about = data(24, 12).to(DEVICE), here(progress(shape))
+    one.forward_backward(x, about)
+    for part in x.chunk(3):
+        two.forward_backward(part, about)
+    for whole, added in zip(one.gradients()[:-1], two.gradients()[:-1], strict=True):
+        torch.testing.assert_close(added, whole, rtol=1e-3, atol=1e-5)
+    assert two.norm_bound() >= float(one.optimizer_step(0.0)) * 0.9999
+
+
+@pytest.mark.parametrize(("fused", "half"), [(True, True), (False, False)])
+def test_state_goes_on_to_the_bit(fused: bool, half: bool) -> None:
+    shape = (20, 12, 30, 3, 4)
+    (whole, one), (later, two) = (make(shape, fused=fused, half=half) for _ in range(2))
+    for step in range(4):
+        x, about = data(20, 12, step).to(DEVICE), here(progress(shape, step=step))
+        if step == 2:
+            later.load_state_dict(whole.state_dict())
+            two.load_state_dict({key: value.clone() for key, value in one.state_dict().items()})
+        for engine in (one, two) if step >= 2 else (one,):
+            engine.forward_backward(x, about)
+            engine.norm_bound()
+            engine.optimizer_step(1e-2)
+    for key, p in whole.named_parameters():
+        assert torch.equal(dict(later.named_parameters())[key], p), key
+
+
+def test_a_latent_that_does_not_fire_is_left_alone() -> None:
+    shape = (20, 12, 40, 4, 0)
+    coder, engine = make(shape, weight_decay=0.1)
+    before: dict[str, torch.Tensor] = {}
+    for step in range(3):
+        if step == 2:
+            with torch.no_grad():
+                coder.b_enc[:15] = -100.0
+            before = {key: value.clone() for key, value in {**engine.state_dict(), **coder.state_dict()}.items()}
+        fired = engine.forward_backward(data(20, 12, step).to(DEVICE), here(progress(shape))).fired
+        engine.optimizer_step(1e-2)
+    assert (fired[:15] == 0).all()
+    for key, value in {**engine.state_dict(), **coder.state_dict()}.items():
+        if not key.startswith("b_dec") and not key.endswith(".step"):
+            rows, old = (value.T, before[key].T) if key.startswith("W_enc") else (value, before[key])
+            assert torch.equal((rows == old).reshape(40, -1).all(dim=1), fired == 0), key
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_what_is_not_finite_changes_no_weight(fused: bool) -> None:
+    shape = (20, 12, 30, 3, 0)
+    coder, engine = make(shape, fused=fused)
+    x = data(20, 12).to(DEVICE)
+    x[3, 2] = float("nan")
+    before = {key: value.clone() for key, value in coder.state_dict().items()}
+    loss = engine.forward_backward(x, here(progress(shape))).losses["recon"]
+    assert not loss.isfinite()
+    assert not engine.norm_bound().isfinite()
+    engine.optimizer_step(1e-2)
+    for key, value in coder.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+def test_a_dropped_step_leaves_no_trace() -> None:
+    shape = (20, 12, 30, 3, 0)
+    results = []
+    for dropped in (False, True):
+        coder, engine = make(shape, fused=False)
+        if dropped:
+            engine.forward_backward(data(20, 12, 9).to(DEVICE), here(progress(shape)))
+            engine.zero_grad()
+        engine.forward_backward(data(20, 12).to(DEVICE), here(progress(shape)))
+        engine.norm_bound()
+        engine.optimizer_step(1e-2)
+        results.append(coder.W_dec.detach().clone())
+    assert torch.equal(*results)
+
+
+def trainer(by: str = "triton", *, halts: bool = False, products: str = "sparse", auxk: float = 1 / 32) -> Trainer:
+    """A coder whose latents die within two steps, clipped at every step."""
+    coder, engine = make((12, 8, 24, 2, 0), by=by, products=products, max_grad_norm=1e-3)
+    coder.auxk_alpha = auxk
+    firing = FiringTracker(24, 20, 0.01, torch.device(DEVICE))
+    about = {"data_variance": 8.0, "mse_per_fvu": 1.0, "peak_lr": 0.01, "seed": 0, "dead_bias_lr_multiplier": 2.0}
+    sae = SaeState("h", coder, lambda x: x, engine, firing, **about, stop_on_spike=halts)  # type: ignore[arg-type]
+    settings = TrainSettings(max_tokens=1200, on_spike="stop" if halts else "skip")
+    return Trainer({"h": sae}, settings, tokens_per_step=12, warmup_steps=0)
+
+
+def batch(step: int, factor: float = 1.0) -> dict[str, torch.Tensor]:
+    return {"h": factor * data(12, 8, step).to(DEVICE)}
+
+
+@pytest.mark.parametrize("products", ["sparse", "dense"])
+def test_dead_latents_are_counted_ahead_and_trained_by_auxk(products: str) -> None:
+    own, plain = trainer(products=products), trainer("reference")
+    for each in (own, plain):
+        for step in range(5):
+            each.train_step(lambda micro, at=step: batch(at))  # type: ignore[misc]
+    assert own.saes["h"].firing.dead_mask_or_none() is not None
+    losses = [each.saes["h"].compute_metrics("fvu")["loss_auxk"] for each in (own, plain)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+class Launch:
+    """In a kernel's place: takes tensors without content."""
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda *given, **named: [1 / (t.device.type == "meta") for t in given if isinstance(t, torch.Tensor)]
+
+
+class OnItsWay:
+    """In the place of figures that are copied to the host beside the step."""
+
+    def __init__(self, value: torch.Tensor) -> None:
+        self._length = len(value)
+
+    def get(self) -> torch.Tensor:
+        return torch.ones(self._length)
+
+
+@pytest.fixture
+def without_content(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors may have shapes alone: whoever asks for a number, or for a shape that depends on one, fails."""
+    for module, name in [
+        (triton_kernels, "compute_residuals_kernel"),
+        (triton_kernels, "bound_norms_kernel"),
+        (triton_kernels, "sum_segments_kernel"),
+        (triton_kernels, "latent_pass_kernel"),
+    ]:
+        monkeypatch.setattr(module, name, Launch())
+    monkeypatch.setattr(triton_topk, "select_topk_kernel", Launch())
+    monkeypatch.setattr(async_copy, "PendingCopy", OnItsWay)
+
+
+def meta_trainer(products: Any, micro_steps: int) -> Trainer:
+    coder = TopK(8, 24, 2, auxk_alpha=1 / 32, seed=1).to("meta")
+    fused = micro_steps == 1
+    engine = TritonStep(
+        coder, OptimSettings(max_grad_norm=0.1), use_bf16=True, no_accumulation=fused, products=products
+    )
+    firing = FiringTracker(24, 20, 0.01, torch.device("meta"))
+    about: Any = {"data_variance": 8.0, "mse_per_fvu": 1.0, "peak_lr": 0.01, "seed": 0, "dead_bias_lr_multiplier": 2.0}
+    sae = SaeState("h", coder, lambda x: x, engine, firing, **about)
+    assert sae._dead_count_bound is not None
+    sae._dead_count_bound._max_dead = 5
+    return Trainer(
+        {"h": sae}, TrainSettings(max_tokens=1200, grad_acc_steps=micro_steps), tokens_per_step=12, warmup_steps=0
+    )
+
+
+@pytest.mark.parametrize("micro_steps", [1, 2])
+@pytest.mark.parametrize("products", ["sparse", "dense"])
+@pytest.mark.usefixtures("without_content")
+def test_no_step_asks_the_device(products: str, micro_steps: int) -> None:
+    """Nor does it for AuxK, for clipping, or to look for spikes."""
+    own, x = meta_trainer(products, micro_steps), torch.empty(12, 8, device="meta")
+    for _ in range(4):
+        assert own.train_step(lambda micro: {"h": x}) == []
+
+
+@pytest.mark.parametrize("ask", [torch.Tensor.tolist, torch.Tensor.cpu, torch.Tensor.nonzero, float, bool])
+@pytest.mark.usefixtures("without_content")
+def test_a_step_that_asks_would_fail(ask: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, x = meta_trainer("sparse", 1), torch.empty(12, 8, device="meta")
+    right = FiringTracker.dead_mask
+    monkeypatch.setattr(FiringTracker, "dead_mask", lambda self: (ask(self.since_fired[0]), right(self))[1])
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        own.train_step(lambda micro: {"h": x})
+
+
+def test_a_step_with_a_spike_is_left_out_without_waiting() -> None:
+    """As the reference does it, which waits."""
+    own, plain = trainer(auxk=0.0), trainer("reference", auxk=0.0)
+    said: dict[Trainer, list[str]] = {own: [], plain: []}
+    for step in range(10):
+        factor = {6: float("nan"), 7: 1000.0}.get(step, 1.0)
+        for each in (own, plain):
+            said[each].extend(map(str, each.train_step(lambda micro, at=step, by=factor: batch(at, by))))  # type: ignore[misc]
+    said[own].extend(map(str, own.drain_spikes()))
+    assert [text.split(" is ")[0] for text in said[own]] == ["h: the loss of step 7", "h: the loss of step 8"]
+    assert [text.split(" is ")[0] for text in said[plain]] == [text.split(" is ")[0] for text in said[own]]
+    state, expected = own.saes["h"].state_dict(), plain.saes["h"].state_dict()
+    assert state["optimizer.W_dec.step"] == expected["optimizer.W_dec.step"] == 8
+    for name in ("firing.since_fired", "firing.current"):
+        assert torch.equal(state[name], expected[name]), name
+    assert state["firing.tokens"].tolist()[:2] == expected["firing.tokens"].tolist()[:2] == [8 * 12, 0]
+    for name in ("coder.W_dec", "coder.b_dec", "optimizer.W_enc.exp_avg", "residual_variance"):
+        torch.testing.assert_close(state[name], expected[name].detach(), rtol=2e-2, atol=1e-5, msg=name)
+
+
+def test_behind_a_spike_that_stops_the_run_weights_stay() -> None:
+    own = trainer(halts=True, auxk=0.0)
+    for step in range(5):
+        assert own.train_step(lambda micro, at=step: batch(at)) == []  # type: ignore[misc]
+    before = {
+        name: value.clone() for name, value in own.saes["h"].state_dict().items() if name.startswith(("coder", "opt"))
+    }
+    assert own.train_step(lambda micro: batch(5, float("inf"))) == []
+    assert own.train_step(lambda micro: batch(6)) == []
+    (spike,) = own.train_step(lambda micro: batch(7))
+    assert spike.step == 6
+    for name, value in before.items():
+        assert torch.equal(own.saes["h"].state_dict()[name], value), name
