@@ -19,6 +19,7 @@ import torch
 
 from saetrain import cli
 from saetrain.interop.saetrain_format import load_sae
+from saetrain.runs.train import run as run_command
 from tests.integration.test_resume import fingerprint, records
 
 LIBRARY, WORK, MODEL, TEXT, BEFORE, *FAULTS = sys.argv[1:]
