@@ -13,6 +13,7 @@ import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec
 
 from saetrain import distributed
+from saetrain.cli_help import DESCRIPTION, SHORT_HELP
 from saetrain.config import CompareConfig, EvaluateConfig, RunConfig, TokenizeConfig, flag_types, from_flat, read_yaml
 from saetrain.distributed import env
 from saetrain.errors import RankFailure, SaetrainError, did_you_mean
@@ -85,13 +86,21 @@ def _run_command(words: list[str]) -> None:
         from saetrain.runs.compare import compare_runs
 
         compare_runs(parse_compare(words[1:]))
-    elif env.rank() and {"-h", "--help"} & set(words):
-        return
+    elif {"-h", "--help"} & set(words):
+        if not env.rank():
+            _print_help(words)
     else:
         config = parse_train(words)
         from saetrain.runs.train.run import train_saes
 
         train_saes(config)
+
+
+def _print_help(words: list[str]) -> None:
+    """Print the short help, or every flag for ``--help all``."""
+    if "all" in words:
+        parse_train(["--help"])
+    print(SHORT_HELP, end="")
 
 
 def parse_train(words: Sequence[str]) -> RunConfig:
@@ -151,17 +160,6 @@ def _without_overridden(values: dict[str, Any], words: Sequence[str]) -> dict[st
     given = {word[2:].partition("=")[0] for word in words if word.startswith("--")}
     replaced = {name for group in MUTUALLY_EXCLUSIVE if group & given for name in group}
     return {name: value for name, value in values.items() if name not in replaced}
-
-
-DESCRIPTION = """Train TopK sparse autoencoders on the activations of a transformer.
-
-Example: saetrain bert-base-uncased wikitext --layers 6 --k 192 --expansion_factor 32 --lr auto
-
-saetrain tokenize MODEL DATASET OUT writes the tokens of a large data set to a folder once (--help behind it).
-saetrain evaluate PATH scores finished SAEs on held-out text and gives a verdict.
-saetrain compare RUN [RUN ...] sets the assessments of several runs beside one another.
-
---config FILE.yaml reads settings from a file (such as a run's config.yaml); flags win over it."""
 
 
 def _normalize_flags(words: list[str], types_by_flag: dict[str, Any]) -> list[str]:

@@ -14,7 +14,7 @@ LEVELS = [
     {"data", "activations", "coders", "optim", "logs", "report"},
     {"training", "evaluation", "interop"},
     {"config", "runs", "sae"},
-    {"cli"},
+    {"cli", "cli_help"},
 ]
 LEVEL = {name: number for number, names in enumerate(LEVELS) for name in names}
 STRANGERS = LEVELS[2] | LEVELS[3]

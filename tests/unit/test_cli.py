@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -244,10 +245,26 @@ def test_every_setting_survives_the_flat_form() -> None:
     assert set(to_flat(config)) == {*flag_types(), "model", "dataset"}
 
 
-def test_help_names_every_flag_and_imports_neither_transformers_nor_datasets() -> None:
+def test_short_help_fits_on_a_screen_and_shows_real_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 40
+    assert max(map(len, lines)) <= 80
+    real = to_flat(parse_train(BASE))
+    flags = [line for line in lines if line.startswith("  --")]
+    assert len(flags) >= 12
+    for line in flags:
+        name = line.split()[0].removeprefix("--")
+        assert name in {*flag_types(), "config"}, line
+        default = re.search(r"\(default: (\S+)\)", line)
+        if default is not None:
+            assert str(real[name]).removeprefix("./").strip("[]") == default[1], line
+
+
+def test_help_all_names_every_flag_and_imports_neither_transformers_nor_datasets() -> None:
     code = (
         "import sys\nfrom saetrain.cli import main\n"
-        "try: main(['--help'])\nexcept SystemExit as e: assert not e.code\n"
+        "try: main(['--help', 'all'])\nexcept SystemExit as e: assert not e.code\n"
         "assert not {'transformers', 'datasets', 'wandb'} & set(sys.modules), 'slow import'"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

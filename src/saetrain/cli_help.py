@@ -1,0 +1,53 @@
+"""The short ``saetrain --help``: the commands, and the flags that most runs need.
+
+The text is written by hand, so that it fits on one screen. A test compares its flags and defaults with the settings.
+"""
+
+from __future__ import annotations
+
+SHORT_HELP = """\
+usage: saetrain MODEL DATASET [DATASET ...] [--flag value ...]
+       saetrain COMMAND ...
+
+Train TopK sparse autoencoders (SAEs) on the activations of a transformer.
+
+  saetrain bert-base-uncased wikitext --layers 6 --k 192 --lr auto
+
+commands (saetrain COMMAND --help shows their flags):
+  tokenize MODEL DATASET OUT  tokenize a large data set once, into the folder OUT
+  evaluate PATH               score SAEs on held-out text, with a verdict
+  compare RUN [RUN ...]       show the evaluations of several runs in one table
+
+arguments:
+  MODEL                   hub id or local folder of a transformer
+  DATASET                 hub id, or local folder or file
+                          (parquet, jsonl, csv, txt, or tokens)
+
+main flags (saetrain --help all shows every flag):
+  --layers N [N ...]      layers to train on, counted from 0 (default: 0)
+  --hookpoints PATTERN [PATTERN ...]
+                          modules to train on instead, such as 'h.*.mlp'
+  --max_tokens N          tokens to train on (default: 1000000)
+  --k N                   active latents per token (default: 192)
+  --expansion_factor N    latents per activation dimension (default: 32)
+  --num_latents N         number of latents, instead of --expansion_factor
+  --lr RATE               peak learning rate; use 'auto' (default: 0.001)
+  --batch_size N          sequences per micro-batch (default: 4)
+  --ctx_len N             tokens per sequence (default: 512)
+  --save_dir DIR          parent folder of the run folder (default: output)
+  --run_name NAME         name of the run folder (default: from the settings)
+  --resume                continue the run from its last checkpoint
+  --overwrite             delete an existing run of that name first
+  --config FILE.yaml      read settings from a file; flags override the file
+  --dry_run               show memory, disk space and time without training
+
+To train on several GPUs, start the same command with torchrun.
+"""
+DESCRIPTION = """Train TopK sparse autoencoders (SAEs) on the activations of a transformer.
+
+Example: saetrain bert-base-uncased wikitext --layers 6 --k 192 --lr auto
+
+Other commands: saetrain tokenize, saetrain evaluate, saetrain compare (add --help to see their flags).
+
+--config FILE.yaml reads settings from a file, such as a run's config.yaml. Flags override the file."""
+"""Header of ``saetrain --help all``."""
