@@ -14,7 +14,7 @@ Train TopK sparse autoencoders (SAEs) on the activations of a transformer.
   saetrain bert-base-uncased wikitext --layers 6 --k 192 --lr auto
 
 commands (saetrain COMMAND --help shows their flags):
-  tokenize MODEL DATASET OUT  tokenize a large data set once, into the folder OUT
+  tokenize MODEL DATASET OUT  tokenize a large data set once, into folder OUT
   evaluate PATH               score SAEs on held-out text, with a verdict
   compare RUN [RUN ...]       show the evaluations of several runs in one table
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import ranks
+from benchmarks import quality, ranks
 from benchmarks.recipe.sweep import next_rates
 from benchmarks.report import BEGIN, END, fill_page, format_report
 from benchmarks.results_file import MAX_LINE, write_results
@@ -78,6 +78,13 @@ def test_results_files_are_compact(tmp_path: Path) -> None:
     for file in (ROOT / "benchmarks" / "results").glob("*.json"):
         write_results(path, json.loads(file.read_text()))
         assert path.read_text() == file.read_text(), f"{file.name} has another format"
+
+
+def test_performance_page_holds_the_measurements() -> None:
+    page, results = (ROOT / "benchmarks" / "performance.md").read_text(), ROOT / "benchmarks" / "results"
+    assert f"{BEGIN}\n\n{format_report(json.loads((results / 'peers.json').read_text()))}\n{END}" in page
+    for path in results.glob("quality-*.json"):
+        assert quality.format_table(json.loads(path.read_text())["metrics"]) in page
 
 
 def test_page_holds_the_measured_scaling_of_several_processes() -> None:

@@ -18,12 +18,12 @@ from saetrain.distributed.process_group import current_group, phase, track_wait
 
 
 def barrier(phase_name: str) -> None:
-    """Wait until every rank is here."""
+    """Wait until every rank has reached this call."""
     all_reduce_max([0], phase_name)
 
 
 class AsyncAllReduce:
-    """Each number's largest over the ranks, or what ``op`` makes of them, found while other work goes on."""
+    """All-reduce of integers that runs while other work continues; ``op`` is the maximum by default."""
 
     def __init__(
         self, values: list[int], phase_name: str = "agreeing on the next step", op: Any = dist.ReduceOp.MAX
@@ -37,7 +37,7 @@ class AsyncAllReduce:
             group.comm_stats.n_control_collectives += 1
 
     def wait(self) -> list[int]:
-        """What was found, once every rank has asked."""
+        """Block until every rank has contributed, then return the reduced values."""
         group = current_group()
         if group is not None:
             with phase(self._phase_name), track_wait(group):
@@ -46,17 +46,17 @@ class AsyncAllReduce:
 
 
 def all_reduce_max(values: list[int], phase_name: str) -> list[int]:
-    """The largest of each number over the ranks."""
+    """Return the maximum of each value over the ranks."""
     return AsyncAllReduce(values, phase_name).wait()
 
 
 def all_reduce_sum(values: list[int], phase_name: str) -> list[int]:
-    """The sum of each number over the ranks."""
+    """Return the sum of each value over the ranks."""
     return AsyncAllReduce(values, phase_name, dist.ReduceOp.SUM).wait()
 
 
 def all_gather_json(value: Any, phase_name: str) -> list[Any]:
-    """Every rank's ``value`` (of JSON), by rank."""
+    """Return the ``value`` (JSON) of every rank, ordered by rank."""
     group = current_group()
     if group is None:
         return [value]
@@ -72,16 +72,16 @@ def all_gather_json(value: Any, phase_name: str) -> list[Any]:
 
 
 def broadcast_from_rank0(value: Any, phase_name: str) -> Any:
-    """Rank 0's ``value`` (of JSON)."""
+    """Return rank 0's ``value`` (JSON) on every rank."""
     return all_gather_json(value if rank() == 0 else None, phase_name)[0]
 
 
 def local_rank0_first(phase_name: str, func: Callable[[], Any]) -> Any:
-    """``work()`` on one process of every host first, so that what it leaves in a cache is there for the others."""
+    """Call ``func`` on one process per host first, so that the other processes find its files in the cache."""
     if local_rank() == 0:
         with phase(phase_name):
             out = func()
-    barrier(f"waiting for the host's first process: {phase_name}")
+    barrier(f"waiting for local rank 0: {phase_name}")
     if local_rank() != 0:
         with phase(phase_name):
             out = func()
@@ -89,7 +89,7 @@ def local_rank0_first(phase_name: str, func: Callable[[], Any]) -> Any:
 
 
 def run_on_rank0(phase_name: str, func: Callable[[], Any]) -> Any:
-    """``work()`` on rank 0 while the others wait; what it gives (of JSON), everywhere."""
+    """Call ``func`` on rank 0 while the other ranks wait, and return its result (JSON) on every rank."""
     out = None
     if rank() == 0:
         with phase(phase_name):
@@ -100,9 +100,11 @@ def run_on_rank0(phase_name: str, func: Callable[[], Any]) -> Any:
 def all_to_all_by_owner(
     parts: Mapping[str, Tensor], owners: Mapping[str, int], rows_per_rank: list[int]
 ) -> dict[str, Tensor]:
-    """Every rank's rows (n, D) of each name, sent to the rank that owns the name: {name of its own: (sum of n, D)}.
+    """Send the rows of each name to the rank that owns the name.
 
-    ``rows``: each rank's n, which all names share.
+    ``parts`` are this rank's {name: (n, D)}, ``owners`` are {name: rank}, and ``rows_per_rank`` is the n of each
+    rank, which is the same for all names. Return {name: (sum of n, D)} of the names that this rank owns, with the rows
+    ordered by rank.
     """
     group = current_group()
     if group is None:
@@ -131,7 +133,7 @@ def all_to_all_by_owner(
 def gather_tensors_to_rank0(
     source_rank: int, tensors: Mapping[str, Tensor], phase_name: str
 ) -> dict[str, Tensor] | None:
-    """The named tensors of rank ``source`` as rank 0 gets them; None on the others."""
+    """Send the named tensors of ``source_rank`` to rank 0, through host memory; return None on the other ranks."""
     group = current_group()
     if group is None or source_rank == 0:
         return dict(tensors) if rank() == 0 else None
@@ -148,7 +150,7 @@ def gather_tensors_to_rank0(
 
 
 def broadcast_tensors(tensors: Mapping[str, Tensor] | None, phase_name: str) -> dict[str, Tensor]:
-    """Rank 0's named tensors, everywhere, in the hosts' memory."""
+    """Return rank 0's named tensors on every rank, in host memory."""
     group = current_group()
     if group is None:
         return dict(tensors or {})

@@ -1,4 +1,4 @@
-"""What the launcher (torchrun) says of this process, in its environment."""
+"""Environment variables that the launcher (torchrun) sets: ranks, world sizes and restarts."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ REQUIRED_ENV_VARS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def world_size() -> int:
-    """Number of processes that train together."""
+    """Return the number of processes of the run."""
     return _read_int_env("WORLD_SIZE", 1)
 
 
 def rank() -> int:
-    """This process' number, 0 to ``world_size() - 1``."""
+    """Return the number of this process, 0 to ``world_size() - 1``."""
     return _read_int_env("RANK", 0)
 
 
 def local_rank() -> int:
-    """Its number on this host."""
+    """Return the number of this process on its host."""
     return _read_int_env("LOCAL_RANK", _read_int_env("SLURM_LOCALID", rank()))
 
 
 def local_world_size() -> int:
-    """Number of processes on this host."""
+    """Return the number of processes on this host."""
     return _read_int_env("LOCAL_WORLD_SIZE", world_size())
 
 
@@ -37,31 +37,34 @@ def _read_int_env(name: str, default: int) -> int:
 
 
 def restart_count() -> int:
-    """How often torchrun has started this host's processes anew for a failure."""
+    """Return how often torchrun has restarted the processes of this host after a failure."""
     return _read_int_env("TORCHELASTIC_RESTART_COUNT", 0)
 
 
 def should_print_error(error: RankFailure) -> bool:
-    """Whether this process has to say it: a user's mistake is said by the first that finds it, on its terminal."""
+    """Return whether this process prints the failure of another rank.
+
+    On one host, a user's mistake is printed only by the rank that reported it first.
+    """
     return error.exit_code != SaetrainError.exit_code or local_world_size() != world_size()
 
 
 def require_rendezvous_env() -> None:
-    """SaetrainError when the environment does not say where the processes meet."""
+    """Raise SaetrainError if the environment lacks the address of the rendezvous, or if the rank is out of range."""
     missing = [name for name in REQUIRED_ENV_VARS if not os.environ.get(name)]
     if missing:
         raise SaetrainError(
-            f"WORLD_SIZE={world_size()}, but the environment lacks {', '.join(missing)}; start by torchrun, or see "
-            "docs/distributed.md for other launchers"
+            f"WORLD_SIZE={world_size()}, but the environment lacks {', '.join(missing)}; start with torchrun, or "
+            "see docs/distributed.md for other launchers"
         )
     if rank() >= world_size():
         raise SaetrainError(f"environment variable RANK={rank()}: must be below WORLD_SIZE={world_size()}")
 
 
 def require_one_rank(command: str) -> None:
-    """Refuse several processes for a command that would do the same work in each."""
+    """Raise SaetrainError if several processes run a command that would do the same work in each of them."""
     if world_size() != 1:
         raise SaetrainError(
-            f"saetrain {command} runs in one process, and was started with WORLD_SIZE={world_size()}; "
+            f"saetrain {command} runs in one process, but was started with WORLD_SIZE={world_size()}; "
             "start it without torchrun"
         )

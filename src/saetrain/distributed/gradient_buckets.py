@@ -1,4 +1,4 @@
-"""Gradient sums over ranks that overlap with computation (what DDP's reducer does for autograd gradients)."""
+"""Gradient all-reduce that overlaps with computation, like the reducer of DDP (Li et al. 2020, arXiv 2006.15704)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ BUCKET_BYTES = 4 << 20
 
 
 class GradientBuckets:
-    """Sums tensors over the ranks in place while other work goes on; all add the same ones in the same order."""
+    """Sum tensors over the ranks in place while other work continues.
+
+    Every rank must add the same tensors in the same order.
+    """
 
     def __init__(self) -> None:
         self._works: list[Any] = []
@@ -23,7 +26,7 @@ class GradientBuckets:
         self._flat_buckets: list[tuple[Tensor, list[Tensor]]] = []
 
     def add(self, tensors: list[Tensor]) -> None:
-        """Begin; each is contiguous and left alone until :meth:`wait` is done."""
+        """Start to sum contiguous tensors, which must not be used until :meth:`wait` returns."""
         group = current_group()
         if group is None:
             return
@@ -52,12 +55,12 @@ class GradientBuckets:
         group.comm_stats.n_bytes += tensor.nbytes
 
     def flush(self) -> None:
-        """Nothing more is added: also what waited for company sets out."""
+        """Start the all-reduce of partly filled buckets, after the last :meth:`add` of a step."""
         for dtype in list(self._open_buckets):
             self._reduce_bucket(dtype)
 
-    def wait(self, phase_name: str = "adding up gradients") -> None:
-        """Until the tensors hold their sums."""
+    def wait(self, phase_name: str = "reducing gradients") -> None:
+        """Block until the added tensors contain their sums over the ranks."""
         group = current_group()
         if group is None:
             return

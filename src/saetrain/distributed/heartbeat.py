@@ -1,8 +1,8 @@
-"""Faults: every rank's heartbeat, and the end of the others when one has failed or fallen silent.
+"""Heartbeat: each rank reports that it is alive, and ends when another rank has failed or is dead.
 
-Each rank writes a beat and its phase into the store once a second and reads those of the others. A rank that raises
-leaves its error there; one that was killed or stopped leaves a beat that no longer changes. A collective may take as
-long as it likes meanwhile, so slow phases are never taken for dead ones.
+Once per second, each rank writes a beat and its phase to the store and reads the beats of the other ranks. A rank that
+raises an error writes it to the store. The beat of a rank that was killed or suspended no longer changes. Collectives
+have no short timeout, so a slow phase is never mistaken for a dead rank.
 """
 
 from __future__ import annotations
@@ -21,18 +21,21 @@ from saetrain.errors import RankFailure
 
 BEAT_INTERVAL_S = 1.0
 PEER_TIMEOUT_S = 20.0
-"""Seconds without a beat after which a rank is given up."""
+"""Seconds without a beat after which a rank counts as dead."""
 BROKEN_PEER_TIMEOUT_S = 4.0
-"""The same where a collective has broken already, so that somebody must be gone."""
+"""Seconds without a beat after which a rank counts as dead once a collective has failed."""
 SUSPENDED_GAP_S = 5.0
-"""A gap between two looks after which this process itself was held, and the others' silence means nothing."""
+"""Seconds between two checks that show that this process was suspended, so that missed beats mean nothing."""
 CLOSE_TIMEOUT_S = 5.0
-"""Seconds that the logs get to close before the process ends."""
+"""Seconds in which the logs can close before the process ends."""
 FAILURE_KEY = "failed"
 
 
 class Heartbeat:
-    """This rank's beats, and its look at the others'. ``store`` is a connection of its own to the common store."""
+    """The beats of this rank, and the checks of the other ranks, in two threads.
+
+    ``store`` is a connection to the common store that nothing else uses.
+    """
 
     def __init__(self, store: Any, rank: int, world_size: int) -> None:
         self._store, self._rank, self._world_size = store, rank, world_size
@@ -46,28 +49,28 @@ class Heartbeat:
         self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []
         self.on_exit: Callable[[], None] | None = None
-        """Called before the process is ended from here: closes the logs."""
+        """Called before the heartbeat ends the process, to close the logs."""
         self._write_beat()
 
     def start(self) -> None:
-        """Begin to beat and to look; every rank has made its first beat by then."""
+        """Start the threads, after every rank has written its first beat."""
         self._last_reply_s = time.monotonic()
         for loop in (self._beat_loop, self._monitor_loop):
-            self._threads.append(threading.Thread(target=loop, name=f"watch{loop.__name__}", daemon=True))
+            self._threads.append(threading.Thread(target=loop, name=f"heartbeat{loop.__name__}", daemon=True))
             self._threads[-1].start()
 
     def set_phase(self, phase: str) -> str:
-        """What this rank is doing now, for the others' messages; gives what it was doing before."""
+        """Set the phase of this rank for the messages of the other ranks, and return the previous phase."""
         previous, self._phase = self._phase, phase
         return previous
 
     def set_progress(self, progress: str) -> None:
-        """How far this rank is, such as ``step 12``."""
+        """Set the progress of this rank, such as ``step 12``."""
         self._progress = progress
 
     def report_failure(self, message: str, code: int) -> bool:
-        """Leave this rank's error for the others; False where another rank's is there already."""
-        # What the others do about it must not overtake what this rank still closes.
+        """Write the error of this rank to the store; return False if another rank's error was first."""
+        # The other ranks end because of this error, and their end must not stop this rank while it closes its logs.
         self._exit_deferred_until_s = time.monotonic() + 3 * CLOSE_TIMEOUT_S
         own_report = json.dumps({"rank": self._rank, "phase": self.describe_phase(), "message": message, "code": code})
         with contextlib.suppress(RuntimeError):
@@ -77,9 +80,9 @@ class Heartbeat:
         return True
 
     def stop(self) -> None:
-        """This rank leaves in order; nobody waits for its beats any more."""
+        """Stop the threads and mark this rank as done, so that the other ranks expect no more beats."""
         self._stop_event.set()
-        # A thread inside the store's code would be torn down with it at the interpreter's end.
+        # The interpreter's shutdown must not destroy the store while a thread uses it.
         for thread in self._threads:
             thread.join(CLOSE_TIMEOUT_S)
         self._phase = "done"
@@ -87,20 +90,20 @@ class Heartbeat:
             self._write_beat()
 
     def describe_phase(self) -> str:
-        """Phase and place of this rank."""
+        """Return the phase and progress of this rank."""
         return f"{self._phase}, {self._progress}" if self._progress else self._phase
 
     def explain_broken_collective(self, error: BaseException) -> RankFailure:
-        """Why a collective broke: which rank has failed or gone, as far as that can be found out."""
+        """Return the failure of the rank that broke a collective, or a general one if no rank is found."""
         failure = self.wait_for_failure(BROKEN_PEER_TIMEOUT_S, 3 * BROKEN_PEER_TIMEOUT_S)
         return failure or RankFailure(
-            f"the exchange between the processes broke in {self.describe_phase()}: {str(error).splitlines()[0]}", 1
+            f"communication between the ranks failed in {self.describe_phase()}: {str(error).splitlines()[0]}", 1
         )
 
     def wait_for_failure(self, silence_s: float, timeout_s: float) -> RankFailure | None:
-        """The rank that has failed, or been silent for so long, as soon as it is known; None when patience ends."""
+        """Wait up to ``timeout_s`` for a rank that has failed or has not beaten for ``silence_s``; None if none has."""
         deadline_s = time.monotonic() + timeout_s
-        # The main thread, which now knows, ends the run in better order; but not for ever.
+        # The main thread ends the run more cleanly than the monitor thread, which gives it a limited time to do so.
         self._exit_deferred_until_s = deadline_s + 3 * CLOSE_TIMEOUT_S
         while time.monotonic() < deadline_s:
             failure = self._find_dead_rank(silence_s)
@@ -110,7 +113,7 @@ class Heartbeat:
         return None
 
     def _write_beat(self) -> None:
-        """Write one beat."""
+        """Write one beat and the phase to the store."""
         self._n_beats += 1
         beat = {"count": self._n_beats, "phase": self.describe_phase(), "done": self._phase == "done"}
         self._store.set(f"beat{self._rank}", json.dumps(beat))
@@ -118,7 +121,7 @@ class Heartbeat:
     def _beat_loop(self) -> None:
         others = [number for number in range(self._world_size) if number != self._rank]
         while not self._stop_event.wait(BEAT_INTERVAL_S):
-            # A store that does not answer shows in the time of its last answer.
+            # Errors are ignored here, because a dead store is detected by the age of its last reply.
             with contextlib.suppress(RuntimeError):
                 self._write_beat()
                 if self._store.check([FAILURE_KEY]):
@@ -138,22 +141,22 @@ class Heartbeat:
                 self._last_beats[number] = beat["count"], time.monotonic()
 
     def _monitor_loop(self) -> None:
-        last_look_s = time.monotonic()
+        last_check_s = time.monotonic()
         while not self._stop_event.wait(BEAT_INTERVAL_S / 4):
             now_s = time.monotonic()
-            if now_s - last_look_s > SUSPENDED_GAP_S:
+            if now_s - last_check_s > SUSPENDED_GAP_S:
                 self._last_reply_s = now_s
                 with self._lock:
                     self._last_beats = {
                         number: (count, max(beat_s, now_s)) for number, (count, beat_s) in self._last_beats.items()
                     }
-            last_look_s = now_s
+            last_check_s = now_s
             failure = self._find_dead_rank(PEER_TIMEOUT_S)
             if failure is not None and now_s > self._exit_deferred_until_s:
                 self._end_process(failure)
 
     def _find_dead_rank(self, silence_s: float) -> RankFailure | None:
-        """The rank that failed, or has been silent for so many seconds."""
+        """Return the failure of a rank that reported one or has not beaten for ``silence_s`` seconds, else None."""
         reported, now_s = self._reported_failure, time.monotonic()
         if reported is not None and reported["rank"] != self._rank:
             return RankFailure(
@@ -164,8 +167,8 @@ class Heartbeat:
         for number, (_, beat_s) in last_beats:
             if now_s - beat_s > silence_s:
                 return RankFailure(
-                    f"rank {number} has not answered for {now_s - beat_s:.0f} s and is given up (killed, stopped, or cut "
-                    f"off); its last phase was {self._phases[number]}",
+                    f"rank {number} has not answered for {now_s - beat_s:.0f} s (it was killed, suspended or "
+                    f"disconnected), so the run ends; its last phase was {self._phases[number]}",
                     1,
                 )
         if now_s - self._last_reply_s > silence_s:

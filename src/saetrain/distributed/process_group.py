@@ -1,7 +1,8 @@
-"""All communication between ranks; with one rank, every function is a no-op.
+"""Process group of a launch: start, phases, failures and shutdown; with one rank, every function is a no-op.
 
-Two groups: one of gloo for numbers and texts between the hosts' memories, and one for tensors on the SAEs' device (NCCL
-on GPUs). Their collectives have no short timeout: :mod:`saetrain.distributed.heartbeat` finds a rank that is gone.
+There are two groups. The control group (gloo) carries numbers and JSON in host memory. The tensor group carries tensors
+on the SAEs' device (NCCL on GPUs). Their collectives have no short timeout, because
+:mod:`saetrain.distributed.heartbeat` finds dead ranks.
 """
 
 from __future__ import annotations
@@ -28,15 +29,15 @@ from saetrain.errors import SaetrainError
 
 STORE_TIMEOUT_S = 10
 RENDEZVOUS_TIMEOUT_MINUTES = 10
-"""Minutes that the processes get to find one another."""
+"""Minutes in which all processes must have started."""
 COLLECTIVE_TIMEOUT_DAYS = 30
 SIGTERM_GRACE_S = 3.0
-"""Seconds in which a process that is told to end looks for another's failure, which torchrun answers so."""
+"""Seconds in which a rank looks for another rank's failure after SIGTERM, which torchrun sends after a failure."""
 
 
 @dataclass
 class CommStats:
-    """What this rank has exchanged: tensor collectives, their bytes (of this rank's tensors), and seconds waited."""
+    """Communication of this rank: numbers of collectives, bytes of its own tensors, and seconds waited."""
 
     n_tensor_collectives: int = 0
     n_bytes: int = 0
@@ -57,7 +58,10 @@ _group: _ProcessGroup | None = None
 
 
 def init_process_group() -> None:
-    """Meet the other processes and begin to watch them; SaetrainError when they can't be met."""
+    """Run the rendezvous, create the groups and start the heartbeat.
+
+    Raises SaetrainError if the environment is incomplete or if the other processes can't be reached.
+    """
     global _group
     if world_size() == 1 or _group is not None:
         return
@@ -67,15 +71,15 @@ def init_process_group() -> None:
         timeout = datetime.timedelta(minutes=RENDEZVOUS_TIMEOUT_MINUTES)
         prefix_store = dist.PrefixStore(launch_id, store)
         dist.init_process_group("gloo", store=prefix_store, rank=rank(), world_size=world_size(), timeout=timeout)
-        # The watch has its own connection, for another thread may wait in the first.
+        # The heartbeat has its own connection, because another thread may block in the first one.
         heartbeat_store = connect_store(STORE_TIMEOUT_S, is_master=False)
     except (RuntimeError, ValueError, OSError) as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise SaetrainError(
-            f"rank {rank()} could not meet the other {world_size() - 1} processes at {address}: "
-            f"{str(error).splitlines()[0]}"
+            f"rank {rank()}: rendezvous of {world_size()} processes at {address} failed: "
+            f"{str(error).splitlines()[0]}; start every process with the same MASTER_ADDR and MASTER_PORT"
         ) from error
-    heartbeat = Heartbeat(dist.PrefixStore(f"{launch_id}/watch", heartbeat_store), rank(), world_size())
+    heartbeat = Heartbeat(dist.PrefixStore(f"{launch_id}/heartbeat", heartbeat_store), rank(), world_size())
     control_group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=COLLECTIVE_TIMEOUT_DAYS))
     _group = _ProcessGroup(heartbeat, control_group, control_group)
     restarts = torch.tensor(int(is_restart))
@@ -87,7 +91,7 @@ def init_process_group() -> None:
 
 
 def _handle_sigterm(signum: int, frame: Any) -> None:
-    """Ends the process as the signal would, once it is known whether another rank's failure is behind it."""
+    """Raise the failure of another rank if one caused the signal, else end the process as the signal would."""
     failure = _group.heartbeat.wait_for_failure(SIGTERM_GRACE_S, SIGTERM_GRACE_S) if _group is not None else None
     if failure is not None:
         raise failure
@@ -95,7 +99,7 @@ def _handle_sigterm(signum: int, frame: Any) -> None:
 
 
 def init_tensor_group(device: torch.device) -> None:
-    """Let tensors travel between ``device`` and its likes on the other ranks."""
+    """Create the NCCL group for tensors on ``device``; on a CPU, the control group carries tensors too."""
     if _group is not None and device.type == "cuda":
         torch.cuda.set_device(device)
         _group.tensor_group = dist.new_group(backend="nccl", timeout=datetime.timedelta(days=COLLECTIVE_TIMEOUT_DAYS))
@@ -103,7 +107,10 @@ def init_tensor_group(device: torch.device) -> None:
 
 @contextlib.contextmanager
 def process_group_context() -> Iterator[None]:
-    """Within it, the processes work together; an error that is not for the user is left for the others as well."""
+    """Initialize the process group for the block, and destroy it afterwards.
+
+    An unexpected error is reported to the other ranks, printed, and ends the process. The caller handles SaetrainError.
+    """
     init_process_group()
     try:
         yield
@@ -128,7 +135,7 @@ def process_group_context() -> Iterator[None]:
 
 
 def destroy_process_group() -> None:
-    """Leave in order: nobody waits for this rank any more, and it for nobody."""
+    """Shut down the heartbeat and the process group."""
     global _group
     if _group is not None:
         _group.heartbeat.stop()
@@ -138,31 +145,31 @@ def destroy_process_group() -> None:
 
 
 class CoordinatedExit(SystemExit):
-    """An end that all ranks have agreed on, with the exit code of a signal."""
+    """Exit that all ranks have agreed on, with the exit code of a signal."""
 
 
 def was_restarted() -> bool:
-    """Whether torchrun started the processes of this run before, of any host."""
+    """Return whether torchrun has restarted the processes of this run, on any host."""
     return _group.is_restart if _group is not None else env.restart_count() > 0
 
 
 def current_group() -> _ProcessGroup | None:
-    """The process group of this launch, or None when there is one process."""
+    """Return the process group of this launch, or None if there is one process."""
     return _group
 
 
 def report_failure(message: str, code: int) -> bool:
-    """Tell the others that this rank ends for an error; False where another rank's error was first."""
+    """Report to the other ranks that this rank ends with an error; return False if another rank's error was first."""
     return _group is None or _group.heartbeat.report_failure(message, code)
 
 
 def rank_prefix() -> str:
-    """``rank 2: `` before a message, nothing where there is one process."""
+    """Return the prefix of a message, such as ``rank 2: ``; with one process it is empty."""
     return f"rank {rank()}: " if _group is not None else ""
 
 
 def exit_now(code: int) -> None:
-    """End the process here where it is one of several: the libraries' threads may wait for ranks that are gone."""
+    """End the process at once if it is one of several, because threads of libraries may wait for dead ranks."""
     if _group is not None:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -170,41 +177,41 @@ def exit_now(code: int) -> None:
 
 
 def on_peer_failure(callback: Callable[[], None]) -> None:
-    """Call ``closing`` before this process is ended because another is gone."""
+    """Call ``callback`` before the heartbeat ends this process because another rank failed."""
     if _group is not None:
         _group.heartbeat.on_exit = callback
 
 
 def set_progress(progress: str) -> None:
-    """How far this rank is, for the others' messages."""
+    """Set the progress of this rank, such as ``step 12``, for the messages of the other ranks."""
     if _group is not None:
         _group.heartbeat.set_progress(progress)
 
 
 def set_phase(name: str) -> None:
-    """What this rank is doing from here on, for the others' messages."""
+    """Set the phase of this rank for the messages of the other ranks."""
     if _group is not None:
         _group.heartbeat.set_phase(name)
 
 
 @contextlib.contextmanager
 def phase(name: str) -> Iterator[None]:
-    """What this rank is doing within, for the others' messages."""
+    """Set the phase of this rank for the block, for the messages of the other ranks."""
     previous = _group.heartbeat.set_phase(name) if _group is not None else ""
     yield
-    # Left as it is by an error, for that is where it happened.
+    # After an error the phase is kept, because it names the place of the error.
     if _group is not None:
         _group.heartbeat.set_phase(previous)
 
 
 def comm_stats() -> CommStats:
-    """What this rank has exchanged since the start."""
+    """Return the communication of this rank since the start."""
     return _group.comm_stats if _group is not None else CommStats()
 
 
 @contextlib.contextmanager
 def track_wait(group: _ProcessGroup) -> Iterator[None]:
-    """Within it, time counts as waiting, and a broken connection is explained."""
+    """Count the time of the block as waiting, and raise a RankFailure if a collective fails."""
     start_s = time.perf_counter()
     try:
         yield

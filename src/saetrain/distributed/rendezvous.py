@@ -1,4 +1,4 @@
-"""Where the processes of a run find one another: the store of the launcher, or that of rank 0."""
+"""Rendezvous: the processes of a run find one another through the launcher's store, or through rank 0's."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ POLL_INTERVAL_S = 0.05
 
 
 def connect_store(timeout_s: float, *, is_master: bool) -> Any:
-    """A connection to the store where the processes meet, which this one serves where it is the ``host``."""
+    """Connect to the TCP store at MASTER_ADDR:MASTER_PORT; the process with ``is_master`` serves it."""
     timeout = datetime.timedelta(seconds=timeout_s)
     address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     return dist.TCPStore(*address, is_master=is_master, timeout=timeout, wait_for_workers=False)
 
 
 def rendezvous(timeout_minutes: float) -> tuple[Any, str, int]:
-    """(the store, a name for this start that no other has had, 1 where there was one before).
+    """Return (store, unique key prefix of this launch, 1 if the processes were restarted, else 0).
 
-    torchrun keeps its store when it starts the processes anew, with all that their last start left in it, and not every
-    host's agent counts the restart.
+    When torchrun restarts the processes, its store keeps the keys of the previous start, and not every host's agent
+    counts the restart.
     """
     timeout_s = 60 * timeout_minutes
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
@@ -45,18 +45,18 @@ def rendezvous(timeout_minutes: float) -> tuple[Any, str, int]:
 
 
 def _reply_to_ranks(store: Any, launch_id: str, deadline_s: float) -> None:
-    """As rank 0, give every other rank the name ``mine``, until each has said that it got it."""
+    """Send ``launch_id`` to every other rank, as rank 0, until each one has confirmed it."""
     waiting = set(range(1, world_size()))
     answered: set[str] = set()
     while waiting:
         for number in [each for each in waiting if store.check([f"saetrain/here{each}"])]:
             other_id = store.get(f"saetrain/here{number}").decode()
-            # What a start before this one left is answered too, which nobody reads.
+            # Keys of a previous start are answered too, but nobody reads those answers.
             if other_id not in answered:
                 store.set(f"saetrain/answer{other_id}", launch_id)
                 answered.add(other_id)
             if store.check([f"{launch_id}/{other_id}"]):
                 waiting.discard(number)
         if time.monotonic() > deadline_s:
-            raise RuntimeError(f"no sign of rank {', '.join(map(str, sorted(waiting)))}")
+            raise RuntimeError(f"no answer from rank {', '.join(map(str, sorted(waiting)))}")
         time.sleep(POLL_INTERVAL_S)

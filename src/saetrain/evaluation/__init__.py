@@ -1,1 +1,1 @@
-"""Held-out tokens -> figures: reconstruction, sparsity, geometry."""
+"""Metrics of SAEs on held-out text: reconstruction, sparsity, decoder geometry, loss recovered, and the verdict."""

@@ -1,4 +1,4 @@
-"""What an SAE's figures are held against: the mean, PCA of rank k, and a random decoder of the same shape."""
+"""Baselines for the metrics of an SAE: PCA of rank k and a random decoder of the same shape."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor
 from saetrain.types import Codes
 
 MAX_GATHERED_ELEMENTS = 1 << 24
-"""Numbers of decoder rows that least squares holds at once."""
+"""Largest number of decoder elements that least squares gathers at once; bounds its memory."""
 RIDGE = 1e-5
-"""Added to the diagonal, as the k directions may be all but dependent (k near D)."""
+"""Added to the diagonal of the Gram matrix, because the k directions may be nearly dependent if k is near D."""
 
 
 class RunningMoments:
-    """Running mean and covariance of tokens (N, D), in fp64."""
+    """Running mean and covariance of activations (N, D), in fp64."""
 
     def __init__(self, d_in: int, device: torch.device) -> None:
         self._sum = torch.zeros(d_in, dtype=torch.float64, device=device)
@@ -24,18 +24,18 @@ class RunningMoments:
         self.n_tokens = 0
 
     def add(self, x_ND: Tensor) -> None:
-        """Count a batch."""
+        """Add a batch of activations (N, D)."""
         x = x_ND.double()
         self._sum += x.sum(dim=0)
         self._products.addmm_(x.T, x)
         self.n_tokens += len(x)
 
     def compute_mean(self) -> Tensor:
-        """(D,) fp32."""
+        """Return the mean, (D,) in fp32."""
         return (self._sum / self.n_tokens).float()
 
     def principal_directions(self, rank: int) -> Tensor:
-        """(D, rank) orthonormal directions of largest variance, fp32."""
+        """Return the orthonormal directions of largest variance, (D, min(rank, D)) in fp32."""
         mean = self._sum / self.n_tokens
         covariance = self._products / self.n_tokens - torch.outer(mean, mean)
         _, vectors = torch.linalg.eigh(covariance)
@@ -44,21 +44,21 @@ class RunningMoments:
 
 @dataclass(frozen=True)
 class PCA:
-    """x̂ = m + V Vᵀ (x - m), with ``basis`` V (D, rank)."""
+    """PCA as an autoencoder: x̂ = m + V Vᵀ (x - m), with ``mean`` m (D,) and ``basis`` V (D, rank)."""
 
     mean: Tensor
     basis: Tensor
 
     def __call__(self, x_ND: Tensor) -> Tensor:
-        """The reconstruction."""
+        """Return the reconstruction of ``x_ND``, (N, D)."""
         return self.mean + (x_ND - self.mean) @ self.basis @ self.basis.T
 
 
 @dataclass(frozen=True)
 class RandomDecoder:
-    """An SAE that has learned nothing: the k largest of D (x - m), then least squares on those k directions.
+    """An untrained SAE: select the k directions with the largest inner product with x - m, then fit least squares.
 
-    ``directions`` D (F, D) of unit norm.
+    ``mean`` m has shape (D,), ``directions`` has shape (F, D) and rows of unit norm.
     """
 
     mean: Tensor
@@ -67,19 +67,19 @@ class RandomDecoder:
 
     @staticmethod
     def from_seed(mean: Tensor, num_latents: int, k: int, seed: int) -> RandomDecoder:
-        """Directions drawn from ``seed``."""
+        """Draw ``num_latents`` directions from ``seed``, uniformly on the unit sphere."""
         generator = torch.Generator().manual_seed(seed)
         directions = torch.randn(num_latents, len(mean), generator=generator)
         return RandomDecoder(mean, torch.nn.functional.normalize(directions, dim=1).to(mean.device), k)
 
     def encode(self, x_ND: Tensor) -> Codes:
-        """Which k directions are taken, with their inner products."""
+        """Return the k selected directions per token, with their inner products (negative ones as 0)."""
         values, indices = ((x_ND - self.mean) @ self.directions.T).topk(self.k, dim=1)
         return Codes(values.relu(), indices, len(self.directions))
 
     def decode(self, codes: Codes, x_ND: Tensor) -> Tensor:
-        """The best reconstruction of ``x_ND`` from the directions that ``codes`` name."""
-        assert codes.indices is not None, "a random decoder's code is sparse"
+        """Return the least-squares reconstruction of ``x_ND`` from the directions that ``codes`` select, (N, D)."""
+        assert codes.indices is not None, "the codes of a random decoder are sparse"
         chunk_tokens = max(1, MAX_GATHERED_ELEMENTS // (self.k * len(self.mean)))
         chunks = zip(codes.indices.split(chunk_tokens), (x_ND - self.mean).split(chunk_tokens), strict=True)
         return torch.cat([self.mean + self._fit_least_squares(indices, x) for indices, x in chunks])
@@ -87,18 +87,18 @@ class RandomDecoder:
     def _fit_least_squares(self, indices: Tensor, x: Tensor) -> Tensor:
         rows = self.directions[indices]
         if rows.shape[1] > rows.shape[2]:
-            # More directions than dimensions: their products are a singular matrix, those of the dimensions are not.
+            # With k > D the k x k Gram matrix is singular, so the D x D one is solved instead.
             gram = rows.transpose(1, 2) @ rows
             return x - RIDGE * _solve_ridge(gram, x.unsqueeze(2)).squeeze(2)
         weights = _solve_ridge(rows @ rows.transpose(1, 2), rows @ x.unsqueeze(2))
         return (rows.transpose(1, 2) @ weights).squeeze(2)
 
     def __call__(self, x_ND: Tensor) -> Tensor:
-        """The reconstruction."""
+        """Return the reconstruction of ``x_ND``, (N, D)."""
         return self.decode(self.encode(x_ND), x_ND)
 
 
 def _solve_ridge(gram: Tensor, right_side: Tensor) -> Tensor:
-    """(gram + RIDGE)⁻¹ wanted; ``gram`` is changed."""
+    """Return (gram + RIDGE I)⁻¹ right_side; ``gram`` is modified in place."""
     gram.diagonal(dim1=1, dim2=2).add_(RIDGE)
     return torch.cholesky_solve(right_side, torch.linalg.cholesky(gram))

@@ -1,7 +1,7 @@
-"""Sums over tokens with a Poisson bootstrap over documents: intervals at flat memory, in one pass.
+"""Poisson bootstrap over documents (Hanley and MacGibbon 2006; Chamandy et al. 2012), in one pass over the tokens.
 
-Every replicate gives each document a weight drawn from Poisson(1), seeded by the document alone, so that a figure and
-its interval do not depend on how the text was batched (Hanley and MacGibbon 2006; Chamandy et al. 2012).
+Each replicate gives each document a weight drawn from Poisson(1). The draw is seeded by the document, replicate and
+seed alone, so a metric and its interval do not depend on the batches. Memory does not grow with the text.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Formula = Callable[[Sums], Tensor]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure with its interval; ``low`` and ``high`` are nan where nothing was resampled."""
+    """A metric with its interval; ``low`` and ``high`` are nan if there is no interval."""
 
     value: float
     low: float = math.nan
@@ -38,7 +38,7 @@ class Estimate:
 
 
 def draw_poisson_weights(docs: np.ndarray, replicates: int, seed: int) -> np.ndarray:
-    """(replicates, documents) float64, each a draw from Poisson(1) that document, replicate and seed decide."""
+    """Return draws from Poisson(1), (replicates, documents) float64, determined by document, replicate and seed."""
     streams = mix_bits(np.arange(replicates, dtype=np.uint64) + np.uint64(seed) * np.uint64(1 << 20))
     random_bits = mix_bits(docs.astype(np.uint64)[None, :] ^ streams[:, None])
     cumulative = np.cumsum([math.exp(-1) / math.factorial(count) for count in range(16)])
@@ -46,9 +46,9 @@ def draw_poisson_weights(docs: np.ndarray, replicates: int, seed: int) -> np.nda
 
 
 class DocumentSums:
-    """Named sums over tokens, and the same of every replicate.
+    """Named sums over tokens, for the full text and for every replicate.
 
-    ``total`` {name: (…)} and ``replicate`` {name: (replicates, …)}, both in ``dtype``.
+    ``full_sums`` {name: (…)} and ``replicate_sums`` {name: (replicates, …)} are both in ``dtype``.
     """
 
     def __init__(self, replicates: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> None:
@@ -59,7 +59,7 @@ class DocumentSums:
         self._has_several_docs = False
 
     def add(self, docs: np.ndarray, terms: Mapping[str, Tensor]) -> None:
-        """Count n tokens: ``docs`` (n,) int64, and each term's value for every one of them, (n, …)."""
+        """Add N tokens: their document ids ``docs`` (N,) int64, and each term's value per token, (N, …)."""
         documents, document_of = np.unique(docs, return_inverse=True)
         doc_index = torch.from_numpy(document_of)
         document_sums = {}
@@ -70,7 +70,7 @@ class DocumentSums:
         self.add_document_sums(documents, document_sums)
 
     def add_document_sums(self, documents: np.ndarray, sums: Mapping[str, Tensor]) -> None:
-        """Count whole documents (u,) int64 by their own sums, each (u, …)."""
+        """Add sums that are already per document: ids ``documents`` (U,) int64, and each sum (U, …)."""
         if self._first_doc is None and len(documents):
             self._first_doc = int(documents[0])
         self._has_several_docs = self._has_several_docs or bool((documents != self._first_doc).any())
@@ -86,9 +86,10 @@ class DocumentSums:
                 )
 
     def estimate_metric(self, formula: Formula, value_range: ValueRange = UNBOUNDED) -> Estimate:
-        """What ``formula`` makes of the sums, (…) to scalar and with a leading axis of replicates alike.
+        """Return ``formula`` of the sums, with its interval limited to ``value_range``.
 
-        ``possible``: the range of such a figure. One document alone can't be resampled, so it gives no interval.
+        ``formula`` must also accept sums with a leading axis of replicates. There is no interval for a single
+        document, because it can't be resampled.
         """
         can_resample = self.replicate_sums and self._has_several_docs
         return bootstrap_estimate(
@@ -97,12 +98,13 @@ class DocumentSums:
 
 
 def bootstrap_estimate(value: Tensor, replicates: Tensor | None, value_range: ValueRange = UNBOUNDED) -> Estimate:
-    """The middle COVERAGE of the replicates, moved so that their mean is the value.
+    """Return ``value`` with the central ``INTERVAL_COVERAGE`` of ``replicates`` (R,), shifted so that their mean is it.
 
-    It ends where the ``possible`` range of the figure does, and always holds the value.
+    The interval is limited to ``value_range`` and always contains the value.
 
-    A replicate holds about 63 % of the documents, which biases what depends on how many there are (a latent that never
-    fires); the shift takes that out. Replicates that are not finite (a denominator of zero) leave no interval.
+    A replicate contains about 63 % of the documents. This biases metrics that depend on the number of documents, such
+    as the share of latents that never fire; the shift removes the bias. There is no interval if a replicate is not
+    finite, for example because its denominator is zero.
     """
     if replicates is None or len(replicates) < 2 or not bool(torch.isfinite(replicates).all()):
         return Estimate(float(value))

@@ -1,4 +1,4 @@
-"""All figures of several coders on held-out activations, in one pass over the text."""
+"""Evaluation during training: metrics of several coders on held-out activations, in one pass over the text."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from saetrain.evaluation.reconstruction import ReconstructionSums
 from saetrain.evaluation.sparsity import SparsitySums
 
 CHUNK_TOKENS = 1024
-"""Tokens encoded at once, which bounds the (tokens, F) pre-activations."""
+"""Tokens encoded at once; bounds the memory of the pre-activations (N, F)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalSettings:
-    """Held-out figures while training."""
+    """Evaluation on held-out text during training."""
 
     eval_every: int = 1000
-    """Optimizer steps between evaluations on held-out text (and one at the end); 0: only at the end."""
+    """Optimizer steps between evaluations on held-out text. A run always evaluates at its end (0: only there)."""
     eval_tokens: int = 20_000
-    """Held-out tokens that an evaluation takes."""
+    """Held-out tokens per evaluation."""
 
     def __post_init__(self) -> None:
         if self.eval_every < 0:
@@ -36,7 +36,7 @@ class EvalSettings:
 
 @dataclass(frozen=True)
 class EvalTarget:
-    """A coder that takes raw activations of ``hookpoint``; ``centre`` (D,) near their mean."""
+    """A coder of raw activations of ``hookpoint``; ``centre`` (D,) is any constant near their mean."""
 
     hookpoint: str
     coder: SparseCoder
@@ -50,7 +50,11 @@ def evaluate_coders(
     max_tokens: int,
     dead_threshold: float,
 ) -> dict[str, dict[str, float]]:
-    """{subject: figures} over the first ``tokens`` tokens of ``batches`` of raw activations {hookpoint: (n, D)}."""
+    """Return {target: {metric: value}} over the first ``max_tokens`` tokens of ``batches``.
+
+    A batch contains raw activations {hookpoint: (N, D)}. A latent that fires on a smaller share of the tokens than
+    ``dead_threshold`` counts as dead.
+    """
     sums = {
         name: (
             ReconstructionSums(target.centre),

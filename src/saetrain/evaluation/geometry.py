@@ -1,4 +1,4 @@
-"""How alike the latents' directions are, beside what random directions give."""
+"""Decoder geometry: cosines between the directions of latents, next to those of random directions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LATENTS_PER_BLOCK = 4096
 
 @torch.no_grad()
 def geometry_metrics(W_enc_DF: Tensor, W_dec_FD: Tensor) -> dict[str, float]:
-    """Cosines between decoder rows and between each latent's encoder and decoder, each with its random baseline."""
+    """Return the cosines between decoder rows and between encoder and decoder per latent, with random baselines."""
     num_latents, d_in = W_dec_FD.shape
     top_cosines, max_cosines = top_and_max_decoder_cosines(W_dec_FD)
     return {
@@ -27,7 +27,7 @@ def geometry_metrics(W_enc_DF: Tensor, W_dec_FD: Tensor) -> dict[str, float]:
 
 
 def _random_encoder_cosine(W_enc_DF: Tensor) -> float:
-    """Mean cosine of the encoder's columns with random directions, drawn in blocks."""
+    """Return the mean cosine between encoder columns and random directions, drawn in blocks to bound memory."""
     generator = torch.Generator().manual_seed(BASELINE_SEED)
     cosine_sum, (d_in, num_latents) = 0.0, W_enc_DF.shape
     for start in range(0, num_latents, LATENTS_PER_BLOCK):

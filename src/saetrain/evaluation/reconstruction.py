@@ -1,4 +1,4 @@
-"""How well x̂ rebuilds x: sums in fp64 that do not depend on how the tokens were batched."""
+"""Reconstruction metrics (FVU, cosine, norm ratio, …) from sums in fp64 that do not depend on the batches."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ METRIC_FORMULAS: dict[str, Formula] = {
     "norm_ratio": lambda sums: sums["norm_ratio"] / sums["tokens"],
     "reconstruction_bias": lambda sums: sums["norm_square"] / sums["inner"],
 }
-"""Figure -> its formula; docs/metrics.md explains each."""
+"""Formula of each metric; docs/metrics.md defines them."""
 METRIC_RANGES: dict[str, ValueRange] = {
     "fvu": NON_NEGATIVE,
     "explained_variance": AT_MOST_ONE,
@@ -40,11 +40,14 @@ METRIC_RANGES: dict[str, ValueRange] = {
     "cosine": COSINE_RANGE,
     "norm_ratio": NON_NEGATIVE,
 }
-"""Figure -> its range, where it has one."""
+"""Range of each metric that has one."""
 
 
 class ReconstructionSums:
-    """Running sums over tokens in raw units; ``centre`` (D,) is any constant near the mean, against cancellation."""
+    """Running sums over tokens in raw units.
+
+    ``centre`` (D,) is any constant near the mean; subtracting it avoids cancellation in the variance.
+    """
 
     def __init__(self, centre: Tensor, replicates: int = 0, seed: int = 0) -> None:
         self._centre = centre.double()
@@ -53,7 +56,7 @@ class ReconstructionSums:
 
     @torch.no_grad()
     def add(self, x_ND: Tensor, reconstruction_ND: Tensor, docs: np.ndarray | None = None) -> None:
-        """Count a batch; ``docs`` (N,) says which document each token is from."""
+        """Add a batch: activations and reconstructions (N, D), and the document id of each token, (N,)."""
         if not len(x_ND):
             return
         x, x_hat = x_ND.double(), reconstruction_ND.double()
@@ -72,7 +75,7 @@ class ReconstructionSums:
         self.n_tokens += len(x)
 
     def merged_with(self, others: list[ReconstructionSums]) -> ReconstructionSums:
-        """The sums of this and ``others`` together, without replicates."""
+        """Return the sums of ``self`` and ``others`` together, without replicates."""
         merged = ReconstructionSums(self._centre)
         for part in (self, *others):
             if part.n_tokens:
@@ -84,7 +87,7 @@ class ReconstructionSums:
         return merged
 
     def metric_estimates(self) -> dict[str, Estimate]:
-        """Each figure of FORMULAS with its interval; nan where no token was counted."""
+        """Return each metric of ``METRIC_FORMULAS`` with its interval; nan if no token was added."""
         if not self.n_tokens:
             return dict.fromkeys(METRIC_FORMULAS, Estimate(float("nan")))
         return {
@@ -93,5 +96,5 @@ class ReconstructionSums:
         }
 
     def metric_values(self) -> dict[str, float]:
-        """The figures alone."""
+        """Return the metrics without their intervals."""
         return {name: estimate.value for name, estimate in self.metric_estimates().items()}

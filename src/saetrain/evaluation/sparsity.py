@@ -1,4 +1,4 @@
-"""How sparse the decoded code is, and which latents are used."""
+"""Sparsity metrics of the decoded code: L0, dead latents and firing densities."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from saetrain.evaluation.bootstrap import FRACTION_RANGE, NON_NEGATIVE, Document
 from saetrain.types import Codes
 
 DOCUMENTS_PER_BLOCK = 64
-"""Documents whose counts are held at once, which bounds the (documents, F) counts."""
+"""Documents whose counts are in memory at once; bounds the counts (documents, F)."""
 LOG10_DENSITY_EDGES = tuple(-6 + 0.5 * step for step in range(13))
-"""Edges of the density histogram, log10 of the share of tokens that a latent fires on."""
+"""Edges of the density histogram: log10 of the share of tokens on which a latent fires."""
 
 
 def _firing_rates(sums: Sums) -> Tensor:
@@ -25,27 +25,30 @@ def _firing_rates(sums: Sums) -> Tensor:
 def _fraction_where(condition: Callable[[Tensor], Tensor]) -> Formula:
     def compute_fraction(sums: Sums) -> Tensor:
         rates = _firing_rates(sums)
-        # No rate is known of a replicate without tokens, whatever the condition says of nan.
+        # A replicate without tokens has no rate, but a condition on nan is False instead of nan.
         return condition(rates).double().mean(dim=-1).where(sums["tokens"] > 0, torch.nan)
 
     return compute_fraction
 
 
 class SparsitySums:
-    """Running counts over tokens of the code that is decoded."""
+    """Running firing counts of the decoded codes.
+
+    A latent that fires on a smaller share of the tokens than ``dead_threshold`` counts as dead.
+    """
 
     def __init__(
         self, num_latents: int, dead_threshold: float, device: torch.device, replicates: int = 0, seed: int = 0
     ) -> None:
         self._num_latents, self._dead_threshold, self._replicates = num_latents, dead_threshold, replicates
         self._l0_counts = torch.zeros(num_latents + 1, dtype=torch.long, device=device)
-        # Whole numbers, which fp32 holds exactly up to 16 million.
+        # The counts are integers, which fp32 represents exactly up to 16 million.
         self._sums = DocumentSums(replicates, seed, torch.float32)
         self._firing_counts = torch.zeros(num_latents, dtype=torch.long, device=device)
         self.n_tokens = 0
 
     def add(self, codes: Codes, docs: np.ndarray | None = None) -> None:
-        """Count a batch; ``docs`` (N,) says which document each token is from."""
+        """Add the codes of N tokens; ``docs`` (N,) contains their document ids, and is required with replicates."""
         count = codes.values.shape[0]
         if not count:
             return
@@ -69,7 +72,7 @@ class SparsitySums:
             self._sums.add_document_sums(block, {"fired": fired, "tokens": tokens})
 
     def _firings_per_document(self, codes: Codes, doc_indices: Tensor, n_documents: int) -> Tensor:
-        """(documents, F) tokens of each document on which each latent fires."""
+        """Return the number of tokens on which each latent fires in each document, (documents, F)."""
         if codes.indices is None:
             out = torch.zeros(n_documents, self._num_latents, device=doc_indices.device)
             return out.index_add_(0, doc_indices, (codes.values > 0).float())
@@ -77,7 +80,7 @@ class SparsitySums:
         return torch.bincount(flat, minlength=n_documents * self._num_latents).view(n_documents, self._num_latents)
 
     def metric_formulas(self) -> dict[str, Formula]:
-        """Figure -> its formula."""
+        """Return the formula of each metric."""
         return {
             "l0": lambda sums: sums["fired"].sum(dim=-1) / sums["tokens"],
             "dead_below_threshold": _fraction_where(lambda rates: rates < self._dead_threshold),
@@ -89,8 +92,8 @@ class SparsitySums:
         }
 
     def metric_estimates(self) -> dict[str, Estimate]:
-        """Each figure of :meth:`formulas` with its interval, and ``l0_share``, L0 / F."""
-        # The counts themselves are exact at any number of tokens.
+        """Return each metric of :meth:`metric_formulas` with its interval, and ``l0_share`` = L0 / F."""
+        # The integer counts are exact for any number of tokens, fp32 sums are not.
         exact_sums = {
             "fired": self._firing_counts.double(),
             "tokens": torch.tensor(float(max(self.n_tokens, 1)), dtype=torch.float64),
@@ -105,23 +108,27 @@ class SparsitySums:
         return out
 
     def metric_values(self) -> dict[str, float]:
-        """The figures alone, with the 5th, 50th and 95th percentile of L0 over tokens."""
+        """Return the metrics without their intervals, and the 5th, 50th and 95th percentile of L0 over tokens."""
         low, middle, high = self.l0_percentiles()
         values = {name: estimate.value for name, estimate in self.metric_estimates().items()}
         return {**values, "l0_p5": low, "l0_p50": middle, "l0_p95": high}
 
     def l0_percentiles(self) -> tuple[int, int, int]:
-        """5th, 50th and 95th percentile over tokens."""
-        low, middle, high = (self._l0_percentile(share) for share in (0.05, 0.5, 0.95))
+        """Return the 5th, 50th and 95th percentile of L0 over tokens."""
+        low, middle, high = (self._l0_percentile(fraction) for fraction in (0.05, 0.5, 0.95))
         return low, middle, high
 
     def _l0_percentile(self, fraction: float) -> int:
-        """Smallest L0 that at least ``share`` of the tokens do not exceed."""
+        """Return the smallest L0 that at least ``fraction`` of the tokens do not exceed."""
         cumulative_counts = self._l0_counts.cumsum(0)
         return int((cumulative_counts < fraction * self.n_tokens).sum())
 
     def density_histogram(self) -> dict[str, Any]:
-        """Latents by log10 of their density: ``edges`` (E,), ``counts`` (E - 1,), and those that fall outside."""
+        """Return the histogram of latents over log10 of their firing density.
+
+        ``edges_log10`` has E entries and ``counts`` has E - 1. ``rarer`` latents fire less often than the first edge,
+        ``never`` latents do not fire at all.
+        """
         rates = (self._firing_counts.double() / max(self.n_tokens, 1)).cpu().numpy()
         logs = np.log10(rates[rates > 0])
         counts, _ = np.histogram(logs, bins=np.array(LOG10_DENSITY_EDGES))
