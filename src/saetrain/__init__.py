@@ -1,6 +1,6 @@
 """saetrain: sparse autoencoders on the activations of any Hugging Face transformer.
 
-Data flow one way::
+Data flows one way::
 
     text -> tokens -> activations -> codes -> loss -> metrics -> artifacts
     data/   data/     activations/   coders/  losses  metrics    interop/

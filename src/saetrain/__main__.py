@@ -1,4 +1,4 @@
-"""``python -m saetrain``."""
+"""Entry point of ``python -m saetrain``."""
 
 import sys
 

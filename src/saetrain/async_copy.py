@@ -1,4 +1,4 @@
-"""Between host and device without waiting for what the device is doing."""
+"""Copies between host and device that do not wait for the device's other work."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor
 
 
 def copy_to_device_async(array: np.ndarray, device: torch.device) -> Tensor:
-    """The array on the device, behind the work that the device has been given so far."""
+    """Return the array on the device; the copy is queued after the work that is already queued there."""
     host = torch.from_numpy(array)
-    # Of memory that can be swapped out, a copy is waited for.
+    # A copy from pageable memory would block.
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
 class PendingCopy:
-    """A tensor on its way to the host."""
+    """Copy of a tensor to the host that runs asynchronously."""
 
     def __init__(self, value: Tensor) -> None:
         self._host = value.to("cpu", non_blocking=True)
@@ -27,29 +27,32 @@ class PendingCopy:
             self._event.record()
 
     def get(self) -> Tensor:
-        """It, waited for."""
+        """Block until the copy is done, then return the tensor on the host."""
         if self._event is not None:
             self._event.synchronize()
         return self._host
 
 
 class DelayedCopy:
-    """A queue of small tensors; each is given ``lag`` entries after its own, or by :meth:`pop_all`."""
+    """Queue of small tensors that are copied to the host.
+
+    :meth:`pop_ready` returns an entry once ``lag`` newer ones are queued, so that it rarely blocks.
+    """
 
     def __init__(self, lag: int) -> None:
         self._lag_steps = lag
         self._pending: deque[tuple[int, PendingCopy]] = deque()
 
     def put(self, step: int, value: Tensor) -> None:
-        """Send the figures of a step on their way; nothing waits."""
+        """Start to copy the values of a step, without blocking."""
         self._pending.append((step, PendingCopy(value)))
 
     def pop_ready(self) -> list[tuple[int, list[float]]]:
-        """(step, figures) of those that are due, the oldest first."""
+        """Return (step, values) of all but the newest ``lag`` entries, oldest first."""
         return self._pop_until(self._lag_steps)
 
     def pop_all(self) -> list[tuple[int, list[float]]]:
-        """All that are left, waited for."""
+        """Block until all copies are done, and return (step, values) of the remaining entries, oldest first."""
         return self._pop_until(0)
 
     def _pop_until(self, n_left: int) -> list[tuple[int, list[float]]]:

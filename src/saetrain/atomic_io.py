@@ -1,4 +1,4 @@
-"""Writing so that a crash leaves the old file or the new one, and hashing what was written."""
+"""Atomic file writes, which leave either the old or the new file after a crash, and file hashes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 
 def fsync_dir(path: Path) -> None:
-    """Make renames and new names inside ``path`` survive a power cut."""
+    """Sync the directory ``path``, so that renamed and new entries survive a power failure."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -21,15 +21,15 @@ def fsync_dir(path: Path) -> None:
 
 
 def temporary_path(path: Path) -> Path:
-    """Where ``path`` is written before it takes its place; a process that is killed may leave it behind."""
+    """Return the path to which ``path`` is written before the rename; a killed process may leave that file."""
     return path.with_name(f".{path.name}.tmp")
 
 
 @contextlib.contextmanager
 def atomic_replace(path: Path) -> Iterator[Path]:
-    """A temporary neighbour to write to, which takes ``path``'s place when the block ends without an error.
+    """Yield a temporary path in the same folder, which replaces ``path`` when the block ends without an error.
 
-    Raises OSError (disk full, no permission); ``path`` then holds what it held before.
+    Raises OSError (disk full, no permission) and then leaves ``path`` unchanged.
     """
     temporary = temporary_path(path)
     try:
@@ -44,7 +44,7 @@ def atomic_replace(path: Path) -> Iterator[Path]:
 
 
 def write_atomic(path: Path, content: str) -> None:
-    """Write ``content`` to ``path`` whole or not at all."""
+    """Write ``content`` to ``path`` completely or not at all."""
     with atomic_replace(path) as temporary:
         temporary.write_text(content, encoding="utf-8")
 
@@ -55,7 +55,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def hash_file(path: Path) -> str:
-    """Hex SHA-256 of a file's bytes."""
+    """Return the SHA-256 of a file's bytes as hexadecimal digits."""
     digest = hashlib.sha256()
     with open(path, "rb") as handle:
         while block := handle.read(1 << 20):

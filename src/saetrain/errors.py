@@ -1,4 +1,4 @@
-"""What a user can cause: one exception type, and the words that help to mend it."""
+"""Errors that a user can cause, and suggestions for misspelled names."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from collections.abc import Iterable
 
 
 class SaetrainError(Exception):
-    """A mistake that the user can mend.
+    """Error that the user can correct.
 
-    The message names the flag or file, what was found and what is allowed. The command line prints it without
-    a traceback and exits with ``exit_code``.
+    The message names the flag or file, what was found, what is allowed and what to do. The command line prints it
+    without a traceback and exits with ``exit_code``.
     """
 
     exit_code = 2
 
 
 class RankFailure(SaetrainError):
-    """Another process of the run has failed, with its exit code, or is gone."""
+    """Failure of another rank, with that rank's exit code, or with 1 if the rank is dead."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
@@ -25,18 +25,18 @@ class RankFailure(SaetrainError):
 
 
 def closest_matches(word: str, options: Iterable[str], n: int = 3) -> list[str]:
-    """Up to ``n`` members of ``options`` that are spelt like ``word``, best first."""
+    """Return up to ``n`` members of ``options`` with a spelling similar to ``word``, best first."""
     return difflib.get_close_matches(word, list(options), n=n, cutoff=0.5)
 
 
 def did_you_mean(word: str, options: Iterable[str]) -> str:
-    """`` Did you mean …?`` with the nearest names, or an empty string when nothing is near."""
+    """Return `` Did you mean …?`` with the most similar names, or an empty string if no name is similar."""
     matches = closest_matches(word, options)
     return f" Did you mean {' or '.join(matches)}?" if matches else ""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` is what a CPU or GPU allocator raises when memory runs out."""
+    """Return whether a CPU or GPU allocator raised ``error`` because memory ran out."""
     text = str(error)
     return (
         isinstance(error, MemoryError)

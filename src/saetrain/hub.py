@@ -1,4 +1,4 @@
-"""The hub: its local caches first, and whether it can be reached, asked once and answered within seconds."""
+"""Hugging Face hub: local caches come first, and one check finds within seconds whether the hub can be reached."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FILE_SUFFIXES = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".bin")
 
 @functools.cache
 def is_hub_reachable(timeout_s: float = 3.0) -> bool:
-    """Whether a connection to the hub opens within ``timeout_s`` seconds (through a proxy where one is set)."""
+    """Return whether a connection to the hub (or to the proxy, if one is set) opens within ``timeout_s`` seconds."""
     import urllib.request
 
     from huggingface_hub import constants
@@ -34,7 +34,7 @@ def is_hub_reachable(timeout_s: float = 3.0) -> bool:
         with contextlib.suppress(OSError), socket.create_connection((target.hostname or "", port), timeout=timeout_s):
             opened.set()
 
-    # The socket's own limit holds for each of a name's addresses, and not at all for finding them.
+    # The socket's own timeout applies to each address of a host name separately, and not to the DNS lookup.
     thread = threading.Thread(target=try_connect, daemon=True)
     thread.start()
     thread.join(timeout_s)
@@ -43,14 +43,14 @@ def is_hub_reachable(timeout_s: float = 3.0) -> bool:
 
 @contextlib.contextmanager
 def offline_mode() -> Iterator[None]:
-    """Within it, the hub's libraries look into their caches alone."""
+    """Make the hub's libraries use only their caches within the block."""
     import datasets.config
     from huggingface_hub import constants
 
     previous = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
     verbosity = datasets.logging.get_verbosity()
     constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
-    # It would warn that the hub could not be found, which was not asked.
+    # The library would warn that it could not reach the hub, although it did not try to.
     datasets.logging.set_verbosity_error()
     try:
         yield
@@ -60,17 +60,20 @@ def offline_mode() -> Iterator[None]:
 
 
 def load_cached_or_fetch(description: str, load: Callable[[], T]) -> T:
-    """``load()`` from the local caches where they hold all that it needs, else over the network."""
+    """Return ``load()`` from the local caches if they are complete, else over the network.
+
+    Raises SaetrainError that names ``description`` if the network is needed and the hub can't be reached.
+    """
     try:
         with offline_mode():
             return load()
-    except (OSError, ValueError):  # what the libraries raise for a file that is not in the cache
+    except (OSError, ValueError):  # The libraries raise these for a file that is not in the cache.
         require_hub(description)
     return load()
 
 
 def refuse_missing_path(description: str, name: str) -> None:
-    """SaetrainError when ``name`` is spelt like a path, which no hub id is; it is known not to be there."""
+    """Raise SaetrainError if ``name``, which does not exist locally, looks like a path and not like a hub id."""
     suggestion = did_you_mean(
         Path(name).name, [p.name for p in Path(name).parent.iterdir()] if Path(name).parent.is_dir() else []
     )
@@ -79,9 +82,9 @@ def refuse_missing_path(description: str, name: str) -> None:
 
 
 def require_hub(description: str) -> None:
-    """SaetrainError that ``what`` is not on this machine, unless the hub can be reached."""
+    """Raise SaetrainError that ``description`` is not on this machine, unless the hub can be reached."""
     if not is_hub_reachable():
         raise SaetrainError(
-            f"{description} is neither a local path nor (whole) in the local cache, and the hub can't be reached "
-            "(no network?); give a local path, or connect and try again"
+            f"{description} is neither a local path nor (completely) in the local cache, and the hub can't be reached "
+            "(no network?); pass a local path, or connect to the network and try again"
         )

@@ -1,4 +1,4 @@
-"""Figures of merit as pure functions of sums, codes and decoders; formulas in docs/metrics.md."""
+"""Metrics as pure functions of sums and decoder weights; docs/metrics.md has the formulas."""
 
 from __future__ import annotations
 
@@ -8,20 +8,26 @@ from torch import Tensor
 
 
 def total_variance(shifted_sum: Tensor, shifted_square: Tensor, tokens: Tensor) -> Tensor:
-    """Σ‖x - μ‖² (…) from sums of x - c for any constant c: Σ‖x - c‖² (…) - ‖Σ(x - c)‖² / T, of (…, D) and (…)."""
+    """Return Σ‖x - μ‖² (…) from sums of x - c, for any constant c.
+
+    The formula is Σ‖x - c‖² - ‖Σ(x - c)‖² / T, with ``shifted_square`` (…), ``shifted_sum`` (…, D) and ``tokens`` T.
+    """
     return shifted_square - shifted_sum.pow(2).sum(dim=-1) / tokens
 
 
 def compute_fvu(residual_square_sum: Tensor, total_square: Tensor) -> Tensor:
-    """Fraction of variance unexplained, Σ‖x - x̂‖² / Σ‖x - μ‖² with μ over all tokens; nan without variance."""
+    """Return the fraction of variance unexplained, Σ‖x - x̂‖² / Σ‖x - μ‖², with μ the mean over all tokens.
+
+    The result is nan where the variance is zero.
+    """
     return torch.where(total_square > 0, residual_square_sum / total_square, torch.nan)
 
 
 @torch.no_grad()
 def top_and_max_decoder_cosines(W_dec_FD: Tensor, n: int = 100, block_rows: int = 2048) -> tuple[Tensor, Tensor]:
-    """Cosines between different rows, in blocks and never F x F.
+    """Return the ``n`` largest cosines of all pairs of rows, (min(n, pairs),), and each row's largest cosine, (F,).
 
-    (the ``n`` largest of all pairs, (min(n, pairs),); each row's largest, (F,), -1 with a single row).
+    The largest cosine of a single row is -1. The cosines are computed in blocks, so that no F x F matrix is stored.
     """
     rows = W_dec_FD / W_dec_FD.norm(dim=1, keepdim=True).clamp_min(1e-30)
     top = rows.new_full((0,), -1.0)
@@ -41,20 +47,20 @@ def top_and_max_decoder_cosines(W_dec_FD: Tensor, n: int = 100, block_rows: int 
 
 
 def top_decoder_cosines(W_dec_FD: Tensor, n: int = 100, block_rows: int = 2048) -> Tensor:
-    """The ``n`` largest cosines between two different rows, (min(n, pairs),)."""
+    """Return the ``n`` largest cosines between two different rows, (min(n, pairs),)."""
     return top_and_max_decoder_cosines(W_dec_FD, n, block_rows)[0]
 
 
 def decoder_redundancy(W_dec_FD: Tensor, n: int = 100) -> float:
-    """Mean of the ``n`` largest cosines between two latents' decoder rows; nan with a single latent."""
+    """Return the mean of the ``n`` largest cosines between two decoder rows; nan with a single latent."""
     cosines = top_decoder_cosines(W_dec_FD, n)
     return float(cosines.mean()) if len(cosines) else float("nan")
 
 
 def expected_random_redundancy(d_in: int, num_latents: int, n: int = 100) -> float:
-    """What :func:`decoder_redundancy` expects of ``num_latents`` random directions in ``d_in`` dimensions.
+    """Return the expected :func:`decoder_redundancy` of ``num_latents`` random directions in ``d_in`` dimensions.
 
-    The mean of the n largest of M pairs is taken as the mean of their quantiles at 1 - (i - ½) / M.
+    The mean of the n largest of M pairs is approximated by the mean of the quantiles at 1 - (i - ½) / M.
     """
     pairs = num_latents * (num_latents - 1) // 2
     n = min(n, pairs)
@@ -66,7 +72,7 @@ def expected_random_redundancy(d_in: int, num_latents: int, n: int = 100) -> flo
 
 
 def expected_random_max_cosine(d_in: int, num_latents: int) -> float:
-    """Expected largest cosine of one of ``num_latents`` random directions in ``d_in`` dimensions with any other."""
+    """Return the expected largest cosine of one of ``num_latents`` random directions with the others."""
     if num_latents < 2 or d_in < 2:
         return float("nan")
     t, survival = _random_cosine_survival(d_in)
@@ -75,11 +81,11 @@ def expected_random_max_cosine(d_in: int, num_latents: int) -> float:
 
 
 def _random_cosine_survival(d_in: int) -> tuple[np.ndarray, np.ndarray]:
-    """(t from -1 to 1, the chance that the cosine of two random directions exceeds it).
+    """Return (t from -1 to 1, probability that the cosine of two random directions exceeds t).
 
-    Its density is ∝ (1 - t²)^((d-3)/2).
+    The density of the cosine is proportional to (1 - t²)^((d-3)/2).
     """
     t = np.cos(np.linspace(np.pi, 0, 200_001))
-    # With t = cos(angle) the density over the angle is sin^(d-2), which is finite in every dimension.
+    # The density over the angle, sin^(d-2), is finite in every dimension, unlike the density over the cosine t.
     density = np.exp((d_in - 2) * np.log(np.clip(np.sqrt(1 - t**2), 1e-300, None)))
     return t, np.cumsum(density[::-1])[::-1] / density.sum()

@@ -1,4 +1,4 @@
-"""The few types that pass between stages: token sequences, codes, and what an objective may know of the run."""
+"""Types that pass between stages: token sequences, codes, coder outputs and the context of a step."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor
 
 
 def shown_default(text: str, metavar: str) -> Any:
-    """Annotation for a setting whose unset value is worked out later: what ``--help`` shows in its place."""
-    # The step itself needs no command line: it is timed where nothing but torch is installed.
+    """Return an annotation that makes ``--help`` show ``text`` as the default of a setting that is computed later."""
+    # The benchmarks of the training step run where only torch is installed.
     if importlib.util.find_spec("tyro") is None:
         return text
     import tyro
@@ -23,28 +23,28 @@ def shown_default(text: str, metavar: str) -> Any:
 
 
 Cursor = tuple[int, ...]
-"""Where a virtual shard of the text stands; opaque to all but the source that gave it out."""
+"""Position in a virtual shard of the text; only the source that created it interprets it."""
 
 DATASET_ROW_BITS = 40
-"""Where several data sets are mixed, row r of data set i is document ``(i << PART_BITS) + r``."""
+"""If several data sets are mixed, row r of data set i is document ``(i << DATASET_ROW_BITS) + r``."""
 
 
 class TokenKind(IntFlag):
-    """What a position of a sequence is; plain text is 0 and always trained on."""
+    """Kind of a position of a sequence, as flags; plain text is 0 and is always trained on."""
 
     TEXT = 0
     SPECIAL = 1
-    """Put there by the tokenizer or by packing (CLS, SEP, BOS, EOS), never by the text itself."""
+    """Token that the tokenizer or packing inserted (CLS, SEP, BOS, EOS), never the text itself."""
     FIRST = 2
-    """Position 0 of a causal model, which attends to nothing but itself and serves as an attention sink."""
+    """Position 0 of a causal model, which attends only to itself and serves as an attention sink."""
 
 
 @dataclass(frozen=True)
 class TokenSequence:
     """One row of the model's input, without padding.
 
-    ``ids`` (S,) int32 token ids; ``kind`` (S,) uint8 flags of :class:`TokenKind`; ``doc`` (S,) int64 row of the data
-    set that each token came from (see PART_BITS).
+    ``ids`` (S,) are int32 token ids, ``kind`` (S,) are uint8 flags of :class:`TokenKind`, and ``doc`` (S,) is the int64
+    row of the data set that each token comes from (see DATASET_ROW_BITS).
     """
 
     ids: np.ndarray
@@ -57,10 +57,10 @@ class TokenSequence:
 
 @dataclass(frozen=True)
 class Codes:
-    """A sparse or dense code of N tokens.
+    """Sparse or dense codes of N tokens.
 
-    Sparse: ``values`` (N, K) fp32 >= 0 and ``indices`` (N, K) int64; an entry with value 0 is inactive wherever
-    its index points. Dense: ``values`` (N, F) and ``indices`` None.
+    Sparse codes have ``values`` (N, K) fp32 >= 0 and ``indices`` (N, K) int64. An entry with value 0 is inactive,
+    whatever its index. Dense codes have ``values`` (N, F), and ``indices`` is None.
     """
 
     values: Tensor
@@ -68,22 +68,22 @@ class Codes:
     n_latents: int
 
     def select_tokens(self, index: slice | Tensor) -> Codes:
-        """The code of some of the tokens, by a slice or by their numbers."""
+        """Return the codes of the tokens that a slice or a tensor of positions selects."""
         return Codes(self.values[index], None if self.indices is None else self.indices[index], self.n_latents)
 
     def to_dense(self) -> Tensor:
-        """The code as (N, F)."""
+        """Return the codes as a dense tensor (N, F)."""
         if self.indices is None:
             return self.values
         out = self.values.new_zeros(self.values.shape[0], self.n_latents)
         return out.scatter_(1, self.indices, self.values)
 
     def l0_per_token(self) -> Tensor:
-        """Active latents of each token, (N,) int64."""
+        """Return the number of active latents per token, (N,) int64."""
         return (self.values > 0).sum(dim=1)
 
     def firing_counts(self) -> Tensor:
-        """Tokens on which each latent is active, (F,) int64."""
+        """Return the number of tokens on which each latent fires, (F,) int64."""
         active = (self.values > 0).long()
         if self.indices is None:
             return active.sum(dim=0)
@@ -93,33 +93,33 @@ class Codes:
 
 @dataclass(frozen=True)
 class StepContext:
-    """All that an objective may know about the run.
+    """State of the run that a loss may use.
 
-    The normalisers come from outside and are the same on every rank and in every micro-step, so that splitting
-    a batch changes no gradient.
+    The divisors of the loss terms are the same on every rank and in every micro-batch, so that the gradient does not
+    depend on how the global batch is split.
     """
 
     step: int
     n_tokens: int
-    """Tokens of the whole optimizer step, over micro-steps and ranks: what sums are divided by."""
+    """Tokens of the global batch, by which sums over tokens are divided."""
     dead_mask: Tensor | None
-    """(F,) bool, latents that have not fired within the window; None when there are none."""
+    """(F,) bool, latents that have not fired within the dead window; None if there are none."""
     data_variance: Tensor
-    """Mean squared distance of a token from the mean, summed over the width; fixed before training."""
+    """Variance of the activations, summed over the width; fixed before training."""
     residual_variance: Tensor
-    """The same of the residual, measured on the previous optimizer step."""
+    """Variance of the residual, summed over the width, from the previous optimizer step."""
     max_n_dead: int | None = None
-    """No fewer than are dead, where the host is not to ask the device how many are."""
+    """Upper bound of the number of dead latents, if the host must not synchronize with the device; else None."""
 
 
 @dataclass
 class CoderOutput:
-    """What one forward of a coder gives: the code, the reconstruction (N, D), and named, weighted loss terms."""
+    """Output of one forward pass of a coder: codes, reconstruction (N, D), and named, weighted loss terms."""
 
     codes: Codes
     reconstruction: Tensor
     losses: dict[str, Tensor] = field(default_factory=dict)
 
     def total_loss(self) -> Tensor:
-        """The sum of the terms: what is differentiated."""
+        """Return the sum of the loss terms, a scalar."""
         return torch.stack(list(self.losses.values())).sum()

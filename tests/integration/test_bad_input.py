@@ -216,7 +216,7 @@ def flags(words: str) -> Callable[[Place], list[str]]:
 CASES: dict[str, tuple[Callable[[Place], list[str]], str]] = {
     "unknown model": (
         unknown_model,
-        "model 'nobody/no-such-model' is neither a local path nor \\(whole\\) in the local cache",
+        "model 'nobody/no-such-model' is neither a local path nor \\(completely\\) in the local cache",
     ),
     "unknown data set": (unknown_dataset, "data set 'nobody/no-such-text' is neither a local path"),
     "encoder-decoder": (encoder_decoder, "'t5' is an encoder-decoder, which is not supported"),
