@@ -1,4 +1,4 @@
-"""Is the SAE healthy? Four figures against thresholds that can be set, with reasons and advice."""
+"""The verdict on an SAE: four held-out metrics against thresholds, with reasons and advice."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from saetrain.errors import SaetrainError
 from saetrain.evaluation.bootstrap import AT_MOST_ONE, COSINE_RANGE, FRACTION_RANGE, Estimate
 
 MAX_SPARSE_L0_FRACTION = 0.05
-"""Share of latents active on a token above which a code is hardly sparse."""
+"""Share of latents active per token above which a code is barely sparse."""
 WIDE_EXPANSION_FACTOR = 4
-"""Latents per dimension from which an SAE is wide."""
+"""Latents per input dimension from which an SAE counts as wide."""
 THRESHOLD_RANGES = {
     "min_explained_variance": AT_MOST_ONE,
     "good_explained_variance": AT_MOST_ONE,
@@ -21,7 +21,7 @@ THRESHOLD_RANGES = {
     "good_dead": FRACTION_RANGE,
     "max_redundancy": COSINE_RANGE,
 }
-"""Threshold -> what its figure can be."""
+"""Range of the metric that each threshold applies to."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,17 +29,17 @@ class HealthSettings:
     """Health: the thresholds of the verdict."""
 
     min_explained_variance: float = 0.60
-    """Least explained variance of held-out activations that passes."""
+    """Smallest explained variance of held-out activations that passes."""
     good_explained_variance: float = 0.70
-    """Explained variance that is good."""
+    """Smallest explained variance of held-out activations that counts as good."""
     l0_range: tuple[float, float] = (20.0, 200.0)
-    """Active latents per token that pass, from and to."""
+    """Smallest and largest mean number of active latents per token (L0) that pass."""
     max_dead: float = 0.20
     """Largest share of dead latents (by --dead_percentage_threshold) that passes."""
     good_dead: float = 0.10
-    """Share of dead latents that is good."""
+    """Largest share of dead latents (by --dead_percentage_threshold) that counts as good."""
     max_redundancy: float = 0.25
-    """Largest mean of the 100 largest cosines between decoder rows that passes."""
+    """Largest decoder redundancy that passes: the mean of the 100 largest cosines between decoder rows."""
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
@@ -50,12 +50,12 @@ class HealthSettings:
             share = getattr(self, name)
             if not least <= share <= most:
                 allowed = f"{least:g} to {most:g}" if math.isfinite(least) else f"at most {most:g}"
-                raise SaetrainError(f"--{name} {share:g}: must be {allowed}; it is a share, 0.6 for 60 %")
+                raise SaetrainError(f"--{name} {share:g}: must be {allowed}; give a fraction, 0.6 instead of 60 %")
         if len(self.l0_range) != 2:
-            raise SaetrainError(f"--l0_range: takes 2 numbers, from and to; found {len(self.l0_range)}")
+            raise SaetrainError(f"--l0_range: give 2 numbers, smallest and largest; found {len(self.l0_range)}")
         low, high = self.l0_range
         if not 0 <= low <= high:
-            raise SaetrainError(f"--l0_range {low:g} {high:g}: give the smaller number first, none below 0")
+            raise SaetrainError(f"--l0_range {low:g} {high:g}: give the smaller number first, and none below 0")
         if self.min_explained_variance > self.good_explained_variance:
             raise SaetrainError(
                 f"--min_explained_variance {self.min_explained_variance:g}: must not be above "
@@ -67,43 +67,43 @@ class HealthSettings:
 
 @dataclass(frozen=True)
 class SaeProperties:
-    """What the verdict must know of the SAE beside its figures."""
+    """Properties of the SAE and of the scored text that the verdict needs in addition to the metrics."""
 
     d_in: int
     num_latents: int
     k: int | None
-    """None where the code is not TopK's."""
+    """Largest possible L0; None if the coder is not TopK."""
     min_dead_fraction: float
-    """Least share that the rate rule calls dead whatever the training does."""
+    """Smallest share of latents that count as dead by ``dead_threshold`` after any training."""
     dead_threshold: float
-    """The rate below which a latent is dead."""
+    """Share of tokens below which a latent counts as dead."""
     n_tokens: int
-    """Those that were scored."""
+    """Number of scored tokens."""
 
 
 @dataclass(frozen=True)
 class Judgment:
-    """One figure's part of the verdict; ``status`` is `good`, `pass` or `fail`."""
+    """The verdict on one metric; ``status`` is `good`, `pass` or `fail`."""
 
     value: float
     low: float
     high: float
     nulls: dict[str, float]
-    """The same of what has learned nothing, by its name."""
+    """The same metric of each baseline, by name."""
     threshold: str
     status: str
     by_construction: bool
-    """The threshold can't be met by any training of this shape."""
+    """Whether no training can meet the threshold at this width, ``num_latents`` and k."""
     reason: str
     advice: str
 
     @property
     def is_passing(self) -> bool:
-        """Whether it counts for the verdict."""
+        """Whether the status is `good` or `pass`."""
         return self.status != "fail"
 
     def as_json(self) -> dict[str, Any]:
-        """All of it; numbers that are not finite as null."""
+        """Return all fields for JSON, with null for numbers that are not finite."""
         values = asdict(self)
         return {
             **{name: _finite_or_none(value) if isinstance(value, float) else value for name, value in values.items()},
@@ -117,20 +117,20 @@ def _finite_or_none(value: float) -> float | None:
 
 @dataclass(frozen=True)
 class Verdict:
-    """``4/4`` and what it is made of."""
+    """The judgments on all metrics; prints as ``4/4``, the number that pass out of all."""
 
     judgments: dict[str, Judgment]
 
     @property
     def n_passed(self) -> int:
-        """Figures that pass."""
+        """Number of metrics that pass."""
         return sum(judgment.is_passing for judgment in self.judgments.values())
 
     def __str__(self) -> str:
         return f"{self.n_passed}/{len(self.judgments)}"
 
     def as_json(self) -> dict[str, Any]:
-        """As ``final_assessment.json`` holds it."""
+        """Return the verdict as it is stored in ``final_assessment.json``."""
         return {
             "verdict": str(self),
             "passed": self.n_passed,
@@ -145,9 +145,13 @@ def judge_metrics(
     sae: SaeProperties,
     settings: HealthSettings,
 ) -> Verdict:
-    """The verdict on ``figures`` (explained_variance, l0, dead_below_threshold, decoder_redundancy_top100).
+    """Return the verdict on ``metrics``.
 
-    ``nulls`` {figure: {what has learned nothing: its value}}.
+    Args:
+        metrics: must contain explained_variance, l0, dead_below_threshold and decoder_redundancy_top100.
+        baselines: {metric: {baseline: value}}; entries may be missing.
+        sae: properties of the SAE and of the scored text.
+        settings: the thresholds.
     """
     return Verdict(
         {
@@ -160,7 +164,7 @@ def judge_metrics(
 
 
 def _format_baselines(baselines: Mapping[str, float], spec: str) -> str:
-    """``; random decoder 39.5%, …``, or nothing."""
+    """Return `` (random decoder 39.5%, …)``, or an empty string without baselines."""
     listed = ", ".join(f"{name} {value:{spec}}" for name, value in baselines.items())
     return f" ({listed})" if listed else ""
 
@@ -177,28 +181,29 @@ def _judge_explained_variance(
     estimate, own_baselines = metrics["explained_variance"], baselines.get("explained_variance", {})
     value, min_passing, min_good = estimate.value, settings.min_explained_variance, settings.good_explained_variance
     status = "good" if value >= min_good else "pass" if value >= min_passing else "fail"
-    reason = f"the SAE explains {value:.1%} of the variance about the mean{_format_baselines(own_baselines, '.1%')}"
+    reason = f"the SAE explains {value:.1%} of the variance around the mean{_format_baselines(own_baselines, '.1%')}"
     best_baseline = max(own_baselines, key=lambda name: own_baselines[name]) if own_baselines else None
     baseline_remark = (
-        f"{best_baseline} does no worse with as many numbers a token"
+        f"{best_baseline} explains at least as much with as many values per token"
         if best_baseline and value <= own_baselines[best_baseline]
         else ""
     )
     advice = baseline_remark
     if not math.isfinite(value):
-        reason, advice = "the activations scored do not vary, or the SAE's output is not finite", "check its weights"
+        reason = "the scored activations do not vary, or the SAE's output is not finite"
+        advice = "check the weights of the SAE"
     elif value < 0:
-        advice = "worse than predicting the mean: check that model, layer and scale are those it was trained on"
+        advice = "worse than predicting the mean: check that model, layer and scale are those of the training"
     elif status == "fail":
-        # A larger k is no advice where L0 is too high already.
+        # A larger k would raise an L0 that is already too high.
         settings_to_raise = "num_latents or k" if metrics["l0"].value < settings.l0_range[1] else "num_latents"
         advice = f"train on more tokens, raise {settings_to_raise}, or try another lr" + (
             f"; {baseline_remark}" if baseline_remark else ""
         )
     elif baseline_remark:
-        advice += ": the threshold says little here; train on more tokens or raise num_latents"
+        advice += ", so the threshold is not informative here; train on more tokens or raise num_latents"
     elif status == "pass":
-        advice = f"more tokens or latents may bring it to {min_good:.0%}"
+        advice = f"more tokens or latents may raise it to {min_good:.0%}"
     return _build_judgment(
         estimate,
         own_baselines,
@@ -214,19 +219,19 @@ def _judge_l0(metrics: Mapping[str, Estimate], sae: SaeProperties, settings: Hea
     estimate, (low, high) = metrics["l0"], settings.l0_range
     l0_fraction = estimate.value / sae.num_latents
     is_in_range = low <= estimate.value <= high
-    # With TopK the most that L0 can be is k.
+    # With TopK, L0 is at most k.
     is_unreachable = sae.k is not None and not is_in_range and (sae.k < low or estimate.value > high)
-    reason = f"{estimate.value:.1f} of {sae.num_latents:,} latents are active on a token ({l0_fraction:.1%})"
+    reason = f"{estimate.value:.1f} of {sae.num_latents:,} latents are active per token ({l0_fraction:.1%})"
     if is_unreachable:
-        reason += f"; k = {sae.k} fixes it, so no training can bring it into the range"
+        reason += f"; L0 is set by k = {sae.k}, so no training can bring it into the range"
     advice = ""
     if estimate.value < low:
-        # Were k alone raised so far, the code would be hardly sparse.
+        # Raising k alone would make the code barely sparse if there are few latents.
         advice = "raise k and num_latents" if low / sae.num_latents > MAX_SPARSE_L0_FRACTION else "raise k"
     elif estimate.value > high:
         advice = "lower k"
     elif l0_fraction > MAX_SPARSE_L0_FRACTION:
-        advice = f"L0/F = {l0_fraction:.0%}: the code is hardly sparse; raise num_latents"
+        advice = f"L0/F = {l0_fraction:.0%}: the code is barely sparse; raise num_latents"
     threshold, status = f"{low:g} to {high:g}", "pass" if is_in_range else "fail"
     return _build_judgment(
         estimate, {}, threshold, status, by_construction=is_unreachable, reason=reason, advice=advice
@@ -250,17 +255,18 @@ def _judge_dead(
     advice = (
         ""
         if status == "good"
-        else "more tokens or fewer latents leave fewer of them dead, as does a lower --lr at the price of a higher FVU"
+        else "train on more tokens or with fewer latents; a lower --lr also leaves fewer dead, but raises the FVU"
     )
     if status == "fail" and any(baseline > settings.max_dead for baseline in own_baselines.values()):
-        reason += "; directions that have learned nothing are over the threshold too"
-        advice += "; read it beside the random figure"
+        reason += "; random directions are above the threshold too"
+        advice += "; compare the share with its random baseline"
     if 0 < sae.n_tokens * sae.dead_threshold < 1:
-        reason += "; scored on too few tokens, for so low a rate can't be told from none"
+        reason += "; too few tokens were scored to distinguish so low a rate from zero"
         advice = f"score on at least {math.ceil(1 / sae.dead_threshold):,} tokens (--eval_tokens)"
     if is_unreachable:
         reason += (
-            f"; at least {sae.min_dead_fraction:.1%} must at this k and num_latents, so the threshold can't be met"
+            f"; at this k and num_latents at least {sae.min_dead_fraction:.1%} count as dead after any training, "
+            "so the threshold can't be met"
         )
         advice = "lower --dead_percentage_threshold, or lower num_latents or raise k"
     threshold = f"<= {settings.max_dead:g} (good: {settings.good_dead:g})"
@@ -278,16 +284,19 @@ def _judge_redundancy(
     estimate, own_baselines = metrics["decoder_redundancy_top100"], baselines.get("decoder_redundancy_top100", {})
     is_in_range = estimate.value <= settings.max_redundancy
     is_unreachable = not is_in_range and any(value > settings.max_redundancy for value in own_baselines.values())
-    reason = f"the 100 most alike pairs of decoder rows have a mean cosine of {estimate.value:.3f}{_format_baselines(own_baselines, '.3f')}"
-    advice = "" if is_in_range else "a lower lr makes fewer near copies"
+    reason = (
+        f"the 100 most similar pairs of decoder rows have a mean cosine of {estimate.value:.3f}"
+        f"{_format_baselines(own_baselines, '.3f')}"
+    )
+    advice = "" if is_in_range else "use a lower lr to get fewer near copies"
     if not is_in_range and sae.num_latents >= WIDE_EXPANSION_FACTOR * sae.d_in:
-        advice = "a few near copies are usual in a wide SAE; fewer latents or a lower lr make fewer of them"
+        advice = "a few near copies are usual in a wide SAE; use fewer latents or a lower lr to get fewer"
     if is_unreachable:
         reason += (
-            f"; {sae.num_latents:,} directions in {sae.d_in} dimensions can hardly be less alike, so the threshold "
-            "says nothing here"
+            f"; {sae.num_latents:,} random directions in {sae.d_in} dimensions are above the threshold too, so it is "
+            "not informative here"
         )
-        advice = "read it beside the random figure, or set --max_redundancy"
+        advice = "compare the redundancy with its random baseline, or raise --max_redundancy"
     threshold, status = f"<= {settings.max_redundancy:g}", "pass" if is_in_range else "fail"
     return _build_judgment(
         estimate, own_baselines, threshold, status, by_construction=is_unreachable, reason=reason, advice=advice

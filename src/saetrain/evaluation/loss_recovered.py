@@ -1,7 +1,8 @@
-"""Loss recovered, the real one: what the model's predictions lose when an activation is replaced by its reconstruction.
+"""Loss recovered: how much worse the model predicts when reconstructions replace its activations at a hookpoint.
 
-Causal models: cross-entropy and KL of the next token. Masked ones: of masked tokens alone. Models without such a head:
-the pooled output and the final hidden state. Every variant is spliced in at the same positions.
+Causal models are scored by cross-entropy and KL of the next token, masked models by those of the masked tokens.
+Models without such a head are scored by their pooled output and final hidden state. All variants (SAE, ablations,
+baselines) are spliced in at the same positions.
 """
 
 from __future__ import annotations
@@ -22,33 +23,33 @@ from saetrain.evaluation.bootstrap import AT_MOST_ONE, COSINE_RANGE, NON_NEGATIV
 from saetrain.types import TokenSequence
 
 MAX_LOGITS = 1 << 26
-"""Numbers of the vocabulary's logits that are held at once."""
+"""Largest number of logits per batch, tokens times V; bounds the memory."""
 MIN_ABLATION_NATS = 0.05
-"""Loss of an ablation below which a ratio to it is noise."""
+"""Loss increase of an ablation, in nats, below which a ratio to it is mostly noise."""
 
 ReplaceFn = Callable[[Tensor], Tensor]
-"""Activations (n, D) -> what stands in their place."""
+"""Maps activations (N, D) to their replacement."""
 CLEAN_VARIANT, SAE_VARIANT, ZERO_VARIANT, MEAN_VARIANT = "clean", "sae", "zero", "mean"
 
 
 @dataclass(frozen=True)
 class SplicePolicy:
-    """Which positions are replaced: those that ``keep`` names, (S,) bool of a sequence, up to a norm of ``limit``."""
+    """The replaced positions: those in ``keep_mask`` of a sequence, (S,) bool, with a norm up to ``norm_limit``."""
 
     keep_mask: Callable[[TokenSequence], np.ndarray]
     norm_limit: float = float("inf")
 
     def splice_mask(self, x_BSD: Tensor, keep_BS: Tensor) -> Tensor:
-        """(B, S) bool."""
+        """Return the mask of the replaced positions, (B, S) bool."""
         return keep_BS & (x_BSD.float().norm(dim=-1) <= self.norm_limit)
 
 
 @dataclass(frozen=True)
 class LMBatch:
-    """One batch for the model: its input, and which outputs are scored against what.
+    """A batch of B sequences for the model, with the positions that are replaced and those that are scored.
 
-    ``keep`` (B, S) positions that may be replaced; ``scored`` (B, S) positions whose output counts; ``targets`` (n,)
-    the right tokens there; ``docs`` (n,) whose they are.
+    ``keep_mask`` (B, S) marks positions that may be replaced, ``scored_mask`` (B, S) the N positions whose output is
+    scored. ``targets`` (N,) are the correct tokens there, and ``doc_ids`` (N,) their documents.
     """
 
     input_ids: Tensor
@@ -60,7 +61,7 @@ class LMBatch:
 
 
 class LossScorer:
-    """Scores variants {name: replacement} of the activation at one hookpoint; sums of each are kept by document."""
+    """Scores variants {name: replacement} of the activation at one hookpoint; sums are kept per document."""
 
     def __init__(
         self,
@@ -75,12 +76,12 @@ class LossScorer:
         self._hookpoint_module = head.base.module.get_submodule(hookpoint)
         self.token_sums = DocumentSums(replicates, seed)
         self.sequence_sums = DocumentSums(replicates, seed)
-        """Sums over sequences instead of tokens."""
+        """Sums over sequences instead of tokens, for pooled outputs."""
         self.n_tokens = 0
 
     @torch.no_grad()
     def add(self, lm_batch: LMBatch, clean_outputs: Tensor) -> None:
-        """Count a batch; ``clean`` is what :func:`answer` gave without a splice."""
+        """Add a batch; ``clean_outputs`` is the result of :func:`model_outputs` without a splice."""
         if self._head.kind == "none":
             self._add_hidden_errors(lm_batch, clean_outputs)
         else:
@@ -88,7 +89,7 @@ class LossScorer:
         self.n_tokens += len(lm_batch.doc_ids)
 
     def _run_spliced(self, lm_batch: LMBatch, variant: str) -> Tensor:
-        """The model's answer with ``variant`` in the activation's place."""
+        """Return the model's outputs with the activation replaced by ``variant``."""
 
         def replace_activation(x_BSD: Tensor) -> Tensor:
             mask_BS = self._policy.splice_mask(x_BSD, lm_batch.keep_mask)
@@ -128,13 +129,13 @@ class LossScorer:
 
 
 def _mean_pool(hidden_BSD: Tensor, mask_BS: Tensor) -> Tensor:
-    """Mean over a sequence's tokens, (B, D) fp64, as sentence encoders pool unless they say otherwise."""
+    """Return the mean over the tokens of each sequence, (B, D) in fp64, the usual pooling of sentence encoders."""
     weights = mask_BS.double().unsqueeze(-1)
     return (hidden_BSD.double() * weights).sum(dim=1) / weights.sum(dim=1)
 
 
 def model_outputs(head: LMHeadModel, lm_batch: LMBatch) -> Tensor:
-    """Log-probabilities (n, V) in fp32 at the scored positions, or of a model without a head the states (B, S, D)."""
+    """Return the log-probabilities at the scored positions, (N, V) in fp32; without a head, the states (B, S, D)."""
     if head.kind == "none":
         return head.compute_final_hidden(lm_batch.input_ids, lm_batch.attention_mask)
     return token_log_probs(head.compute_logits(lm_batch.input_ids, lm_batch.attention_mask)[lm_batch.scored_mask])
@@ -148,7 +149,19 @@ def iter_lm_batches(
     batch_tokens: int,
     seed: int,
 ) -> Iterator[LMBatch]:
-    """The batches over ``sequences``: next tokens of a causal model, masked tokens (``mask_id``) of a masked one."""
+    """Yield batches over ``sequences`` that score next tokens (causal model) or masked tokens (masked model).
+
+    Args:
+        head: the model, which decides what is scored.
+        sequences: sequences of tokens.
+        policy: positions that are replaced.
+        mask_id: id of the mask token; required by masked models.
+        batch_tokens: largest number of tokens per batch; fewer if the logits would be too large.
+        seed: seed of the masked positions.
+
+    Raises:
+        SaetrainError: if the model is masked and ``mask_id`` is None.
+    """
     sequences = list(sequences)
     vocabulary = head.base.config.get_text_config().vocab_size
     max_batch_tokens = batch_tokens if head.kind == "none" else min(batch_tokens, max(1, MAX_LOGITS // vocabulary))
@@ -180,7 +193,7 @@ def _build_lm_batch(
     scored_mask = torch.from_numpy(scored_BS).to(input_ids.device)
     if head.kind == "masked":
         if mask_id is None:
-            raise SaetrainError(f"model {head.base.name}: its tokenizer has no mask token, so no loss can be scored")
+            raise SaetrainError(f"model {head.base.name}: its tokenizer has no mask token, so the loss can't be scored")
         input_ids = input_ids.masked_fill(scored_mask, mask_id)
     return LMBatch(
         input_ids=input_ids,
@@ -193,7 +206,10 @@ def _build_lm_batch(
 
 
 def loss_formulas(variant: str) -> dict[str, Formula]:
-    """Figures of ``variant`` where the model predicts tokens; ablations by zero and by the mean are what loses all."""
+    """Return the formulas of ``variant`` for models that predict tokens.
+
+    Loss recovered is relative to two ablations, which replace the activation by zero and by the mean.
+    """
 
     def mean_per_token(name: str) -> Formula:
         return lambda sums: sums[name] / sums["tokens"]
@@ -230,17 +246,17 @@ MODEL_FORMULAS: dict[str, Formula] = {
     "kl_zero": lambda sums: sums[f"kl_{ZERO_VARIANT}"] / sums["tokens"],
     "kl_mean": lambda sums: sums[f"kl_{MEAN_VARIANT}"] / sums["tokens"],
 }
-"""Figures of the model itself."""
+"""Formulas of the model without an SAE: clean and ablated."""
 METRIC_RANGES: dict[str, ValueRange] = {
     **dict.fromkeys((*MODEL_FORMULAS, "ce_spliced", "kl", "final_hidden_error"), NON_NEGATIVE),
     **dict.fromkeys(("kl_recovered_zero", "kl_recovered_mean"), AT_MOST_ONE),
     "pooled_cosine": COSINE_RANGE,
 }
-"""Figure -> its range, where it has one."""
+"""Range of each metric that has one."""
 
 
 def has_small_denominator(sums: Mapping[str, Tensor], name: str) -> bool:
-    """Whether figure ``name`` is a ratio to an ablation that costs the model next to nothing."""
+    """Return whether metric ``name`` is a ratio to an ablation that costs less than ``MIN_ABLATION_NATS``."""
     if "_recovered_" not in name:
         return False
     family, ablation = name.split("_recovered_")
@@ -251,15 +267,15 @@ def has_small_denominator(sums: Mapping[str, Tensor], name: str) -> bool:
 
 
 def hidden_formulas(variant: str) -> dict[str, Formula]:
-    """Figures of ``variant`` over tokens where the model predicts none."""
+    """Return the formulas of ``variant`` over tokens, for models that do not predict tokens."""
     return {"final_hidden_error": lambda sums: (sums[f"error_{variant}"] / sums["norm"]).sqrt()}
 
 
 def pooled_formulas(variant: str) -> dict[str, Formula]:
-    """The same over sequences."""
+    """Return the formulas of ``variant`` over sequences, for models that do not predict tokens."""
     return {"pooled_cosine": lambda sums: sums[f"cosine_{variant}"] / sums["sequences"]}
 
 
 def keep_all_tokens(sequence: TokenSequence) -> np.ndarray:
-    """(S,) all true: the policy that replaces all positions."""
+    """Return a mask (S,) that is true everywhere, for policies that replace all positions."""
     return np.ones(len(sequence), dtype=bool)

@@ -1,4 +1,4 @@
-"""All figures of several SAEs on held-out text, each beside its nulls and with its interval."""
+"""Metrics of several SAEs on held-out text, each next to its baselines and with its interval."""
 
 from __future__ import annotations
 
@@ -32,23 +32,23 @@ RANDOM_DECODER, PCA_RECONSTRUCTION, MEAN_RECONSTRUCTION, RANDOM_DIRECTIONS = (
     "random_directions",
 )
 MAX_SEED = (1 << 32) - 1
-"""Seeds up to here give different weights of the documents."""
+"""Largest seed; up to here all seeds give different document weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreSettings:
-    """Scoring: how many tokens, and how certain."""
+    """Scoring: numbers of tokens, and intervals."""
 
     loss_tokens: Annotated[int | None, shown_default("8192 on a CPU, 131072 on a GPU", "INT")] = None
-    """Held-out tokens of each data set over which the model's own loss is scored (0: not at all)."""
+    """Held-out tokens per data set on which the model's loss is measured with the SAE spliced in (0: none)."""
     fit_tokens: int = 20_000
-    """Training tokens on which the nulls (PCA, mean) are fitted."""
+    """Training tokens on which the baselines (PCA, mean) are fitted."""
     bootstrap: int = 200
-    """Resamplings of the documents behind each interval (0: no intervals)."""
+    """Resamplings of the documents for each interval (0: no intervals)."""
     splice_positions: Literal["kept", "all"] = "kept"
-    """Positions whose activation is replaced for the model's loss: those that the token policy keeps, or all."""
+    """Positions at which the model's activation is replaced: those that the token policy keeps, or all."""
     eval_seed: int = 0
-    """Seed of the intervals, of the random decoder and of which tokens a masked model must guess."""
+    """Seed of the intervals, of the random decoder, and of the tokens that a masked model predicts."""
 
     def __post_init__(self) -> None:
         for name, least in (("loss_tokens", 0), ("fit_tokens", 2), ("bootstrap", 0), ("eval_seed", 0)):
@@ -63,7 +63,7 @@ class ScoreSettings:
 
 @dataclass(frozen=True)
 class Baselines:
-    """What an SAE is held against; ``mean`` (D,) of training tokens."""
+    """The baselines of an SAE; ``mean`` (D,) is the mean of the training tokens."""
 
     mean: Tensor
     pca: PCA
@@ -72,7 +72,7 @@ class Baselines:
 
 @dataclass(frozen=True)
 class MetricResult:
-    """One figure: its estimate, the tokens (or latents) behind it, the same of each null, and what to beware of."""
+    """A metric: its estimate, the number of tokens (or latents, or sequences) measured, its baselines, and a flag."""
 
     estimate: Estimate
     count: int
@@ -80,7 +80,7 @@ class MetricResult:
     flag: str = ""
 
     def as_json(self, formula: str) -> dict[str, Any]:
-        """With ``formula``, the figure's entry in docs/metrics.md."""
+        """Return the metric as it is stored; ``formula`` names its entry in docs/metrics.md."""
         return {
             **_estimate_as_json(self.estimate),
             "count": self.count,
@@ -91,16 +91,17 @@ class MetricResult:
 
 
 def _estimate_as_json(estimate: Estimate) -> dict[str, float | None]:
-    """Numbers that JSON has; those that are not finite as null."""
+    """Return the numbers for JSON, with null for those that are not finite."""
     values = {"value": estimate.value, "low": estimate.low, "high": estimate.high}
     return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
 @dataclass
 class SaeScores:
-    """What is known of one SAE on one text.
+    """Results of one SAE on one text.
 
-    ``classes`` {class of positions: its reconstruction figures and tokens}; ``density`` the histogram.
+    ``metrics_by_class`` {class of positions: reconstruction metrics and tokens}; ``density_histogram`` as of
+    :meth:`SparsitySums.density_histogram`; ``l0_percentiles`` the 5th, 50th and 95th over tokens.
     """
 
     metrics: dict[str, MetricResult]
@@ -111,7 +112,7 @@ class SaeScores:
 
 
 class _ActivationScorer:
-    """Sums over the activations of one SAE."""
+    """Sums over the activations of one SAE, and the same sums for its baselines."""
 
     def __init__(
         self, target: EvalTarget, baselines: Baselines, dead_threshold: float, settings: ScoreSettings
@@ -151,7 +152,7 @@ class _ActivationScorer:
             self.baseline_sums[MEAN_RECONSTRUCTION].add(kept, baselines.mean.expand_as(kept), kept_docs)
 
     def collect_metrics(self) -> dict[str, MetricResult]:
-        """Of the kept tokens, each beside its nulls."""
+        """Return the metrics on the kept tokens, each with its baselines."""
         out: dict[str, MetricResult] = {}
         kept_sums = self.sums_by_class[TokenClass.KEPT]
         baseline_estimates = {name: sums.metric_estimates() for name, sums in self.baseline_sums.items()}
@@ -167,7 +168,7 @@ class _ActivationScorer:
         return out
 
     def metrics_by_class(self) -> dict[str, dict[str, float]]:
-        """Reconstruction figures by class of positions, and of all together."""
+        """Return the reconstruction metrics per class of positions, and over all positions."""
         sums_by_name = {
             token_class.name.lower(): sums for token_class, sums in self.sums_by_class.items() if sums.n_tokens
         }
@@ -185,9 +186,10 @@ def score_activations(
     settings: ScoreSettings,
     on_progress: Callable[[int], object] = lambda tokens: None,
 ) -> dict[str, SaeScores]:
-    """{SAE: scores} over all of ``batches``; ``threshold`` is the rate below which a latent is dead.
+    """Return {SAE: scores} over all ``batches`` of activations.
 
-    ``done`` is told the tokens of each batch.
+    A latent that fires on a smaller share of the tokens than ``dead_threshold`` counts as dead. ``on_progress`` is
+    called with the number of tokens after each batch.
     """
     scorers = {
         name: _ActivationScorer(target, baselines[name], dead_threshold, settings) for name, target in targets.items()
@@ -230,9 +232,18 @@ def score_losses(
     settings: ScoreSettings,
     on_progress: Callable[[int], object] = lambda tokens: None,
 ) -> dict[str, dict[str, MetricResult]]:
-    """{SAE: figures} of the model's own loss over ``groups`` of sequences.
+    """Return {SAE: metrics} of the model's loss with each SAE spliced in, over all groups of sequences.
 
-    ``policies`` {hookpoint: which positions are replaced}.
+    Args:
+        targets: the SAEs by name.
+        baselines: the baselines of each SAE.
+        head: the model.
+        sequence_groups: groups of sequences; batches are built within a group.
+        policies: {hookpoint: positions that are replaced}.
+        mask_id: id of the mask token; required by masked models.
+        batch_tokens: largest number of tokens per forward pass.
+        settings: seed and number of replicates.
+        on_progress: called with the number of tokens after each batch.
     """
     scorers = {
         name: LossScorer(
@@ -291,7 +302,7 @@ def _loss_metrics(head: LMHeadModel, scorer: LossScorer) -> dict[str, MetricResu
 def _metrics_with_baselines(
     sums: DocumentSums, formulas: Callable[[str], dict[str, Formula]], count: int
 ) -> dict[str, MetricResult]:
-    """Each figure of the SAE with the same of what takes its place; the mean's is the mean ablation."""
+    """Return each metric of the SAE with its baselines; that of the mean is the ablation by the mean."""
     baseline_formulas = {
         name: formulas(name) for name in (RANDOM_DECODER, PCA_RECONSTRUCTION, loss_recovered.MEAN_VARIANT)
     }

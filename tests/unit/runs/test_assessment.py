@@ -26,7 +26,7 @@ def test_the_share_that_must_be_dead_follows_from_k_not_from_what_fires(k: int, 
     found = judge_sae(SavedSae(Path(), TopK(8, 4096, k), {}), scores, 0.01, HealthSettings()).judgments["dead"]
     assert found.status == "fail"
     assert found.by_construction == impossible
-    assert ("must at this k and num_latents" in found.reason) == impossible
+    assert ("at this k and num_latents at least" in found.reason) == impossible
 
 
 def scores(loss: dict[str, int]) -> SaeScores:
