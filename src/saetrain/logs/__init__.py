@@ -1,4 +1,4 @@
-"""Numbers -> somewhere: sinks behind one small interface; ``metrics.jsonl`` is the truth, always written."""
+"""Logs of metrics: sinks behind one interface. ``metrics.jsonl`` is always written and is the reference."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from saetrain.logs.wandb import WandBSink
 
 @dataclass(frozen=True, kw_only=True)
 class LogSettings:
-    """Logs."""
+    """Logging."""
 
     log_every: int = 10
-    """Optimizer steps between lines of metrics.jsonl (and TensorBoard)."""
+    """Optimizer steps between entries in metrics.jsonl and TensorBoard."""
     log_to_wandb: bool = False
-    """Log to Weights & Biases as well (extra `wandb`; WANDB_MODE=offline works)."""
+    """Also log to Weights & Biases (install the extra `wandb`). WANDB_MODE=offline works."""
     wandb_log_frequency: int = 100
     """Optimizer steps between points in Weights & Biases."""
     wandb_project: str = "saetrain"
-    """Its project."""
+    """Project in Weights & Biases."""
     log_to_tensorboard: bool = False
-    """Write TensorBoard files into the run directory (extra `tensorboard`)."""
+    """Also write TensorBoard files to the run directory (install the extra `tensorboard`)."""
 
     def __post_init__(self) -> None:
         for name in ("log_every", "wandb_log_frequency"):
@@ -42,11 +42,11 @@ SINKS: dict[str, Callable[[LogSettings, RunInfo], Sink | None]] = {
         TensorBoardSink(info, settings.log_every) if settings.log_to_tensorboard else None
     ),
 }
-"""Name -> how the sink is opened, or None where it was not asked for."""
+"""Name -> function that opens the sink, or returns None if it is not enabled."""
 
 
 def require_log_packages(settings: LogSettings) -> None:
-    """SaetrainError when a sink that is asked for is not installed; called before anything slow."""
+    """Raise SaetrainError if the package of an enabled sink is not installed. Called before anything slow."""
     if settings.log_to_wandb:
         WandBSink.require_installed()
     if settings.log_to_tensorboard:
@@ -54,32 +54,32 @@ def require_log_packages(settings: LogSettings) -> None:
 
 
 class MetricsLogger:
-    """All open sinks as one; ``nothing``: none is opened."""
+    """All open sinks as one; with ``disabled``, no sink is opened."""
 
     def __init__(self, settings: LogSettings, info: RunInfo, *, disabled: bool = False) -> None:
         openers = () if disabled else SINKS.values()
         self.sinks = [sink for open_sink in openers if (sink := open_sink(settings, info)) is not None]
 
     def should_log(self, step: int) -> bool:
-        """Whether any sink wants the training figures of ``step``."""
+        """Return whether any sink logs the training metrics of ``step``."""
         return any(sink.should_log(step) for sink in self.sinks)
 
     def write(self, record: MetricsRecord) -> None:
-        """Hand ``record`` to each sink that wants it; evaluations go to all."""
+        """Write ``record`` to each sink that logs its step; all sinks log evaluations."""
         for sink in self.sinks:
             if record.kind != "train" or sink.should_log(record.step):
                 sink.write(record)
 
     def state_dict(self) -> dict[str, str]:
-        """What the sinks need to go on after a restart, such as a run id."""
+        """Return what the sinks need to continue after a restart, such as a run id."""
         return {key: value for sink in self.sinks for key, value in sink.state_dict().items()}
 
     def sync_to_disk(self) -> None:
-        """Make what was written survive a crash of the machine; called before a checkpoint."""
+        """Sync all written records to disk, so that they survive a crash. Called before a checkpoint."""
         for sink in self.sinks:
             sink.sync_to_disk()
 
     def close(self, failed: bool = False) -> None:
-        """Flush and close; ``failed`` marks the run so where a sink knows of it."""
+        """Flush and close the sinks; with ``failed``, Weights & Biases marks the run as failed."""
         for sink in self.sinks:
             sink.close(failed)

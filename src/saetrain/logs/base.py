@@ -1,4 +1,4 @@
-"""What a log sink is, and what it is given."""
+"""Base class of log sinks, and the records and run information that they take."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 FINAL_KINDS = ("final", "assessment")
-"""Kinds of record that a run ends with."""
+"""Kinds of the last records of a run."""
 
 
 @dataclass(frozen=True)
 class MetricsRecord:
-    """Figures of one optimizer step: ``run`` of the whole pass, ``saes`` {SAE: {name: value}}."""
+    """Metrics after one optimizer step: ``run_metrics`` {name: value} and ``sae_metrics`` {SAE: {name: value}}.
+
+    ``tokens`` is the number of tokens trained on so far.
+    """
 
     kind: Literal["train", "eval", "final", "assessment"]
     step: int
@@ -23,7 +26,7 @@ class MetricsRecord:
     sae_metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def to_flat_dict(self) -> dict[str, float]:
-        """``{"train/lr": …, "train/<SAE>/fvu": …}``, for sinks without nesting."""
+        """Return ``{"train/tokens_per_second": …, "train/<SAE>/fvu": …}``, for sinks without nesting."""
         out = {f"{self.kind}/{name}": value for name, value in self.run_metrics.items()}
         for sae, metrics in self.sae_metrics.items():
             out.update({f"{self.kind}/{sae}/{name}": value for name, value in metrics.items()})
@@ -32,7 +35,7 @@ class MetricsRecord:
 
 @dataclass(frozen=True)
 class RunInfo:
-    """What a sink may know of the run: where it lies, its name, its settings, and where it was resumed."""
+    """What a sink knows about the run: its folder, name, settings, length and resumed step."""
 
     run_dir: Path
     name: str
@@ -40,32 +43,32 @@ class RunInfo:
     total_steps: int
     """Optimizer steps of the whole run."""
     resumed_step: int | None
-    """Steps done by the checkpoint that the run goes on from; None for a fresh run."""
+    """Optimizer steps of the checkpoint from which the run continues; None for a new run."""
     sink_state: Mapping[str, str]
-    """What :meth:`Sink.state` gave before the restart."""
+    """Result of :meth:`Sink.state_dict` before the restart."""
 
 
 class Sink(ABC):
-    """Somewhere that figures go; it wants training figures every ``every`` optimizer steps, and of the ``last``."""
+    """Destination of metrics; it logs training metrics every ``every_n_steps`` optimizer steps and at ``last_step``."""
 
     def __init__(self, every_n_steps: int, last_step: int) -> None:
         self._every_n_steps, self._last_step = every_n_steps, last_step
 
     def should_log(self, step: int) -> bool:
-        """Whether this sink wants the training figures of ``step`` (counted from 1)."""
+        """Return whether this sink logs the training metrics of ``step`` (counted from 1)."""
         return step % self._every_n_steps == 0 or step == self._last_step
 
     @abstractmethod
     def write(self, record: MetricsRecord) -> None:
-        """Take a record."""
+        """Write a record."""
 
     def state_dict(self) -> dict[str, str]:
-        """What the sink needs to go on after a restart."""
+        """Return what the sink needs to continue after a restart."""
         return {}
 
     def sync_to_disk(self) -> None:  # noqa: B027 (most sinks have nothing to do)
-        """Make what was written survive a crash of the machine."""
+        """Sync all written records to disk, so that they survive a crash of the machine."""
 
     @abstractmethod
     def close(self, failed: bool) -> None:
-        """Flush and close."""
+        """Flush and close the sink; ``failed`` is True after an error."""

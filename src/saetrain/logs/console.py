@@ -1,4 +1,4 @@
-"""What the terminal shows: a progress bar there, plain lines at intervals in a log file."""
+"""Console output: a progress bar in a terminal, plain lines at intervals in a log file."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ from tqdm import tqdm
 from saetrain.distributed import env
 
 LINE_INTERVAL_S = 30.0
+"""Seconds between plain lines at most."""
 MIN_LINES = 10
-"""Plain lines at the least, however short the run."""
+"""Smallest number of plain lines, for runs with at least that many steps."""
 
 
 def log_rank0(text: str) -> None:
-    """Print a line of the run's own account, above a progress bar where there is one; of rank 0 alone."""
+    """Print a line to stderr on rank 0, above the progress bar if there is one."""
     if env.rank():
         return
     tqdm.write(text, file=sys.stderr)
 
 
 class ProgressLine:
-    """Steps done, with the figures that matter: a bar in a terminal, else a line now and then."""
+    """Progress of training with the main metrics, as a bar in a terminal, else as plain lines."""
 
     def __init__(self, total_steps: int, steps_done: int) -> None:
         self._total_steps, self._steps_done = total_steps, steps_done
@@ -32,7 +33,7 @@ class ProgressLine:
         self._first_step, self._start_s, self._last_line_s = steps_done, 0.0, 0.0
 
     def should_print(self, step: int) -> bool:
-        """Whether a plain line is to be printed at step ``step`` (from 1), which then wants its figures."""
+        """Return whether :meth:`update` prints a plain line at ``step`` (from 1) and thus needs the step's metrics."""
         if sys.stderr.isatty() or env.rank():
             return False
         tenth = max(1, self._total_steps // MIN_LINES)
@@ -40,11 +41,11 @@ class ProgressLine:
         return step == self._total_steps or step % tenth == 0 or is_overdue
 
     def update(self, step: int, metrics: Mapping[str, float] | None) -> None:
-        """Step ``step`` is done; ``figures`` are those of this step, where they were computed."""
+        """Show that ``step`` is done; ``metrics`` are those of this step, or None if they were not computed."""
         if env.rank():
             return
         if not self._start_s:
-            # The first step waits for the buffer to fill, which says nothing of the others.
+            # The first step waits until the buffer is full, so its time would distort the estimate.
             self._first_step, self._start_s, self._last_line_s = step, time.monotonic(), time.monotonic()
         if sys.stderr.isatty():
             self._update_bar(step, metrics)
@@ -69,13 +70,13 @@ class ProgressLine:
         return f"  {hours}:{minutes:02d}:{seconds:02d} left"
 
     def close(self) -> None:
-        """Leave the bar as it stands."""
+        """Close the bar and leave it on the screen."""
         if self._bar is not None:
             self._bar.close()
 
 
 def format_metrics(metrics: Mapping[str, float]) -> str:
-    """``loss 0.21  FVU 0.21  L0 32.0  dead 1.2% by rate 0.3% by window  2048 tok/s``."""
+    """Return ``loss 0.21  FVU 0.210  L0 32.0  dead 1.2% by rate 0.3% by window  2,048 tok/s``."""
     parts = [
         f"loss {metrics['loss']:.4g}",
         f"FVU {metrics['fvu']:.3f}",

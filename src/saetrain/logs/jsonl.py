@@ -1,4 +1,4 @@
-"""``metrics.jsonl``: one line per record, never a step twice and none missing, also after a crash."""
+"""``metrics.jsonl``: one line per record, without duplicate or missing steps, even after a crash."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class JsonLinesSink(Sink):
-    """Appends; a resumed run first drops what was written behind its checkpoint, a fresh one sets older lines aside."""
+    """Append records to ``metrics.jsonl``.
+
+    A resumed run first removes the records after its checkpoint. A new run first renames an existing file.
+    """
 
     def __init__(self, info: RunInfo, every_n_steps: int) -> None:
         super().__init__(every_n_steps, info.total_steps)
@@ -28,7 +31,7 @@ class JsonLinesSink(Sink):
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
 
     def write(self, record: MetricsRecord) -> None:
-        """One JSON object; a figure that is not finite becomes null, for JSON has no NaN."""
+        """Write the record as one JSON object; values that are not finite become null, because JSON has no NaN."""
         line = {
             "kind": record.kind,
             "step": record.step,
@@ -40,11 +43,11 @@ class JsonLinesSink(Sink):
         self._file.flush()
 
     def sync_to_disk(self) -> None:
-        """Flush to the disk."""
+        """Sync the file to disk."""
         os.fsync(self._file.fileno())
 
     def close(self, failed: bool) -> None:
-        """Close the file; after a failure, what could not be written is already said."""
+        """Close the file; after a failure, ignore errors, because the cause is already reported."""
         try:
             self._file.close()
         except OSError:
@@ -53,12 +56,12 @@ class JsonLinesSink(Sink):
 
 
 def list_earlier_metrics(directory: Path) -> list[Path]:
-    """The metrics files of earlier starts in ``directory``: ``metrics.jsonl.1`` and so on."""
+    """Return the metrics files of earlier starts in ``directory``: ``metrics.jsonl.1`` and so on."""
     return sorted(path for path in directory.glob(f"{METRICS_FILE}.*") if path.suffix[1:].isdecimal())
 
 
 def _set_aside_metrics(path: Path) -> None:
-    """Rename the metrics of a run that begins anew without --overwrite, such as one whose checkpoints were removed."""
+    """Rename the metrics of an earlier start, for example of a run whose checkpoints were deleted."""
     number = 1 + max((int(old.suffix[1:]) for old in list_earlier_metrics(path.parent)), default=0)
     old = path.with_name(f"{METRICS_FILE}.{number}")
     os.replace(path, old)
@@ -67,12 +70,12 @@ def _set_aside_metrics(path: Path) -> None:
 
 
 def replace_non_finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
-    """The figures with None for what JSON can't write."""
+    """Return the metrics with None for values that are not finite."""
     return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 
 def _lines_up_to_step(text: str, step: int) -> list[str]:
-    """The whole lines of ``text`` whose step is at most ``step``; a line that a crash cut short is dropped."""
+    """Return the lines of ``text`` up to ``step``, without final records and lines that a crash cut short."""
     kept = []
     for line in text.splitlines(keepends=True):
         try:

@@ -1,4 +1,4 @@
-"""TensorBoard event files in the run directory; imported only when asked for."""
+"""TensorBoard event files in the run directory; the package is imported only if the sink is enabled."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from saetrain.logs.base import MetricsRecord, RunInfo, Sink
 
 
 class TensorBoardSink(Sink):
-    """Scalars by name, over optimizer steps."""
+    """Write metrics as scalars over optimizer steps."""
 
     def __init__(self, info: RunInfo, every_n_steps: int) -> None:
         super().__init__(every_n_steps, info.total_steps)
@@ -21,19 +21,19 @@ class TensorBoardSink(Sink):
 
     @staticmethod
     def require_installed() -> None:
-        """SaetrainError when the package is missing."""
+        """Raise SaetrainError if the package is missing."""
         if importlib.util.find_spec("tensorboard") is None:
             raise SaetrainError(
                 "--log_to_tensorboard true: the package tensorboard is not installed; "
-                "pip install 'saetrain[tensorboard]'"
+                "run pip install 'saetrain[tensorboard]'"
             )
 
     def write(self, record: MetricsRecord) -> None:
-        """Add each figure as a scalar."""
+        """Add each metric as a scalar."""
         for name, value in record.to_flat_dict().items():
             self._writer.add_scalar(name, value, record.step)
         self._writer.flush()
 
     def close(self, failed: bool) -> None:
-        """Close the file."""
+        """Close the event file."""
         self._writer.close()

@@ -1,4 +1,4 @@
-"""Weights & Biases, online or offline; imported only when asked for."""
+"""Weights & Biases, online or offline; the package is imported only if the sink is enabled."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from saetrain.logs.base import FINAL_KINDS, MetricsRecord, RunInfo, Sink
 from saetrain.logs.console import log_rank0
 
 START_FAILED = "--log_to_wandb true: Weights & Biases could not start a run"
-LOGIN_HINT = "(log in by `wandb login` or WANDB_API_KEY, or set WANDB_MODE=offline)"
+LOGIN_HINT = "(run `wandb login`, set WANDB_API_KEY, or set WANDB_MODE=offline)"
 INIT_TIMEOUT_S = 30
 """Seconds to wait for the server at the start."""
 MAX_ATTEMPTS = 3
-"""Starts of W&B's own process."""
+"""Number of times that the service process of W&B is started."""
 SERVICE_PROCESS = "wandb-core"
-"""The name of that process."""
+"""Name of the service process of W&B."""
 LOGGED_STEPS_FILE = "wandb/logged.json"
-"""Which W&B run this is, and the last step of each kind of record that was handed to it."""
+"""File with the id of the W&B run, and the last logged step per kind of record."""
 
 
 class WandBSink(Sink):
-    """One W&B run, whose id survives a resume."""
+    """Log to one W&B run, which a resumed run continues."""
 
     def __init__(self, info: RunInfo, every_n_steps: int, project: str) -> None:
         super().__init__(every_n_steps, info.total_steps)
@@ -49,17 +49,17 @@ class WandBSink(Sink):
         )
         self._is_dead = False
         self._run.define_metric("*", step_metric="step")
-        # An offline run can't be rewound, and a resumed one computes the same figures again.
+        # A resumed run computes some metrics again, but the points of an offline run can't be removed.
         self._logged_steps_path = info.run_dir / LOGGED_STEPS_FILE
         self._logged_steps_path.parent.mkdir(exist_ok=True)
         self._logged_steps = _read_logged_steps(self._logged_steps_path, str(self._run.id))
 
     @staticmethod
     def require_installed() -> None:
-        """SaetrainError when the package is missing, or a key where the server will ask for one."""
+        """Raise SaetrainError if the package is missing, or if an online run has no API key."""
         if importlib.util.find_spec("wandb") is None:
             raise SaetrainError(
-                "--log_to_wandb true: the package wandb is not installed; pip install 'saetrain[wandb]'"
+                "--log_to_wandb true: the package wandb is not installed; run pip install 'saetrain[wandb]'"
             )
         wandb = _import_wandb()
         if wandb.setup().settings.mode in ("offline", "disabled", "dryrun"):
@@ -71,11 +71,11 @@ class WandBSink(Sink):
             raise SaetrainError(f"{START_FAILED}: {_first_line(error)} {LOGIN_HINT}") from error
 
     def write(self, record: MetricsRecord) -> None:
-        """Log the record, unless an earlier start did; final figures go to the run's summary as well."""
+        """Log the record unless an earlier start did; final metrics are also written to the summary of the run."""
         if self._is_dead:
             return
         if record.step > self._logged_steps.get(record.kind, 0):
-            # Marked first: a kill in between leaves a point out, where it would else be there twice.
+            # The step is marked first, so that a kill in between loses a point instead of logging it twice.
             self._logged_steps[record.kind] = record.step
             write_json(self._logged_steps_path, {"id": str(self._run.id), "logged": self._logged_steps})
             self._call_wandb(lambda: self._run.log({"step": record.step, **record.to_flat_dict()}))
@@ -83,53 +83,52 @@ class WandBSink(Sink):
             self._call_wandb(lambda: self._write_summary(record))
 
     def _write_summary(self, record: MetricsRecord) -> None:
-        """Put the figures into the run's summary, and read them back: no file of an offline run shows them."""
+        """Write the metrics to the summary of the run and read them back, because no offline file shows them."""
         metrics = {name: value for name, value in record.to_flat_dict().items() if math.isfinite(value)}
         self._run.summary.update(metrics)
         missing = [name for name, value in metrics.items() if self._run.summary.get(name) != value]
         if missing:
-            log_rank0(
-                f"the summary of the Weights & Biases run lacks {len(missing)} of its figures, such as {missing[0]}"
-            )
+            log_rank0(f"the summary of the Weights & Biases run lacks {len(missing)} metrics, such as {missing[0]}")
         elif record.kind == FINAL_KINDS[-1]:
-            log_rank0(f"the summary of the Weights & Biases run holds {len(metrics)} figures of the assessment")
+            log_rank0(f"the summary of the Weights & Biases run contains {len(metrics)} metrics of the assessment")
 
     def _call_wandb(self, call: Callable[[], object]) -> None:
-        """Training goes on where W&B's own process has gone; it is said once."""
+        """Call W&B; after the first error, log one message and call W&B no more, so that training continues."""
         if self._is_dead:
             return
         try:
             call()
-        except Exception as error:  # of its service process it raises types of many kinds
+        except Exception as error:  # The client raises many types of errors about its service process.
             self._is_dead = True
             log_rank0(
-                f"Weights & Biases has stopped answering ({_first_line(error)}); the figures go on to metrics.jsonl"
+                f"Weights & Biases has stopped answering ({_first_line(error)}); training continues, and "
+                "metrics.jsonl still receives all metrics"
             )
 
     def state_dict(self) -> dict[str, str]:
-        """The run's id."""
+        """Return the id of the W&B run."""
         return {"wandb_id": str(self._run.id)}
 
     def close(self, failed: bool) -> None:
-        """Finish the run."""
+        """Finish the W&B run, with exit code 1 after a failure."""
         self._call_wandb(lambda: self._run.finish(exit_code=1 if failed else 0))
 
 
 def _import_wandb() -> Any:
-    """The package, which will start a service process of its own."""
+    """Import the package, set up so that it starts its own service process."""
     import wandb
 
-    # In the service of a parent process (a notebook's) a run that was killed stays open and can't be resumed.
+    # A run in the service process of a parent (such as a notebook) stays open after a kill and can't be resumed.
     os.environ.pop("WANDB_SERVICE", None)
     return wandb
 
 
 def _start_run(attempts: int, **options: Any) -> Any:
-    """The W&B run; its service process, which a busy machine may starve, is started anew a few times."""
+    """Start the W&B run; a service process that fails to start, as on a busy machine, is restarted a few times."""
     wandb = _import_wandb()
     try:
         return wandb.init(**options)
-    except Exception as error:  # of its service process it raises types of many kinds
+    except Exception as error:  # The client raises many types of errors about its service process.
         _kill_service()
         if attempts == 1 or isinstance(error, wandb.errors.Error):
             raise SaetrainError(f"{START_FAILED}: {_first_line(error)} {LOGIN_HINT}") from error
@@ -138,9 +137,9 @@ def _start_run(attempts: int, **options: Any) -> Any:
 
 
 def _kill_service() -> None:
-    """Kill W&B's own process, which holds nothing yet: the end of this one would wait for it, and it can be stuck.
+    """Kill the service process of W&B, which has no data yet; at exit, this process would wait for a stuck one.
 
-    Where the caller of saetrain as a library has a run of its own in there, it is left alone.
+    If the caller of saetrain as a library has its own W&B run, the service process is not killed.
     """
     wandb = _import_wandb()
     if wandb.run is not None:
@@ -149,7 +148,7 @@ def _kill_service() -> None:
         with contextlib.suppress(psutil.Error):
             if SERVICE_PROCESS in child.name():
                 child.kill()
-    # Torn down here, where a broken connection may be ignored, and not at the end, where its traceback is printed.
+    # At exit, teardown would print a traceback about the broken connection, which can be ignored here.
     with contextlib.suppress(Exception, SystemExit):
         wandb.teardown()
 
@@ -159,11 +158,11 @@ def _first_line(error: Exception) -> str:
 
 
 def _read_logged_steps(path: Path, run_id: str) -> dict[str, int]:
-    """{kind of record: its last step} that the W&B run ``run_id`` was given; empty for a new one."""
+    """Return {kind of record: last step logged} of the W&B run ``run_id``; empty for a new run."""
     try:
         stored: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"id": None}
         return dict(stored["logged"]) if stored["id"] == run_id else {}
     except (ValueError, KeyError, TypeError) as error:
         raise SaetrainError(
-            f"{path} is broken; delete it, and W&B is given the steps since the checkpoint again"
+            f"{path}: is not valid; delete it, and the steps since the checkpoint are logged to W&B again"
         ) from error
