@@ -1,4 +1,4 @@
-"""The command line: argv -> settings -> run, and a user's error as one line without a traceback."""
+"""Command line: parses the arguments into settings, starts the run, and prints a user's error as one line."""
 
 from __future__ import annotations
 
@@ -37,7 +37,10 @@ def _lower_case_bool_rule(info: Any) -> PrimitiveConstructorSpec[bool] | None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line; exits with 2 on a user's mistake."""
+    """Run the command line, and exit with 2 after a user's mistake.
+
+    ``argv`` defaults to the arguments of the process.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     debug = _is_debug_requested(words)
     try:
@@ -46,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except SaetrainError as error:
         if debug:
             traceback.print_exc()
-        # What every process finds wrong is said by the first one that does; who is lost, by each that is left.
+        # A mistake that every rank finds is printed by the first rank; a dead rank is reported by each remaining rank.
         if distributed.report_failure(str(error), error.exit_code) or (
             isinstance(error, RankFailure) and env.should_print_error(error)
         ):
@@ -61,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _is_debug_requested(words: list[str]) -> bool:
-    """Whether --debug is given, which an error in the other words must not hide."""
+    """Return whether --debug is given, even if another flag can't be parsed."""
     for word, following in zip(words, [*words[1:], ""], strict=True):
         name, equals, value = word.partition("=")
         if name == "--debug":
@@ -70,7 +73,7 @@ def _is_debug_requested(words: list[str]) -> bool:
 
 
 def _run_command(words: list[str]) -> None:
-    """The command that the words name."""
+    """Run the command that the first word names; without a command, train."""
     if words[:1] == ["tokenize"]:
         env.require_one_rank("tokenize")
         from saetrain.runs.tokenize import tokenize_dataset
@@ -104,8 +107,8 @@ def _print_help(words: list[str]) -> None:
 
 
 def parse_train(words: Sequence[str]) -> RunConfig:
-    """Settings from command line words; SaetrainError (or tyro's own exit with 2) for what can't be understood."""
-    words = _normalize_flags(list(words), {**flag_types(), "config": str})
+    """Parse the arguments of training; raise SaetrainError, or let tyro exit with 2, if they are not valid."""
+    words = _normalize_flags(list(words), {**flag_types(), "config": str}, "saetrain --help all")
     words, path = _split_off_config(words)
     defaults = from_flat(_without_overridden(read_yaml(path), words), path) if path else tyro.MISSING_NONPROP
     config = tyro.cli(RunConfig, prog="saetrain", args=words, default=defaults, description=DESCRIPTION, **TYRO_OPTIONS)
@@ -118,14 +121,14 @@ def parse_train(words: Sequence[str]) -> RunConfig:
 
 
 def parse_tokenize(words: Sequence[str]) -> TokenizeConfig:
-    """Settings of ``saetrain tokenize`` from the words behind it."""
-    words = _normalize_flags(list(words), flag_types(TokenizeConfig))
+    """Parse the arguments of ``saetrain tokenize``."""
+    words = _normalize_flags(list(words), flag_types(TokenizeConfig), "saetrain tokenize --help")
     return tyro.cli(TokenizeConfig, prog="saetrain tokenize", args=words, **TYRO_OPTIONS)
 
 
 def parse_evaluate(words: Sequence[str]) -> EvaluateConfig:
-    """Settings of ``saetrain evaluate`` from the words behind it; those of PATH's run stand where no flag is given."""
-    words = _normalize_flags(list(words), flag_types(EvaluateConfig))
+    """Parse the arguments of ``saetrain evaluate``; the settings of the run in PATH are the defaults."""
+    words = _normalize_flags(list(words), flag_types(EvaluateConfig), "saetrain evaluate --help")
 
     def parse_with_defaults(default: Any) -> EvaluateConfig:
         return tyro.cli(EvaluateConfig, prog="saetrain evaluate", args=words, default=default, **TYRO_OPTIONS)
@@ -137,8 +140,8 @@ def parse_evaluate(words: Sequence[str]) -> EvaluateConfig:
 
 
 def parse_compare(words: Sequence[str]) -> CompareConfig:
-    """Settings of ``saetrain compare`` from the words behind it."""
-    words = _normalize_flags(list(words), flag_types(CompareConfig))
+    """Parse the arguments of ``saetrain compare``."""
+    words = _normalize_flags(list(words), flag_types(CompareConfig), "saetrain compare --help")
     return tyro.cli(CompareConfig, prog="saetrain compare", args=words, **TYRO_OPTIONS)
 
 
@@ -152,18 +155,21 @@ MUTUALLY_EXCLUSIVE = (
     {"num_latents", "expansion_factor"},
     {"dead_window_tokens", "dead_feature_threshold"},
 )
-"""Settings of which one takes the place of the others."""
+"""Groups of alternative settings: a flag replaces the other settings of its group in the file."""
 
 
 def _without_overridden(values: dict[str, Any], words: Sequence[str]) -> dict[str, Any]:
-    """A file's settings without those whose place a flag takes."""
+    """Return the settings of a file without those that the flags in ``words`` replace."""
     given = {word[2:].partition("=")[0] for word in words if word.startswith("--")}
     replaced = {name for group in MUTUALLY_EXCLUSIVE if group & given for name in group}
     return {name: value for name, value in values.items() if name not in replaced}
 
 
-def _normalize_flags(words: list[str], types_by_flag: dict[str, Any]) -> list[str]:
-    """Dashes as underscores, booleans with their value, and an error for flags that are not in ``kinds``."""
+def _normalize_flags(words: list[str], types_by_flag: dict[str, Any], help_command: str) -> list[str]:
+    """Replace dashes in flags by underscores, give booleans a value, and move positionals to the front.
+
+    Raises SaetrainError for flags that are not in ``types_by_flag``.
+    """
     known = [*types_by_flag, "help"]
     out: list[str] = []
     for position, word in enumerate(words):
@@ -174,7 +180,7 @@ def _normalize_flags(words: list[str], types_by_flag: dict[str, Any]) -> list[st
         name = name.replace("-", "_")
         if name not in known:
             suggestion = did_you_mean(name, known).replace("mean ", "mean --").replace(" or ", " or --")
-            raise SaetrainError(f"--{name}: no such flag.{suggestion} saetrain --help lists them all")
+            raise SaetrainError(f"--{name}: no such flag.{suggestion} '{help_command}' lists all flags")
         out.append(f"--{name}{equals}{value}")
         following = words[position + 1].lower() if position + 1 < len(words) else ""
         if types_by_flag.get(name) is bool and not equals:
@@ -185,7 +191,7 @@ def _normalize_flags(words: list[str], types_by_flag: dict[str, Any]) -> list[st
 
 
 def _move_positionals_first(words: list[str], types_by_flag: dict[str, Any]) -> list[str]:
-    """What follows a list of numbers and is no number is a positional, which the parser wants to see first."""
+    """Move words that follow a list of numbers but are not numbers to the front, because they are positionals."""
     first: list[str] = []
     rest: list[str] = []
     in_number_list = False
@@ -201,7 +207,7 @@ def _move_positionals_first(words: list[str], types_by_flag: dict[str, Any]) -> 
 
 
 def _is_number_list(hint: Any) -> bool:
-    """Whether a setting is a list of numbers."""
+    """Return whether a setting is a list of numbers."""
     return any(option in (tuple[int, ...], tuple[float, ...]) for option in (hint, *typing.get_args(hint)))
 
 
@@ -214,7 +220,7 @@ def _is_number(word: str) -> bool:
 
 
 def _normalize_booleans(words: list[str], types_by_flag: dict[str, Any]) -> list[str]:
-    """Every spelling of true and false as tyro's two."""
+    """Replace every spelling of a boolean by the one that tyro accepts, ``true`` or ``false``."""
     out: list[str] = []
     for word in words:
         name, equals, value = word[2:].partition("=") if word.startswith("--") else ("", "", "")
@@ -232,13 +238,13 @@ def _normalize_boolean(word: str) -> str:
 
 
 def _split_off_config(words: list[str]) -> tuple[list[str], str | None]:
-    """The words without ``--config FILE``, and the file."""
+    """Return the words without ``--config FILE``, and the file if there is one."""
     for position, word in enumerate(words):
         name, equals, value = word.partition("=")
         if name == "--config":
             rest = words[position + 1 :]
             if not equals and not rest:
-                raise SaetrainError("--config: the file is missing")
+                raise SaetrainError("--config: the file is missing; pass --config FILE.yaml")
             file = value if equals else rest[0]
             return words[:position] + (rest if equals else rest[1:]), file
     return words, None

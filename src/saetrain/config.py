@@ -1,4 +1,4 @@
-"""All settings of a run: one settings class per stage, nested, and their flat form of flags and YAML files."""
+"""All settings of a run: one nested settings class per stage, and their flat form as flags and YAML files."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class RunConfig:
     model: tyro.conf.Positional[typing.Annotated[str, tyro.conf.arg(metavar="MODEL")]]
     """Hub id or local folder of a transformer."""
     dataset: tyro.conf.Positional[typing.Annotated[tuple[str, ...], tyro.conf.arg(metavar="DATASET [DATASET ...]")]]
-    """Hub id, or a local folder or file (parquet, jsonl, csv, txt, tokens); several are mixed, see --mix."""
+    """Hub id, or local folder or file (parquet, jsonl, csv, txt, or tokens). --mix sets the shares of several."""
     where: HookpointSettings = field(default_factory=HookpointSettings)
     sae: TopKSettings = field(default_factory=TopKSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
@@ -61,14 +61,14 @@ class RunConfig:
     logs: LogSettings = field(default_factory=LogSettings)
     processes: ParallelSettings = field(default_factory=ParallelSettings)
     output: CheckpointSettings = field(default_factory=CheckpointSettings)
-    finetune: typing.Annotated[str | None, shown_default("none, initial weights are random", "PATH")] = None
-    """Start from a saved SAE: its folder, or one with a folder for each hookpoint (ours, SAELens' or sparsify's)."""
+    finetune: typing.Annotated[str | None, shown_default("none: random initial weights", "PATH")] = None
+    """Start from a saved SAE: its folder, or a folder with one SAE folder per hookpoint (saetrain, SAELens, sparsify)."""
     assess: bool = True
-    """End with the assessment: figures beside their nulls, with intervals, and a verdict (`saetrain evaluate`)."""
+    """Evaluate the SAEs at the end: metrics next to baselines, with intervals, and a verdict (`saetrain evaluate`)."""
     force: bool = False
-    """Go on although more memory is needed than there is."""
+    """Start even if the run needs more memory than is available."""
     dry_run: bool = False
-    """Resolve everything, print what the run would be and cost, and stop."""
+    """Check all settings, print the run's plan, memory, disk space and time, and stop."""
     debug: bool = False
     """Show the traceback of an error."""
 
@@ -76,17 +76,17 @@ class RunConfig:
         if self.optim.lr == "auto" and not self.has_lr_rule:
             raise SaetrainError(
                 "--lr auto: the rule is for adam, reconstruction and random initial weights; with --optimizer sgd, "
-                "--loss_fn ce or kl, and --finetune give a number (docs/recipe.md)"
+                "--loss_fn ce or kl, or --finetune, pass a number (docs/recipe.md)"
             )
         if self.dead.dead_bias_lift and not self._can_raise_dead_bias:
             raise SaetrainError(
-                f"--dead_bias_lift {self.dead.dead_bias_lift:g}: goes with --optimizer adam and --loss_fn mse or fvu; "
-                "leave it out, or switch AuxK on by --auxk_alpha"
+                f"--dead_bias_lift {self.dead.dead_bias_lift:g}: needs --optimizer adam and --loss_fn mse or fvu; "
+                "omit it, or enable AuxK with --auxk_alpha"
             )
 
     @property
     def has_lr_rule(self) -> bool:
-        """Whether `--lr auto` was fitted to runs of this kind."""
+        """Return whether the rule of `--lr auto` was fitted to runs of this kind."""
         return self.optim.optimizer == "adam" and not self.train.end_to_end and self.finetune is None
 
     @property
@@ -95,78 +95,78 @@ class RunConfig:
 
     @property
     def dead_bias_lr_multiplier(self) -> float:
-        """Times the learning rate by which a step raises biases of dead latents."""
+        """Return the multiple of the learning rate by which each step raises the encoder biases of dead latents."""
         given = self.dead.dead_bias_lift
         return given if given is not None else DEFAULT_DEAD_BIAS_LIFT if self._can_raise_dead_bias else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizeConfig:
-    """Tokenize the text of DATASET for MODEL once, and write it to the folder OUT, which may then stand as DATASET."""
+    """Tokenize the text of DATASET for MODEL once, and write the tokens to the folder OUT. Then pass OUT as DATASET."""
 
     model: tyro.conf.Positional[typing.Annotated[str, tyro.conf.arg(metavar="MODEL")]]
-    """Hub id or local folder of a transformer, of which the weights are not needed."""
+    """Hub id or local folder of a transformer; its weights are not needed."""
     dataset: tyro.conf.Positional[typing.Annotated[str, tyro.conf.arg(metavar="DATASET")]]
-    """Hub id, or a local folder or file (parquet, jsonl, csv, txt)."""
+    """Hub id, or local folder or file (parquet, jsonl, csv, txt)."""
     out: tyro.conf.Positional[typing.Annotated[str, tyro.conf.arg(metavar="OUT")]]
     """Folder to write."""
     split: str = SourceSettings.split
-    """Split to train on; `train[:10%]` takes a part."""
+    """Split to train on; `train[:10%]` selects a part."""
     dataset_config: typing.Annotated[str | None, shown_default("the only one", "NAME")] = None
-    """Configuration of a data set that has several."""
-    text_column: typing.Annotated[str | None, shown_default("found by itself", "NAME")] = None
-    """Column that holds the text."""
+    """Configuration, if the data set has several."""
+    text_column: typing.Annotated[str | None, shown_default("detected", "NAME")] = None
+    """Column that contains the text."""
     skip_bad_rows: bool = False
-    """Leave out rows of jsonl, csv and parquet files that can't be read, and count them."""
-    ctx_len: typing.Annotated[int | None, shown_default("512, or the model's positions where fewer", "INT")] = None
-    """Tokens of a sequence; for an encoder it is part of what is written."""
+    """Skip and count unreadable rows of jsonl, csv and parquet files."""
+    ctx_len: typing.Annotated[int | None, shown_default("512, or the model's limit if lower", "INT")] = None
+    """Tokens per sequence. For an encoder, training must use the same value."""
     data_preprocessing_num_proc: int = 1
-    """Processes that tokenize."""
+    """Number of processes that tokenize."""
     revision: typing.Annotated[str | None, shown_default("main", "NAME")] = None
     """Branch, tag or commit of a hub model."""
     trust_remote_code: bool = False
-    """Run Python code that the model's repository brings along."""
+    """Run Python code from the model's repository."""
     debug: bool = False
     """Show the traceback of an error."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """Score the SAEs in PATH on held-out text, and say how healthy they are."""
+    """Score the SAEs in PATH on held-out text, and give a verdict on each of them."""
 
     path: tyro.conf.Positional[typing.Annotated[str, tyro.conf.arg(metavar="PATH")]]
-    """A run's folder, or that of one SAE (ours, SAELens' or sparsify's)."""
-    dataset: typing.Annotated[tuple[str, ...], shown_default("only the one it was trained on", "D [D ...]")] = ()
-    """Further data sets to score on: hub ids, local folders or files."""
+    """Run directory, or folder of one SAE (saetrain, SAELens or sparsify)."""
+    dataset: typing.Annotated[tuple[str, ...], shown_default("only the training data set", "D [D ...]")] = ()
+    """Additional data sets to score on: hub ids, local folders or files."""
     in_sample: bool = True
-    """Score on held-out text of the data set that the SAE was trained on as well."""
-    model: typing.Annotated[str | None, shown_default("the one it was trained on", "MODEL")] = None
-    """Hub id or local folder of the model, where the SAE does not name it or it has moved."""
-    hookpoint: typing.Annotated[str | None, shown_default("the one it was trained on", "NAME")] = None
-    """Module whose output the SAE takes, where it does not say so itself."""
+    """Also score on held-out text of the data set that the SAE was trained on."""
+    model: typing.Annotated[str | None, shown_default("the SAE's", "MODEL")] = None
+    """Hub id or local folder of the model, if the SAE does not name it or if it has moved."""
+    hookpoint: typing.Annotated[str | None, shown_default("the SAE's", "NAME")] = None
+    """Module whose output the SAE takes, if the SAE does not name it."""
     eval_tokens: typing.Annotated[
         int | None, shown_default("the run's, else 50000 on a CPU, 1000000 on a GPU", "INT")
     ] = None
-    """Held-out tokens of each data set; without a number, as many as there are up to the default."""
+    """Held-out tokens per data set. If you pass a number, that many must exist; the default is only an upper limit."""
     scoring: ScoreSettings = field(default_factory=ScoreSettings)
     health: HealthSettings = field(default_factory=HealthSettings)
     dead_percentage_threshold: typing.Annotated[float | None, shown_default("the run's, else 0.0005", "FLOAT")] = None
-    """A latent is dead when it fires on less than this share of tokens."""
+    """A latent counts as dead if it fires on less than this share of tokens."""
     base: ModelSettings = field(default_factory=ModelSettings)
-    split: typing.Annotated[str | None, shown_default("the split for tests, else train", "NAME")] = None
-    """Split of --dataset; `train[:10%]` takes a part."""
+    split: typing.Annotated[str | None, shown_default("the held-out split, else train", "NAME")] = None
+    """Split of --dataset; `train[:10%]` selects a part."""
     dataset_config: typing.Annotated[str | None, shown_default("the only one", "NAME")] = None
-    """Configuration of --dataset where it has several."""
-    text_column: typing.Annotated[str | None, shown_default("found by itself", "NAME")] = None
-    """Column of --dataset that holds the text."""
+    """Configuration of --dataset, if it has several."""
+    text_column: typing.Annotated[str | None, shown_default("detected", "NAME")] = None
+    """Column of --dataset that contains the text."""
     skip_bad_rows: bool = False
-    """Leave out rows of --dataset that can't be read, and count them."""
+    """Skip and count unreadable rows of --dataset."""
     ctx_len: typing.Annotated[int | None, shown_default("the SAE's", "INT")] = None
-    """Tokens of a sequence."""
+    """Tokens per sequence."""
     exclude_special_tokens: typing.Literal["auto", "true", "false"] = "auto"
-    """Leave special tokens out of the headline figures; `auto`: as the SAE was trained."""
+    """Exclude special tokens from the main metrics. `auto` does as the SAE's training did."""
     exclude_sinks: typing.Literal["auto", "true", "false"] = "auto"
-    """Leave out position 0 of a causal model; `auto`: as the SAE was trained."""
+    """Exclude position 0 of a causal model. `auto` does as the SAE's training did."""
     out: typing.Annotated[str | None, shown_default("PATH", "DIR")] = None
     """Folder for evaluation/<data set>.json and final_assessment.json."""
     debug: bool = False
@@ -176,31 +176,31 @@ class EvaluateConfig:
         if self.eval_tokens is not None and self.eval_tokens < 2:
             raise SaetrainError(f"--eval_tokens {self.eval_tokens}: must be at least 2")
         if self.dead_percentage_threshold is not None:
-            DeadSettings(dead_percentage_threshold=self.dead_percentage_threshold)  # refuses what training refuses
+            DeadSettings(dead_percentage_threshold=self.dead_percentage_threshold)  # Raises for values out of range.
         if not self.dataset and not self.in_sample:
-            raise SaetrainError("--in_sample false: nothing is left to score on; name a data set by --dataset")
+            raise SaetrainError("--in_sample false: no text is left to score on; name a data set with --dataset")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompareConfig:
-    """Set the assessments of several runs beside one another, with the settings in which the runs differ."""
+    """Show the assessments of several runs in one table, with the settings in which the runs differ."""
 
     runs: tyro.conf.Positional[typing.Annotated[tuple[str, ...], tyro.conf.arg(metavar="RUN [RUN ...]")]]
-    """Folders of runs that were assessed, or of single SAEs that were."""
-    out: typing.Annotated[str | None, shown_default("only printed", "FILE")] = None
-    """File to write the table to: `.json` or `.csv`."""
+    """Directories of runs, or folders of single SAEs, that have an assessment."""
+    out: typing.Annotated[str | None, shown_default("none: the table is only printed", "FILE")] = None
+    """File to write the table to, ending in `.json` or `.csv`."""
     debug: bool = False
     """Show the traceback of an error."""
 
     def __post_init__(self) -> None:
         if not self.runs:
-            raise SaetrainError("RUN is missing: give the folders of one or more runs")
+            raise SaetrainError("RUN is missing: pass the folders of one or more runs")
         if self.out is not None and Path(self.out).suffix not in (".json", ".csv"):
             raise SaetrainError(f"--out {self.out}: must end in .json or .csv")
 
 
 def settings_sections(config: type = RunConfig) -> dict[str, type]:
-    """{field of ``config``: its settings class}."""
+    """Return {field of ``config``: its settings class}."""
     hints = typing.get_type_hints(config)
     return {
         item.name: hints[item.name] for item in dataclasses.fields(config) if dataclasses.is_dataclass(hints[item.name])
@@ -216,7 +216,7 @@ POSITIONALS: dict[type, tuple[str, ...]] = {
 
 
 def flag_types(config: type = RunConfig) -> dict[str, Any]:
-    """{flag without dashes: its type}, of every setting of ``config`` but the positionals."""
+    """Return {flag without dashes: type} of all settings of ``config`` except the positionals."""
     out: dict[str, Any] = {}
     for cls in (*settings_sections(config).values(), config):
         hints = typing.get_type_hints(cls)
@@ -227,7 +227,7 @@ def flag_types(config: type = RunConfig) -> dict[str, Any]:
 
 
 def to_flat(config: RunConfig) -> dict[str, Any]:
-    """{flag: value} with plain YAML types."""
+    """Return {flag: value} with plain YAML types."""
     out: dict[str, Any] = {}
     for item in dataclasses.fields(config):
         value = getattr(config, item.name)
@@ -238,14 +238,14 @@ def to_flat(config: RunConfig) -> dict[str, Any]:
 
 
 def from_flat(values: Mapping[str, Any], origin: str) -> RunConfig:
-    """The settings that ``values`` name, defaults for the rest.
+    """Return the settings in ``values``, with defaults for the rest.
 
-    Raises SaetrainError, naming ``origin`` (a file), for keys that do not exist and values of a wrong type.
+    Raises SaetrainError that names ``origin`` (a file) for unknown keys and for values of a wrong type.
     """
     known = [*flag_types(), "model", "dataset"]
     for name in values:
         if name not in known:
-            raise SaetrainError(f"{origin}: no setting is called '{name}'.{did_you_mean(str(name), known)}")
+            raise SaetrainError(f"{origin}: there is no setting '{name}'.{did_you_mean(str(name), known)}")
     sections: dict[str, Any] = {}
     for section, cls in settings_sections().items():
         names = {item.name for item in dataclasses.fields(cls)} & values.keys()
@@ -268,7 +268,7 @@ def _coerce_values(cls: type, values: Mapping[str, Any], origin: str) -> dict[st
 
 
 def _coerce_value(value: Any, hint: Any, label: str) -> Any:
-    """``value`` as type ``hint``; YAML's list becomes a tuple and its int a float where one is wanted."""
+    """Convert ``value`` to type ``hint``; a list becomes a tuple, and an int a float, if ``hint`` requires it."""
     options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, _UNION_TYPE) else (hint,)
     for option in options:
         origin, args = typing.get_origin(option), typing.get_args(option)
@@ -283,7 +283,7 @@ def _coerce_value(value: Any, hint: Any, label: str) -> Any:
         if isinstance(option, type) and _matches_type(value, option):
             return float(value) if option is float else value
     allowed = " or ".join(_describe_type(option) for option in options)
-    raise SaetrainError(f"{label}: found {value!r}, allowed is {allowed}")
+    raise SaetrainError(f"{label}: found {value!r}, must be {allowed}")
 
 
 def _matches_type(value: Any, kind: type) -> bool:
@@ -294,7 +294,7 @@ _UNION_TYPE = type(int | None)
 
 
 def _looks_like_float(value: Any) -> bool:
-    """Whether a text is a number that YAML 1.1 does not take for one, such as 1e-3."""
+    """Return whether a string is a number that YAML 1.1 reads as a string, such as 1e-3."""
     if not isinstance(value, str):
         return False
     try:
@@ -311,31 +311,32 @@ def _describe_type(option: Any) -> str:
         return " or ".join(map(str, typing.get_args(option)))
     if typing.get_origin(option) is tuple:
         inner = typing.get_args(option)[0]
-        return {int: "whole numbers", float: "numbers", str: "texts"}[inner] + " in a list"
-    return {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}.get(option, str(option))
+        return "a list of " + {int: "whole numbers", float: "numbers", str: "strings"}[inner]
+    return {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}.get(option, str(option))
 
 
 def read_yaml(path: str, flag: str = "--config ") -> dict[str, Any]:
-    """The flat settings of a YAML file; dashes in names become underscores.
+    """Return the flat settings of a YAML file; dashes in names become underscores.
 
-    ``flag`` is what names the file in messages, empty where no flag did.
+    ``flag`` precedes the file in messages; it is empty if no flag named the file. Raises SaetrainError if the file
+    can't be read or does not contain settings.
     """
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise SaetrainError(f"{flag}{path}: can't be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SaetrainError(f"{flag}{path}: is not YAML: {str(error).splitlines()[0]}") from error
+        raise SaetrainError(f"{flag}{path}: is not valid YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(values, dict):
-        raise SaetrainError(f"{flag}{path}: should hold lines of 'setting: value'")
+        raise SaetrainError(f"{flag}{path}: must contain lines of the form 'setting: value'")
     return {str(name).replace("-", "_"): value for name, value in values.items()}
 
 
 PER_INVOCATION = ("resume", "overwrite", "force", "dry_run", "debug")
-"""Wishes of one start, which a file of settings must not repeat behind the user's back."""
+"""Flags that apply to one start only; a settings file must not repeat them unnoticed."""
 
 
 def write_yaml(path: Path, config: RunConfig) -> None:
-    """Write the settings, so that ``--config`` reads them back."""
+    """Write the settings to a YAML file that ``--config`` can read."""
     values = {name: value for name, value in to_flat(config).items() if name not in PER_INVOCATION}
     write_atomic(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))

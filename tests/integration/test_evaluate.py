@@ -480,7 +480,7 @@ def test_what_does_not_fit_is_refused(
         ((run, "--bootstrap", "1"), "--bootstrap 1: one resampling gives no interval"),
         ((run, "--loss_tokens", "-1"), "--loss_tokens -1: must be at least 0"),
         ((run, "--fit_tokens", "1"), "--fit_tokens 1: must be at least 2"),
-        ((run, "--in_sample", "false"), "--in_sample false: nothing is left to score on"),
+        ((run, "--in_sample", "false"), "--in_sample false: no text is left to score on"),
         ((run, "--ctx_len", "4096"), "--ctx_len 4096"),
         ((run, "--l0_range", "9", "3"), "--l0_range 9 3: give the smaller number first"),
         ((run, "--good_dead", "0.9"), "--good_dead 0.9: must not be above --max_dead 0.2"),

@@ -275,7 +275,7 @@ def test_broken_neighbours_are_named(tmp_path: Path, capsys: pytest.CaptureFixtu
     (tmp_path / "a" / "metrics.jsonl").write_text('{"kind": "final"}\n{"kind"\n')
     assert "metrics.jsonl: line 2 is not as saetrain writes it" in refused(capsys, run)
     (tmp_path / "a" / "config.yaml").write_text("- 1\n")
-    assert f"error: {run}/config.yaml: should hold lines" in refused(capsys, run)
+    assert f"error: {run}/config.yaml: must contain lines" in refused(capsys, run)
 
 
 def test_bad_files_to_write_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
