@@ -448,12 +448,12 @@ def _without_tensor(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (_cut, "sae_weights.safetensors: is broken or cut short"),
+        (_cut, "sae_weights.safetensors: is damaged or truncated"),
         (_without("k"), "cfg.json: has no key 'k'"),
-        (_without_tensor, "b_enc should be of shape (96,), found nothing"),
+        (_without_tensor, "b_enc must have shape (96,), found nothing"),
         (lambda folder: (folder / "cfg.json").write_text("{"), "cfg.json: is not JSON"),
         (lambda folder: (folder / "sae_weights.safetensors").unlink(), "sae_weights.safetensors: is missing"),
-        (lambda folder: (folder / "cfg.json").unlink(), "holds no SAE (no cfg.json)"),
+        (lambda folder: (folder / "cfg.json").unlink(), "contains no SAE (no cfg.json)"),
     ],
 )
 def test_a_broken_sae_is_refused(
@@ -492,7 +492,7 @@ def test_what_does_not_fit_is_refused(
 
 
 def test_a_folder_without_a_finished_sae_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "holds no SAE (no cfg.json)" in refused(capsys, str(tmp_path))
+    assert "contains no SAE (no cfg.json)" in refused(capsys, str(tmp_path))
     (tmp_path / ".saetrain").touch()
     assert "its run is not finished" in refused(capsys, str(tmp_path))
 

@@ -1,1 +1,1 @@
-"""Our files <-> theirs: one file per format."""
+"""Reading and writing SAEs in the formats of saetrain, SAELens and sparsify."""

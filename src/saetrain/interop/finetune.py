@@ -1,4 +1,4 @@
-"""A saved SAE of any of the three layouts as the start of a new training."""
+"""Fine-tuning: initialize a coder from a saved SAE of saetrain, SAELens or sparsify."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ from saetrain.interop import saelens
 from saetrain.interop.load import read_weights
 
 NORM_SPREAD_TOLERANCE = 1e-3
-"""Relative spread of decoder norms up to which one common factor stands for all (more where the file's own number
-format rounds by more)."""
+"""Relative spread of decoder norms that is treated as rounding; larger if the dtype of the file rounds more."""
 
 
 def load_for_finetune(path: str, hookpoint: str, coder: TopK, model_sha256: str | None = None) -> str | None:
-    """Put the weights of the SAE in ``path`` (or in ``path/hookpoint``) into ``coder``, for raw activations.
+    """Copy the weights of the SAE in ``path`` (or in ``path/hookpoint``) into ``coder``, for raw activations.
 
-    Gives a remark where the SAE says that it was trained on a model of other weights.
+    Returns:
+        A warning if the SAE was trained on a model with other weights than ``model_sha256``, else None.
 
-    Raises SaetrainError when there is none, when it is of another kind or size, or when its decoder can't be brought
-    to unit norm without changing what it computes.
+    Raises:
+        SaetrainError: if there is no SAE, if its architecture, hookpoint, k or size differs from that of ``coder``,
+            or if its decoder can't be normalized without changing its codes.
     """
     folder = Path(path)
     if not (folder / "cfg.json").exists():
         available = sorted(path.parent.name for path in folder.glob("*/cfg.json"))
         if available and hookpoint not in available:
-            raise SaetrainError(f"--finetune {folder}: holds no SAE of {hookpoint}; there are {', '.join(available)}")
+            raise SaetrainError(f"--finetune {folder}: contains no SAE of {hookpoint}, only of {', '.join(available)}")
         folder = folder / hookpoint if available else folder
     try:
         config, weights = read_weights(folder)
@@ -49,12 +50,12 @@ def load_for_finetune(path: str, hookpoint: str, coder: TopK, model_sha256: str 
             parameter.copy_(weights[name])
     trained_on = (config.get("saetrain") or {}).get("model_weights_sha256")
     if trained_on and model_sha256 and trained_on != model_sha256:
-        return f"--finetune {folder}: was trained on a model of other weights (SHA-256 {trained_on[:12]}…)"
+        return f"--finetune {folder}: was trained on a model with other weights (SHA-256 {trained_on[:12]}…)"
     return None
 
 
 def _check_hookpoint(folder: Path, config: dict[str, Any], hookpoint: str) -> None:
-    """SaetrainError when the SAE says that it belongs to another hookpoint."""
+    """Raise SaetrainError if the SAE's metadata names another hookpoint."""
     metadata = config.get("metadata") or {}
     own_hookpoint, hf_hookpoint = (config.get("saetrain") or {}).get("hookpoint"), metadata.get("hf_hook_name")
     saved_hookpoint = own_hookpoint or hf_hookpoint
@@ -64,8 +65,8 @@ def _check_hookpoint(folder: Path, config: dict[str, Any], hookpoint: str) -> No
         and (own_hookpoint or saelens.resolve_module_name(saved_hookpoint, [hookpoint]) is None)
     ):
         raise SaetrainError(
-            f"--finetune {folder}: it is an SAE of {saved_hookpoint}, the run trains {hookpoint}; give the folder that holds a "
-            "folder for each hookpoint, or the same --layers or --hookpoints"
+            f"--finetune {folder}: it is an SAE of {saved_hookpoint}, the run trains {hookpoint}; give a folder with "
+            "one subfolder per hookpoint, or select the SAE's hookpoint with --layers or --hookpoints"
         )
 
 
@@ -73,7 +74,8 @@ def _check_shapes(folder: Path, weights: dict[str, Tensor], coder: TopK) -> None
     num_latents, d_in = weights["W_dec"].shape
     if d_in != coder.d_in:
         raise SaetrainError(
-            f"--finetune {folder}: its width is {d_in}, the hookpoint's {coder.d_in}; was it made for another model?"
+            f"--finetune {folder}: it takes activations of width {d_in}, the hookpoint has width {coder.d_in}; give an "
+            "SAE of this model and hookpoint, not of another model"
         )
     if num_latents != coder.num_latents:
         raise SaetrainError(
@@ -83,9 +85,10 @@ def _check_shapes(folder: Path, weights: dict[str, Tensor], coder: TopK) -> None
 
 
 def _normalize_decoder(folder: Path, weights: dict[str, Tensor], tolerance: float, *, ranked_by_norm: bool) -> None:
-    """Move the decoder rows' norms into the encoder, where that leaves the top k of every token as it was.
+    """Move the norms of the decoder rows into the encoder, in place, so that all rows have unit norm.
 
-    It does when all norms are one constant, or when the SAE ranks latents by value times norm.
+    The k largest latents of every token stay the same if all norms are equal, or if the SAE ranks latents by value
+    times norm (``ranked_by_norm``). Otherwise a SaetrainError is raised.
     """
     norms = weights["W_dec"].norm(dim=1)
     if bool((norms <= 0).any()):
@@ -95,7 +98,7 @@ def _normalize_decoder(folder: Path, weights: dict[str, Tensor], tolerance: floa
         if spread > tolerance:
             raise SaetrainError(
                 f"--finetune {folder}: its decoder rows have norms from {norms.min():.3g} to {norms.max():.3g}; "
-                "bringing them to 1 would change which latents are the k largest"
+                "scaling them to 1 would change which latents are the k largest, so it can't be fine-tuned"
             )
         norms = norms.mean().expand_as(norms)
     weights["W_enc"] *= norms

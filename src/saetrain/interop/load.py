@@ -1,4 +1,4 @@
-"""A saved SAE of any of the three layouts: its configuration, its tensors, and what it says of its origin."""
+"""Loading a saved SAE of saetrain, SAELens or sparsify: its configuration, weights and metadata."""
 
 from __future__ import annotations
 
@@ -18,9 +18,13 @@ from saetrain.interop.saetrain_format import CONFIG_FILE, load_sae, read_sae_con
 
 
 def read_weights(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(cfg.json, the four tensors in our layout and the file's number format, for an encoder that subtracts b_dec).
+    """Return (contents of cfg.json, weights) of the SAE in ``folder``.
 
-    Raises SaetrainError that begins with the folder for what is missing, broken, or can't be a TopK SAE.
+    The weights are W_enc (D, F), b_enc (F,), W_dec (F, D) and b_dec (D,), in the dtype of the file, for an encoder
+    that subtracts b_dec from its input.
+
+    Raises:
+        SaetrainError: if a file is missing or damaged, or the SAE is not TopK. The message starts with the folder.
     """
     config = read_sae_config(folder)
     try:
@@ -29,16 +33,19 @@ def read_weights(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if (folder / sparsify.WEIGHTS_FILE).exists():
             return config, sparsify.import_tensors(config, load_file(folder / sparsify.WEIGHTS_FILE))
     except SafetensorError as error:
-        raise SaetrainError(f"{folder}: its weights are broken or cut short: {error}") from error
+        raise SaetrainError(f"{folder}: its weights are damaged or truncated: {error}") from error
     except ValueError as error:
         raise SaetrainError(f"{folder}: {error}") from error
-    raise SaetrainError(f"{folder}: holds neither {saelens.WEIGHTS_FILE} nor {sparsify.WEIGHTS_FILE}")
+    raise SaetrainError(f"{folder}: contains neither {saelens.WEIGHTS_FILE} nor {sparsify.WEIGHTS_FILE}")
 
 
 def load_any_format(folder: Path) -> tuple[TopK, dict[str, Any]]:
-    """(a coder of raw activations, what is known of where it belongs, under the keys of our own metadata).
+    """Return (coder of raw activations, metadata) of the SAE in ``folder``, in any of the three formats.
 
-    Raises SaetrainError when ``folder`` holds no SAE, or a broken one, or one of a kind that is not TopK.
+    The metadata of other libraries is translated to the keys of saetrain's own.
+
+    Raises:
+        SaetrainError: if ``folder`` contains no SAE, or if the SAE is damaged or not TopK.
     """
     config = read_sae_config(folder)
     if isinstance(config.get("saetrain"), dict):
@@ -63,7 +70,7 @@ def load_any_format(folder: Path) -> tuple[TopK, dict[str, Any]]:
 
 
 def _foreign_metadata(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a foreign SAE says of itself; sparsify's folder is called like the hookpoint."""
+    """Return the metadata of another library's SAE; sparsify stores only the hookpoint, as the folder's name."""
     metadata = config.get("metadata") or {}
     known = {
         "model": metadata.get("model_name"),

@@ -1,4 +1,4 @@
-"""SAELens 6: the keys of ``cfg.json`` and the tensors of ``sae_weights.safetensors``."""
+"""Format of SAELens 6: the keys of ``cfg.json`` and the tensors of ``sae_weights.safetensors``."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ from saetrain.interop.schema import require_tensor_shapes
 
 WEIGHTS_FILE = "sae_weights.safetensors"
 DIM_LETTERS = {"W_dec": "FD", "W_enc": "DF", "b_enc": "F", "b_dec": "D"}
-"""Dimensions of each tensor."""
+"""Dimensions of each tensor: D activation width, F latents."""
 SAELENS_VERSION = "6.54.12"
-"""The release whose reader this layout was tried with; a version must be there for it to be read as format 6."""
+"""Version written to the files: the one whose loader was tested. SAELens needs a version to read them as format 6."""
 
 
 def build_config(coder: TopK, metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys that SAELens reads. ``about``: model, hookpoint, data set and context of the SAE."""
+    """Return the keys of ``cfg.json`` that SAELens reads.
+
+    ``metadata`` names the model, hookpoint, data set and context of the SAE, with the keys of saetrain's own metadata.
+    """
     return {
         "architecture": "topk",
         "d_in": coder.d_in,
@@ -44,17 +47,21 @@ def build_config(coder: TopK, metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def export_tensors(coder: TopK) -> dict[str, Tensor]:
-    """``W_enc`` (D, F), ``b_enc`` (F,), ``W_dec`` (F, D), ``b_dec`` (D,)."""
+    """Return the tensors of the file: ``W_enc`` (D, F), ``b_enc`` (F,), ``W_dec`` (F, D), ``b_dec`` (D,)."""
     return {name: value.detach().cpu().contiguous() for name, value in coder.named_parameters()}
 
 
 def import_tensors(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A TopK SAE of SAELens in our layout; ValueError for what a TopK SAE of raw activations can't express."""
+    """Convert the tensors of a SAELens file to our layout.
+
+    Raises:
+        ValueError: if the SAE is not TopK, does not take raw activations, or has tensors of the wrong shape.
+    """
     if config.get("architecture") != "topk":
-        raise ValueError(f"its architecture is {config.get('architecture')!r}; only 'topk' can be trained on")
+        raise ValueError(f"its architecture is {config.get('architecture')!r}; only 'topk' is supported")
     for key in ("normalize_activations", "reshape_activations"):
         if config.get(key, "none") != "none":
-            raise ValueError(f"its {key} is {config[key]!r}; only 'none' can be trained on")
+            raise ValueError(f"its {key} is {config[key]!r}; only 'none' is supported")
     require_tensor_shapes(weights, DIM_LETTERS)
     out = {name: weights[name].clone() for name in DIM_LETTERS}
     if not config.get("apply_b_dec_to_input", True):
@@ -63,9 +70,10 @@ def import_tensors(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> 
 
 
 def resolve_module_name(name: str, modules: Collection[str]) -> str | None:
-    """Which of ``modules``, of a model without its head, an `hf_hook_name` means, or None.
+    """Return the module of ``modules`` that the `hf_hook_name` ``name`` refers to, or None.
 
-    It is one of ours, or as in `model.layers.3.output` it begins with the head's name for the rest of the model.
+    ``modules`` are names in a model without its head. ``name`` is one of them, or becomes one without the suffix
+    `.output` and without the first component, which may name the headless model: `model.layers.3.output`.
     """
     base_name = name.removesuffix(".output")
     return next(

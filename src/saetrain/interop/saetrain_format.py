@@ -1,4 +1,4 @@
-"""The directory of one SAE: one ``cfg.json`` with SAELens' keys, sparsify's and ours; the weights in both layouts."""
+"""The folder of one SAE: a ``cfg.json`` for saetrain, SAELens and sparsify, and the weights in both layouts."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from saetrain.interop.schema import require_entry_types, require_tensor_shapes
 
 CONFIG_FILE = "cfg.json"
 FORMAT_VERSION = 1
-"""Version of our own part of ``cfg.json``."""
+"""Version of saetrain's own entry in ``cfg.json``."""
 
 
 def save_sae(folder: Path, coder: TopK, metadata: Mapping[str, Any], with_sparsify: bool = True) -> None:
-    """Write a coder of raw activations to ``folder``; ``about`` says all that a reader needs to use it rightly.
+    """Write a coder of raw activations to ``folder``, with ``metadata`` on its model, hookpoint and token policy.
 
-    ``cfg.json`` is written last, so that a folder that has one is whole.
+    ``cfg.json`` is written last, so a folder that contains one is complete.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG_FILE).unlink(missing_ok=True)
-    # A save that was killed leaves what it had not yet renamed.
+    # A save that was killed leaves temporary files.
     for left_over in (*folder.glob(".tmp*"), *folder.glob(".*.tmp")):
         left_over.unlink()
     with atomic_replace(folder / saelens.WEIGHTS_FILE) as path:
@@ -49,22 +49,25 @@ def save_sae(folder: Path, coder: TopK, metadata: Mapping[str, Any], with_sparsi
 
 
 def load_sae(folder: Path) -> tuple[TopK, dict[str, Any]]:
-    """(a coder of raw activations, what :func:`save_sae` was told about it).
+    """Return (coder of raw activations, metadata) as they were given to :func:`save_sae`.
 
-    Raises SaetrainError when ``folder`` holds no SAE of ours or its files are broken.
+    Raises:
+        SaetrainError: if ``folder`` contains no SAE in our format, or if a file is missing or damaged.
     """
     config = read_sae_config(folder)
     metadata = config.get("saetrain")
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT_VERSION:
         raise SaetrainError(
-            f"{folder / CONFIG_FILE}: was not written by this version of saetrain (no 'saetrain' entry of format {FORMAT_VERSION})"
+            f"{folder / CONFIG_FILE}: was not written by this version of saetrain "
+            f"(no 'saetrain' entry of format {FORMAT_VERSION})"
         )
     for key in ("architecture", "d_in", "d_sae", "k"):
         if config.get(key) is None:
             raise SaetrainError(f"{folder / CONFIG_FILE}: has no key '{key}'")
     if config["architecture"] not in list(CODERS):
         raise SaetrainError(
-            f"{folder / CONFIG_FILE}: architecture is {config['architecture']!r}; this version knows {', '.join(CODERS)}"
+            f"{folder / CONFIG_FILE}: architecture is {config['architecture']!r}; "
+            f"this version supports {', '.join(CODERS)}"
         )
     d_in, num_latents, k = config["d_in"], config["d_sae"], config["k"]
     require_valid_k(folder / CONFIG_FILE, k, num_latents)
@@ -75,7 +78,7 @@ def load_sae(folder: Path) -> tuple[TopK, dict[str, Any]]:
     except FileNotFoundError as error:
         raise SaetrainError(f"{path}: is missing") from error
     except SafetensorError as error:
-        raise SaetrainError(f"{path}: is broken or cut short: {error}") from error
+        raise SaetrainError(f"{path}: is damaged or truncated: {error}") from error
     except ValueError as error:
         raise SaetrainError(f"{path}: {error}") from error
     coder = CODERS[config["architecture"]](d_in, num_latents, k)
@@ -86,25 +89,25 @@ def load_sae(folder: Path) -> tuple[TopK, dict[str, Any]]:
 
 
 def require_valid_k(path: Path, k: int, num_latents: int) -> None:
-    """SaetrainError for more active latents than there are."""
+    """Raise SaetrainError if k exceeds the number of latents."""
     if k > num_latents:
         raise SaetrainError(f"{path}: k is {k}, more than the {num_latents} latents")
 
 
 def read_sae_config(folder: Path) -> dict[str, Any]:
-    """``cfg.json`` of ``folder``; SaetrainError when there is none or it is broken."""
+    """Return the contents of ``cfg.json`` in ``folder``; raise SaetrainError if it is missing or invalid."""
     path = folder / CONFIG_FILE
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         inner_folders = sorted(str(found.parent) for found in folder.glob(f"**/{CONFIG_FILE}"))[:3]
-        hint = f"; there are some in {', '.join(inner_folders)}" if inner_folders else ""
-        raise SaetrainError(f"{folder}: holds no SAE (no {CONFIG_FILE}){hint}") from error
+        hint = f"; SAEs were found in {', '.join(inner_folders)}" if inner_folders else ""
+        raise SaetrainError(f"{folder}: contains no SAE (no {CONFIG_FILE}){hint}") from error
     except OSError as error:
         raise SaetrainError(f"{path}: can't be read: {error.strerror}") from error
     except ValueError as error:
         raise SaetrainError(f"{path}: is not JSON: {error}") from error
     if not isinstance(config, dict):
-        raise SaetrainError(f"{path}: should be a JSON object")
+        raise SaetrainError(f"{path}: must be a JSON object")
     require_entry_types(path, config)
     return config

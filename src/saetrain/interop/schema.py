@@ -1,4 +1,4 @@
-"""What a ``cfg.json`` and the tensors beside it must be."""
+"""Validation of ``cfg.json`` (types of its entries) and of the weights (shapes and dtypes)."""
 
 from __future__ import annotations
 
@@ -10,40 +10,40 @@ from torch import Tensor
 
 from saetrain.errors import SaetrainError
 
-# A bool is an int to Python, and no number to whoever wrote the file.
+# type() instead of isinstance() for numbers, because bool is a subclass of int.
 TYPE_CHECKS: dict[str, Callable[[Any], bool]] = {
-    "text": lambda value: isinstance(value, str),
-    "text or a list": lambda value: isinstance(value, (str, list)),
-    "a whole number from 1": lambda value: type(value) is int and value >= 1,
+    "a string": lambda value: isinstance(value, str),
+    "a string or a list": lambda value: isinstance(value, (str, list)),
+    "a positive integer": lambda value: type(value) is int and value >= 1,
     "a number": lambda value: type(value) in (int, float),
     "true or false": lambda value: isinstance(value, bool),
     "true, false or a list": lambda value: isinstance(value, (bool, list)),
     "a JSON object": lambda value: isinstance(value, dict),
 }
 TOP_LEVEL_TYPES = {
-    "d_in": "a whole number from 1",
-    "d_sae": "a whole number from 1",
-    "k": "a whole number from 1",
+    "d_in": "a positive integer",
+    "d_sae": "a positive integer",
+    "k": "a positive integer",
     "metadata": "a JSON object",
     "saetrain": "a JSON object",
 }
 METADATA_TYPES = {
-    "model_name": "text",
-    "hook_name": "text",
-    "hf_hook_name": "text",
-    "dataset_path": "text or a list",
-    "context_size": "a whole number from 1",
+    "model_name": "a string",
+    "hook_name": "a string",
+    "hf_hook_name": "a string",
+    "dataset_path": "a string or a list",
+    "context_size": "a positive integer",
     "prepend_bos": "true or false",
     "exclude_special_tokens": "true, false or a list",
 }
 SAETRAIN_TYPES = {
-    "model": "text",
-    "model_revision": "text",
-    "model_weights_sha256": "text",
-    "hookpoint": "text",
-    "hook_name": "text",
-    "dataset": "text or a list",
-    "ctx_len": "a whole number from 1",
+    "model": "a string",
+    "model_revision": "a string",
+    "model_weights_sha256": "a string",
+    "hookpoint": "a string",
+    "hook_name": "a string",
+    "dataset": "a string or a list",
+    "ctx_len": "a positive integer",
     "prepend_bos": "true or false",
     "exclude_special_tokens": "true or false",
     "exclude_sinks": "true or false",
@@ -52,7 +52,7 @@ SAETRAIN_TYPES = {
 
 
 def require_entry_types(path: Path, config: Mapping[str, Any]) -> None:
-    """SaetrainError unless every entry that is read is missing, null or of its kind."""
+    """Raise SaetrainError unless every entry that is read is missing, null or of its type."""
     _require_types(path, "", config, TOP_LEVEL_TYPES)
     _require_types(path, "metadata.", config.get("metadata") or {}, METADATA_TYPES)
     _require_types(path, "saetrain.", config.get("saetrain") or {}, SAETRAIN_TYPES)
@@ -62,7 +62,7 @@ def _require_types(path: Path, prefix: str, entries: Mapping[str, Any], expected
     for key, expected_type in expected_types.items():
         value = entries.get(key)
         if value is not None and not TYPE_CHECKS[expected_type](value):
-            raise SaetrainError(f"{path}: {prefix}{key} should be {expected_type}, found {value!r}")
+            raise SaetrainError(f"{path}: {prefix}{key} must be {expected_type}, found {value!r}")
 
 
 def require_tensor_shapes(
@@ -71,9 +71,13 @@ def require_tensor_shapes(
     num_latents: int | None = None,
     d_in: int | None = None,
 ) -> None:
-    """ValueError unless the tensors fit one another, and the sizes where these are known.
+    """Raise ValueError unless the tensors have consistent shapes and a floating-point dtype.
 
-    ``letters`` {tensor: a letter for each dimension, F latents and D width}, first one that has both.
+    Args:
+        weights: {name: tensor}.
+        dim_letters: {name: one letter per dimension}, F for latents and D for width; the first name has both letters.
+        num_latents: F; taken from the first tensor if None.
+        d_in: D; taken from the first tensor if None.
     """
     sizes = {letter: size for letter, size in (("F", num_latents), ("D", d_in)) if size is not None}
     for name, dims in dim_letters.items():
@@ -86,7 +90,7 @@ def require_tensor_shapes(
         if found_shape != expected_shape:
             expected_text = str(tuple(sizes.get(letter, letter) for letter in dims)).replace("'", "")
             raise ValueError(
-                f"{name} should be of shape {expected_text}, found {'nothing' if found_shape is None else found_shape}"
+                f"{name} must have shape {expected_text}, found {'nothing' if found_shape is None else found_shape}"
             )
         if tensor is not None and not tensor.is_floating_point():
-            raise ValueError(f"{name} should hold floating-point numbers, found {tensor.dtype}")
+            raise ValueError(f"{name} must contain floating-point numbers, found {tensor.dtype}")

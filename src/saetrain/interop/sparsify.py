@@ -1,4 +1,4 @@
-"""sparsify 1.3: the keys of ``cfg.json`` and the tensors of ``sae.safetensors``."""
+"""Format of sparsify 1.3: the keys of ``cfg.json`` and the tensors of ``sae.safetensors``."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from saetrain.interop.schema import require_tensor_shapes
 
 WEIGHTS_FILE = "sae.safetensors"
 DIM_LETTERS = {"W_dec": "FD", "encoder.weight": "FD", "encoder.bias": "F", "b_dec": "D"}
-"""Dimensions of each tensor."""
+"""Dimensions of each tensor: D activation width, F latents."""
 
 
 def build_config(coder: TopK) -> dict[str, Any]:
-    """The keys that sparsify reads."""
+    """Return the keys of ``cfg.json`` that sparsify reads."""
     return {
         "activation": "topk",
         "d_in": coder.d_in,
@@ -31,7 +31,7 @@ def build_config(coder: TopK) -> dict[str, Any]:
 
 
 def export_tensors(coder: TopK) -> dict[str, Tensor]:
-    """``encoder.weight`` (F, D), ``encoder.bias`` (F,), ``W_dec`` (F, D), ``b_dec`` (D,)."""
+    """Return the tensors of the file: ``encoder.weight``, ``W_dec`` (F, D), ``encoder.bias`` (F,), ``b_dec`` (D,)."""
     return {
         "encoder.weight": coder.W_enc.detach().cpu().T.contiguous(),
         "encoder.bias": coder.b_enc.detach().cpu().contiguous(),
@@ -41,12 +41,16 @@ def export_tensors(coder: TopK) -> dict[str, Tensor]:
 
 
 def import_tensors(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A TopK SAE of sparsify in our layout; ValueError for what a TopK SAE can't express."""
+    """Convert the tensors of a sparsify file to our layout.
+
+    Raises:
+        ValueError: if the SAE is not TopK, is a transcoder, or has a skip connection or tensors of the wrong shape.
+    """
     if config.get("activation", "topk") != "topk":
-        raise ValueError(f"its activation is {config['activation']!r}; only 'topk' can be trained on")
+        raise ValueError(f"its activation is {config['activation']!r}; only 'topk' is supported")
     for key in ("transcode", "skip_connection"):
         if config.get(key):
-            raise ValueError(f"it is a transcoder or has a skip connection ({key}), which can't be trained on")
+            raise ValueError(f"it is a transcoder or has a skip connection ({key}), which is not supported")
     require_tensor_shapes(weights, DIM_LETTERS)
     return {
         "W_enc": weights["encoder.weight"].T.contiguous(),

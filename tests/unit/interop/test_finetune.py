@@ -135,7 +135,7 @@ def test_other_kinds_of_sparsify_are_refused(tmp_path: Path, config: dict[str, A
 def test_uneven_norms_are_refused(tmp_path: Path) -> None:
     weights = tensors()
     weights["W_dec"][3] *= 2
-    with pytest.raises(SaetrainError, match=r"norms from 1 to 2; bringing them to 1 would change which latents"):
+    with pytest.raises(SaetrainError, match=r"norms from 1 to 2; scaling them to 1 would change which latents"):
         loaded(saelens(tmp_path / "a", weights))
     weights["W_dec"][3] = 0
     with pytest.raises(SaetrainError, match="1 of its decoder rows are zero"):
@@ -165,16 +165,16 @@ def test_our_own_hookpoint_is_taken_by_its_letter(tmp_path: Path) -> None:
 
 
 def test_broken_folders_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(SaetrainError, match="holds no SAE"):
+    with pytest.raises(SaetrainError, match="contains no SAE"):
         loaded(tmp_path)
     folder = saelens(tmp_path / "a", tensors())
     file = folder / "sae_weights.safetensors"
     file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(SaetrainError, match="broken or cut short"):
+    with pytest.raises(SaetrainError, match="damaged or truncated"):
         loaded(folder)
     file.unlink()
-    with pytest.raises(SaetrainError, match="holds neither"):
+    with pytest.raises(SaetrainError, match="contains neither"):
         loaded(folder)
     save_file({"W_enc": torch.zeros(D, F)}, file)
-    with pytest.raises(SaetrainError, match=r"--finetune .*: W_dec should be of shape \(F, D\), found nothing"):
+    with pytest.raises(SaetrainError, match=r"--finetune .*: W_dec must have shape \(F, D\), found nothing"):
         loaded(folder)

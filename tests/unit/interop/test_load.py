@@ -74,20 +74,23 @@ def test_what_is_whole_is_read(folder: Path) -> None:
     ("spoil", "said"),
     [
         (lambda folder: (folder / "cfg.json").write_bytes(b'{"k": "\xff"}'), r"cfg\.json: is not JSON: .*utf-8"),
-        (lambda folder: (folder / "cfg.json").write_text("[]"), r"cfg\.json: should be a JSON object"),
-        (config_with(metadata=["a"]), r"cfg\.json: metadata should be a JSON object, found \['a'\]"),
-        (config_with(metadata="a"), r"cfg\.json: metadata should be a JSON object, found 'a'"),
-        (config_with(saetrain=[1]), r"cfg\.json: saetrain should be a JSON object"),
-        (config_with(d_in="8"), r"cfg\.json: d_in should be a whole number from 1, found '8'"),
-        (config_with(k=True), r"cfg\.json: k should be a whole number from 1, found True"),
-        (config_with(k=0), r"cfg\.json: k should be a whole number from 1, found 0"),
-        (config_with(metadata={"context_size": "128"}), r"cfg\.json: metadata\.context_size should be a whole number"),
-        (config_with(metadata={"hf_hook_name": 3}), r"cfg\.json: metadata\.hf_hook_name should be text, found 3"),
-        (config_with(metadata={"prepend_bos": "no"}), r"metadata\.prepend_bos should be true or false, found 'no'"),
-        (tensor("W_dec", torch.zeros(F)), r"W_dec should be of shape \(F, D\), found \(20,\)|\(20, 6\), found \(20,\)"),
-        (tensor("W_dec", torch.zeros(F, D, 1)), r"W_dec should be of shape \(.*\), found \(20, 6, 1\)"),
-        (tensor("b_dec", torch.zeros(D + 1)), r"b_dec should be of shape \(6,\), found \(7,\)"),
-        (tensor("b_dec", torch.zeros(D, dtype=torch.int64)), "b_dec should hold floating-point numbers"),
+        (lambda folder: (folder / "cfg.json").write_text("[]"), r"cfg\.json: must be a JSON object"),
+        (config_with(metadata=["a"]), r"cfg\.json: metadata must be a JSON object, found \['a'\]"),
+        (config_with(metadata="a"), r"cfg\.json: metadata must be a JSON object, found 'a'"),
+        (config_with(saetrain=[1]), r"cfg\.json: saetrain must be a JSON object"),
+        (config_with(d_in="8"), r"cfg\.json: d_in must be a positive integer, found '8'"),
+        (config_with(k=True), r"cfg\.json: k must be a positive integer, found True"),
+        (config_with(k=0), r"cfg\.json: k must be a positive integer, found 0"),
+        (
+            config_with(metadata={"context_size": "128"}),
+            r"cfg\.json: metadata\.context_size must be a positive integer",
+        ),
+        (config_with(metadata={"hf_hook_name": 3}), r"cfg\.json: metadata\.hf_hook_name must be a string, found 3"),
+        (config_with(metadata={"prepend_bos": "no"}), r"metadata\.prepend_bos must be true or false, found 'no'"),
+        (tensor("W_dec", torch.zeros(F)), r"W_dec must have shape \(F, D\), found \(20,\)|\(20, 6\), found \(20,\)"),
+        (tensor("W_dec", torch.zeros(F, D, 1)), r"W_dec must have shape \(.*\), found \(20, 6, 1\)"),
+        (tensor("b_dec", torch.zeros(D + 1)), r"b_dec must have shape \(6,\), found \(7,\)"),
+        (tensor("b_dec", torch.zeros(D, dtype=torch.int64)), "b_dec must contain floating-point numbers"),
     ],
 )
 def test_broken_folders_are_refused(folder: Path, reader: Callable[[Path], Any], spoil: Spoil, said: str) -> None:
@@ -107,7 +110,7 @@ def test_a_bias_that_is_not_subtracted_must_fit_too(tmp_path: Path) -> None:
     save_sae(tmp_path, TopK(D, F, K), {}, with_sparsify=False)
     config_with(saetrain=None, apply_b_dec_to_input=False)(tmp_path)
     tensor("b_dec", torch.zeros(D + 1))(tmp_path)
-    with pytest.raises(SaetrainError, match=r"b_dec should be of shape \(6,\), found \(7,\)"):
+    with pytest.raises(SaetrainError, match=r"b_dec must have shape \(6,\), found \(7,\)"):
         read(tmp_path)
 
 
@@ -122,12 +125,12 @@ def test_entries_of_our_own_are_checked(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "cfg.json").read_text())
     config["metadata"] = {}
     (tmp_path / "cfg.json").write_text(json.dumps(config))
-    with pytest.raises(SaetrainError, match=r"cfg\.json: saetrain\.ctx_len should be a whole number from 1"):
+    with pytest.raises(SaetrainError, match=r"cfg\.json: saetrain\.ctx_len must be a positive integer"):
         read(tmp_path)
     config["saetrain"] = {"format": 1}
     config["architecture"] = ["topk"]
     (tmp_path / "cfg.json").write_text(json.dumps(config))
-    with pytest.raises(SaetrainError, match=r"cfg\.json: architecture is \['topk'\]; this version knows topk"):
+    with pytest.raises(SaetrainError, match=r"cfg\.json: architecture is \['topk'\]; this version supports topk"):
         read(tmp_path)
 
 
