@@ -62,7 +62,7 @@ class RunConfig:
     processes: ParallelSettings = field(default_factory=ParallelSettings)
     output: CheckpointSettings = field(default_factory=CheckpointSettings)
     finetune: typing.Annotated[str | None, shown_default("none: random initial weights", "PATH")] = None
-    """Start from a saved SAE: its folder, or a folder with one SAE folder per hookpoint (saetrain, SAELens, sparsify)."""
+    """Start from a saved SAE: its folder, or a folder with one SAE per hookpoint (saetrain, SAELens, sparsify)."""
     assess: bool = True
     """Evaluate the SAEs at the end: metrics next to baselines, with intervals, and a verdict (`saetrain evaluate`)."""
     force: bool = False
