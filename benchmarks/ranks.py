@@ -75,21 +75,21 @@ class Variant:
         self.trainer = Trainer(saes, train, tokens_per_step=tokens, warmup_steps=warmup, is_data_parallel=ranks > 1)
         owned = list(range(env.rank() if ranks > 1 else 0, SHARDS, ranks))
         # The same number of steps in every variant, so that a sample covers whole refill periods.
-        pool = BUFFER_BATCHES * tokens // SHARDS
-        buffer = ShuffleBuffer(self._reader, self._source, owned, SHARDS, pool, SEED)
+        slots_per_shard = BUFFER_BATCHES * tokens // SHARDS
+        buffer = ShuffleBuffer(self._reader, self._source, owned, SHARDS, slots_per_shard, SEED)
         self._take = lambda number: buffer.take_activations(number * tokens, tokens, STEPS * tokens)
-        self._meanwhile = buffer.prefetch_pools
+        self._prefetch = buffer.prefetch_pools
         return self
 
     def take_sample(self, steps: int) -> dict[str, float]:
         """Run ``steps`` steps and return, per step, the seconds, the share of waiting, and the communication."""
         before = dataclasses.replace(distributed.comm_stats())
-        begun = time.perf_counter()
+        start = time.perf_counter()
         for _ in range(steps):
             # A run all-reduces as many flags before every update.
-            before_sums = distributed.AsyncAllReduce([0, 0, 0, 0]).wait if self._ranks > 1 else _do_nothing
-            self.trainer.train_step(self._take, before_sums, self._meanwhile)
-        seconds, now = time.perf_counter() - begun, distributed.comm_stats()
+            sync_flags = distributed.AsyncAllReduce([0, 0, 0, 0]).wait if self._ranks > 1 else _do_nothing
+            self.trainer.train_step(self._take, sync_flags, self._prefetch)
+        seconds, now = time.perf_counter() - start, distributed.comm_stats()
         return {
             "seconds": seconds / steps,
             "waiting": (now.waited_s - before.waited_s) / seconds,
@@ -137,11 +137,11 @@ def measure_all_reduce_s(work: Work, rounds: int = 10) -> float:
     seconds = []
     for _ in range(rounds):
         distributed.barrier("before a sample")
-        begun = time.perf_counter()
+        start = time.perf_counter()
         reduction = distributed.GradientBuckets()
         reduction.add(tensors)
         reduction.wait()
-        seconds.append(time.perf_counter() - begun)
+        seconds.append(time.perf_counter() - start)
     return statistics.median(seconds)
 
 
@@ -171,7 +171,7 @@ def summarize_samples(samples: dict[str, list[dict[str, float]]], work: Work, ex
 def format_table(metrics: dict[str, dict[str, Any]]) -> str:
     """Format the metrics as a table."""
     lines = [
-        "| precision | variant | tokens/s | over one | waiting | calls, of numbers | bytes handed in |",
+        "| precision | variant | tokens/s | speed over one process | waiting | tensor, flag collectives | bytes sent |",
         "|---|---|---|---|---|---|---|",
     ]
     for precision, variants in metrics.items():

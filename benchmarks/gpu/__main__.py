@@ -41,15 +41,15 @@ def time_steps(shape: StepShape, limits: dict[str, float]) -> Iterator[tuple[str
     for name, make in builders_for(shape, SMALL).items():
 
         def time_step(name: str = name, make: Any = make) -> Record:
-            batches, kept = build_batches(shape, "cuda", skewed=name == SKEWED), []
+            batches, built = build_batches(shape, "cuda", skewed=name == SKEWED), []
 
             def build() -> Callable[[], None]:
-                kept.append(make(shape, "cuda"))
-                return cycle_batches(kept[0], batches)
+                built.append(make(shape, "cuda"))
+                return cycle_batches(built[0], batches)
 
             result = time_built(build)
             if "ms" in result:
-                result.update(kept[0].check_steps())
+                result.update(built[0].check_steps())
                 result["of_floor"] = floor_ms(shape, limits) / result["ms"]
                 if "fired" in result:
                     result["of_floor_of_fired"] = floor_ms(shape, limits, result["fired"]) / result["ms"]
@@ -61,11 +61,11 @@ def time_steps(shape: StepShape, limits: dict[str, float]) -> Iterator[tuple[str
 def time_end_to_end(work: Work) -> Iterator[tuple[str, Callable[[], Record]]]:
     """Yield (name, function that times it) for the forward pass to the hook, alone and followed by each step."""
     forward = ModelForward(work)
-    alone: list[float] = []
+    forward_ms: list[float] = []
 
     def time_forward() -> Record:
         result = time_built(lambda: forward)
-        alone.append(result.get("ms", math.nan))
+        forward_ms.append(result.get("ms", math.nan))
         return result
 
     yield "forward alone", time_forward
@@ -73,16 +73,19 @@ def time_end_to_end(work: Work) -> Iterator[tuple[str, Callable[[], Record]]]:
     for name in ("triton", "torch"):
 
         def time_step(name: str = name) -> Record:
-            kept = []
+            built = []
 
             def build() -> Callable[[], object]:
-                kept.append(STEP_BUILDERS[name](shape, "cuda"))
-                return lambda: kept[0](forward())
+                built.append(STEP_BUILDERS[name](shape, "cuda"))
+                return lambda: built[0](forward())
 
             result = time_built(build)
             if "ms" in result:
-                result.update(kept[0].check_steps())
-                result["of_forward"], result["tokens_per_s"] = alone[0] / result["ms"], 1e3 * work.tokens / result["ms"]
+                result.update(built[0].check_steps())
+                result["of_forward"], result["tokens_per_s"] = (
+                    forward_ms[0] / result["ms"],
+                    1e3 * work.tokens / result["ms"],
+                )
             return result
 
         yield name, time_step
@@ -118,17 +121,17 @@ def time_all(shapes: list[StepShape], models: list[Work], results: Record, out: 
         ("steps", {"shape": asdict(shape), "floor_ms": floor_ms(shape, limits)}, time_steps(shape, limits))
         for shape in shapes
     ]
-    for key, about, paths in tasks:
-        print(about)
-        results[key].append({**about, "paths": {}})
-        for name, timed in paths:
+    for key, description, implementations in tasks:
+        print(description)
+        results[key].append({**description, "implementations": {}})
+        for name, time_step in implementations:
             found: Record = {"failed": "skipped, because the time limit was reached"}
             if time.monotonic() < until:
                 try:
-                    found = timed()
+                    found = time_step()
                 except AssertionError as error:
                     found = {"failed": str(error)}
-            results[key][-1]["paths"][name] = found
+            results[key][-1]["implementations"][name] = found
             print(format_line(name, found), flush=True)
             write_results(out, results)
 

@@ -35,15 +35,18 @@ def _make_check(what: str, shape: StepShape, distance: float, allowed: float = 0
 
 
 def _check_updates(shape: StepShape, device: str) -> list[Check]:
-    def allowed(way: StepVariant) -> float:
-        return REAL_TOLERANCE[way.use_bf16] if shape in REAL else way.tolerance
+    def allowed(variant: StepVariant) -> float:
+        return REAL_TOLERANCE[variant.use_bf16] if shape in REAL else variant.tolerance
 
     found = measure_distances(shape, torch.device(device))
-    if any(each > allowed(way) for way, each in found.items()):
+    if any(each > allowed(variant) for variant, each in found.items()):
         # With a single seed, rounding may select another latent.
         again = measure_distances(shape, torch.device(device), seed=1)
-        found = {way: min(each, again[way]) for way, each in found.items()}
-    return [_make_check(f"update against autograd, {way}", shape, each, allowed(way)) for way, each in found.items()]
+        found = {variant: min(each, again[variant]) for variant, each in found.items()}
+    return [
+        _make_check(f"update against autograd, {variant}", shape, each, allowed(variant))
+        for variant, each in found.items()
+    ]
 
 
 def _check_topk(shape: StepShape) -> Check:

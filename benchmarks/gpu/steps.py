@@ -101,9 +101,9 @@ class SparsifyStep:
 StepBuilder = Callable[[StepShape, str], "SaetrainStep | SparsifyStep"]
 
 
-def build_triton_step(coder: TopK, **how: Any) -> TrainStep:
+def build_triton_step(coder: TopK, **options: Any) -> TrainStep:
     """saetrain's Triton kernels, in bf16."""
-    return TritonStep(coder, OptimSettings(), use_bf16=True, no_accumulation=True, **how)
+    return TritonStep(coder, OptimSettings(), use_bf16=True, no_accumulation=True, **options)
 
 
 def build_torch_step(coder: TopK) -> TrainStep:

@@ -88,8 +88,8 @@ class Step:
 
     def __init__(self, coder: TopK, package: Package | None) -> None:
         self._k, self._package = coder.k, package
-        whole = (coder.W_enc.detach().T.contiguous(), coder.b_enc, coder.W_dec, coder.b_dec)
-        self.weights = [nn.Parameter(value.detach().clone()) for value in whole]
+        initial = (coder.W_enc.detach().T.contiguous(), coder.b_enc, coder.W_dec, coder.b_dec)
+        self.weights = [nn.Parameter(value.detach().clone()) for value in initial]
         self._adam = torch.optim.Adam(self.weights, lr=LR)
         latents, device = coder.num_latents, coder.b_dec.device
         self._silent = torch.zeros(latents, dtype=torch.long, device=device)

@@ -15,7 +15,7 @@ from benchmarks.machine import ROOT
 from benchmarks.recipe.activations import HELD_OUT_TOKENS, TRAIN_TOKENS, cache_activations
 from benchmarks.recipe.components import COMPONENTS
 from benchmarks.recipe.results import Result, Results
-from benchmarks.recipe.sweep import OURS
+from benchmarks.recipe.sweep import SAETRAIN
 from benchmarks.recipe.task import Task
 from benchmarks.recipe.task_runner import add_run_options, run_tasks
 from saetrain.optim import RunSize, recommended_lr
@@ -31,7 +31,7 @@ def ablation_tasks(component: str | None, steps: int) -> list[Task]:
     rule = recommended_lr(RunSize(LATENTS, K, TOKENS, steps))
     options = {"without": component} if component else {}
     rates = [float(f"{factor * rule:.6g}") for factor in FACTORS[steps]]
-    return [Task(OURS, SITE, LATENTS, K, steps, TOKENS, SEED, lr, options=options) for lr in rates]
+    return [Task(SAETRAIN, SITE, LATENTS, K, steps, TOKENS, SEED, lr, options=options) for lr in rates]
 
 
 def best_result(component: str | None, steps: int, results: Results) -> Result | None:

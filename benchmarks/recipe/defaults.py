@@ -13,7 +13,7 @@ import sys
 from benchmarks.machine import ROOT
 from benchmarks.recipe.activations import HELD_OUT_TOKENS, SITES, TRAIN_TOKENS, cache_activations
 from benchmarks.recipe.results import Results
-from benchmarks.recipe.sweep import OURS
+from benchmarks.recipe.sweep import SAETRAIN
 from benchmarks.recipe.task import Task
 from benchmarks.recipe.task_runner import add_run_options, run_tasks
 from saetrain.coders.topk import TopKSettings
@@ -31,7 +31,7 @@ def default_tasks(site: str) -> list[Task]:
     sae, train, lr = TopKSettings(), TrainSettings(), OptimSettings().lr
     assert lr != "auto"
     tokens = train.batch_size * train.grad_acc_steps * DEFAULT_CTX_LEN
-    run = Task(OURS, site, sae.resolve_num_latents(MINILM_WIDTH), sae.k, train.max_tokens // tokens, tokens, seed=1)
+    run = Task(SAETRAIN, site, sae.resolve_num_latents(MINILM_WIDTH), sae.k, train.max_tokens // tokens, tokens, seed=1)
     return [dataclasses.replace(run, lr=lr, options={"weight_decay": OptimSettings().effective_weight_decay}), run]
 
 

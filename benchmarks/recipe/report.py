@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.recipe.results import Result, Results
-from benchmarks.recipe.sweep import OURS, TOOLS, Comparison, Tool
+from benchmarks.recipe.sweep import SAETRAIN, TOOLS, Comparison, Tool
 
 HEAD = ["steps", "tool", "learning rate", "FVU", "never fired", "inactive in the last 50 batches"]
 
@@ -49,7 +49,7 @@ def _tool_rows(comparison: Comparison, results: Results, tool: Tool, steps: int)
         seeds = [result for result in found if result is not None]
         if seeds:
             lr = f"{seeds[0]['lr']:.2g}" if "lr" in seeds[0] else "none"
-            yield Row(steps, tool.name, f"{lr}, {'`--lr auto`' if tool.name == OURS else what}", seeds)
+            yield Row(steps, tool.name, f"{lr}, {'`--lr auto`' if tool.name == SAETRAIN else what}", seeds)
 
 
 def comparison_table(comparison: Comparison, results: Results) -> str:
@@ -60,7 +60,7 @@ def comparison_table(comparison: Comparison, results: Results) -> str:
         if any("error" in result for result in row.seeds):
             lines.append(f"| {row.steps} | {row.name} | {row.rate} | fails: {row.seeds[0]['error']} | | |")
             continue
-        shares = " | ".join(row.format_cell(figure, ".1%") for figure in ("never_fired", "dead_by_window"))
+        shares = " | ".join(row.format_cell(metric, ".1%") for metric in ("never_fired", "dead_by_window"))
         lines.append(f"| {row.steps} | {row.name} | {row.rate} | {row.format_cell('fvu', '.4f')} | {shares} |")
     remarks = (_describe_gaps(found), _describe_fp32(comparison, results), _describe_times(comparison, results))
     paragraphs = [textwrap.fill(remark, 120) for each in remarks for remark in each]
@@ -85,8 +85,8 @@ def summary_table(comparison: Comparison, results: Results) -> str:
 def _describe_gaps(found: list[Row]) -> Iterator[str]:
     fine = [row for row in found if not any("error" in result for result in row.seeds)]
     for steps in sorted({row.steps for row in fine}):
-        own = next((row for row in fine if (row.steps, row.name) == (steps, OURS)), None)
-        others = [row for row in fine if row.steps == steps and row.name != OURS]
+        own = next((row for row in fine if (row.steps, row.name) == (steps, SAETRAIN)), None)
+        others = [row for row in fine if row.steps == steps and row.name != SAETRAIN]
         if own and others:
             best = min(others, key=lambda row: row.mean_over_seeds("fvu"))
             gap = best.mean_over_seeds("fvu") - own.mean_over_seeds("fvu")
@@ -132,14 +132,14 @@ def draw_comparison(comparison: Comparison, results: Results, path: Path) -> Non
             if row.steps != steps or any("error" in result for result in row.seeds):
                 continue
             shares = [100 * result["never_fired"] for result in row.seeds]
-            ours, default = row.name == OURS, row.rate.endswith("default")
+            own, default = row.name == SAETRAIN, row.rate.endswith("default")
             color = f"C{list(markers).index(row.name)}"
             panel.scatter(
                 shares,
                 [result["fvu"] for result in row.seeds],
                 marker=markers[row.name],
                 label=f"{row.name}, {row.rate.replace('`', '')}",
-                facecolors="none" if default and not ours else color,
+                facecolors="none" if default and not own else color,
                 edgecolors=color,
             )
         panel.set(title=f"{steps} steps", xlabel="latents that never fire (%)", ylabel="held-out FVU")

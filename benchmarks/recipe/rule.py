@@ -17,7 +17,7 @@ from dataclasses import replace
 from benchmarks.machine import ROOT
 from benchmarks.recipe.activations import HELD_OUT_TOKENS, SITES, TRAIN_TOKENS, cache_activations
 from benchmarks.recipe.results import Results
-from benchmarks.recipe.sweep import FACTOR, OURS, best_rate, is_settled, next_rates
+from benchmarks.recipe.sweep import FACTOR, SAETRAIN, best_rate, is_settled, next_rates
 from benchmarks.recipe.task import Task
 from benchmarks.recipe.task_runner import add_run_options, run_tasks
 from saetrain.optim import RunSize, recommended_lr
@@ -34,13 +34,13 @@ ANCHOR = 0.01
 def rule_tasks(options: argparse.Namespace) -> list[Task]:
     """One task with the rule's rate per case, short and narrow cases first."""
     grid = [
-        Task(OURS, site, latents, k, steps, options.tokens, options.seed)
+        Task(SAETRAIN, site, latents, k, steps, options.tokens, options.seed)
         for steps in sorted(options.steps)
         for latents in sorted(options.latents)
         for site in options.sites
         for k in options.k
     ]
-    return [*grid, *(Task(OURS, options.sites[0], *BATCH_CASE, tokens, options.seed) for tokens in options.batches)]
+    return [*grid, *(Task(SAETRAIN, options.sites[0], *BATCH_CASE, tokens, options.seed) for tokens in options.batches)]
 
 
 def rule_rate(task: Task) -> float:

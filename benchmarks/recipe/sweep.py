@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.recipe.results import Results
 from benchmarks.recipe.task import Task
 
-OURS = "saetrain"
+SAETRAIN = "saetrain"
 FACTOR = 2.0
 """Ratio of neighbouring rates of a sweep."""
 
@@ -56,7 +56,7 @@ class Tool:
 
 
 TOOLS = (
-    Tool(OURS),
+    Tool(SAETRAIN),
     # At its best rate it is far worse than Adam of the same tool, so the long runs, minutes each, use only Adam.
     Tool("sparsify signum", 8e-3, (("optimizer", "signum"),), longest_sweep=400),
     Tool("sparsify adam", 4e-3, (("optimizer", "adam"),), shipped=False),

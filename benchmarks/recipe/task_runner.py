@@ -14,7 +14,7 @@ from pathlib import Path
 
 from benchmarks.machine import ROOT
 from benchmarks.recipe.results import Result, Results
-from benchmarks.recipe.sweep import OURS
+from benchmarks.recipe.sweep import SAETRAIN
 from benchmarks.recipe.task import Task
 
 
@@ -32,7 +32,7 @@ def add_run_options(parser: argparse.ArgumentParser, out: Path) -> None:
 def find_python(tool: str) -> Path:
     """Path of the Python interpreter in the tool's environment."""
     name = tool.split()[0]
-    return Path(sys.executable) if name == OURS else ROOT / ".bench" / name / "bin" / "python"
+    return Path(sys.executable) if name == SAETRAIN else ROOT / ".bench" / name / "bin" / "python"
 
 
 def run_task(task: Task, activations: Path, threads: int) -> Result:

@@ -85,7 +85,9 @@ def test_table_compares_saetrain_with_the_best_tool(tmp_path: Path, gap: float) 
     assert f"| 8 | sparsify adam | 0.008, best | {0.1015 + gap:.4f}" in text
     assert "| 8 | sae-lens | none, default | fails: ValueError: too short |" in text
     word = "below" if gap > 0 else "above"
-    sentence = f"After 8 steps, saetrain's FVU is 0.0200 {word} that of the best other tool (sparsify adam at 0.008, best). "
+    sentence = (
+        f"After 8 steps, saetrain's FVU is 0.0200 {word} that of the best other tool (sparsify adam at 0.008, best). "
+    )
     assert sentence + "Its share of latents that never fire is 0.0%, compared with 50.0%." in text
 
 
