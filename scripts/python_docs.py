@@ -1,7 +1,7 @@
-"""Python's own documentation as texts: the chapters of its reference and the docstrings of its standard library.
+"""A data set of Python's own documentation: the chapters of its reference and the docstrings of its standard library.
 
-Python files are parsed and never imported, for importing some of them opens windows or browsers; only compiled modules,
-which have no source to parse, are imported.
+Python files are parsed and not imported, because importing some of them opens windows or browsers. Only compiled
+modules are imported, because they have no source.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ SKIPPED_FOLDERS = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurep
 SKIPPED_MODULES = ("_test", "xx", "_xx")
 MIN_CHARACTERS = 20
 HELD_OUT_ONE_IN = 10
-"""One text in so many is held out."""
+"""One in this many texts is held out."""
 
 NamedText = tuple[str, str]
-"""(where it stands, the text itself)."""
+"""(name of the chapter or object, text)."""
 
 
 def write_splits(folder: Path) -> None:
-    """Write ``train.jsonl`` and ``test.jsonl`` to ``folder``; files that are right already are not touched."""
+    """Write ``train.jsonl`` and ``test.jsonl`` to ``folder``; files that are already correct are not rewritten."""
     folder.mkdir(parents=True, exist_ok=True)
     lines: dict[str, list[str]] = {"train": [], "test": []}
     for name, text in drop_duplicates(iter_texts()):
@@ -44,7 +44,7 @@ def write_splits(folder: Path) -> None:
 
 
 def drop_duplicates(texts: Iterable[NamedText]) -> list[NamedText]:
-    """The first of each text, without regard to case and white space; very short ones are dropped."""
+    """Return the texts without duplicates, ignoring case and white space, and without very short texts."""
     found: dict[str, NamedText] = {}
     for name, text in texts:
         key = " ".join(text.casefold().split())
@@ -54,7 +54,7 @@ def drop_duplicates(texts: Iterable[NamedText]) -> list[NamedText]:
 
 
 def iter_texts() -> Iterator[NamedText]:
-    """Chapters, then the docstrings of Python files, then those of compiled modules."""
+    """Yield the chapters, then the docstrings of Python files, then those of compiled modules."""
     for name, text in sorted(pydoc_data.topics.topics.items()):
         yield f"chapter '{name}'", text
     library = Path(sysconfig.get_path("stdlib"))
@@ -73,7 +73,7 @@ def iter_texts() -> Iterator[NamedText]:
 
 
 def iter_source_docstrings(path: Path, module: str) -> Iterator[NamedText]:
-    """Docstrings of a file's module, classes and functions; none where it is no Python of this version."""
+    """Yield the docstrings of a file's module, classes and functions; none if this Python can't parse the file."""
     try:
         tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError):
@@ -91,7 +91,7 @@ def _iter_docstrings(node: Any, name: str) -> Iterator[NamedText]:
 
 
 def iter_compiled_docstrings(module: str) -> Iterator[NamedText]:
-    """Docstrings of a compiled module, its functions and classes, and their methods; none where it can't be loaded."""
+    """Yield the docstrings of a compiled module, its functions, classes and methods; none if it can't be imported."""
     try:
         yield from _iter_member_docstrings(importlib.import_module(module), module, depth=2)
     except ImportError:
