@@ -264,10 +264,10 @@ CASES: dict[str, tuple[Callable[[Place], list[str]], str]] = {
     "ids of four bytes": (wide_ids, "t.bin: every second id of two bytes is 0"),
     "fine-tuning from another layer": (
         finetune_elsewhere,
-        "holds no SAE of encoder.layer.0; there are encoder.layer.1",
+        "contains no SAE of encoder.layer.0, only of encoder.layer.1",
     ),
     "broken settings file": (flags("--config nowhere.yaml"), "--config nowhere.yaml: can't be read"),
-    "fine-tuning from nothing": (flags("--finetune nowhere"), "--finetune nowhere: holds no SAE"),
+    "fine-tuning from nothing": (flags("--finetune nowhere"), "--finetune nowhere: contains no SAE"),
 }
 
 
