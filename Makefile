@@ -5,7 +5,7 @@ INTEROP := .venv-interop
 BENCH := .bench
 PEERS := sparsify sae-lens dictionary_learning
 
-.PHONY: demo test test-soak check format test-interop bench bench-peers bench-recipe clean
+.PHONY: demo test test-fast test-soak check format test-interop bench bench-peers bench-recipe clean
 
 # The stamp makes an install happen once per change of what is installed.
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -18,8 +18,12 @@ $(VENV)/installed: pyproject.toml constraints.txt
 demo: $(VENV)/installed
 	$(BIN)/python scripts/demo.py
 
+test-fast: $(VENV)/installed
+	$(BIN)/python -m pytest -n 2 -m 'not slow and not interop and not soak'
+
+# Work stealing keeps both processes busy to the end.
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n 2 -m 'not interop and not soak'
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not interop and not soak'
 
 test-soak: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2 -m soak

@@ -7,10 +7,13 @@ import importlib.util
 import json
 import os
 import pydoc_data.topics
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+from tests.processes import kill_running_processes
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
@@ -18,14 +21,30 @@ os.environ.setdefault("WANDB_MODE", "offline")
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 torch.set_num_threads(1)
+TESTS = Path(__file__).parent
+SLOW_FOLDERS = ("integration", "distributed")
+"""Folders whose tests start processes or run whole commands."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark all tests of the slow folders."""
+    for item in items:
+        if item.path.is_relative_to(TESTS) and item.path.relative_to(TESTS).parts[0] in SLOW_FOLDERS:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_caches(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Nothing is read from or left in the user's caches."""
+    """Use a cache of data sets for this session instead of the user's, in this process and those that it starts."""
     import datasets
 
-    datasets.config.HF_DATASETS_CACHE = str(tmp_path_factory.mktemp("datasets"))
+    os.environ["HF_DATASETS_CACHE"] = datasets.config.HF_DATASETS_CACHE = str(tmp_path_factory.mktemp("datasets"))
+
+
+@pytest.fixture(autouse=True)
+def _kill_left_processes() -> Iterator[None]:
+    yield
+    kill_running_processes()
 
 
 @pytest.fixture(scope="session")
