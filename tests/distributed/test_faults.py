@@ -101,7 +101,7 @@ def test_a_data_set_that_fails_on_one_rank_ends_all(launcher: Launcher, tiny_ber
         launcher.environment |= {"RANK": str(host)}
         processes.append(launcher.start(1, "run", [tiny_bert, "text.jsonl", *WORDS, *tokens(20), "--batch_size", "2"]))
     first, second = [ended(process, 2, ENDS_S) for process in processes]
-    assert "text.jsonl, line 251: is no JSON" in second
+    assert "text.jsonl, line 251: is not valid JSON" in second
     assert (
         "rank 0: error: rank 1 failed in reading and tokenizing the data set: data set 'text.jsonl' could not" in first
     )

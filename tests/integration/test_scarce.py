@@ -29,7 +29,7 @@ def test_a_disk_that_fills_while_tokenizing_is_named(place: Place) -> None:
     )
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
-    assert re.search("the tokens can't be written to .*cache.*; make room there", done.stderr), done.stderr
+    assert re.search("the tokens can't be written to .*cache.*; free disk space there", done.stderr), done.stderr
     assert not out.exists()
 
 

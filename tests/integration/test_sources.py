@@ -107,7 +107,7 @@ def test_bad_rows_are_left_out_and_counted(
     assert "bad.jsonl, line 6" in found.out + found.err
     run(tmp_path, "streamed", tiny_bert, str(tmp_path / "bad.jsonl"), "--skip_bad_rows", "--streaming")
     found = capsys.readouterr()
-    assert "1 bad rows left out so far" in found.out + found.err
+    assert "1 bad rows skipped so far" in found.out + found.err
 
 
 def test_settings_file_keeps_one_data_set_plain_and_several_as_a_list(
@@ -207,11 +207,11 @@ def test_tokenize_says_what_is_wrong(
     assert "is neither a local path" in refused(capsys, "tokenize", tiny_bert, "nobody/nothing", out)
     latin = tmp_path / "latin.jsonl"
     latin.write_bytes('{"text": "plain"}\n{"text": "caf\u00e9"}\n'.encode("latin-1"))
-    assert "latin.jsonl, line 2: is no JSON: 'utf-8'" in refused(capsys, "tokenize", tiny_bert, str(latin), out)
+    assert "latin.jsonl, line 2: is not valid JSON: 'utf-8'" in refused(capsys, "tokenize", tiny_bert, str(latin), out)
     assert not Path(out).exists()
     main(["tokenize", tiny_bert, topics_jsonl, out])
-    assert "exists already and is not empty" in refused(capsys, "tokenize", tiny_bert, topics_jsonl, out)
-    assert "holds tokens already" in refused(capsys, "tokenize", tiny_bert, out, str(tmp_path / "more"))
+    assert "already exists and is not empty" in refused(capsys, "tokenize", tiny_bert, topics_jsonl, out)
+    assert "is already a token folder" in refused(capsys, "tokenize", tiny_bert, out, str(tmp_path / "more"))
     with pytest.raises(SystemExit) as caught:
         main(["tokenize", "--help"])
     assert not caught.value.code

@@ -1,1 +1,1 @@
-"""Text -> tokens: sources, text columns, tokenization, held-out documents, and the sample order."""
+"""From text to tokens: sources, text columns, tokenization, held-out documents and the sample order."""

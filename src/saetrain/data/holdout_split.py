@@ -1,4 +1,4 @@
-"""Which documents are never trained on: chosen by a hash of their text, so that copies fall on one side."""
+"""Held-out split: documents are chosen by a hash of their text, so that all copies of a text are on one side."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from saetrain.errors import SaetrainError
 MIN_HELD_OUT_TOKENS = 20_000
 MAX_HELD_OUT_SHARE = 0.1
 STREAM_HELD_OUT_SHARE = 0.05
-"""Share of a stream's texts that are held out, as the share of hash space that their hashes lie in."""
+"""Share of a stream's texts that is held out: the texts whose hash is in the lowest 5 % of hash space."""
 HASH_SPACE = 1 << 63
 
 
 def deduplicate_rows(table: TokenTable) -> np.ndarray:
-    """Row numbers of the first document with each text, (rows,) int64."""
+    """Return the row numbers of the first document with each text, (rows,) int64."""
     docs, first_row = np.unique(table.doc, return_index=True)
     _, first = np.unique(table.text_hash[first_row], return_index=True)
     kept = np.zeros(int(docs[-1]) + 1 if len(docs) else 0, dtype=bool)
@@ -31,17 +31,20 @@ def deduplicate_rows(table: TokenTable) -> np.ndarray:
 
 
 def split_held_out_rows(table: TokenTable, rows: np.ndarray, tokens: int) -> tuple[np.ndarray, np.ndarray, str, bool]:
-    """(training rows, held-out rows, what was done, whether to whole documents), as row numbers of ``table``.
+    """Split ``rows`` of ``table`` into training rows and held-out rows.
 
-    Documents are taken in the order of their text's hash until ``tokens`` tokens (at least 20k) are held out, and
-    never more than a tenth. Where single documents are too long for that, rows are taken instead.
+    Documents are held out in the order of their text's hash, until they have ``tokens`` tokens (at least 20k) or a
+    tenth of all tokens. If single documents are too long for that, single rows are held out instead.
+
+    Returns (training rows, held-out rows, description of the choice, whether whole documents were held out). Rows
+    are row numbers of ``table``, int64.
     """
     lengths = table.lengths[rows] - table.special_counts[rows]
     limit = int(lengths.sum() * MAX_HELD_OUT_SHARE)
     target = min(max(tokens, MIN_HELD_OUT_TOKENS), limit)
     chosen = _select_smallest_hashes(table.text_hash[rows], lengths, target, limit)
     how = "documents chosen by a hash of their text"
-    # With less than 200k tokens in all, whole documents are worth more than the last few held-out tokens.
+    # Below 200k tokens in total, keeping documents whole matters more than the last few held-out tokens.
     min_held_out = MIN_HELD_OUT_TOKENS if 0.9 * limit >= MIN_HELD_OUT_TOKENS else target / 2
     whole = bool(lengths[chosen].sum() >= min_held_out)
     if not whole:
@@ -51,7 +54,7 @@ def split_held_out_rows(table: TokenTable, rows: np.ndarray, tokens: int) -> tup
 
 
 def _select_smallest_hashes(hashes: np.ndarray, lengths: np.ndarray, target: int, limit: int) -> np.ndarray:
-    """Mask of the rows whose text hashes are smallest, as many as fit ``limit`` tokens, up to ``target``."""
+    """Return the mask of the rows with the smallest hashes, until ``target`` tokens and never above ``limit``."""
     groups, group_of = np.unique(hashes, return_inverse=True)
     sizes = np.bincount(group_of, weights=lengths, minlength=len(groups)).astype(np.int64)
     taken = np.zeros(len(groups), dtype=bool)
@@ -66,20 +69,24 @@ def _select_smallest_hashes(hashes: np.ndarray, lengths: np.ndarray, target: int
 
 
 def hash_rows(table: TokenTable) -> np.ndarray:
-    """(rows,) uint64, of each row its text's hash stirred with its number within the document: alike for every copy."""
+    """Return (rows,) uint64: the hash of each row's text and of the row's number within its document.
+
+    Copies of a document have the same row hashes.
+    """
     docs = table.doc
-    begins = np.flatnonzero(np.concatenate([[True], docs[1:] != docs[:-1]])[: len(docs)])
-    numbers = np.arange(len(docs)) - np.repeat(begins, np.diff(np.append(begins, len(docs))))
-    stirred = table.text_hash.astype(np.uint64) ^ (numbers.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15))
-    mixed = stirred * np.uint64(0xBF58476D1CE4E5B9)
+    starts = np.flatnonzero(np.concatenate([[True], docs[1:] != docs[:-1]])[: len(docs)])
+    numbers = np.arange(len(docs)) - np.repeat(starts, np.diff(np.append(starts, len(docs))))
+    combined = table.text_hash.astype(np.uint64) ^ (numbers.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+    mixed = combined * np.uint64(0xBF58476D1CE4E5B9)
     return np.asarray(mixed ^ (mixed >> np.uint64(31)))
 
 
 @dataclass(frozen=True)
 class HeldOutTexts:
-    """Which rows are never trained on.
+    """Predicate of the rows that are never trained on.
 
-    Those of a text whose hash lies below ``limit`` or is among ``texts``, and those among ``rows`` (``row_hashes``).
+    A row is held out if the hash of its text is below ``hash_limit`` or in ``texts``, or if its own hash
+    (:func:`hash_rows`) is in ``rows``.
     """
 
     hash_limit: int = 0
@@ -87,7 +94,7 @@ class HeldOutTexts:
     rows: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.uint64))
 
     def __call__(self, table: TokenTable) -> np.ndarray:
-        """(rows,) bool."""
+        """Return (rows,) bool: whether each row of ``table`` is held out."""
         text = table.text_hash
         parts = np.isin(hash_rows(table), self.rows) if len(self.rows) else False
         return np.asarray((text < self.hash_limit) | np.isin(text, self.texts) | parts)
@@ -96,7 +103,7 @@ class HeldOutTexts:
         return bool(self.hash_limit or len(self.texts) or len(self.rows))
 
     def digest(self) -> str:
-        """Hash of what is left out."""
+        """Return a hash of the limit and of all hashes."""
         digest = xxhash.xxh3_64(np.int64(self.hash_limit).tobytes())
         for hashes in (self.texts, self.rows):
             digest.update(np.unique(hashes).tobytes())
@@ -104,14 +111,17 @@ class HeldOutTexts:
 
     @staticmethod
     def from_rows(table: TokenTable, rows: np.ndarray, whole_documents: bool) -> HeldOutTexts:
-        """Those of ``rows``, by their texts where they are whole documents, so that every near copy is one of them."""
+        """Hold out ``rows`` of ``table``.
+
+        With ``whole_documents`` rows are recognized by their text, so that near copies are held out too.
+        """
         if whole_documents:
             return HeldOutTexts(texts=np.unique(table.text_hash[rows]))
         return HeldOutTexts(rows=np.unique(hash_rows(table)[rows]))
 
     @staticmethod
     def union(parts: list[HeldOutTexts]) -> HeldOutTexts:
-        """What any of ``parts`` leaves out."""
+        """Hold out every row that any of ``parts`` holds out."""
         if not parts:
             return HeldOutTexts()
         return HeldOutTexts(
@@ -124,10 +134,10 @@ class HeldOutTexts:
 def hold_out_from_stream(
     train: Iterable[Rows], held_out_blocks: Iterable[Rows] | None, tokens: int
 ) -> tuple[Rows, HeldOutTexts, float]:
-    """(held-out rows, what is then not trained on, the share of the stream's texts that this is).
+    """Hold text out for a stream; return (held-out rows, predicate, held-out share of the stream's texts).
 
-    The first documents of the split that is set ``apart``, until they hold ``tokens`` tokens (at least 20k). Where
-    there is no such split, or too little in it, documents of the stream itself.
+    The rows are the first documents of the held-out split, until they have ``tokens`` tokens (at least 20k). If there
+    is no such split, or too little text in it, they are documents of the stream itself (:func:`hold_out_by_hash`).
     """
     if held_out_blocks is None:
         held, texts = hold_out_by_hash(train, tokens)
@@ -139,19 +149,20 @@ def hold_out_from_stream(
             break
     hashes = np.unique(np.array(taken.rows["text_hash"], dtype=np.int64))
     if taken.n_tokens < MIN_HELD_OUT_TOKENS:
-        # A stream that has nothing to give itself is held to the little that there is.
+        # If the stream is too small to hold out documents of its own, the small split is used.
         with contextlib.suppress(SaetrainError):
-            own, texts = hold_out_by_hash(train, tokens)
-            if count_text_tokens(own) > taken.n_tokens:
-                return own, dataclasses.replace(texts, texts=hashes), texts.hash_limit / HASH_SPACE
+            stream_rows, texts = hold_out_by_hash(train, tokens)
+            if count_text_tokens(stream_rows) > taken.n_tokens:
+                return stream_rows, dataclasses.replace(texts, texts=hashes), texts.hash_limit / HASH_SPACE
     return taken.rows, HeldOutTexts(0, hashes), 0.0
 
 
 def hold_out_by_hash(blocks: Iterable[Rows], tokens: int) -> tuple[Rows, HeldOutTexts]:
-    """The held-out documents of a stream that sets none apart: the first of STREAM_SHARE of hash space.
+    """Hold out documents of a stream whose text hash is in the lowest STREAM_HELD_OUT_SHARE of hash space.
 
-    As many as hold ``tokens`` tokens (at least 20k), or all that the stream has of them; the one with the smallest
-    hash, where it has none. SaetrainError when there is no other text to train on.
+    The rows are the first such documents, until they have ``tokens`` tokens (at least 20k) or the stream ends. If the
+    stream has no such document, the document with the smallest hash is held out. Raises SaetrainError when no other
+    text is left to train on.
     """
     limit = int(STREAM_HELD_OUT_SHARE * HASH_SPACE)
     taken, smallest, least = _RowCollector(max(tokens, MIN_HELD_OUT_TOKENS)), _RowCollector(0), HASH_SPACE
@@ -168,17 +179,17 @@ def hold_out_by_hash(blocks: Iterable[Rows], tokens: int) -> tuple[Rows, HeldOut
     if not taken.rows["ids"]:
         taken, limit = smallest, least + 1
     if all(text < limit for text in seen):
-        raise SaetrainError("the data set is too small to train on and hold text out: no text would be left")
+        raise SaetrainError("the data set is too small to train on and hold text out: no training text would be left")
     return taken.rows, HeldOutTexts(limit)
 
 
 def count_text_tokens(rows: Rows) -> int:
-    """Tokens of stored rows, special ones not counted."""
+    """Return the number of tokens in the stored rows, without special tokens."""
     return sum(len(ids) - int(np.sum(special)) for ids, special in zip(rows["ids"], rows["special"], strict=True))
 
 
 class _RowCollector:
-    """Stored rows gathered until they hold enough tokens, special ones not counted."""
+    """Collects stored rows until they have ``target_tokens`` tokens, without special tokens."""
 
     def __init__(self, target_tokens: int) -> None:
         self.rows: Rows = {"ids": [], "special": [], "doc": [], "text_hash": []}

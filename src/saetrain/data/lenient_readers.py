@@ -1,6 +1,6 @@
-"""Rows of jsonl, csv and parquet files one by one, so that a broken one can be named or left out.
+"""Readers of jsonl, csv and parquet files that read row by row, so that a bad row can be named or skipped.
 
-The library reads such files in large pieces and says of a broken one at best where in the piece it broke.
+The library `datasets` reads such files in large blocks and reports at best where in the block the error is.
 """
 
 from __future__ import annotations
@@ -17,31 +17,33 @@ from saetrain.data.text_column import TextColumn, choose_text_column, matches_ki
 from saetrain.errors import SaetrainError
 
 CACHE_FORMAT_VERSION = 1
-"""Part of what the cache of read rows is found by: raise it when the rows of a file change."""
+"""Part of the cache key of read rows: raise it when a reader gives other rows for the same file."""
 BAD_ROW_COLUMN = "bad_row"
-"""Column that says what is wrong with a row; empty where nothing is."""
+"""Column with the description of what is wrong with a row; empty for good rows."""
+LONE_SURROGATE = "half of a surrogate pair, which UTF-8 can't encode"
 SAMPLE_ROWS = 64
 
 
 @dataclass(frozen=True)
 class RowFiles:
-    """Files of one kind that hold the rows of a split: what `datasets` would read them with, and how."""
+    """The files of a split, all of one kind."""
 
     kind: str
     """`json`, `csv` or `parquet`."""
     paths: tuple[str, ...]
-    """Paths or addresses."""
+    """Local paths or URLs."""
     separator: str = ","
+    """Field separator of csv files."""
 
     @property
     def are_local(self) -> bool:
-        """Whether all of them lie on this machine."""
+        """Whether all files are on this machine."""
         return all(os.path.exists(path) for path in self.paths)
 
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row (or, in parquet, one of a group of rows) that can't be read."""
+    """A row that can't be read; in parquet, one row of a row group that can't be read."""
 
     location: str
     problem: str
@@ -54,7 +56,7 @@ RowOrError = dict[str, Any] | BadRow
 
 
 def find_split_files(path: str, config: str | None, split: str, **options: Any) -> RowFiles | None:
-    """The files of ``split`` (one name, or several joined by +), or None when their kind is not one of ours."""
+    """Return the files of ``split`` (one name, or several joined by +), or None if no reader here supports them."""
     import datasets
 
     builder = datasets.load_dataset_builder(path, config, **options)
@@ -68,18 +70,18 @@ def find_split_files(path: str, config: str | None, split: str, **options: Any) 
 
 
 def find_first_bad_row(files: RowFiles) -> BadRow | None:
-    """The first row that can't be read, or None when all can."""
+    """Return the first row that can't be read, or None."""
     return next((row for row in iterate_rows(files) if isinstance(row, BadRow)), None)
 
 
 def iterate_rows(files: RowFiles) -> Iterator[RowOrError]:
-    """All rows of all files in their order."""
+    """Yield all rows of all files, in order."""
     for path in files.paths:
         yield from READERS[files.kind](path, files)
 
 
 def choose_file_column(files: RowFiles, wanted: str | None) -> TextColumn:
-    """The column that holds the text, chosen from the first rows that can be read."""
+    """Choose the text column from the first readable rows; SaetrainError if there are none."""
     good: list[dict[str, Any]] = []
     for row in iterate_rows(files):
         if isinstance(row, dict):
@@ -88,14 +90,14 @@ def choose_file_column(files: RowFiles, wanted: str | None) -> TextColumn:
             break
     names = list(dict.fromkeys(name for row in good for name in row))
     if not good:
-        raise SaetrainError(f"data set {files.paths[0]}: holds no row that can be read")
+        raise SaetrainError(f"data set {files.paths[0]}: contains no readable row")
     return choose_text_column(names, {name: [row.get(name) for row in good] for name in names}, wanted)
 
 
 def load_leniently(files: RowFiles, column: TextColumn, streaming: bool) -> Any:
-    """The text columns of every row as a data set of the library, with BAD_ROW beside them.
+    """Load the text columns of ``files`` and BAD_ROW_COLUMN as a data set of the library `datasets`.
 
-    A row that can't be read is there with empty columns, so that rows keep their numbers.
+    A row that can't be read is kept with empty columns, so that row numbers do not change.
     """
     import datasets
     from datasets import Features, List, Value
@@ -103,7 +105,7 @@ def load_leniently(files: RowFiles, column: TextColumn, streaming: bool) -> Any:
     options: dict[str, Any] = {"files": files, "column": column}
     if streaming:
         return datasets.IterableDataset.from_generator(_iterate_text_rows, gen_kwargs=options)
-    # Hashed into the name of what is cached. The hub's addresses hold their commit.
+    # The version is part of the cache key. Hub URLs need no stamp because they contain the commit.
     stamps = [os.stat(path) for path in files.paths if os.path.exists(path)]
     options["version"] = (CACHE_FORMAT_VERSION, tuple((stat.st_size, stat.st_mtime_ns) for stat in stamps))
     kind = {"text": Value("string"), "prompt": Value("string"), "ids": List(Value("int64"))}.get(column.kind)
@@ -124,9 +126,9 @@ def _describe_wrong_value(row: dict[str, Any], column: TextColumn) -> str:
     for name in column.columns:
         value = row.get(name)
         if not matches_kind(value, column.kind):
-            return f"column {name} holds {str(value)[:40]!r}, no {column.kind}"
+            return f"column {name} contains {str(value)[:40]!r} instead of {column.kind}"
         if isinstance(value, str) and not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
-            return f"column {name} holds half a character"
+            return f"column {name} contains {LONE_SURROGATE}"
     return ""
 
 
@@ -143,18 +145,18 @@ def _read_json_rows(path: str, files: RowFiles) -> Iterator[RowOrError]:
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
-                yield BadRow(location, f"is no JSON: {error}")
+                yield BadRow(location, f"is not valid JSON: {error}")
                 continue
             if not isinstance(row, dict):
-                yield BadRow(location, f"holds {line[:40]!r} and no object of columns")
+                yield BadRow(location, f"contains {line[:40]!r} instead of an object with columns")
             elif b"\\ud" in line.lower() and _has_lone_surrogate(row):
-                yield BadRow(location, "holds half a character")
+                yield BadRow(location, f"contains {LONE_SURROGATE}")
             else:
                 yield row
 
 
 def _has_lone_surrogate(row: dict[str, Any]) -> bool:
-    """Whether a string of the row can't be written as UTF-8, by half of a surrogate pair."""
+    """Return whether a string of the row contains half of a surrogate pair, which UTF-8 can't encode."""
     try:
         json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -166,15 +168,17 @@ def _read_json_list(path: str, handle: IO[bytes]) -> Iterator[RowOrError]:
     try:
         rows = json.loads(b"[" + handle.read())
     except ValueError as error:
-        raise SaetrainError(f"data set {path}: is one JSON list, of which no rows can be left out: {error}") from error
+        raise SaetrainError(
+            f"data set {path}: the file is one JSON list that can't be parsed, so no single row can be skipped: {error}"
+        ) from error
     for number, row in enumerate(rows, start=1):
-        yield row if isinstance(row, dict) else BadRow(f"{path}, item {number}", "is no object of columns")
+        yield row if isinstance(row, dict) else BadRow(f"{path}, item {number}", "is not an object with columns")
 
 
 def _read_csv_rows(path: str, files: RowFiles) -> Iterator[RowOrError]:
     before = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     try:
-        # Bytes that are not UTF-8 become lone surrogates, so that their row can be told.
+        # Bytes that are not UTF-8 become lone surrogates, so that their row can be named.
         with _open_file(path, mode="rt", encoding="utf-8", errors="surrogateescape", newline="") as handle:
             reader = csv.reader(handle, delimiter=files.separator)
             header = next(reader, [])
@@ -208,7 +212,7 @@ def _read_parquet_rows(path: str, files: RowFiles) -> Iterator[RowOrError]:
         try:
             file = pyarrow.parquet.ParquetFile(handle)
         except Exception as error:  # Arrow raises several unrelated types for a broken file
-            raise SaetrainError(f"data set {path}: is no whole parquet file: {error}") from error
+            raise SaetrainError(f"data set {path}: is not a complete parquet file: {error}") from error
         first = 1
         for group in range(file.metadata.num_row_groups):
             count = file.metadata.row_group(group).num_rows

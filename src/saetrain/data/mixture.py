@@ -1,4 +1,4 @@
-"""Several data sets mixed by weight: every virtual shard takes its next sequence from the one that lags most."""
+"""Mixture of several data sets: each virtual shard reads next from the data set that is furthest below its share."""
 
 from __future__ import annotations
 
@@ -16,50 +16,56 @@ from saetrain.types import DATASET_ROW_BITS, Cursor, TokenKind, TokenSequence, s
 
 @dataclass(frozen=True, kw_only=True)
 class MixSettings:
-    """Several data sets: how much of each."""
+    """Mixture of data sets."""
 
     mix: Annotated[tuple[float, ...] | None, shown_default("equal", "FLOAT ...")] = None
-    """Weights of the data sets, in their order: their shares of the tokens that are trained on."""
+    """Weights of the data sets, in the order of the arguments. They are scaled to shares of the training tokens."""
 
     def __post_init__(self) -> None:
         if self.mix is not None and not all(0 < weight < float("inf") for weight in self.mix):
             raise SaetrainError(f"--mix {' '.join(f'{w:g}' for w in self.mix)}: weights must be positive numbers")
 
     def normalized_shares(self, count: int) -> tuple[float, ...]:
-        """The shares of ``count`` data sets, which add up to 1; SaetrainError when the weights are not as many."""
+        """Return the shares of ``count`` data sets, which add up to 1.
+
+        Raises SaetrainError when the number of weights is not ``count``.
+        """
         if self.mix is None:
             return (1 / count,) * count
         if len(self.mix) != count:
             raise SaetrainError(
                 f"--mix {' '.join(f'{w:g}' for w in self.mix)}: {len(self.mix)} weights for {count} data "
-                f"set{'s' if count > 1 else ''}; give one for each"
+                f"set{'s' if count > 1 else ''}; pass one weight per data set"
             )
         return tuple(weight / sum(self.mix) for weight in self.mix)
 
 
 def furthest_behind(held: list[int], shares: tuple[float, ...]) -> int:
-    """The part whose tokens so far are the smallest multiple of its share."""
+    """Return the number of the data set with the fewest tokens relative to its share."""
     return min(range(len(held)), key=lambda part: held[part] / shares[part])
 
 
 def tag_part(sequence: TokenSequence, part: int) -> TokenSequence:
-    """The sequence with document numbers that say which data set it is from."""
+    """Return the sequence with the data set's number ``part`` in its document numbers (DATASET_ROW_BITS)."""
     return TokenSequence(sequence.ids, sequence.kind, sequence.doc + (part << DATASET_ROW_BITS))
 
 
 class MixedSequences(ShardedSource):
-    """Sources mixed shard by shard. Its cursor is every part's cursor with the tokens that it has given."""
+    """Sources mixed within each shard.
+
+    The cursor is the concatenation, over the parts, of the part's cursor and the tokens read from it.
+    """
 
     def __init__(
         self, parts: list[ShardedSource], shares: tuple[float, ...], exclude_special: bool, exclude_first: bool
     ) -> None:
-        assert len({part.n_shards for part in parts}) == 1, "parts of unequal shards"
+        assert len({part.n_shards for part in parts}) == 1, "the parts have different numbers of shards"
         super().__init__(parts[0].n_shards, exclude_special, exclude_first)
         self._parts, self._shares = parts, shares
         self.start_cursor: Cursor = tuple(number for part in parts for number in (*part.start_cursor, 0))
 
     def _split_cursor(self, cursor: Cursor) -> tuple[list[Cursor], list[int]]:
-        """(each part's cursor, the tokens that it has given)."""
+        """Return (cursor of each part, tokens read from each part)."""
         cursors, held, offset = [], [], 0
         for part in self._parts:
             end = offset + len(part.start_cursor)
@@ -69,7 +75,7 @@ class MixedSequences(ShardedSource):
         return cursors, held
 
     def read(self, shard: int, cursor: Cursor, tokens: int) -> tuple[list[TokenSequence], Cursor]:
-        """The shard's sequences from ``cursor`` on until they hold ``tokens`` kept tokens, and the next cursor."""
+        """Read the shard's sequences from ``cursor`` on, as :meth:`ShardedSource.read`."""
         out: list[TokenSequence] = []
         cursors, held = self._split_cursor(cursor)
         wanted = sum(held) + tokens
@@ -83,19 +89,19 @@ class MixedSequences(ShardedSource):
         )
 
     def hint_cursors(self, cursors: Mapping[int, Cursor]) -> None:
-        """Hand each part its own cursors."""
+        """Pass each part its own cursors."""
         split = {shard: self._split_cursor(cursor)[0] for shard, cursor in cursors.items()}
         for number, part in enumerate(self._parts):
             part.hint_cursors({shard: each[number] for shard, each in split.items()})
 
     def set_interrupt_check(self, check: Callable[[], None]) -> None:
-        """Hand ``check`` to each part."""
+        """Pass ``check`` to each part."""
         for part in self._parts:
             part.set_interrupt_check(check)
 
 
 class MixedHeldOutSequences(Sequences):
-    """Held-out sequences of several data sets, in an order that keeps to their shares as long as each has some."""
+    """Held-out sequences of several data sets, ordered so that each prefix has the data sets' shares."""
 
     def __init__(self, parts: list[Sequences], shares: tuple[float, ...]) -> None:
         self._parts, self._shares = parts, shares
@@ -111,7 +117,7 @@ class MixedHeldOutSequences(Sequences):
         return tag_part(self._parts[part][index - int(self._starts[part])], part)
 
     def shuffled_order(self, seed: int) -> np.ndarray:
-        """Numbers of the sequences until one data set has no more, each in a mixed order of its own."""
+        """Return the numbers of the sequences in shuffled order, up to where one data set runs out."""
         if seed not in self._orders:
             self._orders[seed] = self._compute_order(seed)
         return self._orders[seed]

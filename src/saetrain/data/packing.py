@@ -1,4 +1,4 @@
-"""Stored tokens -> sequences of the model's input: random access by number, nothing held in memory."""
+"""From stored tokens to sequences of the model's input: random access by number, read from memory-mapped files."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ if TYPE_CHECKING:
     import datasets
 
 DIGEST_CHUNK_TOKENS = 1 << 22
-"""Tokens that are hashed at once."""
+"""Number of tokens per update of the hash."""
 
 
 class TokenTable:
-    """Rows of token ids that lie (memory-mapped, where they come from disk) in Arrow chunks.
+    """Rows of token ids in Arrow chunks, memory-mapped if they come from disk.
 
-    ``lengths`` (rows,) int64 tokens of each row; ``special_counts`` (rows,) int64 of them special; ``doc`` and
-    ``text_hash`` (rows,).
+    Attributes, all (rows,) int64: ``lengths`` tokens per row, ``special_counts`` special tokens per row, ``doc``
+    row of the data set, and ``text_hash``.
     """
 
     def __init__(self, rows: datasets.Dataset | pa.Table) -> None:
         if isinstance(rows, pa.Table):
             table = rows
         else:
-            assert rows._indices is None, "a selection of rows has no chunks of its own"
+            assert rows._indices is None, "a selection of rows has no Arrow chunks"
             table = rows.data
         ids = table.column("ids").chunks
         special = table.column("special").chunks
@@ -47,7 +47,7 @@ class TokenTable:
         return len(self.lengths)
 
     def digest(self, rows: np.ndarray) -> str:
-        """Hash of all token ids and of which ``rows`` (int64) are meant, however they are cut into chunks."""
+        """Return a hash of all token ids and of ``rows`` (int64); it does not depend on the chunks."""
         digest = xxhash.xxh3_64(rows.tobytes())
         digest.update(self.lengths.tobytes())
         for values, offsets in self._ids:
@@ -64,7 +64,7 @@ class TokenTable:
         return np.asarray(running[offsets[1:]] - running[offsets[:-1]])
 
     def get_row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """(ids, special) of a row."""
+        """Return (ids, special) of a row, both (length,)."""
         chunk = int(np.searchsorted(self._chunk_starts, index, side="right")) - 1
         local = index - int(self._chunk_starts[chunk])
         ids, offsets = self._ids[chunk]
@@ -76,7 +76,7 @@ class TokenTable:
 
 
 def build_token_table(batch: Rows) -> TokenTable:
-    """The table of one batch of tokenized documents, in memory."""
+    """Build the table of one batch of tokenized documents, in memory."""
     offsets = np.concatenate([[0], np.cumsum([len(ids) for ids in batch["ids"]], dtype=np.int64)]).astype(np.int32)
 
     def build_list_array(name: str, dtype: type) -> pa.Array:
@@ -102,8 +102,8 @@ def _concat_int64(parts: list[np.ndarray]) -> np.ndarray:
 class Sequences(ABC):
     """A numbered set of sequences.
 
-    ``text_tokens``: tokens of them that the token policy keeps, in all (a causal model's first positions count as
-    left out, whatever stands there).
+    ``text_tokens``: number of tokens that the token policy keeps in all sequences. Position 0 of a causal model
+    counts as excluded, even if it is kept.
     """
 
     text_tokens: int
@@ -115,12 +115,12 @@ class Sequences(ABC):
     def __getitem__(self, index: int) -> TokenSequence: ...
 
     def shuffled_order(self, seed: int) -> np.ndarray:
-        """Numbers of the sequences in the order in which an evaluation takes them."""
+        """Return the numbers of the sequences in the order in which an evaluation reads them."""
         return np.random.default_rng([seed, 1]).permutation(len(self))
 
 
 class DocumentSequences(Sequences):
-    """An encoder's: every stored row is one sequence."""
+    """Sequences of an encoder: each stored row is one sequence."""
 
     def __init__(self, table: TokenTable, rows: np.ndarray, exclude_special: bool) -> None:
         self._table, self._rows = table, rows
@@ -137,10 +137,10 @@ class DocumentSequences(Sequences):
 
 
 class PackedSequences(Sequences):
-    """A causal model's: the documents laid end to end and cut into windows of ``ctx_len``.
+    """Sequences of a causal model: documents are concatenated and cut into windows of ``ctx_len`` tokens.
 
-    The last, shorter window is kept; where the tokenizer sets BOS itself, every window begins with one
-    (that of its first document, where one begins there).
+    The last window may be shorter. If the tokenizer adds BOS, every window starts with BOS; a window that starts with
+    a document uses the document's own BOS.
     """
 
     def __init__(self, table: TokenTable, rows: np.ndarray, framing: Framing, exclude_special: bool) -> None:
@@ -187,7 +187,7 @@ def _token_kinds(special: np.ndarray) -> np.ndarray:
 
 
 def build_sequences(table: TokenTable, rows: np.ndarray, framing: Framing, exclude_special: bool) -> Sequences:
-    """The sequences of the table's ``rows`` (int64 row numbers) under ``framing``."""
+    """Build the sequences of the table's ``rows`` (int64 row numbers) as ``framing`` describes."""
     if framing.causal:
         return PackedSequences(table, rows, framing, exclude_special)
     return DocumentSequences(table, rows, exclude_special)

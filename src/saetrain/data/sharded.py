@@ -1,7 +1,7 @@
-"""The sample order: a function of data, seed and position alone, whatever the number of ranks.
+"""Sample order: a function of data, seed and position only, so it does not depend on the number of ranks.
 
-The endless sequence of permutations of the data (one per epoch) is dealt to a fixed number of virtual shards like
-cards: number j goes to shard j mod V. A rank serves whole shards, so the order within each is never disturbed.
+The data are permuted once per epoch. The permutations form an endless list, whose entry j belongs to virtual shard
+j mod V, where V (``--data_shards``) is fixed. Each rank reads whole shards, so the order within a shard never changes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from saetrain.data.packing import Sequences
 from saetrain.errors import SaetrainError
 from saetrain.types import Cursor, TokenKind, TokenSequence
 
-NO_KEPT_TOKEN = "the data set holds no token that the token policy keeps"
+NO_KEPT_TOKEN = "the data set contains no token that the token policy keeps"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,9 +25,9 @@ class LoaderSettings:
     """Order of the data."""
 
     shuffle_seed: int = 42
-    """Seed of the order."""
+    """Seed of the data order."""
     data_shards: int = 16
-    """Virtual shards that the data are dealt to, at least as many as ranks; part of the order."""
+    """Number of virtual shards of the data, at least the number of ranks. It changes the data order."""
 
     def __post_init__(self) -> None:
         if self.data_shards < 1:
@@ -37,40 +37,43 @@ class LoaderSettings:
 
 
 def build_token_policy(exclude_special: bool, exclude_first: bool) -> Callable[[TokenSequence], np.ndarray]:
-    """Which positions of a sequence count: a function to (S,) bool."""
+    """Return the token policy: a function from a sequence to (S,) bool, the positions to use."""
     excluded = np.uint8(exclude_special * TokenKind.SPECIAL | exclude_first * TokenKind.FIRST)
     return lambda sequence: np.asarray((sequence.kind & excluded) == 0)
 
 
 class ShardedSource(ABC):
-    """Endless streams of sequences, one per virtual shard, each recomputable from any cursor.
+    """Endless streams of sequences, one per virtual shard, which can be read from any cursor.
 
-    What :meth:`read` gives is a function of its arguments alone, whatever was read before and by whom.
+    The result of :meth:`read` depends only on its arguments, not on earlier reads.
     """
 
     start_cursor: Cursor
-    """The cursor at the beginning of every shard."""
+    """Cursor of the start of every shard."""
 
     def __init__(self, n_shards: int, exclude_special: bool, exclude_first: bool) -> None:
         self.n_shards = n_shards
         self.keep = build_token_policy(exclude_special, exclude_first)
-        """The positions that the token policy trains on, (S,) bool of a sequence."""
+        """Token policy: the positions of a sequence to train on, (S,) bool."""
 
     @abstractmethod
     def read(self, shard: int, cursor: Cursor, tokens: int) -> tuple[list[TokenSequence], Cursor]:
-        """The shard's sequences from ``cursor`` on until they hold ``tokens`` kept tokens, and the next cursor."""
+        """Read the shard's sequences from ``cursor`` on until they have ``tokens`` kept tokens.
+
+        Returns (sequences, cursor after them). Raises SaetrainError when the data contain no kept token.
+        """
 
     @abstractmethod
     def hint_cursors(self, cursors: Mapping[int, Cursor]) -> None:
-        """Say which shards will be read from where, which changes nothing but time and memory."""
+        """Announce which shards will be read, and from which cursor. This affects only time and memory."""
 
     def set_interrupt_check(self, check: Callable[[], None]) -> None:
-        """Call ``check``, which may raise, wherever a read may take long; here nothing does."""
+        """Call ``check``, which may raise, during long reads. Sources with fast reads ignore it."""
         del check
 
 
 class ShardedSequences(ShardedSource):
-    """Sequences that can be had in any order: the endless permutations, dealt. Its cursor counts the shard's cards."""
+    """Source over sequences with random access. The cursor is the number of sequences read from the shard."""
 
     start_cursor: Cursor = (0,)
 
@@ -90,7 +93,7 @@ class ShardedSequences(ShardedSource):
         self._permute_epoch = permute_epoch
 
     def read(self, shard: int, cursor: Cursor, tokens: int) -> tuple[list[TokenSequence], Cursor]:
-        """The shard's sequences from ``cursor`` on until they hold ``tokens`` kept tokens, and the next cursor."""
+        """Read the shard's sequences from ``cursor`` on, as :meth:`ShardedSource.read`."""
         out: list[TokenSequence] = []
         held, empty = 0, 0
         (index,) = cursor
@@ -108,9 +111,12 @@ class ShardedSequences(ShardedSource):
         return out, (index,)
 
     def hint_cursors(self, cursors: Mapping[int, Cursor]) -> None:
-        """Nothing to do: any sequence can be had at any time."""
+        """Do nothing, because sequences have random access."""
 
     def _require_kept_token(self) -> None:
-        """SaetrainError when no sequence has a kept token; one shard may meet none for long all the same."""
+        """Raise SaetrainError if no sequence has a kept token.
+
+        A single shard can read many sequences without one although the data set has some.
+        """
         if not any(self.keep(self._sequences[number]).any() for number in range(len(self._sequences))):
             raise SaetrainError(NO_KEPT_TOKEN)

@@ -1,4 +1,4 @@
-"""Where text comes from: a hub data set, or a local folder or file of any common kind, loaded or streamed."""
+"""Text sources: a hub data set, or a local folder or file of a common kind, loaded or streamed."""
 
 from __future__ import annotations
 
@@ -38,23 +38,23 @@ FILE_KINDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class SourceSettings:
-    """Text: which part of the data set."""
+    """Text: the part of the data set to read."""
 
     split: str = "train"
-    """Split to train on; `train[:10%]` takes a part."""
+    """Split to train on. `train[:10%]` selects a part of it."""
     dataset_config: Annotated[str | None, shown_default("the only one", "NAME")] = None
-    """Configuration of a data set that has several, such as `wikitext-103-raw-v1`."""
-    text_column: Annotated[str | None, shown_default("found by itself", "NAME")] = None
-    """Column that holds the text."""
+    """Configuration of the data set, if it has several, such as `wikitext-103-raw-v1`."""
+    text_column: Annotated[str | None, shown_default("detected", "NAME")] = None
+    """Column that contains the text."""
     streaming: bool = False
-    """Read the data set from front to back while training, instead of loading and tokenizing all of it first."""
+    """Read the data set from start to end while training, instead of loading and tokenizing all of it first."""
     skip_bad_rows: bool = False
-    """Leave out rows of jsonl, csv and parquet files that can't be read, and count them."""
+    """Skip rows of jsonl, csv and parquet files that can't be read, and log their number."""
 
 
 @dataclass(frozen=True)
 class DatasetAlias:
-    """What people mean by a bare name."""
+    """Data set that a short name stands for."""
 
     path: str
     config: str | None
@@ -70,22 +70,22 @@ ALIASES = {
 
 @dataclass(frozen=True)
 class TextSource:
-    """Rows to train on, rows that the data set itself sets apart, and how they were found."""
+    """Training rows, the rows of the data set's own held-out split, and where they come from."""
 
     train: Any
-    """A `datasets.Dataset`, or a `datasets.IterableDataset` where it is streamed."""
+    """A `datasets.Dataset`, or a `datasets.IterableDataset` if it is streamed."""
     held_out: Any
-    """The same, or None."""
+    """Rows of the split ``held_out_split``, of the type of ``train``; None without such a split."""
     held_out_split: str | None
     description: str
     text_column: str | None
-    """Column that the user or the alias names; None: to be found."""
+    """Column that the user or the alias names; None: detect it."""
     deduplicate: bool
-    """Whether rows repeat the same text on purpose (SQuAD's paragraphs, one row a question)."""
+    """Whether rows repeat the same text by design (SQuAD has one row per question, with the paragraph repeated)."""
     column: TextColumn | None = None
-    """The text column where it had to be found to open the files; the rows then have a column `BAD_ROW`."""
+    """The text column, if opening the files required to choose it; the rows of a lenient reader have BAD_ROW_COLUMN."""
     find_bad_row: Callable[[], BadRow | None] = lambda: None
-    """Looks for the first row that can't be read, in local files."""
+    """Finds the first row that can't be read in local files."""
 
 
 @dataclass(frozen=True)
@@ -100,12 +100,14 @@ class _LoadedSplits:
 def open_dataset(name: str, settings: SourceSettings) -> TextSource:
     """Open data set ``name`` (local path or hub id).
 
-    Raises SaetrainError when there is no such data set, split or configuration, when a file is broken, or when
-    the network that it would need cannot be reached.
+    Raises SaetrainError when the data set, split or configuration does not exist, when a file is broken, or when the
+    hub is needed and can't be reached.
     """
     for flag in ("streaming", "skip_bad_rows"):
         if "[" in settings.split and getattr(settings, flag):
-            raise SaetrainError(f"--split {settings.split}: a part of a split can't be named together with --{flag}")
+            raise SaetrainError(
+                f"--split {settings.split}: a part of a split can't be combined with --{flag}; pass a whole split"
+            )
     if os.path.exists(name):
         return _open_local(Path(name), settings)
     refuse_missing_path("data set", name)
@@ -125,7 +127,7 @@ def open_dataset(name: str, settings: SourceSettings) -> TextSource:
 def _open_local(path: Path, settings: SourceSettings) -> TextSource:
     saved = (path / "dataset_dict.json").exists() or (path / "state.json").exists()
     if settings.dataset_config is not None and (saved or path.is_file()):
-        raise SaetrainError(f"--dataset_config {settings.dataset_config}: {path} has no configurations; leave it out")
+        raise SaetrainError(f"--dataset_config {settings.dataset_config}: {path} has no configurations; omit the flag")
     if saved:
         loaded = _load_saved(path, settings)
     else:
@@ -140,20 +142,20 @@ def _open_local(path: Path, settings: SourceSettings) -> TextSource:
 
 
 def _load_saved(path: Path, settings: SourceSettings) -> _LoadedSplits:
-    """A folder that `save_to_disk` wrote; what is streamed of it lies memory-mapped all the same."""
+    """Load a folder that `save_to_disk` wrote. Its files are memory-mapped, even with ``--streaming``."""
     import datasets
 
     try:
         loaded = datasets.load_from_disk(str(path))
-    except Exception as error:  # a broken file raises whatever its reader does
+    except Exception as error:  # the readers raise many unrelated types for broken files
         raise SaetrainError(explain_load_error(str(path), error)) from error
     base = parse_split_names(settings.split)[0]
     splits = loaded if isinstance(loaded, datasets.DatasetDict) else {base: loaded}
     _check_split(settings.split, list(splits), str(path))
     if base != settings.split:
         raise SaetrainError(
-            f"--split {settings.split}: {path} was saved by `datasets`, of which a part cannot be named; "
-            f"give one of {', '.join(splits)}"
+            f"--split {settings.split}: {path} was written by `save_to_disk`, so a part of a split can't be selected; "
+            f"pass one of {', '.join(splits)}"
         )
     name = _held_out_split_name(list(splits), settings.split)
     train, held_out = (
@@ -165,12 +167,12 @@ def _load_saved(path: Path, settings: SourceSettings) -> _LoadedSplits:
 
 def _to_iterable_dataset(rows: Any, display_name: str) -> Any:
     if not len(rows):
-        raise SaetrainError(f"data set {display_name}: it has no rows")
+        raise SaetrainError(f"data set {display_name}: has no rows")
     return rows.to_iterable_dataset()
 
 
 def _loader_options(path: Path) -> tuple[str, dict[str, Any]]:
-    """The `datasets` builder that opens ``path``, and its options."""
+    """Return the `datasets` builder for ``path``, and its options."""
     if path.is_file():
         kind = FILE_KINDS.get(path.suffix.lower())
         if kind is None:
@@ -184,23 +186,26 @@ def _loader_options(path: Path) -> tuple[str, dict[str, Any]]:
     texts = [f for f in files if f.suffix.lower() == ".txt"]
     if not files:
         raise SaetrainError(
-            f"data set {path}: the folder holds no data; it should hold files ending in "
-            f"{', '.join(FILE_KINDS)}, or be one that `datasets` saved"
+            f"data set {path}: the folder contains no data; it must contain files ending in "
+            f"{', '.join(FILE_KINDS)}, or be written by `save_to_disk` of `datasets`"
         )
     return str(path), _kind_options("text", texts) if len(texts) == len(files) else {}
 
 
 def _kind_options(kind: str, files: list[Path]) -> dict[str, Any]:
-    """Plain text has no rows of its own: blank lines part documents where there are any, else every line is one."""
+    """Return the loader's options for ``files``.
+
+    Documents of plain text are separated by blank lines, if there are any; otherwise each line is a document.
+    """
     if kind != "text":
         return {"delimiter": "\t"} if files and files[0].suffix.lower() == ".tsv" else {}
     with open(files[0], encoding="utf-8", errors="replace") as handle:
-        parted = "\n\n" in handle.read(1 << 20)
-    return {"sample_by": "paragraph" if parted else "line"}
+        has_blank_lines = "\n\n" in handle.read(1 << 20)
+    return {"sample_by": "paragraph" if has_blank_lines else "line"}
 
 
 def _load_hub(path: str, config: str | None, settings: SourceSettings, column: str | None) -> _LoadedSplits:
-    """Load from a local cache that holds the data set, else over the network."""
+    """Load from a local cache that contains the data set, else over the network."""
     prepared = _prepared_configs(path)
     if config in prepared or (config is None and prepared):
         with offline_mode():
@@ -209,7 +214,7 @@ def _load_hub(path: str, config: str | None, settings: SourceSettings, column: s
     if downloaded is not None:
         try:
             return _load_splits(downloaded, config, settings, path, column=column)
-        except SaetrainError:  # the download may be a part of the data set
+        except SaetrainError:  # the cache may contain only a part of the data set
             if not is_hub_reachable():
                 raise
     require_hub(f"data set '{path}'")
@@ -217,26 +222,26 @@ def _load_hub(path: str, config: str | None, settings: SourceSettings, column: s
 
 
 def _prepared_configs(path: str) -> list[str]:
-    """Configurations of hub data set ``path`` that `datasets` has opened before and keeps ready."""
+    """Return the configurations of hub data set ``path`` that `datasets` has prepared in its cache."""
     import datasets
     from datasets.naming import camelcase_to_snakecase
 
     *owner, name = path.split("/")
     folder = Path(datasets.config.HF_DATASETS_CACHE, "___".join([*owner, camelcase_to_snakecase(name)]))
     infos = folder.glob("*/*/*/dataset_info.json")
-    # Where options made a variant of a configuration, the folder is not called like the configuration.
+    # The folder of a variant that was made with options does not have the configuration's name.
     return sorted(
         {info.parts[-4] for info in infos if json.loads(info.read_text()).get("config_name") == info.parts[-4]}
     )
 
 
 def _find_downloaded(path: str) -> str | None:
-    """Folder of hub data set ``path`` in the hub's own cache, or None."""
+    """Return the folder of hub data set ``path`` in the hub's cache, or None."""
     from huggingface_hub import snapshot_download
 
     try:
         return str(snapshot_download(path, repo_type="dataset", local_files_only=True))
-    except (OSError, ValueError):  # not there, or no name that a data set can have
+    except (OSError, ValueError):  # not in the cache, or not a valid name of a data set
         return None
 
 
@@ -251,10 +256,10 @@ def _load_splits(
     data_files: dict[str, str] | None = None,
     **options: Any,
 ) -> _LoadedSplits:
-    """The rows of the wanted split and of the one to hold out.
+    """Load the rows of the requested split and of the held-out split.
 
-    ``configs``: the data set's configurations where it lies prepared in the library's cache; ``column``: the text
-    column unless the user names one.
+    ``configs``: the data set's configurations, if it is prepared in the library's cache. ``column``: the text column
+    if the user does not name one.
     """
     import datasets
 
@@ -288,7 +293,7 @@ def _load_splits(
     except Exception as error:  # the libraries raise a dozen unrelated types here
         bad = _try_find_bad_row(find_bad_row)
         raise SaetrainError(
-            f"data set '{display_name}' could not be read: {bad}; --skip_bad_rows leaves such rows out"
+            f"data set '{display_name}' could not be read: {bad}; --skip_bad_rows skips such rows"
             if bad
             else explain_load_error(display_name, error)
         ) from error
@@ -302,21 +307,25 @@ def _load_one_split(
 ) -> Any:
     import datasets
 
-    if streaming and prepared:  # the library does not stream what it has prepared on disk
+    if streaming and prepared:  # the library can't stream a data set that it has prepared on disk
         return _to_iterable_dataset(datasets.load_dataset(path, config, split=split, **options), path)
     return datasets.load_dataset(path, config, split=split, streaming=streaming, **options)
 
 
 def _try_find_bad_row(find_bad_row: Callable[[], BadRow | None]) -> BadRow | None:
-    """The row that broke the loading, where one did."""
+    """Return the row that made loading fail, or None."""
     try:
         return find_bad_row()
-    except (OSError, ValueError, SaetrainError):  # what kept the data set from being opened may keep its files so
+    except (OSError, ValueError, SaetrainError):  # the files may be unreadable for the reason that loading failed
         return None
 
 
 def _pick_config(names: list[str], config: str | None, display_name: str) -> str:
-    """The configuration to load; SaetrainError when ``names`` lack the one asked for, or hold several to choose."""
+    """Return the configuration to load.
+
+    Raises SaetrainError when ``config`` is not in ``names``, or when it is None and ``names`` has several, none of them
+    `default`.
+    """
     if config is not None:
         if config not in names:
             raise SaetrainError(
@@ -326,49 +335,53 @@ def _pick_config(names: list[str], config: str | None, display_name: str) -> str
         return config
     if len(names) > 1 and "default" not in names:
         raise SaetrainError(
-            f"data set {display_name} has several configurations: name one by --dataset_config. It has: {', '.join(names)}"
+            f"data set {display_name} has several configurations: choose one with --dataset_config. "
+            f"It has: {', '.join(names)}"
         )
     return "default" if len(names) > 1 else names[0]
 
 
 def parse_split_names(wanted: str) -> list[str]:
-    """Names of the splits in an expression such as ``train[:10%]+test``."""
+    """Return the names of the splits in an expression such as ``train[:10%]+test``."""
     return [part.split("[")[0].strip() for part in wanted.split("+")]
 
 
 def _check_split(wanted: str, names: list[str], display_name: str) -> None:
-    lacking = [name for name in parse_split_names(wanted) if name not in names]
-    if lacking:
+    missing = [name for name in parse_split_names(wanted) if name not in names]
+    if missing:
         raise SaetrainError(
-            f"--split {wanted}: {display_name} has no split '{lacking[0]}'.{did_you_mean(lacking[0], names)} "
+            f"--split {wanted}: {display_name} has no split '{missing[0]}'.{did_you_mean(missing[0], names)} "
             f"It has: {', '.join(names)}"
         )
 
 
 def _held_out_split_name(names: list[str], wanted: str) -> str | None:
-    """The split to hold out: none of those that are trained on."""
+    """Return the first of HELD_OUT_SPLITS that exists and is not trained on, or None."""
     return next((name for name in HELD_OUT_SPLITS if name in names and name not in parse_split_names(wanted)), None)
 
 
 def explain_load_error(display_name: str, error: Exception) -> str:
-    """One line for what went wrong while opening a data set, with the advice that fits."""
+    """Return one line that describes why a data set could not be opened, and what to do."""
     from datasets.data_files import EmptyDatasetError
     from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
+    gated = (
+        f"data set '{display_name}' is gated: accept its terms on the hub and set HF_TOKEN to a token that has access"
+    )
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, GatedRepoError):
-            return f"data set '{display_name}' is gated: accept its terms on the hub and set HF_TOKEN to a token that has access"
+            return gated
         if isinstance(cause, RepositoryNotFoundError):
             return f"data set '{display_name}' is not on the hub, or is private: check the name, or set HF_TOKEN"
         cause = cause.__cause__
     if isinstance(error, DatasetNotFoundError) and "gated" in str(error).replace(display_name, ""):
-        return f"data set '{display_name}' is gated: accept its terms on the hub and set HF_TOKEN to a token that has access"
+        return gated
     if isinstance(error, (DataFilesNotFoundError, EmptyDatasetError, DatasetNotFoundError)):
         return (
-            f"data set '{display_name}' was not found: no local path of that name, and not on the hub (or private there: set "
-            "HF_TOKEN to a token that has access)"
+            f"data set '{display_name}' was not found: there is no local path of that name, and it is not on the hub "
+            "(or it is private: set HF_TOKEN to a token that has access)"
         )
     detail = str(error.__cause__ or error).splitlines()
     return f"data set '{display_name}' could not be read: {detail[0] if detail else type(error).__name__}"

@@ -1,9 +1,9 @@
-"""Text that is read from front to back while training, in an order of our own that survives a restart.
+"""Streamed text: it is read from start to end while training, in an order that can be continued after a restart.
 
-The rows come in blocks of BLOCK_ROWS in the stream's order; block b belongs to virtual shard b mod V, is tokenized and
-packed on its own, and its sequences are mixed by a seed of its own. So what a shard gives depends on the rows and the
-cursor alone, and a cursor (ordinal of the block within the shard, index in the block) is found again by opening the
-stream anew. The library's shuffle buffer is not used: it is lost at a restart.
+The stream is cut into blocks of BLOCK_ROWS rows. Block b belongs to virtual shard b mod V. Each block is tokenized and
+packed separately, and its sequences are shuffled with a seed per block. Therefore the sequences of a shard depend only
+on the rows and the cursor (number of the block within the shard, index in the block), and a restart finds the cursor
+by reading the stream again. The shuffle buffer of `datasets` is not used because its content is lost at a restart.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from saetrain.types import Cursor, TokenSequence
 
 BLOCK_ROWS = 32
 RETRY_DELAYS_S = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
-"""Seconds before each further try to read a row."""
+"""Seconds to wait before each retry of reading a row."""
 LIBRARY_RETRIES = {
     "STREAMING_READ_MAX_RETRIES": 1,
     "STREAMING_READ_RETRY_INTERVAL": 0,
@@ -35,14 +35,17 @@ LIBRARY_RETRIES = {
     "STREAMING_OPEN_MAX_RETRIES": 1,
     "STREAMING_OPEN_RETRY_INTERVAL": 0,
 }
-"""The library would try for minutes, in which no wish to stop is heard."""
+"""Settings of `datasets` that switch off its own retries, which take minutes and ignore preemption."""
 
 Row = dict[str, Any]
 RowEncoder = Callable[[Rows, list[int]], Rows]
 
 
 class StreamedRows:
-    """The rows of a stream from any number on; where it fails it is opened again, and in the end given up."""
+    """The rows of a stream from any row number on.
+
+    If reading fails, the stream is opened again after each of RETRY_DELAYS_S; then SaetrainError is raised.
+    """
 
     def __init__(
         self, rows: Any, name: str, log: Callable[[str], None], find_bad_row: Callable[[], BadRow | None]
@@ -54,10 +57,10 @@ class StreamedRows:
             setattr(datasets.config, setting, value)
         self._bad_rows: set[int] = set()
         self.check_interrupt: Callable[[], None] = lambda: None
-        """Called while waiting; may raise to give up."""
+        """Called while waiting; may raise to stop."""
 
     def __call__(self, first: int) -> Iterator[Row]:
-        """Rows number ``first`` and on, until the stream ends."""
+        """Yield the rows from number ``first`` on, until the stream ends."""
         row_number, failures = first, 0
         while True:
             try:
@@ -69,25 +72,26 @@ class StreamedRows:
                 return
             except SaetrainError:
                 raise
-            except Exception as error:  # file systems, HTTP libraries and parsers all raise types of their own
+            except Exception as error:  # file systems, HTTP libraries and parsers raise many unrelated types
                 self._wait_before_retry(row_number, failures, error)
                 failures += 1
 
     def _wait_before_retry(self, row_number: int, failures: int, error: Exception) -> None:
-        """Wait for the next try; SaetrainError when a row is broken for good, or after the last try."""
+        """Wait for the next retry; SaetrainError when a local row can't be read, or after the last retry."""
         bad = self._find_bad_row()
         if bad is not None:
             raise SaetrainError(
-                f"data set {self._name}: could not be read: {bad}; --skip_bad_rows leaves such rows out"
+                f"data set {self._name}: could not be read: {bad}; --skip_bad_rows skips such rows"
             ) from error
         error_text = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
         if failures == len(RETRY_DELAYS_S):
             raise SaetrainError(
-                f"data set {self._name}: row {row_number} (from 0) could not be read in {failures + 1} tries; the last error "
-                f"was {error_text}. What is saved is whole: start again with --resume when the source is back"
+                f"data set {self._name}: row {row_number} (from 0) could not be read in {failures + 1} tries; the last "
+                f"error was {error_text}. Saved checkpoints are intact: continue with --resume when the source is back"
             ) from error
         self._log(
-            f"data set {self._name}: reading row {row_number} failed ({error_text}); again in {RETRY_DELAYS_S[failures]:g} s"
+            f"data set {self._name}: reading row {row_number} failed ({error_text}); "
+            f"retrying in {RETRY_DELAYS_S[failures]:g} s"
         )
         retry_time = time.monotonic() + RETRY_DELAYS_S[failures]
         while time.monotonic() < retry_time:
@@ -95,34 +99,38 @@ class StreamedRows:
             time.sleep(0.05)
 
     def _count_bad_row(self, row_number: int, problem: str) -> None:
-        if row_number in self._bad_rows:  # every pass meets the same ones again
+        if row_number in self._bad_rows:  # each pass reads the same bad rows again
             return
         self._bad_rows.add(row_number)
         count = len(self._bad_rows)
         if str(count).strip("0") == "1":
-            self._log(f"data set {self._name}: {count} bad rows left out so far, the last: {problem}")
+            self._log(f"data set {self._name}: {count} bad rows skipped so far, the last: {problem}")
 
 
 class BlockReader:
-    """The blocks of the endlessly repeated stream by number, read forwards, with those met on the way kept."""
+    """Reads blocks of the endlessly repeated stream by number.
+
+    The stream is read forwards. Blocks that are read on the way and needed later wait in ``waiting_blocks``.
+    """
 
     def __init__(self, rows: StreamedRows, name: str, n_shards: int) -> None:
         self._rows, self._name, self._n_shards = rows, name, n_shards
         self._n_blocks: int | None = None
         self.blocks_per_pass: int | None = None
-        """Blocks in a pass, empty ones at its end included; None until the stream's end was seen."""
+        """Blocks per pass, including empty blocks at its end; None until the end of the stream was reached."""
         self._iterator: Iterator[Row] | None = None
         self._next_number, self._opened_number = 0, 0
         self.waiting_blocks: dict[int, list[Row]] = {}
 
     def index_in_pass(self, number: int) -> int:
-        """The block's number within its pass."""
+        """Return the block's number within its pass."""
         return number % self.blocks_per_pass if self.blocks_per_pass is not None else number
 
     def read_block(self, number: int, lowest: int, is_wanted: Callable[[int], bool]) -> list[Row]:
-        """Rows of block ``number``; if the stream has to be opened again it is at block ``lowest`` or before.
+        """Return the rows of block ``number``.
 
-        Blocks that ``wanted`` names wait in memory, for the caller to drop.
+        If the stream must be opened again, it is opened at block ``lowest`` or ``number``, whichever comes first.
+        Blocks for which ``is_wanted`` is true are kept in ``waiting_blocks`` until the caller removes them.
         """
         if number not in self.waiting_blocks and (self._iterator is None or number < self._next_number):
             self._open_stream(min(lowest, number))
@@ -146,9 +154,9 @@ class BlockReader:
         self._rows.check_interrupt()
         rows = list(islice(self._iterator, BLOCK_ROWS))
         if self.blocks_per_pass is None and len(rows) < BLOCK_ROWS:
-            # Opened behind its end, a stream does not say where that was.
-            seen = bool(rows) or self._next_number == 0 or self._next_number > self._opened_number
-            self._set_stream_end(self._next_number * BLOCK_ROWS + len(rows) if seen else None)
+            # A stream that was opened after its end does not show where the end is.
+            end_seen = bool(rows) or self._next_number == 0 or self._next_number > self._opened_number
+            self._set_stream_end(self._next_number * BLOCK_ROWS + len(rows) if end_seen else None)
             if not rows:
                 self._open_stream(self._next_number)
                 return self._read_next_block()
@@ -156,23 +164,23 @@ class BlockReader:
         return rows
 
     def _set_stream_end(self, n_rows: int | None) -> None:
-        """The stream has ended behind ``total`` rows (None: somewhere before the row at which it was opened)."""
+        """Set the length of the stream, in rows. None: it is unknown, so the rows are counted."""
         if n_rows is None:
             n_rows = sum(1 for _ in self._rows(0))
         if n_rows == 0:
-            raise SaetrainError(f"data set {self._name}: it has no rows")
+            raise SaetrainError(f"data set {self._name}: has no rows")
         self._n_blocks = -(-n_rows // BLOCK_ROWS)
-        # Without a common divisor, every shard meets every block sooner or later.
+        # Without a common divisor with the number of shards, every shard reads every block over several passes.
         self.blocks_per_pass = self._n_blocks
         while math.gcd(self.blocks_per_pass, self._n_shards) > 1:
             self.blocks_per_pass += 1
 
 
 class StreamedSequences(ShardedSource):
-    """The sequences of a stream.
+    """Source over a stream. The cursor is (number of the block within the shard, index in the block).
 
-    ``encode`` tokenizes a batch of rows (``row_encoder``); those for which ``held_out`` is true are left out, wherever
-    they occur.
+    ``encode`` tokenizes a batch of rows (:func:`build_row_encoder`). Rows for which ``is_held_out`` is true are
+    skipped wherever they occur.
     """
 
     start_cursor: Cursor = (0, 0)
@@ -198,7 +206,7 @@ class StreamedSequences(ShardedSource):
         self._current_blocks: dict[int, tuple[int, list[TokenSequence]]] = {}
 
     def hint_cursors(self, cursors: Mapping[int, Cursor]) -> None:
-        """Of other shards no block waits in memory, and the stream is opened where the first of these needs it."""
+        """Keep only blocks of these shards in memory, and open the stream at the first block that they need."""
         self._expected_ordinals = {shard: cursor[0] for shard, cursor in cursors.items()}
         self._discard_unwanted_blocks()
 
@@ -216,7 +224,7 @@ class StreamedSequences(ShardedSource):
         return shard in self._expected_ordinals and ordinal >= self._expected_ordinals[shard]
 
     def read(self, shard: int, cursor: Cursor, tokens: int) -> tuple[list[TokenSequence], Cursor]:
-        """The shard's sequences from ``cursor`` on until they hold ``tokens`` kept tokens, and the next cursor."""
+        """Read the shard's sequences from ``cursor`` on, as :meth:`ShardedSource.read`."""
         out: list[TokenSequence] = []
         held, empty = 0, 0
         ordinal, index = cursor
@@ -235,7 +243,7 @@ class StreamedSequences(ShardedSource):
         return out, (ordinal, index)
 
     def _load_block_sequences(self, shard: int, ordinal: int) -> list[TokenSequence]:
-        """The sequences of the shard's block, in their mixed order."""
+        """Return the sequences of a block of the shard, in shuffled order."""
         if self._current_blocks.get(shard, (None,))[0] != ordinal:
             number = ordinal * self.n_shards + shard
             self._expected_ordinals[shard] = ordinal
@@ -258,7 +266,7 @@ class StreamedSequences(ShardedSource):
 
 
 def iterate_encoded_blocks(rows: StreamedRows, encode: RowEncoder) -> Iterator[Rows]:
-    """One pass over the stream, tokenized in the same blocks."""
+    """Yield the tokenized blocks of one pass over the stream, each of BLOCK_ROWS rows."""
     iterator, first = rows(0), 0
     while block := list(islice(iterator, BLOCK_ROWS)):
         yield encode(to_columns(block), list(range(first, first + len(block))))
@@ -266,6 +274,6 @@ def iterate_encoded_blocks(rows: StreamedRows, encode: RowEncoder) -> Iterator[R
 
 
 def to_columns(rows: list[Row]) -> Rows:
-    """The same rows as {column: values}; a column that a row lacks is None there."""
+    """Return ``rows`` as {column: values}, with None for columns that a row does not have."""
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: [row.get(name) for row in rows] for name in names}

@@ -1,4 +1,4 @@
-"""Which column holds the text, and how a row of it (plain, chat or instruction) becomes one document."""
+"""Text column: which column contains the text, and how its rows (plain, chat or instruction) become documents."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ Rows = dict[str, list[Any]]
 
 @dataclass(frozen=True)
 class TextColumn:
-    """How rows become documents."""
+    """The columns that contain the text, and how their values become documents."""
 
     kind: str
-    """`text`, `chat`, `prompt` or `ids` (rows that hold token ids already)."""
+    """`text`, `chat`, `prompt` or `ids` (rows that already contain token ids)."""
     columns: tuple[str, ...]
     reason: str
 
     def describe_choice(self) -> str:
-        """The line that is printed: what was chosen, and how to choose another."""
-        return f"text from column {' + '.join(self.columns)} ({self.reason}); --text_column names another"
+        """Return the line for the log: the column, the reason, and how to choose another."""
+        return f"text column {' + '.join(self.columns)} ({self.reason}); choose another with --text_column"
 
 
 def find_text_column(rows: datasets.Dataset, wanted: str | None) -> TextColumn:
-    """Choose the column of ``rows`` that holds the text.
+    """Choose the column of ``rows`` that contains the text: ``wanted``, or the most likely one.
 
-    Raises SaetrainError when ``wanted`` is missing or holds no text, or when no column holds any.
+    Raises SaetrainError when ``wanted`` is missing or contains no text, or when no column contains text.
     """
     return choose_text_column(list(rows.column_names), rows[: min(SAMPLE_ROWS, len(rows))], wanted)
 
 
 def choose_text_column(names: list[str], sample: Rows, wanted: str | None) -> TextColumn:
-    """The same from the first rows alone, as {name: values}."""
+    """Choose the text column as :func:`find_text_column`, from the first rows only ({name: values})."""
     if wanted is not None:
         if wanted not in names:
             raise SaetrainError(
@@ -52,7 +52,7 @@ def choose_text_column(names: list[str], sample: Rows, wanted: str | None) -> Te
         kind = _column_kind(sample[wanted])
         if kind is None:
             raise SaetrainError(
-                f"--text_column {wanted}: holds neither strings, chat messages nor token ids; "
+                f"--text_column {wanted}: it contains neither strings, chat messages nor token ids; "
                 f"the data set has {', '.join(names)}"
             )
         return TextColumn(kind, (wanted,), "by name")
@@ -66,7 +66,7 @@ def _guess_text_column(names: list[str], sample: Rows) -> TextColumn:
         if name in names and _column_kind(sample[name]) == "chat":
             return TextColumn("chat", (name,), "chat messages")
     if "input_ids" in names and _column_kind(sample["input_ids"]) == "ids":
-        return TextColumn("ids", ("input_ids",), "tokenized already")
+        return TextColumn("ids", ("input_ids",), "already tokenized")
     prompts = tuple(name for name in PROMPT_COLUMNS if name in names and _column_kind(sample[name]) == "text")
     if "instruction" in prompts and len(prompts) > 1:
         return TextColumn("prompt", prompts, "instruction rows")
@@ -78,13 +78,13 @@ def _guess_text_column(names: list[str], sample: Rows) -> TextColumn:
     if not lengths or not max(lengths.values()):
         raise SaetrainError(
             f"no text column was found: the data set has {', '.join(names) or 'no columns'}; "
-            "name the one that holds text by --text_column"
+            "name the text column with --text_column"
         )
-    return TextColumn("text", (max(lengths, key=lambda name: lengths[name]),), "the longest strings")
+    return TextColumn("text", (max(lengths, key=lambda name: lengths[name]),), "longest strings")
 
 
 def _column_kind(values: list[Any]) -> str | None:
-    """What a column holds, judged by its first value that is set and no empty list."""
+    """Return the ``TextColumn.kind`` of a column by its first value that is neither None nor an empty list."""
     value = next((v for v in values if v is not None and v != []), None)
     if isinstance(value, str):
         return "text"
@@ -95,12 +95,12 @@ def _column_kind(values: list[Any]) -> str | None:
 
 
 def matches_kind(value: Any, kind: str) -> bool:
-    """Whether ``value`` is what a column of this ``TextColumn.kind`` may hold; nothing at all is allowed."""
+    """Return whether a column of this ``TextColumn.kind`` may contain ``value``; None and [] are allowed."""
     return value is None or value == [] or _column_kind([value]) == ("text" if kind == "prompt" else kind)
 
 
 def build_renderer(column: TextColumn, tokenizer: Any) -> Callable[[Rows], list[str]]:
-    """The function that turns a batch of rows into one string per row; rows without text give ``""``."""
+    """Return the function that turns a batch of rows into one string per row, ``""`` for rows without text."""
     first = column.columns[0]
     if column.kind == "text":
         return lambda batch: [value or "" for value in batch[first]]
@@ -126,13 +126,13 @@ def _render_chat(value: Any, tokenizer: Any) -> str:
             roles = ", ".join(message["role"] for message in messages[:4])
             raise SaetrainError(
                 f"the tokenizer's chat template refuses a conversation (roles {roles}, …): {error}; "
-                "--text_column names another column"
+                "choose another column with --text_column"
             ) from error
     return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
 
 
 def _to_messages(value: Any) -> list[dict[str, str]]:
-    """OpenAI's (role, content) or ShareGPT's (from, value) rows as role and content."""
+    """Convert messages of OpenAI (role, content) or ShareGPT (from, value) to role and content."""
     if isinstance(value, dict):
         keys = list(value)
         value = [dict(zip(keys, entry, strict=True)) for entry in zip(*value.values(), strict=True)]
@@ -140,7 +140,7 @@ def _to_messages(value: Any) -> list[dict[str, str]]:
     for turn in value or []:
         role = turn.get("role") or turn.get("from") or "user"
         content = turn.get("content") if turn.get("content") is not None else turn.get("value")
-        if isinstance(content, list):  # OpenAI's parts, of which images and the like are left out
+        if isinstance(content, list):  # OpenAI's content parts; parts without text, such as images, are skipped
             content = "\n".join(part["text"] for part in content if part.get("text"))
         if content:
             messages.append({"role": SHAREGPT_ROLES.get(role, role), "content": str(content)})

@@ -1,7 +1,8 @@
-"""Tokens on disk: the folders that ``saetrain tokenize`` writes, and raw files of ids as nanoGPT-like tools write them.
+"""Tokens on disk: folders that ``saetrain tokenize`` writes, and raw files of token ids in the format of nanoGPT.
 
-A folder holds the tokenized rows as Arrow files that are memory-mapped, and FILE, which says what they were made of
-and for. It is written beside its place and renamed, so that one cut short is never taken for whole.
+A token folder contains the tokenized rows as Arrow files, which are memory-mapped, and METADATA_FILE, which describes
+the text and the tokenizer. The folder is written under a temporary name and then renamed, so an incomplete folder is
+never mistaken for a complete one.
 """
 
 from __future__ import annotations
@@ -26,25 +27,26 @@ FORMAT_VERSION = 1
 
 
 def is_token_folder(name: str) -> bool:
-    """Whether ``name`` is a folder that ``saetrain tokenize`` finished."""
+    """Return whether ``name`` is a complete folder of ``saetrain tokenize``."""
     return Path(name, METADATA_FILE).is_file()
 
 
 def stored_ctx_len(names: tuple[str, ...]) -> int | None:
-    """The context length that the first token folder among ``names`` was made for."""
+    """Return the context length of the first token folder among ``names``, or None if there is none."""
     return next((int(_read_metadata(Path(name))["ctx_len"]) for name in names if is_token_folder(name)), None)
 
 
 def check_output_folder(out: Path) -> None:
-    """SaetrainError unless a token folder may be written to ``out``."""
+    """Raise SaetrainError if ``out`` is a file or a folder that is not empty."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise SaetrainError(f"OUT {out}: exists already and is not empty; name another folder, or remove it by hand")
+        raise SaetrainError(f"OUT {out}: already exists and is not empty; use another folder, or delete this one")
 
 
 def save_tokens(out: Path, splits: dict[str, Any], metadata: dict[str, Any], tokenizer: Any, framing: Framing) -> None:
-    """Write tokenized rows ({`train`, and `held_out` where it is set apart: rows}) to ``out``.
+    """Write tokenized rows to the folder ``out``.
 
-    SaetrainError when they can't be written; nothing is then at ``out``.
+    ``splits`` {split: rows}: `train`, and `held_out` if the data set has a held-out split. Raises SaetrainError when
+    they can't be written; ``out`` then contains no token folder.
     """
     check_output_folder(out)
     temporary = out.with_name(f".{out.name}.writing")
@@ -86,54 +88,65 @@ def _read_metadata(folder: Path) -> dict[str, Any]:
         metadata = json.loads((folder / METADATA_FILE).read_text())
         found = metadata["format"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SaetrainError(f"token folder {folder}: its {METADATA_FILE} is broken; write the folder anew") from error
+        raise SaetrainError(
+            f"token folder {folder}: its {METADATA_FILE} is broken; write the folder again with saetrain tokenize"
+        ) from error
     if found != FORMAT_VERSION:
         raise SaetrainError(
-            f"token folder {folder}: of format {found}, this version reads {FORMAT_VERSION}; write it anew"
+            f"token folder {folder}: it has format {found}, and this version reads format {FORMAT_VERSION}; write it "
+            "again with saetrain tokenize"
         )
     return dict(metadata)
 
 
 def open_tokens(folder: Path, tokenizer: Any, framing: Framing) -> tuple[dict[str, Any], dict[str, Any]]:
-    """({split: memory-mapped rows}, what FILE says); SaetrainError when they were made for something else."""
+    """Open a token folder; return ({split: memory-mapped rows}, content of METADATA_FILE).
+
+    Raises SaetrainError when the folder is broken, or was made with another tokenizer or framing.
+    """
     import datasets
 
     metadata, wanted = _read_metadata(folder), _tokenizer_metadata(tokenizer, framing)
     kinds = {True: "a causal model", False: "an encoder"}
     problem = None
     if metadata["causal"] != framing.causal:
-        problem = f"was made for {kinds[metadata['causal']]}, and the model is {kinds[framing.causal]}"
+        problem = f"was made for {kinds[metadata['causal']]}, but the model is {kinds[framing.causal]}"
     elif metadata["tokenizer"] != wanted["tokenizer"] or (metadata["bos"], metadata["eos"]) != (
         framing.bos,
         framing.eos,
     ):
-        problem = f"was made with another tokenizer (that of {metadata['model']})"
+        problem = f"was made with another tokenizer (the one of {metadata['model']})"
     elif not framing.causal and metadata["ctx_len"] != framing.ctx_len:
-        problem = f"was made for --ctx_len {metadata['ctx_len']}, and {framing.ctx_len} is asked for"
+        problem = f"was made for --ctx_len {metadata['ctx_len']}, but this command uses --ctx_len {framing.ctx_len}"
     if problem:
-        raise SaetrainError(f"token folder {folder}: {problem}; write one by saetrain tokenize")
+        raise SaetrainError(f"token folder {folder}: {problem}; write a matching folder with saetrain tokenize")
     try:
         return {name: datasets.load_from_disk(str(folder / name)) for name in metadata["splits"]}, metadata
-    except Exception as error:  # a broken file raises whatever its reader does
+    except Exception as error:  # the readers raise many unrelated types for broken files
         raise SaetrainError(explain_load_error(str(folder), error)) from error
 
 
 def open_raw_ids(path: Path, tokenizer: Any, streaming: bool) -> TextSource:
-    """A raw file of little-endian ids, of two bytes where the vocabulary fits, with an EOS behind each document."""
+    """Open a raw file of little-endian token ids, with an EOS after each document.
+
+    Ids have two bytes if the vocabulary fits into them, else four. Raises SaetrainError when the size of the file is
+    not a multiple of the id's size, or when two-byte ids are expected and the file seems to contain four-byte ids.
+    """
     import datasets
     from datasets import Features, List, Value
 
     dtype = ids_dtype(tokenizer)
-    size = path.stat().st_size
-    if size == 0 or size % np.dtype(dtype).itemsize:
+    size, id_bytes = path.stat().st_size, np.dtype(dtype).itemsize
+    if size == 0 or size % id_bytes:
         raise SaetrainError(
-            f"data set {path}: {size} bytes are no file of {dtype} ids, which the vocabulary of {len(tokenizer)} needs"
+            f"data set {path}: its size, {size} bytes, is not a positive multiple of {id_bytes}; with a vocabulary of "
+            f"{len(tokenizer)} the file must contain {dtype} ids"
         )
     head = np.fromfile(path, dtype="<u2", count=4096)
     if dtype == "uint16" and len(head) >= 16 and not head[1::2].any():
         raise SaetrainError(
-            f"data set {path}: every second id of two bytes is 0, so it seems to hold ids of four; with a "
-            f"vocabulary of {len(tokenizer)} they are read as two: write them as {dtype}"
+            f"data set {path}: every second 2-byte id is 0, so the file seems to contain 4-byte ids; with a "
+            f"vocabulary of {len(tokenizer)} ids are read as 2 bytes: write them as {dtype}"
         )
     generator_kwargs = {
         "path": str(path),

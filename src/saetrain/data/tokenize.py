@@ -1,4 +1,4 @@
-"""Documents -> token ids: every document is tokenized once, and the result is kept memory-mapped on disk."""
+"""From documents to token ids: each document is tokenized once, and the ids are stored memory-mapped on disk."""
 
 from __future__ import annotations
 
@@ -22,29 +22,30 @@ if TYPE_CHECKING:
     import datasets
 
 CACHE_FORMAT_VERSION = 2
-"""Part of the cache's fingerprint: raise it when what is stored changes."""
+"""Part of the cache key: raise it when the stored rows change."""
 DEFAULT_CTX_LEN = 512
 ROW_TOKENS = 4096
-"""A causal model's longer documents are stored in several rows, so that a part of one can be held out."""
+"""Maximum number of tokens per stored row of a causal model. Longer documents have several rows, so that a part of a
+document can be held out."""
 
 
 PART_CHARS = 200_000
-"""Longer texts are tokenized in parts: a tokenizer takes about 200 bytes of memory for each character of a text, and
-BPE's time per character grows on a line without a space."""
+"""Maximum number of characters per text passed to the tokenizer; longer texts are cut into parts. A tokenizer needs
+about 200 bytes of memory per character, and BPE's time per character grows on lines without spaces."""
 CALL_CHARS = 1_000_000
-"""Characters that are handed to the tokenizer at once, for the same reason."""
+"""Approximate number of characters per call of the tokenizer, which also limits its memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenSettings:
     """Tokens: how documents become sequences."""
 
-    ctx_len: Annotated[int | None, shown_default("512, or the model's positions where fewer", "INT")] = None
-    """Tokens of a sequence, its special tokens included."""
+    ctx_len: Annotated[int | None, shown_default("512, or the model's positions if fewer", "INT")] = None
+    """Tokens per sequence, including special tokens."""
     exclude_special_tokens: bool = True
-    """Leave CLS, SEP, BOS and EOS out of training and scores (padding always is)."""
+    """Exclude CLS, SEP, BOS and EOS from training and metrics. Padding is always excluded."""
     data_preprocessing_num_proc: int = 1
-    """Processes that tokenize."""
+    """Number of processes for tokenization."""
 
     def __post_init__(self) -> None:
         if self.ctx_len is not None and self.ctx_len < 4:
@@ -54,7 +55,7 @@ class TokenSettings:
 
 
 def load_tokenizer(name: str, revision: str | None, trust_remote_code: bool) -> Any:
-    """The fast tokenizer that belongs to model ``name``; SaetrainError when there is none."""
+    """Load the fast tokenizer of model ``name``; SaetrainError when there is none."""
     from transformers import AutoTokenizer
 
     def load() -> Any:
@@ -64,60 +65,64 @@ def load_tokenizer(name: str, revision: str | None, trust_remote_code: bool) -> 
         tokenizer = load() if os.path.isdir(name) else load_cached_or_fetch(f"model '{name}'", load)
     except SaetrainError:
         raise
-    except Exception as error:  # the library raises many unrelated types for one cause: no usable tokenizer
+    except Exception as error:  # the library raises many unrelated types for an unusable tokenizer
         raise SaetrainError(
             f"model {name}: no tokenizer could be loaded from it: {str(error).splitlines()[0]}"
         ) from error
-    # Where a model comes without one, the library makes up a tokenizer that knows its special tokens alone.
+    # For a model without a tokenizer, the library creates one that contains only special tokens.
     if len(tokenizer) <= len(tokenizer.all_special_ids):
-        raise SaetrainError(f"model {name}: it comes without a tokenizer's vocabulary; a tokenizer.json is needed")
+        raise SaetrainError(f"model {name}: it comes without a tokenizer's vocabulary; add its tokenizer.json")
     if not tokenizer.is_fast:
-        raise SaetrainError(f"model {name}: its tokenizer is a slow one; a tokenizer.json is needed")
+        raise SaetrainError(f"model {name}: it has no fast tokenizer; add its tokenizer.json")
     return tokenizer
 
 
 @dataclass(frozen=True)
 class Framing:
-    """What a model expects around its text.
+    """How documents become the model's input.
 
-    A causal model reads documents packed end to end; an encoder reads one document, or a part of one, between
-    its own special tokens.
+    A causal model reads sequences of concatenated documents. An encoder reads one document, or a part of one, between
+    its special tokens.
     """
 
     causal: bool
     ctx_len: int
     bos: int | None
-    """Put before each document and each packed window, where the tokenizer itself does so."""
+    """Token id before each document and each packed window, if the tokenizer adds BOS itself; else None."""
     eos: int | None
-    """Put behind each document."""
+    """Token id after each document, or None."""
 
     @staticmethod
     def from_tokenizer(tokenizer: Any, causal: bool, ctx_len: int) -> Framing:
-        """Read the framing off ``tokenizer``'s own behaviour."""
+        """Find the framing from what ``tokenizer`` adds to a text."""
         if not causal:
             return Framing(False, ctx_len, None, None)
-        own = tokenizer("a")["input_ids"]
+        probe_ids = tokenizer("a")["input_ids"]
         bos = tokenizer.bos_token_id
-        return Framing(True, ctx_len, bos if bos is not None and own[:1] == [bos] else None, tokenizer.eos_token_id)
+        adds_bos = bos is not None and probe_ids[:1] == [bos]
+        return Framing(True, ctx_len, bos if adds_bos else None, tokenizer.eos_token_id)
 
     def describe_packing(self, tokenizer: Any) -> str:
-        """One line for the user."""
+        """Return the line for the log."""
         if not self.causal:
-            return f"one document or a part of one per sequence, up to {self.ctx_len} tokens with their special ones"
+            return f"one document (or part) per sequence, up to {self.ctx_len} tokens including special tokens"
         marks = [
             f"{name} {tokenizer.decode([i])!r}" for name, i in (("BOS", self.bos), ("EOS", self.eos)) if i is not None
         ]
-        return f"documents packed into sequences of {self.ctx_len} tokens, parted by {' and '.join(marks) or 'nothing'}"
+        separator = " and ".join(marks) or "nothing"
+        return f"documents packed into sequences of {self.ctx_len} tokens, separated by {separator}"
 
 
 def tokenize_rows(
     rows: datasets.Dataset, column: TextColumn, tokenizer: Any, framing: Framing, num_proc: int
 ) -> datasets.Dataset:
-    """Tokenize all ``rows``; cached on disk under a fingerprint of data, tokenizer and framing.
+    """Tokenize all ``rows``. The result is cached on disk, keyed by data, tokenizer and framing.
 
-    Gives columns ``ids`` (list of uint16 or uint32), ``special`` (list of bool), ``doc`` (int64, row of the data
-    set) and ``text_hash`` (int64 of the normalised text). A causal model's rows are documents (the longest in
-    parts), an encoder's are pieces that fit ``framing.ctx_len``.
+    The columns are ``ids`` (list of uint16 or uint32), ``special`` (list of bool), ``doc`` (int64, row of the data
+    set) and ``text_hash`` (int64, hash of the normalized text). Rows of a causal model are documents, long ones in
+    parts of ROW_TOKENS tokens. Rows of an encoder are parts of documents of at most ``framing.ctx_len`` tokens.
+
+    Raises SaetrainError when the cache can't be written or the rows contain no text.
     """
     import datasets
     from datasets import Features, List, Value
@@ -133,7 +138,7 @@ def tokenize_rows(
     os.environ["TOKENIZERS_PARALLELISM"] = "false" if num_proc > 1 else "true"
     progress = datasets.is_progress_bar_enabled()
     fingerprint = _fingerprint_tokens(rows, column, tokenizer, framing)
-    # Beside the rows' own files, as the library would have it, may be a folder of the user's.
+    # The library's default is next to the rows' files, which may be a folder of the user.
     folder = Path(datasets.config.HF_DATASETS_CACHE, "saetrain")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -150,8 +155,8 @@ def tokenize_rows(
         )
     except OSError as error:
         raise SaetrainError(
-            f"the tokens can't be written to {folder}: {error}; make room there, or name another folder by the "
-            "variable HF_DATASETS_CACHE"
+            f"the tokens can't be written to {folder}: {error}; free disk space there, or choose another folder with "
+            "the environment variable HF_DATASETS_CACHE"
         ) from error
     if not len(tokenized):
         raise SaetrainError(
@@ -161,16 +166,16 @@ def tokenize_rows(
 
 
 def ids_dtype(tokenizer: Any) -> str:
-    """The smallest type that holds every id of the tokenizer's vocabulary."""
+    """Return the smallest type for all ids of the tokenizer's vocabulary, `uint16` or `uint32`."""
     return "uint16" if len(tokenizer) <= 1 << 16 else "uint32"
 
 
 def build_row_encoder(column: TextColumn, tokenizer: Any, framing: Framing) -> Callable[[Rows, list[int]], Rows]:
-    """The function that tokenizes one batch of rows."""
+    """Return the function that tokenizes a batch of rows, given the rows and their row numbers."""
     if column.kind == "ids":
         return _build_ids_encoder(column.columns[0], tokenizer, framing)
     render = build_renderer(column, tokenizer)
-    # A chat template writes special tokens as text, so only there may text turn into special ids.
+    # A chat template writes special tokens as text, so only chat text may be encoded to special ids.
     literal = column.kind != "chat"
     special_ids = set() if literal else set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
 
@@ -199,15 +204,15 @@ def _require_strings(batch: Rows, column: TextColumn, indices: list[int]) -> Non
         for index, value in zip(indices, batch[name], strict=True):
             if not isinstance(value, str) and value is not None:
                 raise SaetrainError(
-                    f"column {name}, row {index} (from 0): holds {type(value).__name__} {str(value)[:40]!r} and no "
-                    "text; --skip_bad_rows leaves such rows out"
+                    f"column {name}, row {index} (from 0): it contains {type(value).__name__} {str(value)[:40]!r} "
+                    "instead of text; --skip_bad_rows skips such rows"
                 )
 
 
 def _tokenize_pieces(
     texts: list[str], tokenizer: Any, framing: Framing, **options: Any
 ) -> list[tuple[int, np.ndarray, np.ndarray]]:
-    """(index into ``texts``, ids, special) of each stored row."""
+    """Return (index into ``texts``, ids, special) of each stored row."""
     if not framing.causal:
         return [
             piece
@@ -255,7 +260,7 @@ def _tokenize_encoder_pieces(
 
 
 def _group_parts(texts: list[str]) -> Iterator[list[tuple[int, str]]]:
-    """The texts' parts, each with its text's index, in lists of about CALL_CHARS characters."""
+    """Yield lists of (index of the text, part of the text), each with about CALL_CHARS characters."""
     call: list[tuple[int, str]] = []
     held = 0
     for number, text in enumerate(texts):
@@ -270,14 +275,14 @@ def _group_parts(texts: list[str]) -> Iterator[list[tuple[int, str]]]:
 
 
 def split_text(text: str) -> Iterator[str]:
-    """``text`` in parts of at most PART_CHARS characters, cut before a word where there is a white space.
+    """Yield ``text`` in parts of at most PART_CHARS characters, cut before a word if there is white space.
 
-    WordPiece and byte-level BPE give the same tokens for such parts as for the whole.
+    With WordPiece and byte-level BPE, such parts have the same tokens as the whole text.
     """
     start = 0
     while len(text) - start > PART_CHARS:
         window = text[start : start + PART_CHARS + 1]
-        # The white space right before a word belongs to the word.
+        # The white space directly before a word belongs to the word's token.
         cut = next(
             (index - 1 for index in range(PART_CHARS, 1, -1) if window[index - 1].isspace() > window[index].isspace()),
             0,
@@ -288,7 +293,7 @@ def split_text(text: str) -> Iterator[str]:
 
 
 def _add_special_tokens(ids: np.ndarray, framing: Framing) -> tuple[np.ndarray, np.ndarray]:
-    # A chat template may have written them already.
+    # A chat template may have added them already.
     before = [] if framing.bos is None or ids[0] == framing.bos else [framing.bos]
     after = [] if framing.eos is None or ids[-1] == framing.eos else [framing.eos]
     framed = np.concatenate([np.array(before, dtype=np.int64), ids, np.array(after, dtype=np.int64)])
@@ -299,10 +304,10 @@ def _add_special_tokens(ids: np.ndarray, framing: Framing) -> tuple[np.ndarray, 
 
 
 def _build_ids_encoder(name: str, tokenizer: Any, framing: Framing) -> Callable[[Rows, list[int]], Rows]:
-    """Rows that hold ids already: special ones are known by their id, for nothing else tells."""
+    """Return the encoder of rows that already contain token ids; special tokens are recognized by their id."""
     special_ids = list(set(tokenizer.all_special_ids) - {tokenizer.unk_token_id})
     size = len(tokenizer)
-    # Many decoders are padded with their EOS, which also parts documents.
+    # Many decoders use EOS for padding, and EOS also separates documents.
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id != tokenizer.eos_token_id else None
 
     def encode_rows(batch: Rows, indices: list[int]) -> Rows:
@@ -332,7 +337,7 @@ def _build_ids_encoder(name: str, tokenizer: Any, framing: Framing) -> Callable[
 
 
 def hash_text(text: str) -> int:
-    """Hash of a text without regard to case, width forms and white space, so that near copies agree; 0 to 2^63."""
+    """Return a hash of a text in [0, 2^63) that ignores case, width forms and white space, so near copies are equal."""
     normal = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
     return _hash_bytes(normal.encode("utf-8", "replace"))
 
@@ -342,17 +347,17 @@ def _hash_bytes(data: bytes) -> int:
 
 
 def tokenizer_identity(tokenizer: Any) -> dict[str, Any]:
-    """All that decides what ``tokenizer`` makes of a text."""
-    machine = json.loads(tokenizer.backend_tokenizer.to_str())
+    """Return everything that determines the tokens of a text, as JSON values."""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
     return {
-        # Truncation and padding are traces of the last call, not part of the tokenizer.
-        "tokenizer": {key: value for key, value in machine.items() if key not in ("truncation", "padding")},
+        # Truncation and padding are left over from the last call and are not part of the tokenizer.
+        "tokenizer": {key: value for key, value in backend.items() if key not in ("truncation", "padding")},
         "special": sorted(tokenizer.all_special_ids),
     }
 
 
 def _fingerprint_tokens(rows: datasets.Dataset, column: TextColumn, tokenizer: Any, framing: Framing) -> str:
-    """Hash of all that decides the stored tokens: the rows, the column, the tokenizer's own file, the framing."""
+    """Return a hash of everything that determines the stored tokens: rows, column, tokenizer and framing."""
     return hash_json(
         {
             "format": CACHE_FORMAT_VERSION,
@@ -366,5 +371,5 @@ def _fingerprint_tokens(rows: datasets.Dataset, column: TextColumn, tokenizer: A
 
 
 def hash_json(value: Any) -> str:
-    """Hash of what JSON can hold."""
+    """Return a hash of ``value``, which JSON can represent."""
     return hashlib.blake2b(json.dumps(value).encode(), digest_size=16).hexdigest()

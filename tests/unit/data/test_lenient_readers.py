@@ -93,7 +93,7 @@ def test_broken_row_groups_are_left_out(tmp_path: Path, streaming: bool) -> None
 @pytest.mark.parametrize("name", ["cut", "no object", "garbage"])
 def test_broken_json_line_is_named_while_loading(tmp_path: Path, name: str) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", JSON_BREAKS[name])
-    with pytest.raises(SaetrainError, match=r"could not be read: .*a\.jsonl, line 21: .* --skip_bad_rows leaves"):
+    with pytest.raises(SaetrainError, match=r"could not be read: .*a\.jsonl, line 21: .* --skip_bad_rows skips"):
         open_dataset(str(path), SourceSettings())
 
 

@@ -115,7 +115,7 @@ def test_a_part_of_a_saved_data_set_is_refused_with_the_splits_that_there_are(
     tmp_path: Path, rows: datasets.Dataset
 ) -> None:
     rows.save_to_disk(tmp_path / "one")
-    with pytest.raises(SaetrainError, match=r"train\[:10%\].*a part cannot be named; give one of train$"):
+    with pytest.raises(SaetrainError, match=r"train\[:10%\].*a part of a split can't be selected; pass one of train$"):
         open_(tmp_path / "one", split="train[:10%]")
 
 
@@ -132,10 +132,10 @@ def test_a_local_folder_called_like_a_hub_data_set_wins(
 
 def test_empty_folder_and_empty_file(tmp_path: Path) -> None:
     (tmp_path / "notes.md").write_text("no data")
-    with pytest.raises(SaetrainError, match="holds no data"):
+    with pytest.raises(SaetrainError, match="contains no data"):
         open_(tmp_path)
     (tmp_path / "a.jsonl").touch()
-    with pytest.raises(SaetrainError, match="holds no data"):
+    with pytest.raises(SaetrainError, match="contains no data"):
         open_(tmp_path)
     with pytest.raises(SaetrainError, match="the file is empty"):
         open_(tmp_path / "a.jsonl")

@@ -219,7 +219,7 @@ def test_rows_of_ids(bpe: Any) -> None:
 def test_a_value_of_another_type_names_its_row(wordpiece: Any) -> None:
     rows = [{"text": "fine"}] * 40 + [{"text": 7}]
     data = streamed(datasets.IterableDataset.from_generator(lambda: iter(rows)), wordpiece, shards=1)
-    with pytest.raises(SaetrainError, match=r"column text, row 40 .*holds int '7'"):
+    with pytest.raises(SaetrainError, match=r"column text, row 40 .*contains int '7'"):
         data.read(0, (1, 0), 1)
 
 
@@ -373,12 +373,12 @@ def test_a_server_that_drops_connections(server: tuple[str, list[int]]) -> None:
 
 
 def test_bad_rows_are_counted_once_over_all_passes() -> None:
-    rows = [{"text": "a", BAD_ROW_COLUMN: ""}, {"text": None, BAD_ROW_COLUMN: "x.jsonl, line 2: is no JSON"}]
+    rows = [{"text": "a", BAD_ROW_COLUMN: ""}, {"text": None, BAD_ROW_COLUMN: "x.jsonl, line 2: is not valid JSON"}]
     said: list[str] = []
     reader = rows_of(datasets.Dataset.from_list(rows).to_iterable_dataset(), said)
     for _ in range(2):
         assert len(list(reader(0))) == 2
-    assert said == ["data set some: 1 bad rows left out so far, the last: x.jsonl, line 2: is no JSON"]
+    assert said == ["data set some: 1 bad rows skipped so far, the last: x.jsonl, line 2: is not valid JSON"]
 
 
 def test_encoded_blocks_number_the_rows(wordpiece: Any) -> None:
@@ -398,5 +398,5 @@ def test_local_sources_stream_the_rows_that_they_hold(tmp_path: Any, kind: str) 
 
 
 def test_a_part_of_a_split_is_refused(topics_jsonl: str) -> None:
-    with pytest.raises(SaetrainError, match=r"--split train\[:5\]: .* together with --streaming"):
+    with pytest.raises(SaetrainError, match=r"--split train\[:5\]: .* combined with --streaming"):
         open_dataset(topics_jsonl, SourceSettings(streaming=True, split="train[:5]"))

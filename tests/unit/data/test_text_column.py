@@ -53,7 +53,7 @@ def test_column_can_be_named() -> None:
     assert find(columns, "messages").kind == "chat"
     with pytest.raises(SaetrainError, match=r"--text_column othr: no such column\. Did you mean other\?.* number"):
         find(columns, "othr")
-    with pytest.raises(SaetrainError, match="--text_column number: holds neither strings"):
+    with pytest.raises(SaetrainError, match="--text_column number: it contains neither strings"):
         find(columns, "number")
 
 

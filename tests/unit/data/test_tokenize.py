@@ -79,7 +79,7 @@ def test_decoder_framing_follows_the_tokenizer(bpe: Any, bos_bpe: Any) -> None:
     assert row["ids"] == [framed.bos, *text, framed.eos]
     assert row["special"] == [True, *[False] * len(text), True]
     assert "BOS '<s>' and EOS '<|endoftext|>'" in framed.describe_packing(bos_bpe)
-    assert "parted by EOS '<|endoftext|>'" in plain.describe_packing(bpe)
+    assert "separated by EOS '<|endoftext|>'" in plain.describe_packing(bpe)
 
 
 def test_encoder_framing_sets_nothing_of_its_own(wordpiece: Any) -> None:
@@ -305,5 +305,5 @@ def test_text_of_one_endless_line_takes_little_time_and_memory(wordpiece: Any, b
 def test_a_value_that_is_no_text_names_its_row(wordpiece: Any) -> None:
     column = TextColumn("text", ("label",), "")
     rows = datasets.Dataset.from_dict({"label": [None, 3]})
-    with pytest.raises(SaetrainError, match=r"column label, row 1 \(from 0\): holds int '3' and no text"):
+    with pytest.raises(SaetrainError, match=r"column label, row 1 \(from 0\): it contains int '3' instead of text"):
         tokenize_rows(rows, column, wordpiece, ENCODER, 1)
