@@ -268,7 +268,7 @@ CASES: dict[str, tuple[Callable[[Place], list[str]], str]] = {
     "odd file": (odd_file, "files ending in '.docx' can't be read; allowed are .parquet"),
     "unknown split": (flags("--split dev"), "--split dev: .* has no split 'dev'. It has: train"),
     "unknown column": (flags("--text_column body"), "--text_column body: no such column"),
-    "code of its own": (code_of_its_own, "brings Python code of its own, .* --trust_remote_code true"),
+    "code of its own": (code_of_its_own, "contains its own Python code, .* --trust_remote_code true"),
     "endless line without a word": (endless_line, "its activations are the same on every token"),
     "bytes that are no UTF-8": (latin_1, "text.jsonl, line 4: is not valid JSON: 'utf-8' .*--skip_bad_rows"),
     "half a character": (half_a_character, r"text.jsonl, line \d+: contains half of a surrogate pair.*--skip_bad_rows"),

@@ -1,1 +1,1 @@
-"""Tokens -> activations: the frozen model, its hookpoints, capture, calibration and the mixing buffer."""
+"""From tokens to activations: the frozen model, hookpoints, capture, normalization and the shuffle buffer."""

@@ -1,8 +1,8 @@
-"""The mixing buffer: exact numbers of shuffled activations, recomputable from a few integers.
+"""Shuffle buffer: exact numbers of shuffled activations, which can be recomputed from a few integers.
 
-Every virtual shard fills a pool by running its next sequences through the model, shuffles it by a seed of its own,
-and hands it out piece by piece. Sample i of the run comes from shard i mod V. A pool is a function of (shard, number,
-cursor, tokens), so a checkpoint holds a few integers a shard, and resuming computes the pool again.
+Each virtual shard fills a pool by running its next sequences through the model, and shuffles the pool with a seed per
+pool. Sample i of the run comes from shard i mod V. A pool is a function of (shard, pool number, cursor, tokens), so a
+checkpoint stores a few integers per shard, and resume computes the pools again.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from saetrain.errors import SaetrainError
 from saetrain.types import Cursor
 
 MAX_EARLY_POOLS = 2
-"""Pools that may be filled before they are needed: what more memory is taken for them."""
+"""Maximum number of pools that are filled before they are needed; each takes additional memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BufferSettings:
-    """Mixing: the buffer between the model and the SAEs."""
+    """Shuffle buffer between the model and the SAEs."""
 
     buffer_tokens: int = 131_072
-    """Activations that are mixed with one another, over all ranks; part of the sample order."""
+    """Size of the shuffle buffer in activations, over all ranks. It changes the data order."""
     exclude_sinks: bool = True
-    """Leave out position 0 of causal models and tokens of more than 10 times the median norm."""
+    """Exclude position 0 of causal models and tokens whose norm is above 10 times the median."""
 
     def __post_init__(self) -> None:
         if self.buffer_tokens < 1:
@@ -39,21 +39,21 @@ class BufferSettings:
 
 @dataclass(frozen=True)
 class ShardState:
-    """Where a shard stands: its current pool and how much of it has been handed out."""
+    """Progress of a shard: its current pool and how many of its activations were taken."""
 
     pool: int
     """Number of the current pool, from 0."""
     tokens: int
-    """Kept tokens that were asked for when the pool was read; 0 before the first."""
+    """Number of kept tokens that were requested for the pool; 0 before the first pool."""
     taken: int
-    """Activations of the pool that have been handed out."""
+    """Number of activations taken from the pool."""
     cursor: Cursor
-    """The shard's cursor at the pool's start."""
+    """The shard's cursor at the start of the pool."""
 
 
 @dataclass
 class _EarlyPool:
-    """A pool that is being filled before it is needed."""
+    """A pool that is filled before it is needed."""
 
     request: tuple[Cursor, int]
     extraction: Extraction
@@ -68,7 +68,10 @@ class _Pool:
 
 
 class ShuffleBuffer:
-    """Deals the shards' shuffled activations; ``owned`` are the shards that this rank serves."""
+    """Draws shuffled activations from the shards in ``owned_shards``, the shards of this rank.
+
+    ``pool_tokens``: activations per pool. ``n_outliers`` and ``n_tokens_read`` count tokens that the model has read.
+    """
 
     def __init__(
         self,
@@ -97,11 +100,11 @@ class ShuffleBuffer:
         self._source.hint_cursors({shard: state.cursor for shard, state in self._shard_states.items()})
 
     def state_dict(self) -> dict[str, list[int]]:
-        """What :meth:`restore` needs: {shard: [pool, tokens, taken, cursor…]}."""
+        """Return {shard: [pool, tokens, taken, cursor…]} for :meth:`load_state_dict`."""
         return {str(shard): [s.pool, s.tokens, s.taken, *s.cursor] for shard, s in self._shard_states.items()}
 
     def load_state_dict(self, state: dict[str, list[int]]) -> None:
-        """Stand where :meth:`state` was taken; the pools are computed again when they are next needed."""
+        """Continue from a :meth:`state_dict`; pools are computed again when they are needed."""
         rows = {shard: state[str(shard)] for shard in self._owned_shards}
         self._shard_states = {shard: ShardState(row[0], row[1], row[2], tuple(row[3:])) for shard, row in rows.items()}
         self._pools.clear()
@@ -111,13 +114,13 @@ class ShuffleBuffer:
         self._hint_cursors()
 
     def close(self) -> None:
-        """Read no further ahead."""
+        """Stop prefetching."""
         self._prefetcher.close()
 
     def take_activations(self, first: int, count: int, n_run_samples: int) -> dict[str, Tensor]:
-        """{hookpoint: (n, D)}: this rank's share of samples ``first`` to ``first + count`` of the whole run.
+        """Return {hookpoint: (N, D)}: this rank's share of samples ``first`` to ``first + count`` of the run.
 
-        ``last``: samples that the whole run needs, so that no pool is filled beyond its use.
+        ``n_run_samples``: number of samples of the whole run, so that no pool is larger than needed.
         """
         pieces = [
             piece
@@ -126,7 +129,7 @@ class ShuffleBuffer:
                 shard, *self._shard_range(shard, first, first + count), self._shard_range(shard, 0, n_run_samples)[1]
             )
         ]
-        # Only now, for a pool that is needed at once must not wait for one that is needed later.
+        # Prefetching starts last, so that no pool that is needed now waits for one that is needed later.
         for shard, (cursor, tokens) in self._to_prefetch.items():
             self._prefetcher.start_prefetch(shard, cursor, tokens)
         self._upcoming.update(self._to_prefetch)
@@ -136,9 +139,9 @@ class ShuffleBuffer:
         return taken
 
     def prefetch_pools(self) -> None:
-        """Run the model for pools that run out next, over about as many tokens as were handed out since.
+        """Run the model for the pools that are needed next, on about as many tokens as were taken since the last call.
 
-        Changes nothing but time: it spreads the refills evenly over the steps.
+        This affects only time: the refills are spread evenly over the steps.
         """
         left = {
             shard: len(self._pools[shard].activations) - self._shard_states[shard].taken for shard in self._upcoming
@@ -148,7 +151,7 @@ class ShuffleBuffer:
         self._token_budget = min(self._token_budget, 0)
 
     def _prefetch_pool(self, shard: int) -> None:
-        """As much of the shard's next pool as there is credit for, unless its text is not there yet."""
+        """Fill the shard's next pool as far as the token budget allows, if its text has been read."""
         request = self._upcoming[shard]
         if self._token_budget <= 0 or not (shard in self._early_pools or self._prefetcher.is_ready(shard, *request)):
             return
@@ -162,15 +165,15 @@ class ShuffleBuffer:
                     return
                 self._token_budget -= tokens
         except SaetrainError:
-            # It is raised where the pool is needed, for the steps before it are good.
+            # The error is raised again when the pool is needed, because the steps before it are valid.
             del self._early_pools[shard], self._upcoming[shard]
         except BaseException:
-            # What was broken off half-way can't be gone on with.
+            # An interrupted extraction can't be continued.
             del self._early_pools[shard]
             raise
 
     def _shard_range(self, shard: int, first: int, stop: int) -> tuple[int, int]:
-        """The shard's own sample numbers among samples ``first`` to ``stop`` of the run, as a range."""
+        """Convert samples ``first`` to ``stop`` of the run to a range of the shard's sample numbers."""
 
         def count_before(position: int) -> int:
             return (position - shard + self._n_shards - 1) // self._n_shards
@@ -190,7 +193,7 @@ class ShuffleBuffer:
         return pieces
 
     def _current_pool(self, shard: int, needed: int) -> _Pool:
-        """The shard's pool with something left in it, read anew where it is missing or used up."""
+        """Return the shard's pool, which is computed if it is missing and replaced by the next if it is used up."""
         state = self._shard_states[shard]
         if state.tokens and shard not in self._pools:
             self._pools[shard] = self._fill_pool(shard, state, needed + state.taken)
@@ -202,14 +205,14 @@ class ShuffleBuffer:
         return self._pools[shard]
 
     def _next_pool_size(self, shard: int, state: ShardState, needed: int) -> int:
-        """Tokens of the shard's next pool; first pools differ, so that the refills spread over the steps."""
+        """Return the size of the shard's next pool; the first pools differ in size, so that refills are staggered."""
         full = self._pool_tokens
         if not state.tokens:
             full = max(1, full * (shard + 1) // self._n_shards)
         return min(full, needed)
 
     def _fill_pool(self, shard: int, state: ShardState, needed: int) -> _Pool:
-        """Pool ``state.pool`` of the shard; from its start to the run's end ``needed`` activations are used."""
+        """Compute pool ``state.pool`` of the shard; the run uses ``needed`` activations from its start to the end."""
         early, request = self._early_pools.pop(shard, None), (state.cursor, state.tokens)
         self._upcoming.pop(shard, None)
         if early is not None and early.request == request:

@@ -1,4 +1,4 @@
-"""One forward pass for all hookpoints, ended after the last one."""
+"""Capture: one forward pass for all hookpoints, which ends after the last one."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ PROBE_TOKENS = 8
 
 
 class _StopForward(Exception):
-    """Raised in the last hookpoint's hook: what lies above it is not needed."""
+    """Raised in the hook of the last hookpoint to end the forward pass, because later layers are not needed."""
 
 
 class ActivationCapture:
-    """Takes the outputs of named modules.
+    """Captures the outputs of named modules, with hooks.
 
-    Hooks, never ``hidden_states``: the last entry of those is behind the final norm in many models.
+    ``hidden_states`` is not used, because in many models its last entry is the output of the final norm.
 
-    ``widths`` {hookpoint: D}. Raises SaetrainError when a module's output is no activation of shape (B, S, D), or
-    when it does not run in a forward pass.
+    ``widths`` {hookpoint: D}. Raises SaetrainError when a module's output is not an activation of shape (B, S, D), or
+    when it does not run exactly once in a forward pass.
     """
 
     def __init__(self, model: BaseModel, hookpoints: list[str]) -> None:
@@ -39,25 +39,27 @@ class ActivationCapture:
         self._last_hookpoint = order[-1]
 
     def _probe_hookpoints(self) -> list[str]:
-        """Run a few tokens through the whole model: the order in which the hookpoints end, and their widths."""
+        """Run a few tokens through the whole model, set ``widths``, and return the hookpoints in order of execution."""
         length = min(PROBE_TOKENS, self.model.max_positions or PROBE_TOKENS)
         ids = torch.ones(2, length, dtype=torch.long, device=self.model.device)
         found = self(ids, torch.ones_like(ids))
-        lacking = [name for name in self.hookpoints if name not in found]
-        if lacking:
-            raise SaetrainError(f"--hookpoints {lacking[0]}: the module does not run in the model's forward pass")
+        missing = [name for name in self.hookpoints if name not in found]
+        if missing:
+            raise SaetrainError(
+                f"--hookpoints {missing[0]}: the module does not run in the model's forward pass; choose another module"
+            )
         for name, value in found.items():
             if value.dim() != 3 or value.shape[:2] != ids.shape or not value.is_floating_point():
                 raise SaetrainError(
-                    f"--hookpoints {name}: its output has shape {tuple(value.shape)} where activations of "
-                    f"(batch 2, positions {length}, width) are needed; take another module"
+                    f"--hookpoints {name}: its output has shape {tuple(value.shape)}, but activations must have shape "
+                    f"(batch 2, positions {length}, width); choose another module"
                 )
         self.widths = {name: found[name].shape[-1] for name in self.hookpoints}
         return list(found)
 
     @torch.no_grad()
     def __call__(self, ids_BS: Tensor, mask_BS: Tensor) -> dict[str, Tensor]:
-        """{hookpoint: (B, S, D) in the model's dtype} for token ids and their attention mask, both (B, S)."""
+        """Return {hookpoint: (B, S, D) in the model's dtype} for token ids and attention mask, both (B, S)."""
         found: dict[str, Tensor] = {}
         handles = [module.register_forward_hook(self._make_hook(name, found)) for name, module in self._modules.items()]
         try:
@@ -75,10 +77,12 @@ class ActivationCapture:
             if not isinstance(value, Tensor):
                 raise SaetrainError(
                     f"--hookpoints {name}: its output is a {type(output).__name__}, not an activation; "
-                    "take another module"
+                    "choose another module"
                 )
             if name in found:
-                raise SaetrainError(f"--hookpoints {name}: the module runs several times in one forward pass")
+                raise SaetrainError(
+                    f"--hookpoints {name}: the module runs several times in one forward pass; choose another module"
+                )
             found[name] = value
             if name == self._last_hookpoint:
                 raise _StopForward
@@ -87,7 +91,7 @@ class ActivationCapture:
 
 
 def pad_batch(sequences: list[TokenSequence], device: torch.device) -> tuple[Tensor, Tensor]:
-    """(ids, mask), both (B, S) int64, padded on the right with id 0 and mask 0."""
+    """Return (ids, mask), both (B, S) int64, padded on the right with id 0 and mask 0."""
     length = max(len(sequence) for sequence in sequences)
     ids = np.zeros((len(sequences), length), dtype=np.int64)
     mask = np.zeros((len(sequences), length), dtype=np.int64)
@@ -98,7 +102,7 @@ def pad_batch(sequences: list[TokenSequence], device: torch.device) -> tuple[Ten
 
 
 def batch_by_length(sequences: list[TokenSequence], tokens: int) -> list[list[int]]:
-    """Numbers of ``sequences`` grouped by length, each group at most ``tokens`` padded tokens (or one sequence)."""
+    """Group the numbers of ``sequences`` by length, with at most ``tokens`` padded tokens or one sequence per group."""
     order = sorted(range(len(sequences)), key=lambda number: (-len(sequences[number]), number))
     batches: list[list[int]] = []
     for number in order:

@@ -1,4 +1,4 @@
-"""Sequences -> activations: batches of like length through the model, and the tokens that count picked out."""
+"""From sequences to activations: batches of similar length run through the model, and kept tokens are selected."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ TokenPolicy = Callable[[TokenSequence], np.ndarray]
 
 @dataclass(frozen=True)
 class Activations:
-    """Activations of n kept tokens and where each came from.
+    """Activations of N kept tokens and the documents that they come from.
 
-    ``values`` {hookpoint: (n, D)} in the model's dtype; ``doc`` (n,) int64 data set row; ``n_outliers`` tokens
-    that were left out for their norm.
+    ``values`` {hookpoint: (N, D)} in the model's dtype; ``doc`` (N,) int64 row of the data set; ``n_outliers`` number
+    of tokens that were excluded because of their norm.
     """
 
     values: dict[str, Tensor]
@@ -36,14 +36,14 @@ class Activations:
 
 
 class Extraction:
-    """Sequences on their way through the model, a batch of it at a time."""
+    """Runs sequences through the model, one model batch at a time."""
 
     def __init__(self, extractor: ActivationExtractor, sequences: list[TokenSequence]) -> None:
         self._batches = extractor.iterate_batches(sequences)
         self._parts: list[Activations] = []
 
     def run_next_batch(self) -> int | None:
-        """Run the model's next batch: how many tokens came of it, outliers too; None when all is done."""
+        """Run the next model batch; return its number of tokens, outliers included, or None after the last batch."""
         part = next(self._batches, None)
         if part is None:
             return None
@@ -51,7 +51,7 @@ class Extraction:
         return len(part) + part.n_outliers
 
     def run_remaining(self) -> Activations:
-        """Run what is left, and give all of it."""
+        """Run the remaining batches and return the activations of all batches."""
         self._parts.extend(self._batches)
         parts = self._parts
         values = {name: torch.cat([part.values[name] for part in parts]) for name in parts[0].values}
@@ -59,23 +59,23 @@ class Extraction:
 
 
 class TokenClass(IntEnum):
-    """What a token is to a score."""
+    """Whether a token is used, or why it is excluded."""
 
     KEPT = 0
-    """One that the token policy trains on."""
+    """Used for training and metrics."""
     SPECIAL = 1
-    """Left out by the policy: CLS, SEP, BOS, EOS."""
+    """Excluded by the token policy: CLS, SEP, BOS, EOS."""
     FIRST = 2
-    """Left out by the policy: position 0 of a causal model."""
+    """Excluded by the token policy: position 0 of a causal model."""
     OUTLIER = 3
-    """Left out for its norm."""
+    """Excluded because of its norm."""
 
 
 @dataclass(frozen=True)
 class LabelledActivations:
-    """Activations of all n tokens of a batch but padding: ``values`` and ``doc`` as in :class:`Activations`.
+    """Activations of all N tokens of a batch except padding: ``values`` and ``doc`` as in :class:`Activations`.
 
-    ``place`` (n,) uint8 of :class:`Place`.
+    ``token_class`` (N,) uint8, values of :class:`TokenClass`.
     """
 
     values: dict[str, Tensor]
@@ -86,8 +86,8 @@ class LabelledActivations:
 class ActivationExtractor:
     """Runs sequences through the model and keeps the positions that the token policy and the norm limits allow.
 
-    ``limits`` {hookpoint: largest norm}: a token that exceeds one at any hookpoint is left out at all of them, so
-    that every hookpoint sees the same tokens.
+    ``norm_limits`` {hookpoint: largest norm}: a token above the limit at any hookpoint is excluded at all hookpoints,
+    so that all hookpoints have the same tokens. ``batch_tokens``: padded tokens per model batch.
     """
 
     def __init__(
@@ -97,18 +97,18 @@ class ActivationExtractor:
         self._data_sets = data_sets
         self.norm_limits: dict[str, float] = {}
         self.before_batch: Callable[[], None] | None = None
-        """Called before each model batch; may raise to give up."""
+        """Called before each model batch; may raise to stop."""
         self.max_in_flight = 1 if capture.model.device.type == "cuda" else 0
-        """Model batches that are begun before the norms of the one before them are looked at."""
+        """Number of model batches that are started before the norms of an earlier batch are checked."""
 
     def iterate_batches(self, sequences: list[TokenSequence]) -> Iterator[Activations]:
-        """One :class:`Activations` per model batch; SaetrainError when an activation is not finite."""
+        """Yield one :class:`Activations` per model batch; SaetrainError when an activation is not finite."""
         in_flight: deque[tuple[dict[str, Tensor], np.ndarray, PendingCopy]] = deque()
         for chosen, captured in self._run_batches(sequences):
             keep = np.concatenate([self.keep(sequence) for sequence in chosen])
             docs = np.concatenate([sequence.doc for sequence in chosen])[keep]
             values = self._select_kept(captured, chosen, keep)
-            # Whoever takes batches one at a time would else hold the whole of each meanwhile.
+            # Without this, the generator would keep the unselected activations alive while the caller uses the batch.
             del captured
             in_flight.append((values, docs, PendingCopy(self._compute_norms(values))))
             if len(in_flight) > self.max_in_flight:
@@ -123,9 +123,10 @@ class ActivationExtractor:
         return Activations(self._select_rows(values, np.flatnonzero(accept)), docs[accept], int((~accept).sum()))
 
     def iterate_labelled(self, sequences: list[TokenSequence]) -> Iterator[LabelledActivations]:
-        """All tokens of each model batch but padding, with what each is.
+        """Yield all tokens of each model batch except padding, with their class.
 
-        SaetrainError when a kept one's activation is not finite; others that are not are left out.
+        Raises SaetrainError when the activation of a kept token is not finite. Other tokens with such activations are
+        dropped.
         """
         for chosen, captured in self._run_batches(sequences):
             keep = np.concatenate([self.keep(sequence) for sequence in chosen])
@@ -139,13 +140,13 @@ class ActivationExtractor:
             token_class[kept[~self.mask_within_limits(self._select_rows(values, kept), docs[kept])]] = (
                 TokenClass.OUTLIER
             )
-            # Training never sees the other tokens, so an overflow there is no reason to refuse.
+            # Training never uses the other tokens, so an overflow there is no error.
             accepted_rows = np.flatnonzero(keep | np.isfinite(self._compute_norms(values).cpu().numpy()).all(axis=0))
             values = values if len(accepted_rows) == len(docs) else self._select_rows(values, accepted_rows)
             yield LabelledActivations(values, docs[accepted_rows], token_class[accepted_rows].astype(np.uint8))
 
     def _run_batches(self, sequences: list[TokenSequence]) -> Iterator[tuple[list[TokenSequence], dict[str, Tensor]]]:
-        """(sequences, {hookpoint: (B, S, D)}) of each model batch."""
+        """Yield (sequences, {hookpoint: (B, S, D)}) of each model batch."""
         for numbers in batch_by_length(sequences, self.batch_tokens):
             if self.before_batch is not None:
                 self.before_batch()
@@ -155,7 +156,7 @@ class ActivationExtractor:
     def _select_kept(
         self, captured: dict[str, Tensor], chosen: list[TokenSequence], keep: np.ndarray
     ) -> dict[str, Tensor]:
-        """The kept tokens' activations, of ``keep`` over all tokens of ``chosen`` without padding."""
+        """Select the activations of kept tokens; ``keep`` (bool) covers all tokens of ``chosen`` without padding."""
         longest = max(map(len, chosen))
         unpadded = np.concatenate([row * longest + np.arange(len(sequence)) for row, sequence in enumerate(chosen)])
         picked = copy_to_device_async(unpadded[keep], self.capture.model.device)
@@ -180,34 +181,37 @@ class ActivationExtractor:
             ) from error
 
     def extract_all(self, sequences: list[TokenSequence]) -> Activations:
-        """All of ``sequences`` at once."""
+        """Return the activations of all ``sequences``."""
         return Extraction(self, sequences).run_remaining()
 
     def mask_within_limits(self, values: dict[str, Tensor], docs: np.ndarray) -> np.ndarray:
-        """(n,) bool of kept tokens from data set rows ``docs``; SaetrainError when an activation is not finite."""
+        """Return (N,) bool: which tokens from data set rows ``docs`` are within the norm limits.
+
+        Raises SaetrainError when an activation is not finite.
+        """
         return self._check_norms(list(values), docs, self._compute_norms(values).cpu().numpy())
 
     def _compute_norms(self, values: dict[str, Tensor]) -> Tensor:
-        """(hookpoints, n) fp32."""
+        """Return the norms, (H, N) fp32."""
         return torch.stack([value.float().norm(dim=1) for value in values.values()])
 
     def _check_norms(self, names: list[str], docs: np.ndarray, norms: np.ndarray) -> np.ndarray:
-        """As :meth:`within_limits`, by the ``norms`` (hookpoints, n)."""
+        """Check ``norms`` (H, N) as :meth:`mask_within_limits`."""
         accept = np.ones(len(docs), dtype=bool)
-        for name, own in zip(names, norms, strict=True):
-            finite = np.isfinite(own)
+        for name, hookpoint_norms in zip(names, norms, strict=True):
+            finite = np.isfinite(hookpoint_norms)
             if not finite.all():
                 rows = self._describe_rows(docs[~finite])
                 raise SaetrainError(
                     f"the model's activations at {name} are not finite on data set rows {rows}; "
-                    "a wider --dtype (float32 or bfloat16) usually mends it"
+                    "use a wider --dtype (float32 or bfloat16)"
                 )
             if name in self.norm_limits:
-                accept &= own <= self.norm_limits[name]
+                accept &= hookpoint_norms <= self.norm_limits[name]
         return accept
 
     def _describe_rows(self, docs: np.ndarray) -> str:
-        """The first few rows, with their data set where several are mixed."""
+        """Return the first few rows as text, with their data set if several are mixed."""
         rows = np.unique(docs)[:5].tolist()
         if len(self._data_sets) < 2:
             return ", ".join(map(str, rows))

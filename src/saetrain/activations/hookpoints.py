@@ -1,4 +1,4 @@
-"""Which modules' outputs are taken: layers by number, or patterns over module names."""
+"""Hookpoints: the modules whose outputs are captured, given as layer numbers or as patterns over module names."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from saetrain.types import shown_default
 
 @dataclass(frozen=True, kw_only=True)
 class HookpointSettings:
-    """Where: which activations of the model."""
+    """Hookpoints: the activations to train on."""
 
     layers: Annotated[tuple[int, ...] | None, shown_default("0", "INT [INT ...]")] = None
-    """Layers, counted from 0: the residual stream after each."""
+    """Layers, counted from 0. The SAE is trained on the residual stream after each layer."""
     layer_stride: Annotated[int | None, shown_default("1, used when given without --layers", "INT")] = None
-    """Every n-th layer from 0."""
+    """Train on every n-th layer, starting at layer 0."""
     hookpoints: Annotated[tuple[str, ...] | None, shown_default("none, use --layers", "PATTERN [PATTERN ...]")] = None
-    """Patterns over module names, such as `h.*.mlp`: the output of each module."""
+    """Patterns of module names, such as `h.*.mlp`. The SAE is trained on the output of each matching module."""
 
     def __post_init__(self) -> None:
         if self.hookpoints is not None and (self.layers is not None or self.layer_stride is not None):
@@ -30,17 +30,20 @@ class HookpointSettings:
         if self.layers is not None and self.layer_stride is not None:
             raise SaetrainError("--layers and --layer_stride can't be given together: choose one")
         if self.layers is not None and (not self.layers or min(self.layers) < 0):
-            raise SaetrainError(f"--layers {list(self.layers)}: give one or more numbers from 0")
+            raise SaetrainError(f"--layers {list(self.layers)}: pass one or more numbers from 0")
         if self.layers is not None and len(set(self.layers)) != len(self.layers):
             raise SaetrainError(f"--layers {list(self.layers)}: a layer is named twice")
         if self.layer_stride is not None and self.layer_stride < 1:
             raise SaetrainError(f"--layer_stride {self.layer_stride}: must be at least 1")
         if self.hookpoints is not None and not self.hookpoints:
-            raise SaetrainError("--hookpoints: give one or more patterns")
+            raise SaetrainError("--hookpoints: pass one or more patterns")
 
 
 def resolve_hookpoints(model: BaseModel, settings: HookpointSettings) -> list[str]:
-    """Module names, in the model's own order; SaetrainError for a layer or pattern that it lacks."""
+    """Return the module names of the hookpoints, in the model's order.
+
+    Raises SaetrainError for a layer that does not exist or a pattern without a match.
+    """
     if settings.hookpoints is not None:
         return _match_modules(model.module, settings.hookpoints)
     name, blocks = find_blocks(model)
@@ -48,16 +51,19 @@ def resolve_hookpoints(model: BaseModel, settings: HookpointSettings) -> list[st
         layers: tuple[int, ...] = tuple(range(0, len(blocks), settings.layer_stride))
     else:
         layers = settings.layers if settings.layers is not None else (0,)
-    lacking = [layer for layer in layers if layer >= len(blocks)]
-    if lacking:
+    missing = [layer for layer in layers if layer >= len(blocks)]
+    if missing:
         raise SaetrainError(
-            f"--layers {' '.join(map(str, lacking))}: {model.name} has {len(blocks)} layers, 0 to {len(blocks) - 1}"
+            f"--layers {' '.join(map(str, missing))}: {model.name} has {len(blocks)} layers, 0 to {len(blocks) - 1}"
         )
     return [f"{name}.{layer}" for layer in sorted(layers)]
 
 
 def find_blocks(model: BaseModel) -> tuple[str, nn.ModuleList]:
-    """(name, list) of the model's layers: the outermost module list as long as the configuration says."""
+    """Return (name, module list) of the model's layers: the outermost list of `num_hidden_layers` modules.
+
+    Raises SaetrainError if there is no such list.
+    """
     depth = getattr(model.config, "num_hidden_layers", None)
     found = [
         (name, module)
@@ -66,7 +72,7 @@ def find_blocks(model: BaseModel) -> tuple[str, nn.ModuleList]:
     ]
     if not found:
         raise SaetrainError(
-            f"model {model.name}: its layers were not found ({model.config.model_type}); name modules by --hookpoints"
+            f"model {model.name}: its layers were not found ({model.config.model_type}); name modules with --hookpoints"
         )
     return min(found, key=lambda item: item[0].count("."))
 
@@ -79,7 +85,7 @@ def _match_modules(module: nn.Module, patterns: tuple[str, ...]) -> list[str]:
         if not matched:
             raise SaetrainError(
                 f"--hookpoints {pattern}: matches no module of the model.{did_you_mean(pattern, names)} "
-                f"Its names look like {', '.join(names[:3])}, …, {names[-1]}"
+                f"Module names look like {', '.join(names[:3])}, …, {names[-1]}"
             )
         chosen.update(matched)
     return [name for name in names if name in chosen]

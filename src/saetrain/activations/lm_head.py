@@ -1,4 +1,4 @@
-"""The model with the head that its checkpoint was saved with: what its outputs are scored by."""
+"""Language model head: loads a model with the head that its checkpoint was saved with, to compute its loss."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ from saetrain.activations.model import (
 HeadKind = Literal["causal", "masked", "none"]
 
 PRETRAINED_WITHOUT_LM_HEAD = {"ElectraForPreTraining", "FunnelForPreTraining", "SplinterForPreTraining"}
-"""Pre-trained to tell replaced tokens or to find spans, so without a head that predicts tokens."""
+"""Architectures that were pre-trained to detect replaced tokens or to find spans, so their head predicts no tokens."""
 AMBIGUOUS_HEADS = {"FlaubertWithLMHeadModel", "XLMWithLMHeadModel", "XLNetLMHeadModel"}
-"""Heads that serve permuted, masked or next tokens, so that one forward pass without more knowledge scores none."""
+"""Architectures whose head may predict permuted, masked or next tokens. The loss is not computed for them, because the
+checkpoint does not name the objective."""
 
 
 @dataclass(frozen=True)
 class LMHeadModel:
     """A frozen model with its head.
 
-    ``base``: the part below the head, whose modules hookpoints name; ``kind``: `causal` and `masked` predict tokens,
-    `none` has no head that does; ``architecture``: the class that the checkpoint names, empty where it names none.
+    ``base``: the part below the head, whose modules hookpoints name. ``kind``: `causal` and `masked` heads predict
+    tokens; `none` has no such head. ``architecture``: the class that the checkpoint names, or an empty string.
     """
 
     module: nn.Module
@@ -39,21 +40,21 @@ class LMHeadModel:
     architecture: str
 
     def compute_logits(self, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
-        """(B, S, V) in the model's dtype; of a model with a head."""
+        """Return logits (B, S, V) in the model's dtype, for ids and mask (B, S). The model must have a head."""
         assert self.kind != "none", self.architecture
         logits: Tensor = self.module(input_ids=ids_BS, attention_mask=mask_BS, **self.base.forward_kwargs()).logits
         return logits
 
     def compute_final_hidden(self, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
-        """The final hidden state (B, S, D), behind the final norm where there is one."""
+        """Return the final hidden state (B, S, D), after the final norm if the model has one."""
         out: Tensor = self.base.module(input_ids=ids_BS, attention_mask=mask_BS, **self.base.forward_kwargs())[0]
         return out
 
 
 def load_model_with_head(name: str, settings: ModelSettings) -> LMHeadModel:
-    """Load ``name`` with the head that its configuration's `architectures` names; as ``load_model`` otherwise.
+    """Load ``name`` as :func:`load_model`, but with the head that `architectures` in its configuration names.
 
-    SaetrainError when weights of the head are missing from the files: the library would fill it with random numbers.
+    Raises SaetrainError when weights of the head are missing, because the library would initialize them randomly.
     """
     from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
@@ -68,7 +69,7 @@ def load_model_with_head(name: str, settings: ModelSettings) -> LMHeadModel:
 
 
 def classify_head(architecture: str, causal: bool) -> HeadKind:
-    """What the class ``architecture`` of transformers predicts."""
+    """Return what the head of ``architecture``, a class of transformers, predicts."""
     from transformers.models.auto import modeling_auto
 
     if architecture in AMBIGUOUS_HEADS:
@@ -78,7 +79,7 @@ def classify_head(architecture: str, causal: bool) -> HeadKind:
     ):
         return "causal"
     masked = _class_names(modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES)
-    # BERT's own checkpoints hold the head of its pre-training, of which the masked-LM head is a part.
+    # BERT's original checkpoints contain the pre-training head, which includes the masked-LM head.
     masked |= _class_names(modeling_auto.MODEL_FOR_PRETRAINING_MAPPING_NAMES) - PRETRAINED_WITHOUT_LM_HEAD
     if not causal and (architecture in masked or architecture.endswith("ForMaskedLM")):
         return "masked"
@@ -90,5 +91,5 @@ def _class_names(mapping: Any) -> set[str]:
 
 
 def token_log_probs(logits: Tensor) -> Tensor:
-    """Log-probabilities over the last dimension, in fp32."""
+    """Return log-probabilities over the last dimension, in fp32."""
     return torch.log_softmax(logits.float(), dim=-1)

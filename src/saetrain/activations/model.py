@@ -1,4 +1,4 @@
-"""The frozen base model: loading it with an explicit dtype, and what it is."""
+"""Base model: loads a frozen transformer with an explicit dtype, and identifies its code and weights."""
 
 from __future__ import annotations
 
@@ -22,40 +22,40 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 DTYPES: dict[Dtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 BIDIRECTIONAL_FAMILIES = {"flaubert", "xlm", "xlnet"}
-"""Families whose heads are called like those of causal models, though their attention goes both ways."""
+"""Model families with bidirectional attention whose heads are named like those of causal models."""
 IGNORED_CONFIG_KEYS = ("_name_or_path", "_commit_hash", "transformers_version")
-"""Entries of a model's configuration that decide nothing."""
+"""Entries of a model's configuration that do not affect its outputs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:
-    """Model: how it is loaded and run."""
+    """Model: loading and inference."""
 
     revision: Annotated[str | None, shown_default("main", "NAME")] = None
     """Branch, tag or commit of a hub model."""
-    device: Annotated[str | None, shown_default("cuda where there is one, else cpu", "NAME")] = None
-    """`cpu`, `cuda` or `cuda:N`."""
+    device: Annotated[str | None, shown_default("cuda if available, else cpu", "NAME")] = None
+    """Device of the model and the SAEs: `cpu`, `cuda` or `cuda:N`."""
     dtype: Annotated[
         Dtype | None,
         shown_default("float32 on a CPU, bfloat16 on a GPU", "{float32,bfloat16,float16}"),
     ] = None
-    """Number format of the model (the SAE is always trained in float32)."""
+    """Number format of the model. The SAE's weights are always float32."""
     model_batch_tokens: Annotated[
-        int | None, shown_default("4096 on a GPU, on a CPU 1024 a thread, up to 4096", "INT")
+        int | None, shown_default("4096 on a GPU; 1024 per thread on a CPU, at most 4096", "INT")
     ] = None
-    """Tokens, padding included, that the model takes at once."""
+    """Maximum number of tokens per forward pass of the model, including padding."""
     trust_remote_code: bool = False
-    """Run Python code that the model's repository brings along."""
+    """Run Python code from the model's repository."""
 
     def __post_init__(self) -> None:
         if self.model_batch_tokens is not None and self.model_batch_tokens < 1:
             raise SaetrainError(f"--model_batch_tokens {self.model_batch_tokens}: must be at least 1")
 
     def resolve_batch_tokens(self, device: torch.device) -> int:
-        """Tokens that the model takes at once on ``device``."""
+        """Return the maximum number of tokens per forward pass on ``device``."""
         if self.model_batch_tokens is not None:
             return self.model_batch_tokens
-        # More would leave a processor's cache between two layers, by which a BERT is up to a sixth slower.
+        # Larger batches do not fit into a CPU's cache between two layers, which makes BERT up to a sixth slower.
         return 4096 if device.type == "cuda" else min(4096, 1024 * torch.get_num_threads())
 
 
@@ -67,29 +67,32 @@ class BaseModel:
     name: str
     config: Any
     causal: bool
-    """Attends to the left only (a decoder), so that documents may be packed."""
+    """Whether attention is causal (a decoder), so that documents can be packed."""
     max_positions: int | None
     device: torch.device
     dtype: torch.dtype
     revision: str | None
-    """The hub's commit, where the model came from the hub."""
+    """Commit of the hub, if the model comes from the hub."""
 
     def forward_kwargs(self) -> dict[str, bool]:
-        """What every forward pass is called with beside tokens and mask."""
+        """Return the arguments of each forward pass besides tokens and mask."""
         return {"use_cache": False} if self.causal else {}
 
 
 def resolve_device(wanted: str | None) -> torch.device:
-    """The device to run on; SaetrainError when it is not there."""
+    """Return the device ``wanted``, or the default; SaetrainError when it does not exist.
+
+    With several processes per host, `cuda` is the GPU of the local rank.
+    """
     if wanted is None:
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
     if wanted == "cuda" and env.local_world_size() > 1 and torch.cuda.device_count() > 1:
-        # A launcher that gives each process a GPU of its own shows it that one alone.
+        # Under a launcher that assigns one GPU per process, each process sees only its own GPU.
         wanted = f"cuda:{env.local_rank()}"
         if env.local_rank() >= torch.cuda.device_count():
             raise SaetrainError(
-                f"{env.local_world_size()} processes on a host of {torch.cuda.device_count()} GPUs: start one for "
-                "each GPU, or give --device cpu"
+                f"{env.local_world_size()} processes on a host with {torch.cuda.device_count()} GPUs: start one "
+                "process per GPU, or pass --device cpu"
             )
     try:
         device = torch.device(wanted)
@@ -105,7 +108,7 @@ def resolve_device(wanted: str | None) -> torch.device:
 
 
 def load_config(name: str, settings: ModelSettings) -> Any:
-    """The model's configuration, from the local cache when it is there, else over the network."""
+    """Load the model's configuration from a folder or the local cache, else over the network."""
     from transformers import AutoConfig
 
     if not os.path.isdir(name):
@@ -114,7 +117,7 @@ def load_config(name: str, settings: ModelSettings) -> Any:
 
 
 def detect_causal(name: str, config: Any) -> bool:
-    """Whether the model is causal; SaetrainError for models that do not take tokens in one stream."""
+    """Return whether the model is causal; SaetrainError for encoder-decoders and for models that read no tokens."""
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         MODEL_FOR_MASKED_LM_MAPPING_NAMES,
@@ -142,8 +145,8 @@ def detect_causal(name: str, config: Any) -> bool:
 def load_model(name: str, settings: ModelSettings) -> BaseModel:
     """Load ``name`` (local folder or hub id) without its head, frozen and in eval mode.
 
-    Raises SaetrainError for an unknown or unsupported model, for one whose weights are incomplete, and for a
-    device that is not there.
+    Raises SaetrainError for an unknown or unsupported model, for incomplete weights, and for a device that does not
+    exist.
     """
     from transformers import AutoModel
 
@@ -153,7 +156,7 @@ def load_model(name: str, settings: ModelSettings) -> BaseModel:
 
 
 def load_module(auto_class: Any, name: str, settings: ModelSettings) -> nn.Module:
-    """The module that ``auto_class`` (of transformers) makes of ``name``, frozen and in eval mode on its device."""
+    """Load ``name`` with ``auto_class`` of transformers, frozen and in eval mode, on the device of ``settings``."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
@@ -166,12 +169,12 @@ def load_module(auto_class: Any, name: str, settings: ModelSettings) -> nn.Modul
         dtype=dtype,
         output_loading_info=True,
     )
-    # The pooler comes after every hookpoint, and many checkpoints leave it out.
+    # The pooler runs after all hookpoints, and many checkpoints do not contain it.
     missing = sorted(key for key in info["missing_keys"] if "pooler." not in key)
     if missing:
         raise SaetrainError(
             f"model {name}: its files lack {len(missing)} of the weights ({', '.join(missing[:3])}, …), "
-            "which would be random; is the download complete?"
+            "which would be random; check that the download is complete"
         )
     loaded: nn.Module = module.to(device).eval().requires_grad_(False)
     return loaded
@@ -183,7 +186,7 @@ def _resolve_device_and_dtype(settings: ModelSettings) -> tuple[torch.device, to
 
 
 def build_base_model(name: str, module: nn.Module, config: Any, causal: bool, settings: ModelSettings) -> BaseModel:
-    """A loaded module, which has no head, with what is known of it."""
+    """Build a :class:`BaseModel` from a loaded module without a head."""
     device, dtype = _resolve_device_and_dtype(settings)
     return BaseModel(
         module=module,
@@ -198,7 +201,7 @@ def build_base_model(name: str, module: nn.Module, config: Any, causal: bool, se
 
 
 def _find_commit(name: str, revision: str | None) -> str | None:
-    """The hub's commit that the configuration was taken from, or None for a local folder."""
+    """Return the commit of the hub that the configuration comes from, or None for a local folder."""
     if os.path.isdir(name):
         return None
     from huggingface_hub import try_to_load_from_cache
@@ -223,7 +226,7 @@ def _explain_load_error(name: str, error: Exception) -> str:
     text = str(error)
     if "trust_remote_code" in text:
         return (
-            f"model '{name}' brings Python code of its own, which is not run unless you ask: read it, then give "
+            f"model '{name}' contains its own Python code, which is not run by default: read it, then pass "
             "--trust_remote_code true"
         )
     if "gated repo" in text or "401 Client Error" in text:
@@ -233,8 +236,8 @@ def _explain_load_error(name: str, error: Exception) -> str:
         )
     if "is not a local folder" in text or "Repository Not Found" in text:
         return (
-            f"model '{name}' was not found: no local folder of that name, and not on the hub (or private there: set "
-            "HF_TOKEN to a token that has access)"
+            f"model '{name}' was not found: there is no local folder of that name, and it is not on the hub (or it is "
+            "private: set HF_TOKEN to a token that has access)"
         )
     return f"model '{name}' could not be loaded: {type(error).__name__}: {text.splitlines()[0] if text else ''}"
 
@@ -244,23 +247,26 @@ def _max_positions(config: Any, module: nn.Module) -> int | None:
     if positions is None:
         return None
     tables = [m for name, m in module.named_modules() if name.endswith("position_embeddings")]
-    # The positions of RoBERTa's family and of MPNet begin behind the padding index.
+    # In RoBERTa's family and MPNet, positions start after the padding index.
     padding = next((m.padding_idx for m in tables if isinstance(m, nn.Embedding)), None)
     return int(positions) - (0 if padding is None else padding + 1)
 
 
 def hash_model_code(model: BaseModel) -> str:
-    """Hash of the rest that decides what the model computes: its configuration, and Python files in a local folder."""
+    """Return a hash of the model's configuration and of the Python files in a local folder.
+
+    Together with the weights, they determine the model's outputs.
+    """
     config = model.config.to_dict()
     settings = {key: value for key, value in config.items() if key not in IGNORED_CONFIG_KEYS}
     folder = Path(model.name)
-    own = {file.name: hash_file(file) for file in sorted(folder.glob("*.py"))} if folder.is_dir() else {}
-    text = json.dumps([settings, own], sort_keys=True, default=str)
+    code_hashes = {file.name: hash_file(file) for file in sorted(folder.glob("*.py"))} if folder.is_dir() else {}
+    text = json.dumps([settings, code_hashes], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def hash_model_weights(model: BaseModel) -> str | None:
-    """SHA-256 over the model's weight files, or None where they are not to be found."""
+    """Return the SHA-256 of the model's weight files, or None if there are none."""
     folder = Path(model.name)
     if not folder.is_dir():
         from transformers.utils import cached_file

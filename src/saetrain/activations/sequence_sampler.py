@@ -1,4 +1,4 @@
-"""Whole sequences in the sample order: sequence i of the run is the next one of virtual shard i mod V."""
+"""Sequence sampler: whole sequences in the sample order; sequence i of the run comes from virtual shard i mod V."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class IndexedSequence:
 
 
 class SequenceSampler:
-    """Deals sequences that hold a token that counts; ``owned`` are the shards that this rank serves.
+    """Draws sequences with at least one kept token from ``owned_shards``, the shards of this rank.
 
-    Which sequence has which number is a function of the source alone, so a checkpoint holds the shards' cursors.
+    The numbers of the sequences depend only on the source, so a checkpoint stores only the shards' cursors.
     """
 
     def __init__(self, source: SequenceSource, owned_shards: list[int], n_shards: int) -> None:
@@ -28,29 +28,32 @@ class SequenceSampler:
         source.hint_cursors(self._cursors)
 
     def state_dict(self) -> dict[str, list[int]]:
-        """What :meth:`restore` needs: {shard: cursor}."""
+        """Return {shard: cursor} for :meth:`load_state_dict`."""
         return {str(shard): list(cursor) for shard, cursor in self._cursors.items()}
 
     def load_state_dict(self, state: dict[str, list[int]]) -> None:
-        """Stand where :meth:`state` was taken."""
+        """Continue from a :meth:`state_dict`."""
         self._cursors = {shard: tuple(state[str(shard)]) for shard in self._cursors}
         self._prefetcher.cancel_prefetches()
         self._source.hint_cursors(self._cursors)
 
     def close(self) -> None:
-        """Read no further ahead."""
+        """Stop prefetching."""
         self._prefetcher.close()
 
     def take_sequences(self, first: int, count: int, n_run_sequences: int) -> list[IndexedSequence]:
-        """This rank's share of sequences ``first`` to ``first + count``, of ``last`` that the whole run needs."""
+        """Return this rank's share of sequences ``first`` to ``first + count`` of the run.
+
+        ``n_run_sequences``: number of sequences of the whole run; nothing is prefetched after the last one.
+        """
         out = []
         numbers = [number for number in range(first, first + count) if number % self._n_shards in self._cursors]
         for number in numbers:
             shard = number % self._n_shards
-            # Whatever lies before the first kept token's sequence has nothing to train on.
+            # Only the last sequence of a read for one token has a kept token.
             sequences, self._cursors[shard] = self._prefetcher.read(shard, self._cursors[shard], 1)
             out.append(IndexedSequence(number, sequences[-1]))
-        # Only now, for what is needed at once must not wait for what is needed later.
+        # Prefetching starts last, so that no sequence that is needed now waits for one that is needed later.
         for number in range(first + count, min(first + count + self._n_shards, n_run_sequences)):
             shard = number % self._n_shards
             if shard in self._cursors:

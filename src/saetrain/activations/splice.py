@@ -1,4 +1,4 @@
-"""Another activation in the place of a module's output."""
+"""Splice: replaces the output of a module during a forward pass."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 @contextlib.contextmanager
 def splice_output(module: nn.Module, replace: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Within it, the output (B, S, D) of ``module`` goes through ``replace``, in its own dtype and its own tuple."""
+    """Apply ``replace`` to the output (B, S, D) of ``module`` within the context; its dtype and tuple are kept."""
 
     def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
         if isinstance(output, Tensor):
@@ -26,5 +26,5 @@ def splice_output(module: nn.Module, replace: Callable[[Tensor], Tensor]) -> Ite
 
 
 def replace_positions(x_BSD: Tensor, mask_BS: Tensor, rows_ND: Tensor) -> Tensor:
-    """``x_BSD`` with ``rows_ND`` at the N positions that ``where_BS`` (bool) marks; differentiable in the rows."""
+    """Return ``x_BSD`` with ``rows_ND`` at the N positions where ``mask_BS`` (bool) is true; differentiable."""
     return x_BSD.masked_scatter(mask_BS.unsqueeze(-1), rows_ND.to(x_BSD.dtype))

@@ -105,8 +105,8 @@ def test_of_a_tuple_the_first_tensor_is_taken(bert: BaseModel, batch: tuple[Tens
     ("name", "reason"),
     [
         # The pooler gives one vector a sequence, the encoder an object with named parts, and a list never runs.
-        ("pooler", r"output has shape \(2, 32\) where activations of \(batch 2, positions 8, width\)"),
-        ("encoder", "not an activation; take another module"),
+        ("pooler", r"output has shape \(2, 32\), but activations must have shape \(batch 2, positions 8, width\)"),
+        ("encoder", "not an activation; choose another module"),
         ("encoder.layer", "does not run"),
     ],
 )

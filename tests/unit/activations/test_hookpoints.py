@@ -43,7 +43,7 @@ def test_patterns_give_each_module_once_in_the_model_s_order(bert: BaseModel, gp
 def test_pattern_without_a_match_names_the_nearest(gpt2: BaseModel) -> None:
     with pytest.raises(SaetrainError, match=r"--hookpoints h\.2\.mlpp: matches no module.* Did you mean h\.2\.mlp or"):
         resolve(gpt2, hookpoints=("h.*", "h.2.mlpp"))
-    with pytest.raises(SaetrainError, match=r"matches no module of the model\. Its names look like wte, "):
+    with pytest.raises(SaetrainError, match=r"matches no module of the model\. Module names look like wte, "):
         resolve(gpt2, hookpoints=("#####",))
 
 
@@ -93,5 +93,5 @@ def test_layers_of_architectures_are_found(tmp_path: Path, name: str, sizes: dic
 def test_model_without_a_list_of_layers_is_told_of_hookpoints(tmp_path: Path) -> None:
     # ALBERT runs one layer several times.
     model = tiny(tmp_path, "AlbertConfig", embedding_size=16, intermediate_size=16)
-    with pytest.raises(SaetrainError, match=r"layers were not found \(albert\); name modules by --hookpoints"):
+    with pytest.raises(SaetrainError, match=r"layers were not found \(albert\); name modules with --hookpoints"):
         resolve(model)
