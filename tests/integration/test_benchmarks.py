@@ -58,7 +58,7 @@ def test_quick_run_of_several_processes(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += ["-m", "benchmarks.ranks", "--quick", "--rounds", "1", "--precisions", "fp32", "--out", str(out)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, check=True)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=True)
     metrics = json.loads(out.read_text())["metrics"]
     assert ranks.format_table(metrics) in done.stdout
     weak = metrics["fp32"]["weak"]
@@ -134,6 +134,6 @@ def recipe(module: str, folder: Path, words: list[str]) -> tuple[str, dict[str, 
     command = [sys.executable, "-m", module, *words, "--train_tokens", "2000", "--held_out_tokens", "500"]
     command += ["--folder", str(folder), "--out", str(out)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout, json.loads(out.read_text())
