@@ -1,4 +1,4 @@
-"""A finished SAE in Python: ``saetrain.load(path)``, then ``encode``, ``decode`` and ``encode_text``."""
+"""A trained SAE in Python: ``saetrain.load(path)`` with ``encode``, ``decode`` and ``encode_text``."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ MODEL_BATCH_TOKENS = 4096
 
 @dataclass(frozen=True)
 class TokenCodes:
-    """The code of one text.
+    """The codes of one text of S tokens.
 
-    ``tokens`` (S,) as strings; ``offsets`` (S, 2) where each begins and ends in the text; ``kept`` (S,) bool, tokens
-    of a kind that the SAE was trained on; ``codes`` of all S tokens.
+    ``tokens``: S strings; ``offsets``: (S, 2), start and end of each token in the text; ``kept``: (S,) bool, tokens
+    that the SAE's token policy keeps; ``codes``: the codes of all S tokens.
     """
 
     tokens: list[str]
@@ -39,7 +39,7 @@ class TokenCodes:
 class SAE:
     """A trained SAE that takes raw activations of its hookpoint.
 
-    ``about``: what it was trained on (model, hookpoint, data set, token policy, held-out figures).
+    ``metadata``: what the SAE was trained on (model, hookpoint, data set, token policy, held-out metrics).
     """
 
     def __init__(self, coder: TopK, metadata: dict[str, Any], path: Path) -> None:
@@ -48,14 +48,14 @@ class SAE:
 
     @torch.no_grad()
     def encode(self, x_ND: Tensor) -> Codes:
-        """The code of raw activations (N, D) of any float dtype."""
+        """Return the codes of raw activations (N, D) of any float dtype; SaetrainError if the shape is wrong."""
         if x_ND.dim() != 2 or x_ND.shape[1] != self.d_in:
-            raise SaetrainError(f"encode: activations should be of shape (N, {self.d_in}), found {tuple(x_ND.shape)}")
+            raise SaetrainError(f"encode: expected activations of shape (N, {self.d_in}), found {tuple(x_ND.shape)}")
         return self.coder.encode(x_ND.to(self.coder.W_enc.device, torch.float32))
 
     @torch.no_grad()
     def decode(self, codes: Codes | Tensor) -> Tensor:
-        """The reconstruction (N, D) of a code, sparse or as a dense tensor (N, F)."""
+        """Return the reconstruction (N, D) of codes, which are sparse or a dense tensor (N, F)."""
         if isinstance(codes, Tensor):
             codes = Codes(codes, None, self.num_latents)
         return self.coder.decode(codes)
@@ -67,8 +67,8 @@ class SAE:
     def encode_text(self, texts: str | list[str]) -> list[TokenCodes]:
         """Run the model that the SAE was trained on over ``texts``, and encode every token.
 
-        Longer texts are cut at the SAE's context length. Raises SaetrainError when the model can't be loaded or is
-        not the one that the SAE was trained on.
+        Texts are truncated to the SAE's context length. Raises SaetrainError if the model cannot be loaded, if it is
+        not the model that the SAE was trained on, or if a text has no tokens.
         """
         model, tokenizer, capture, framing = self._loaded_model
         texts = [texts] if isinstance(texts, str) else texts
@@ -140,7 +140,7 @@ class SAE:
 
 
 def load(path: str | Path, device: str = "cpu") -> SAE:
-    """Load the SAE in directory ``path`` (``…/sae/<hookpoint>``); SaetrainError when it holds none or is broken."""
+    """Load the SAE in directory ``path`` (``…/sae/<hookpoint>``); SaetrainError if it is missing or broken."""
     folder = Path(path)
     coder, metadata = load_sae(folder)
     return SAE(coder.to(device), metadata, folder)
