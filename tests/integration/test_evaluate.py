@@ -241,7 +241,7 @@ def test_a_single_token_beside_those_of_the_nulls_is_not_scored(
     text = write_texts(tmp_path / "two.jsonl", ["a", "b"])
     said = refused(capsys, str(folder), "--dataset", text, "--in_sample", "false")
     assert f"data set {text}: has 1 tokens to score on (split 'train'" in said
-    assert "beside those that the nulls are fitted on); at least 2 are needed" in said
+    assert "without those that the baselines are fitted on); at least 2 are needed" in said
 
 
 OTHER_TEXT = ["--in_sample", "false", "--loss_tokens", "0"]
@@ -277,7 +277,7 @@ def test_hookpoints_as_saelens_spells_them(
     rewrite(saelens_sae, lambda config: config["metadata"].update(hf_hook_name=hf_name, hook_name=name))
     if words:
         said = refused(capsys, str(saelens_sae), "--dataset", other, *OTHER_TEXT)
-        assert f"names its hookpoint '{hf_name}' and '{name}', which is no module of the model" in said
+        assert f"its hookpoint '{hf_name}' and '{name}' is not a module of the model" in said
     spelt = evaluate(saelens_sae, tmp_path / "b", "--dataset", other, *OTHER_TEXT, *words)["other"]["saes"]
     (one,), (two,) = mended.values(), spelt.values()
     assert two["figures"]["fvu"] == one["figures"]["fvu"]
@@ -295,13 +295,13 @@ def test_texts_begin_with_a_bos_where_the_sae_was_trained_so(
     rewrite(saelens_sae, lambda config: config["metadata"].update(prepend_bos=True))
     found = next(iter(evaluate(saelens_sae, tmp_path / "b", *words)["other"]["saes"].values()))
     said = capsys.readouterr().err
-    assert "texts are read with a BOS token before each, as the SAE was trained (prepend_bos)" in said
+    assert "each text gets a BOS token, because the SAE was trained with one (prepend_bos)" in said
     assert "first" not in found["classes"], "position 0 is the BOS, a special token"
     assert found["classes"]["special"]["tokens"] >= 800 // 32
     model = Path(shutil.copytree(tiny_gpt2, tmp_path / "model"))
     forget_token(model, "bos_token")
     said = refused(capsys, str(saelens_sae), *words, "--model", str(model))
-    assert "was trained with a BOS token before each text (prepend_bos), and the model's tokenizer has none" in said
+    assert "was trained with a BOS token before each text (prepend_bos), but the model's tokenizer has none" in said
 
 
 def test_texts_have_no_bos_where_the_sae_was_trained_so(
@@ -319,7 +319,7 @@ def test_texts_have_no_bos_where_the_sae_was_trained_so(
     tokenizer.save_pretrained(model)
     words = ("--dataset", other, *OTHER_TEXT, "--model", str(model))
     found = next(iter(evaluate(saelens_sae, tmp_path / "a", *words)["other"]["saes"].values()))
-    assert "texts are read without a BOS token" in capsys.readouterr().err
+    assert "texts get no BOS token" in capsys.readouterr().err
     assert "first" in found["classes"]
 
 
@@ -346,7 +346,7 @@ def test_a_masked_model_without_a_mask_token_is_scored_without_its_loss(
     words = f"{model} {own} --layers 1 {SIZES} --assess false"
     main([*words.split(), "--save_dir", str(tmp_path), "--run_name", "run"])
     figures = evaluate(tmp_path / "run", tmp_path / "out")["own"]["saes"]["encoder.layer.1"]["figures"]
-    assert "the model's own loss is not scored: its tokenizer has no mask token" in capsys.readouterr().err
+    assert "the model's loss is not scored: its tokenizer has no mask token" in capsys.readouterr().err
     assert figures["fvu"]["value"] > 0
     assert not any(name.startswith(("ce_", "kl")) for name in figures)
 
@@ -398,8 +398,8 @@ def test_text_that_was_trained_on_is_left_out_of_other_text(
     texts = [json.loads(line)["text"] for file in (own, other) for line in Path(file).read_text().splitlines()]
     both = write_texts(tmp_path / "both.jsonl", texts)
     found = evaluate(causal_run, tmp_path, "--dataset", both)
-    assert "of texts that the SAE was trained on are left out" in found["both"]["held_out"]
-    assert "are left out" in capsys.readouterr().err
+    assert "of texts that the SAE was trained on are excluded" in found["both"]["held_out"]
+    assert "are excluded" in capsys.readouterr().err
 
 
 def test_a_lone_folder_knows_its_own_text(causal_run: Path, tmp_path: Path) -> None:
@@ -504,11 +504,11 @@ def test_a_foreign_sae_says_what_it_lacks(
     config.pop("metadata", None)
     (foreign / "cfg.json").write_text(json.dumps(config))
     renamed = foreign.rename(foreign.parent / "some")
-    assert "does not say which model it belongs to" in refused(capsys, str(renamed))
+    assert "its metadata do not name the model; pass --model" in refused(capsys, str(renamed))
     with_model = (str(renamed), "--model", tiny_gpt2)
-    assert "name the module by --hookpoint" in refused(capsys, *with_model)
-    assert "--hookpoint h.9: no module of" in refused(capsys, *with_model, "--hookpoint", "h.9")
-    assert "name a data set by --dataset" in refused(capsys, *with_model, "--hookpoint", "h.2")
+    assert "its metadata do not name the hookpoint; pass --hookpoint" in refused(capsys, *with_model)
+    assert "--hookpoint h.9: not a module of" in refused(capsys, *with_model, "--hookpoint", "h.9")
+    assert "its metadata do not name the training text; pass --dataset" in refused(capsys, *with_model, "--hookpoint", "h.2")
     wider = [*with_model, "--hookpoint", "h.2.mlp.c_fc", "--dataset", other]
     assert "takes activations of width 32" in refused(capsys, *wider)
 
@@ -522,7 +522,7 @@ def test_a_changed_text_is_refused(
     main([*words.split(), "--save_dir", str(tmp_path), "--run_name", "run"])
     shutil.copy(other, text)
     run = str(tmp_path / "run")
-    assert "the text that it was trained on has changed since" in refused(capsys, run)
+    assert "the training text has changed since" in refused(capsys, run)
     third = write_texts(tmp_path / "third.jsonl", python_topics()[:20])
     main(["evaluate", run, *QUICK.split(), "--dataset", third, "--in_sample", "false"])
     assert "without the training text: " in capsys.readouterr().err
@@ -535,4 +535,4 @@ def test_a_folder_that_cannot_be_written_is_refused(
 ) -> None:
     (tmp_path / "file").touch()
     said = refused(capsys, str(causal_run), *QUICK.split(), "--out", str(tmp_path / "file"))
-    assert "name another folder by --out" in said
+    assert "choose another folder with --out" in said

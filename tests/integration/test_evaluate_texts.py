@@ -59,7 +59,7 @@ def test_of_a_named_data_set_only_the_rows_that_were_trained_on_are_not_scored(
     assert both["texts_2"]["held_out"].startswith("split 'test'")
     without = (str(run), "--in_sample", "false", "--dataset", folder)
     for words in (without, (*without, "--split", "train")):
-        assert "name another split of it by --split" in refused(capsys, *words)
+        assert "choose another split with --split" in refused(capsys, *words)
     apart = evaluate(run, tmp_path / "apart", *without[1:], "--split", "test")["texts"]
     assert apart["held_out"] == both["texts_2"]["held_out"]
 
@@ -106,7 +106,7 @@ def test_a_foreign_saes_training_text_is_not_read_in_vain(
     capsys.readouterr()
     # Of the 36,000 tokens half go to the nulls.
     said = refused(capsys, str(tmp_path / "sae"), *words, "--eval_tokens", "25000", "--fit_tokens", "1000000")
-    assert "tokens to score on beside those that the nulls are fitted on" in said
+    assert "tokens to score on, because the training text is not available" in said
 
 
 def test_loss_tokens_that_a_data_set_does_not_have_are_refused(
@@ -145,7 +145,7 @@ def test_another_length_of_an_encoders_sequences(
 ) -> None:
     path = train(tmp_path, tiny_bert, folder, "--layers", "1", "--assess", "false")
     said = refused(capsys, str(path), "--ctx_len", "16")
-    assert "--ctx_len 16: the SAE's own text was cut into sequences of 32 tokens" in said
+    assert "--ctx_len 16: the training text was cut into sequences of 32 tokens" in said
     assert "changed" not in said
     found = evaluate(path, tmp_path / "out", "--dataset", other, "--in_sample", "false", "--ctx_len", "16")
     assert UNCHECKED not in found["other"]["held_out"]
@@ -157,10 +157,10 @@ def test_rows_that_cannot_be_read_are_refused_or_left_out(
 ) -> None:
     bad = tmp_path / "bad.jsonl"
     bad.write_text(Path(other).read_text() + '{"text": "no end\n')
-    assert "--skip_bad_rows leaves such rows out" in refused(capsys, str(run), "--dataset", str(bad))
+    assert "--skip_bad_rows skips such rows" in refused(capsys, str(run), "--dataset", str(bad))
     found = evaluate(run, tmp_path / "out", "--dataset", str(bad), "--skip_bad_rows")
     assert found["bad"]["saes"]["h.2"]["documents"] > 1
-    assert "1 of 16 rows left out as bad" in capsys.readouterr().err
+    assert "skipped 1 bad rows of 16" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -214,13 +214,13 @@ def test_what_has_moved_says_how_to_go_on(
     cfg = path / "sae" / "h.1" / "cfg.json"
     text.rename(tmp_path / "text2")
     said = refused(capsys, str(path), *QUICK.split())
-    assert f"({cfg} names {text} as the training text; --dataset with --in_sample false scores without it)" in said
+    assert f"({cfg} names {text} as the training text; pass --dataset and --in_sample false to" in said
     evaluate(path, tmp_path / "a", "--dataset", other, "--in_sample", "false")
     model.rename(tmp_path / "model2")
     words = ("--dataset", other, "--in_sample", "false")
     said = refused(capsys, str(path), *words)
     assert "no such file or folder" in said
-    assert f"({cfg} names this model; --model says where it is now)" in said
+    assert f"({cfg} names this model; if it has moved, pass --model)" in said
     said = refused(capsys, str(path), *words, "--model", str(model))
     assert "names this model" not in said
     evaluate(path, tmp_path / "b", *words, "--model", str(tmp_path / "model2"))

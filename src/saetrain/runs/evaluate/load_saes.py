@@ -1,4 +1,4 @@
-"""Which SAEs a path holds, of which run they are, and what they were trained on."""
+"""Load the SAEs below a path, and find the run that they belong to."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from saetrain.runs.run_dir import CONFIG_FILE, SAES_DIR, is_run_dir
 
 @dataclass(frozen=True)
 class SavedSae:
-    """A saved SAE: its coder of raw activations and what it says of itself."""
+    """A saved SAE: its coder, which takes raw activations, and its metadata."""
 
     folder: Path
     coder: TopK
@@ -24,7 +24,7 @@ class SavedSae:
 
 @dataclass(frozen=True)
 class LoadedSae:
-    """The SAEs that a path names, {name: SAE}; ``run``: the folder of the run that they are of, where there is one."""
+    """The SAEs below a path, {name: SAE}; ``run_dir``: the directory of their run, or None."""
 
     path: Path
     saes: dict[str, SavedSae]
@@ -32,19 +32,19 @@ class LoadedSae:
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """What the first says of itself; the SAEs of one run agree in all but their hookpoint."""
+        """Metadata of the first SAE; the SAEs of a run share all entries that an evaluation reads here."""
         return next(iter(self.saes.values())).metadata
 
     def get_metadata(self, key: str) -> Any:
-        """An entry of the metadata, or None where there is none."""
+        """Return an entry of :attr:`metadata`, or None if it is missing."""
         return self.metadata.get(key)
 
 
 def load_saes(path: str) -> LoadedSae:
-    """Load every SAE in ``path``; SaetrainError when it holds none, or one that is broken."""
+    """Load every SAE below ``path``; SaetrainError if there is none, or if one is broken."""
     folder = Path(path)
     if not folder.is_dir():
-        raise SaetrainError(f"{path}: there is no such folder; give a run's, or that of one SAE")
+        raise SaetrainError(f"{path}: there is no such folder; pass a run directory or the folder of one SAE")
     if (folder / SAE_CONFIG).exists():
         coder, metadata = load_any_format(folder)
         name = str(metadata.get("hookpoint") or metadata.get("hook_name") or folder.name)
@@ -52,8 +52,8 @@ def load_saes(path: str) -> LoadedSae:
     inside = folder / SAES_DIR if (folder / SAES_DIR).is_dir() else folder
     folders = sorted(found.parent for found in inside.rglob(SAE_CONFIG))
     if not folders:
-        unfinished = "; its run is not finished: --resume goes on with it" if is_run_dir(folder) else ""
-        raise SaetrainError(f"{path}: holds no SAE (no {SAE_CONFIG}){unfinished}")
+        unfinished = "; its run is not finished: continue it with --resume" if is_run_dir(folder) else ""
+        raise SaetrainError(f"{path}: contains no SAE (no {SAE_CONFIG}){unfinished}")
     saes = {str(found.relative_to(inside)): SavedSae(found, *load_any_format(found)) for found in folders}
     first = next(iter(saes.values()))
     for name, sae in saes.items():
@@ -61,12 +61,12 @@ def load_saes(path: str) -> LoadedSae:
             if sae.metadata.get(key) != first.metadata.get(key):
                 raise SaetrainError(
                     f"{path}: {name} was trained on {sae.metadata.get('model')} and {next(iter(saes))} on "
-                    f"{first.metadata.get('model')}; score each by its own folder"
+                    f"{first.metadata.get('model')}; evaluate each by its own folder"
                 )
     return LoadedSae(folder, saes, find_run_dir(folder))
 
 
 def find_run_dir(folder: Path) -> Path | None:
-    """The folder of the run that ``folder`` is, or is a part of."""
+    """Return the run directory that is ``folder`` or contains it, or None."""
     candidates = [folder.resolve(), *folder.resolve().parents[:3]]
     return next((place for place in candidates if is_run_dir(place) and (place / CONFIG_FILE).exists()), None)

@@ -1,4 +1,4 @@
-"""What an evaluation gives: JSON files with every figure, a verdict on each SAE, and tables on the terminal."""
+"""The results of an evaluation: JSON files with all metrics, a verdict per SAE, and tables on the terminal."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from saetrain.training.dead_latents import min_dead_fraction
 
 FORMAT_VERSION = 1
 DEFAULT_TABLE_COLUMNS = 120
-"""Columns of a table where there is no terminal."""
+"""Width of a table in characters if there is no terminal."""
 BASELINE_NAMES = {
     RANDOM_DECODER: "random decoder",
     PCA_RECONSTRUCTION: "PCA of rank k",
@@ -55,12 +55,12 @@ METRIC_COLUMNS = {
 }
 STATUS_STYLES = {"good": "green", "pass": "green", "fail": "red"}
 HEADLINE_METRICS = ("explained_variance", "fvu", "cosine", "l0", "dead_below_threshold", "dead_never_fired")
-"""Figures that the assessment repeats; of the model's loss it repeats all."""
+"""Metrics that the assessment repeats, in addition to all metrics of the model's loss."""
 
 
 @dataclass(frozen=True)
 class TextScores:
-    """The scores of every SAE on one text; ``loss_sequences`` of its sequences were scored by the model's loss."""
+    """The scores of every SAE on one text; ``loss_sequences``: number of sequences scored by the model's loss."""
 
     name: str
     in_sample: bool
@@ -70,7 +70,7 @@ class TextScores:
 
     @property
     def sample_kind(self) -> str:
-        """Whether it is of the data set that was trained on."""
+        """Whether the text comes from the data set that the SAEs were trained on."""
         return "in-sample" if self.in_sample else "out of sample"
 
     def __str__(self) -> str:
@@ -79,23 +79,23 @@ class TextScores:
 
 @dataclass(frozen=True)
 class Assessment:
-    """Everything that was found, and where it is written."""
+    """The results of an evaluation, and the folder that they are written to."""
 
     config: EvaluateConfig
     loaded: LoadedSae
     model: dict[str, Any]
     texts: list[TextScores]
     verdicts: dict[str, Verdict]
-    """By the scores on the first text."""
+    """Per SAE, the verdict on the first text."""
     other_verdicts: dict[str, list[Verdict]]
-    """By those on each other text."""
+    """Per SAE, the verdicts on the other texts."""
     folder: Path
 
     @staticmethod
     def from_scores(
         config: EvaluateConfig, loaded: LoadedSae, head: LMHeadModel, texts: list[TextScores], threshold: float
     ) -> Assessment:
-        """Judge each SAE by its scores on each text."""
+        """Judge each SAE by its scores on each text; ``threshold``: firing rate below which a latent is dead."""
         verdicts_per_text = {
             name: [judge_sae(sae, text.scores[name], threshold, config.health) for text in texts]
             for name, sae in loaded.saes.items()
@@ -115,7 +115,7 @@ class Assessment:
         )
 
     def to_log_record(self) -> dict[str, dict[str, float]]:
-        """{SAE: verdict and figures} as the logs take them, of the text that was judged on."""
+        """Return {SAE: verdict and metrics on the first text} for the logs."""
         first = self.texts[0].scores
         return {
             name: {
@@ -127,7 +127,7 @@ class Assessment:
         }
 
     def write_files(self) -> list[Path]:
-        """Write one file a text and the final assessment; gives their paths."""
+        """Write one file per text and the final assessment, and return their paths; SaetrainError if that fails."""
         names = unique_file_names([text.name for text in self.texts])
         folder = self.folder / EVALUATION_DIR
         try:
@@ -137,12 +137,12 @@ class Assessment:
             write_json(self.folder / ASSESSMENT_FILE, self.as_json(names))
         except OSError as error:
             raise SaetrainError(
-                f"the evaluation can't be written to {folder}: {error.strerror}; name another folder by --out"
+                f"the evaluation can't be written to {folder}: {error.strerror}; choose another folder with --out"
             ) from error
         return [*(folder / name for name in names), self.folder / ASSESSMENT_FILE]
 
     def as_json(self, names: list[str]) -> dict[str, Any]:
-        """``final_assessment.json``."""
+        """Return the content of ``final_assessment.json``; ``names``: the files of the texts."""
         first = self.texts[0]
         return {
             "format": FORMAT_VERSION,
@@ -172,7 +172,7 @@ class Assessment:
 
 
 def judge_sae(sae: SavedSae, scores: SaeScores, threshold: float, settings: HealthSettings) -> Verdict:
-    """The verdict on one SAE by its scores on one text."""
+    """Return the verdict on one SAE by its scores on one text."""
     estimates = {name: figure.estimate for name, figure in scores.metrics.items()}
     baselines = {
         name: {BASELINE_NAMES[baseline]: estimate.value for baseline, estimate in figure.baselines.items()}
@@ -187,7 +187,7 @@ def judge_sae(sae: SavedSae, scores: SaeScores, threshold: float, settings: Heal
 
 
 def headline_metrics(scores: SaeScores) -> dict[str, Any]:
-    """{figure: value with interval and nulls} of those that matter most."""
+    """Return {metric: value with interval and baselines} of the metrics that the assessment repeats."""
     losses = [name for name in scores.metrics if name.startswith(("ce_", "delta_", "kl", "pooled", "final_hidden"))]
     return {name: scores.metrics[name].as_json(name) for name in (*HEADLINE_METRICS, *losses)}
 
@@ -216,7 +216,7 @@ def _flatten_config(config: EvaluateConfig) -> dict[str, Any]:
 
 
 def unique_file_names(data_sets: list[str]) -> list[str]:
-    """``<data set>.json`` of each, told apart where two are called alike."""
+    """Return ``<data set>.json`` for each data set, with numbers where names would be equal."""
     out: list[str] = []
     for name in data_sets:
         last = Path(name).stem if Path(name).exists() else name
@@ -228,11 +228,16 @@ def unique_file_names(data_sets: list[str]) -> list[str]:
     return out
 
 
+def open_console() -> Console:
+    """Return a console on stdout whose tables have DEFAULT_TABLE_COLUMNS if there is no terminal."""
+    # Rich uses the terminal's width, or COLUMNS if it is set.
+    has_known_width = sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdigit()
+    return Console(file=sys.stdout, width=None if has_known_width else DEFAULT_TABLE_COLUMNS, highlight=False)
+
+
 def report_assessment(assessment: Assessment) -> None:
-    """Print the tables and write the files, in this order, so that a disk that fails costs no figures."""
-    # Rich takes the terminal's width, or COLUMNS where that is set.
-    known = sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdigit()
-    console = Console(file=sys.stdout, width=None if known else DEFAULT_TABLE_COLUMNS, highlight=False)
+    """Print the tables, then write the files, so that a write error loses no metrics."""
+    console = open_console()
     for name, verdict in assessment.verdicts.items():
         coder = assessment.loaded.saes[name].coder
         title = f"{name}: k = {coder.k}, {coder.num_latents:,} latents, width {coder.d_in}"
@@ -247,8 +252,8 @@ def report_assessment(assessment: Assessment) -> None:
 
 
 def build_metrics_table(title: str, sae: str, texts: list[TextScores]) -> Table:
-    """One SAE's figures on each text, the nulls beneath."""
-    # Narrow gaps and a word a line, so that all of it fits into 80 columns.
+    """Return the table of one SAE: its metrics on each text, with the baselines below."""
+    # Narrow gaps and one word per line make the table fit into 80 columns.
     table = Table(
         title=Text(title), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False
     )
@@ -260,7 +265,7 @@ def build_metrics_table(title: str, sae: str, texts: list[TextScores]) -> Table:
         metrics = text.scores[sae].metrics
         label = Text(f"{Path(text.name).name}\n{text.sample_kind}\n{_describe_counts(metrics)}")
         table.add_row(label, *(_format_figure(metrics[name]) for name in shown))
-        present = {null for name in shown for null in metrics[name].baselines}
+        present = {baseline for name in shown for baseline in metrics[name].baselines}
         for baseline in (name for name in BASELINE_NAMES if name in present):
             values = [metrics[name].baselines.get(baseline) for name in shown]
             cells = [Text(_format_value(value.value) if value else "", style="dim") for value in values]
@@ -270,7 +275,7 @@ def build_metrics_table(title: str, sae: str, texts: list[TextScores]) -> Table:
 
 
 def _describe_counts(metrics: dict[str, MetricResult]) -> str:
-    """``8,000 tokens``, and of how many the model's loss or output was scored."""
+    """Return for example ``8,000 tokens``, and on how many tokens the model's loss or output was scored."""
     counts = f"{metrics['explained_variance'].count:,} tokens"
     for name, what in (("ce_clean", "loss"), ("final_hidden_error", "output")):
         if name in metrics:
@@ -293,10 +298,10 @@ def _format_value(value: float) -> str:
 
 
 def build_verdict_table(verdict: Verdict, title: str) -> Table:
-    """The four figures with null, threshold and status."""
+    """Return the table of the four judged metrics with baseline, threshold and status."""
     table = Table(title=Text(title), title_justify="left")
-    for heading in ("health", "value", "null", "threshold", "status"):
-        table.add_column(heading, no_wrap=heading == "health", overflow="fold")
+    for heading in ("metric", "value", "baseline", "threshold", "status"):
+        table.add_column(heading, no_wrap=heading == "metric", overflow="fold")
     for name, judgment in verdict.judgments.items():
         table.add_row(Text(name), *_format_judgment(judgment))
     return table

@@ -1,4 +1,4 @@
-"""``saetrain evaluate PATH``: figures on held-out text beside their nulls, and a verdict."""
+"""``saetrain evaluate PATH``: metrics on held-out text next to their baselines, and a verdict."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ DEFAULT_DEAD_THRESHOLD = 0.0005
 
 
 def evaluate_saes(config: EvaluateConfig, max_eval_tokens: int | None = None) -> Assessment:
-    """Score, print and write; SaetrainError for what the user can mend.
+    """Score the SAEs, print the tables and write the files; SaetrainError for errors that the user can fix.
 
-    ``most``: tokens of each data set at the most, where --eval_tokens leaves them open; else as the SAE's run took.
+    ``max_eval_tokens``: tokens per data set if --eval_tokens is not given; the default is that of the SAE's run.
     """
     torch.set_flush_denormal(True)
     quiet_libraries()
@@ -55,7 +55,7 @@ def evaluate_saes(config: EvaluateConfig, max_eval_tokens: int | None = None) ->
 
 
 def dead_threshold(config: EvaluateConfig, loaded: LoadedSae) -> float:
-    """The rate below which a latent is dead."""
+    """Return the firing rate below which a latent is dead: the flag's, that of the SAE's run, or the default."""
     if config.dead_percentage_threshold is not None:
         return config.dead_percentage_threshold
     return (
@@ -64,7 +64,7 @@ def dead_threshold(config: EvaluateConfig, loaded: LoadedSae) -> float:
 
 
 def fit_baselines(context: EvalContext, batches: Iterator[LabelledActivations]) -> dict[str, Baselines]:
-    """{SAE: what it is held against}, from activations of training tokens."""
+    """Return {SAE: baselines}, fitted on activations of training tokens."""
     device = context.head.base.device
     moments = {name: RunningMoments(width, device) for name, width in context.extractor.capture.widths.items()}
     for batch in batches:
@@ -82,7 +82,7 @@ def fit_baselines(context: EvalContext, batches: Iterator[LabelledActivations]) 
 
 
 def score_text(context: EvalContext, text: EvalText, baselines: dict[str, Baselines]) -> TextScores:
-    """All figures on one text."""
+    """Return all metrics of all SAEs on one text."""
     targets = {
         name: EvalTarget(context.hookpoints[name], found.coder, baselines[name].mean)
         for name, found in context.loaded.saes.items()
@@ -105,7 +105,7 @@ def _add_loss_metrics(
     baselines: dict[str, Baselines],
     scores: dict[str, SaeScores],
 ) -> None:
-    """Add the figures of the model's own loss to ``scores``."""
+    """Add the metrics of the model's loss to ``scores``."""
     if not text.loss_sequences:
         return
     indices = text.indices[: text.loss_sequences]

@@ -1,4 +1,4 @@
-"""What saved SAEs belong to: the model with its head, their hookpoints, their token policy."""
+"""The context of saved SAEs: the model with its head, their hookpoints, and their token policy."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from saetrain.runs.train.setup import check_vocabulary
 
 @dataclass(frozen=True)
 class EvalContext:
-    """All that the scores are computed with."""
+    """Everything that scoring needs: settings, SAEs, model, hookpoints and token policy."""
 
     config: EvaluateConfig
     loaded: LoadedSae
@@ -34,22 +34,25 @@ class EvalContext:
     tokenizer: Any
     framing: Framing
     hookpoints: dict[str, str]
-    """{SAE: its hookpoint}."""
+    """{SAE: hookpoint}."""
     extractor: ActivationExtractor
     exclude_special: bool
     exclude_first: bool
     max_eval_tokens: int | None = None
 
     def token_budget(self, requested: int | None, defaults: dict[str, int]) -> int:
-        """Tokens to take where ``asked`` may be left to the device."""
+        """Return ``requested`` tokens, or the default for the device if it is None."""
         return requested if requested is not None else defaults[self.head.base.device.type]
 
 
 def build_eval_context(config: EvaluateConfig, loaded: LoadedSae) -> EvalContext:
-    """Load the model with its head, and settle hookpoints and token policy; refuses what does not fit the SAEs."""
+    """Load the model with its head, and resolve hookpoints and token policy.
+
+    Raises SaetrainError if the model or a flag does not match the SAEs.
+    """
     name = config.model or loaded.get_metadata("model")
     if name is None:
-        raise SaetrainError(f"{config.path}: does not say which model it belongs to; name it by --model")
+        raise SaetrainError(f"{config.path}: its metadata do not name the model; pass --model")
     base = config.base
     base = dataclasses.replace(
         base,
@@ -67,8 +70,8 @@ def build_eval_context(config: EvaluateConfig, loaded: LoadedSae) -> EvalContext
         width = capture.widths[hookpoints[sae]]
         if found.coder.d_in != width:
             raise SaetrainError(
-                f"{found.folder}: takes activations of width {found.coder.d_in}, those of {hookpoints[sae]} of {name} "
-                f"are {width} wide; was it trained on another model?"
+                f"{found.folder}: takes activations of width {found.coder.d_in}, but {hookpoints[sae]} of {name} has "
+                f"width {width}; was it trained on another model?"
             )
     special, first = _resolve_token_policy(config, loaded)
     extractor = ActivationExtractor(
@@ -84,14 +87,14 @@ def build_eval_context(config: EvaluateConfig, loaded: LoadedSae) -> EvalContext
 
 
 def _require_model(config: EvaluateConfig, loaded: LoadedSae, name: str, base: ModelSettings) -> None:
-    """SaetrainError that says how to name the model where it is no longer where the SAE says."""
+    """Raise a SaetrainError that mentions --model if the model that the SAE's metadata name cannot be loaded."""
     try:
         load_config(name, base)
     except SaetrainError as error:
         if config.model is not None:
             raise
         named = next(iter(loaded.saes.values())).folder / SAE_CONFIG
-        raise SaetrainError(f"{error} ({named} names this model; --model says where it is now)") from error
+        raise SaetrainError(f"{error} ({named} names this model; if it has moved, pass --model)") from error
 
 
 def _require_weights(head: LMHeadModel, loaded: LoadedSae) -> None:
@@ -104,7 +107,7 @@ def _require_weights(head: LMHeadModel, loaded: LoadedSae) -> None:
 
 
 def _resolve_hookpoint(config: EvaluateConfig, head: LMHeadModel, loaded: LoadedSae, sae: SavedSae) -> str:
-    """The module whose output the SAE takes; SaetrainError where it is not known or --hookpoint says another."""
+    """Return the module whose output the SAE takes; SaetrainError if it is unknown or --hookpoint contradicts it."""
     names = [name for name, _ in head.base.module.named_modules() if name]
     named = [str(sae.metadata[key]) for key in ("hookpoint", "hook_name") if sae.metadata.get(key)]
     own = resolve_module_name(sae.metadata.get("hookpoint") or "", names) or _translate_hook_name(
@@ -113,17 +116,19 @@ def _resolve_hookpoint(config: EvaluateConfig, head: LMHeadModel, loaded: Loaded
     wanted = config.hookpoint or own
     if wanted is None:
         shown = " and ".join(f"'{name}'" for name in dict.fromkeys(named))
-        problem = f"names its hookpoint {shown}, which is no module of the model" if named else "names no hookpoint"
-        raise SaetrainError(f"{sae.folder}: {problem}; name the module by --hookpoint")
+        problem = (
+            f"its hookpoint {shown} is not a module of the model" if named else "its metadata do not name the hookpoint"
+        )
+        raise SaetrainError(f"{sae.folder}: {problem}; pass --hookpoint")
     if own is not None and own != wanted:
         raise SaetrainError(f"--hookpoint {wanted}: the SAE in {sae.folder} was trained on {own}")
     if wanted not in names:
-        raise SaetrainError(f"--hookpoint {wanted}: no module of {head.base.name}.{did_you_mean(wanted, names)}")
+        raise SaetrainError(f"--hookpoint {wanted}: not a module of {head.base.name}.{did_you_mean(wanted, names)}")
     return wanted
 
 
 def _translate_hook_name(name: str | None, head: LMHeadModel) -> str | None:
-    """Our name of a hookpoint that another library names: TransformerLens' residual streams, sparsify's layers."""
+    """Translate a residual stream of TransformerLens or a layer of sparsify to the module's name, or return None."""
     if name is None or name in dict(head.base.module.named_modules()):
         return name
     blocks, layers = find_blocks(head.base)
@@ -139,7 +144,7 @@ def _translate_hook_name(name: str | None, head: LMHeadModel) -> str | None:
 
 
 def _resolve_token_policy(config: EvaluateConfig, loaded: LoadedSae) -> tuple[bool, bool]:
-    """(special tokens left out, first positions left out): the SAE's own policy unless a flag says another."""
+    """Return (exclude special tokens, exclude position 0): the SAE's own policy unless a flag overrides it."""
 
     def resolve_flag(flag: str, key: str) -> bool:
         return loaded.get_metadata(key) is not False if flag == "auto" else flag == "true"
@@ -158,26 +163,26 @@ def _resolve_ctx_len(config: EvaluateConfig, loaded: LoadedSae, head: LMHeadMode
 
 
 def _match_trained_bos(loaded: LoadedSae, tokenizer: Any, framing: Framing) -> Framing:
-    """With a BOS where the SAE was trained with one, which another library may put or leave out by itself."""
+    """Add or remove the BOS token as in the SAE's training, which other libraries decide without the tokenizer."""
     wanted = loaded.get_metadata("prepend_bos")
     if not framing.causal or wanted is None or wanted == (framing.bos is not None):
         return framing
     if not wanted:
-        log_rank0("texts are read without a BOS token, as the SAE was trained (prepend_bos)")
+        log_rank0("texts get no BOS token, because the SAE was trained without one (prepend_bos)")
         return dataclasses.replace(framing, bos=None)
     bos = tokenizer.bos_token_id
     if bos is None:
         raise SaetrainError(
-            f"{loaded.path}: the SAE was trained with a BOS token before each text (prepend_bos), and the model's "
+            f"{loaded.path}: the SAE was trained with a BOS token before each text (prepend_bos), but the model's "
             "tokenizer has none; was it trained on another model?"
         )
-    log_rank0("texts are read with a BOS token before each, as the SAE was trained (prepend_bos)")
-    # One token that serves as both parts documents once.
+    log_rank0("each text gets a BOS token, because the SAE was trained with one (prepend_bos)")
+    # If one token is both BOS and EOS, it separates documents only once.
     return dataclasses.replace(framing, bos=bos, eos=None if framing.eos == bos else framing.eos)
 
 
 def load_run_config(loaded: LoadedSae) -> RunConfig:
-    """The settings of the run that the SAEs are of."""
+    """Return the settings of the run that the SAEs belong to."""
     assert loaded.run_dir is not None
     return _read_run_config(loaded.run_dir)
 
@@ -188,7 +193,7 @@ def _read_run_config(run: Path) -> RunConfig:
 
 
 def defaults_from_run(path: str) -> EvaluateConfig | None:
-    """What an evaluation of ``path`` starts from: the scoring and thresholds of its run; None where there is none."""
+    """Return the defaults for an evaluation of ``path``: scoring and thresholds of its run, or None without a run."""
     run = find_run_dir(Path(path))
     if run is None:
         return None

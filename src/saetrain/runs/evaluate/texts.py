@@ -1,4 +1,4 @@
-"""The texts that SAEs are scored on, and the tokens on which their nulls are fitted."""
+"""The texts that SAEs are scored on, and the activations on which their baselines are fitted."""
 
 from __future__ import annotations
 
@@ -25,14 +25,15 @@ from saetrain.runs.train.metadata import absolute_location
 DEFAULT_EVAL_TOKENS = {"cpu": 50_000, "cuda": 1_000_000}
 DEFAULT_LOSS_TOKENS = {"cpu": 8_192, "cuda": 131_072}
 GROUP_SEQUENCES = 64
-"""Sequences that are batched together, by length."""
+"""Number of sequences that are sorted by length and batched together."""
 
 
 @dataclass(frozen=True)
 class EvalText:
-    """One text to score on: which of its sequences, in order; ``what`` says how it was chosen.
+    """One text to score on.
 
-    The model's own loss is scored on the first ``loss_sequences`` of them.
+    ``description``: how the text was chosen; ``indices``: the sequences to score, in order. The model's loss is scored
+    on the first ``loss_sequences`` of them.
     """
 
     name: str
@@ -43,13 +44,13 @@ class EvalText:
     loss_sequences: int = 0
 
     def iter_groups(self, indices: np.ndarray) -> Iterator[list[Any]]:
-        """The sequences of those numbers, GROUP at a time."""
+        """Yield the sequences at ``indices``, GROUP_SEQUENCES at a time."""
         for start in range(0, len(indices), GROUP_SEQUENCES):
             yield [self.sequences[int(number)] for number in indices[start : start + GROUP_SEQUENCES]]
 
 
 def load_training_config(context: EvalContext) -> RunConfig | None:
-    """The settings under which the SAEs' training text is read again, or None where it is not known."""
+    """Return settings that open the SAEs' training text again, or None if the metadata do not name it."""
     loaded = context.loaded
     dataset, shares = loaded.get_metadata("dataset"), loaded.get_metadata("mix")
     if dataset is None:
@@ -76,17 +77,17 @@ def load_training_config(context: EvalContext) -> RunConfig | None:
 
 
 def open_eval_texts(context: EvalContext) -> tuple[list[EvalText], Iterator[LabelledActivations]]:
-    """(the texts to score on, the SAE's own first; activations of other tokens, on which the nulls are fitted)."""
+    """Return (texts to score on, training data set first; activations of other tokens to fit the baselines on)."""
     config, own = context.config, load_training_config(context)
-    # Without a fingerprint nothing tells whether it is still the text of then, and it may be as large as the Pile.
+    # Without a fingerprint a change of the text would go unnoticed, and the text may be as large as the Pile.
     known = context.loaded.get_metadata("fingerprint") is not None
     text = _load_training_text(context, own) if own is not None and (config.in_sample or known) else None
     if own is None and not config.dataset:
-        raise SaetrainError(f"{config.path}: does not say what text it was trained on; name a data set by --dataset")
+        raise SaetrainError(f"{config.path}: its metadata do not name the training text; pass --dataset")
     texts = []
     if own is not None and text is not None and config.in_sample:
-        # Another library may have trained on what we would hold out.
-        what = text.metadata["held_out"] if known else f"{text.metadata['held_out']}, but not by who trained the SAE"
+        # Another library may have trained on the text that we hold out.
+        what = text.metadata["held_out"] + ("" if known else ", but the SAE may have been trained on it")
         texts.append(
             _select_sequences(context, " + ".join(own.dataset), True, what, text.held_out, own.loader.shuffle_seed)
         )
@@ -96,12 +97,12 @@ def open_eval_texts(context: EvalContext) -> tuple[list[EvalText], Iterator[Labe
         if own is not None and _is_training_text(config, own, name):
             if not config.in_sample:
                 raise SaetrainError(
-                    f"--dataset {name}: the SAE was trained on its split '{own.source.split}'; leave out --in_sample "
-                    "false, or name another split of it by --split"
+                    f"--dataset {name}: the SAE was trained on its split '{own.source.split}'; omit --in_sample false, "
+                    "or choose another split with --split"
                 )
             log_rank0(
                 f"--dataset {name}: the SAE was trained on its split '{own.source.split}', so it is scored once, on "
-                "what was held out"
+                "its held-out text"
             )
             continue
         texts.append(_open_other_text(context, name, seen, caveat))
@@ -113,22 +114,22 @@ def open_eval_texts(context: EvalContext) -> tuple[list[EvalText], Iterator[Labe
 
 
 def _is_training_text(config: EvaluateConfig, own: RunConfig, name: str) -> bool:
-    """Whether --dataset, --split and --dataset_config name the very rows that the SAEs were trained on."""
+    """Return whether --dataset, --split and --dataset_config name the rows that the SAEs were trained on."""
     source = own.source
     same = config.split in (None, source.split) and config.dataset_config in (None, source.dataset_config)
     return same and absolute_location(name) in own.dataset
 
 
 def _load_training_text(context: EvalContext, own: RunConfig) -> TrainingText | None:
-    """The text that the SAEs were trained on, or None where it can't be had and is not to be scored on."""
+    """Open the text that the SAEs were trained on; None if it is not available and --in_sample is false."""
     framing = _training_framing(context)
     try:
         text = load_text(own, context.tokenizer, framing)
         expected, found = context.loaded.get_metadata("fingerprint"), text.metadata["fingerprint"]
         if expected is not None and expected != found:
             raise SaetrainError(
-                f"{context.config.path}: the text that it was trained on has changed since, so none of it is known to "
-                "be held out; score on other text by --dataset with --in_sample false"
+                f"{context.config.path}: the training text has changed since the SAE was trained, so no part of it is "
+                "known to be held out; score other text with --dataset and --in_sample false"
             )
     except SaetrainError as error:
         if context.config.in_sample:
@@ -136,26 +137,26 @@ def _load_training_text(context: EvalContext, own: RunConfig) -> TrainingText | 
                 raise
             named = next(iter(context.loaded.saes.values())).folder / SAE_CONFIG
             raise SaetrainError(
-                f"{error} ({named} names {' + '.join(own.dataset)} as the training text; --dataset with --in_sample "
-                "false scores without it)"
+                f"{error} ({named} names {' + '.join(own.dataset)} as the training text; pass --dataset and "
+                "--in_sample false to score without it)"
             ) from error
-        log_rank0(f"without the training text: {error}")
+        log_rank0(f"continuing without the training text: {error}")
         return None
     return text
 
 
 def _training_framing(context: EvalContext) -> Framing:
-    """The framing under which the SAEs' text was divided; SaetrainError where --ctx_len asks to score it otherwise.
+    """Return the framing under which the training text was split; SaetrainError if --ctx_len contradicts it.
 
-    An encoder's text is cut to the length of a sequence before a part is held out; a decoder's afterwards.
+    The text of an encoder is cut into sequences before a part is held out, the text of a decoder afterwards.
     """
     framing, own = context.framing, context.loaded.get_metadata("ctx_len")
     if framing.causal or context.loaded.get_metadata("fingerprint") is None or framing.ctx_len == own:
         return framing
     if context.config.in_sample:
         raise SaetrainError(
-            f"--ctx_len {framing.ctx_len}: the SAE's own text was cut into sequences of {own} tokens before some were "
-            "held out; leave the flag out, or score on other text by --dataset with --in_sample false"
+            f"--ctx_len {framing.ctx_len}: the training text was cut into sequences of {own} tokens before a part was "
+            "held out; omit the flag, or score other text with --dataset and --in_sample false"
         )
     return dataclasses.replace(framing, ctx_len=own)
 
@@ -173,35 +174,35 @@ def _open_other_text(context: EvalContext, name: str, seen: HeldOutTexts, caveat
     table, what = open_token_table(name, source, which, tokens, context.tokenizer, context.framing)
     sequences, what = without_training_text(name, table, what, context.framing, context.exclude_special, seen)
     if caveat:
-        log_rank0(f"data set {name}{caveat}, so some of it may have been trained on")
+        log_rank0(f"data set {name}{caveat}, so the SAE may have been trained on some of it")
     return _select_sequences(context, name, False, what + caveat, sequences, context.config.scoring.eval_seed)
 
 
 def _select_sequences(
     context: EvalContext, name: str, in_sample: bool, what: str, sequences: Sequences, seed: int
 ) -> EvalText:
-    """The first sequences of a mixed order that hold --eval_tokens tokens; SaetrainError when there are fewer."""
+    """Select the first sequences of a shuffled order with --eval_tokens tokens; SaetrainError if there are fewer."""
     requested = context.config.eval_tokens
     wanted = context.token_budget(requested or context.max_eval_tokens, DEFAULT_EVAL_TOKENS)
     order = sequences.shuffled_order(seed)
     count, held = n_sequences_for(context, sequences, order, wanted)
     if requested is not None and held < requested:
         raise SaetrainError(
-            f"--eval_tokens {requested}: data set {name} has only {held:,} tokens to score on ({what}); give fewer, or "
-            "leave the flag out to take them all"
+            f"--eval_tokens {requested}: data set {name} has only {held:,} tokens to score on ({what}); lower it, or "
+            "omit the flag"
         )
     _require_two_tokens(name, held, what)
     return EvalText(name, in_sample, what, sequences, order[:count])
 
 
 def _require_two_tokens(name: str, held: int, what: str) -> None:
-    """SaetrainError where there is nothing about whose mean a variance could be."""
+    """Raise SaetrainError if there are too few tokens for a variance."""
     if held < 2:
         raise SaetrainError(f"data set {name}: has {held} tokens to score on ({what}); at least 2 are needed")
 
 
 def n_sequences_for(context: EvalContext, sequences: Sequences, order: np.ndarray, tokens: int) -> tuple[int, int]:
-    """(how many of the sequences in ``order`` hold ``tokens`` kept tokens or all there are, the tokens they hold)."""
+    """Return (number of sequences in ``order`` that give ``tokens`` kept tokens, or all; their number of tokens)."""
     held = 0
     for count, number in enumerate(order):
         if held >= tokens:
@@ -211,28 +212,29 @@ def n_sequences_for(context: EvalContext, sequences: Sequences, order: np.ndarra
 
 
 def _with_loss_sequences(context: EvalContext, text: EvalText) -> EvalText:
-    """With the sequences for the model's own loss; SaetrainError when --loss_tokens asks for more than there are."""
+    """Return ``text`` with the sequences for the model's loss; SaetrainError if it has fewer than --loss_tokens."""
     requested, run = context.config.scoring.loss_tokens, context.loaded.run_dir
     if requested != 0 and context.head.kind == "masked" and context.tokenizer.mask_token_id is None:
-        log_rank0("the model's own loss is not scored: its tokenizer has no mask token")
+        log_rank0("the model's loss is not scored: its tokenizer has no mask token")
         return text
     count, held = n_sequences_for(
         context, text.sequences, text.indices, context.token_budget(requested, DEFAULT_LOSS_TOKENS)
     )
     if requested is not None and held < requested:
-        # What the run was started with was asked of text whose length was not known yet.
+        # The run's own --loss_tokens was set before the length of the text was known, so it only causes a log line.
         if run is None or requested != load_run_config(context.loaded).scoring.loss_tokens:
             raise SaetrainError(
-                f"--loss_tokens {requested}: of data set {text.name} {held:,} tokens are scored on ({text.description}); give "
-                "fewer, or leave the flag out to take up to the default; --eval_tokens may ask for more"
+                f"--loss_tokens {requested}: only {held:,} tokens of data set {text.name} are scored "
+                f"({text.description}); lower it, omit the flag, or raise --eval_tokens"
             )
         log_rank0(
-            f"data set {text.name}: the model's loss is scored on {held:,} tokens, of --loss_tokens {requested:,}"
+            f"data set {text.name}: the model's loss is scored on only {held:,} tokens (--loss_tokens {requested:,})"
         )
     return dataclasses.replace(text, loss_sequences=count)
 
 
 def _read_training_sample(context: EvalContext, text: TrainingText) -> Iterator[LabelledActivations]:
+    """Yield activations of the first training tokens of each shard, about --fit_tokens in total."""
     shards = text.train_source.n_shards
     wanted = context.config.scoring.fit_tokens
     known = [tokens for tokens in text.train_tokens if tokens is not None]
@@ -246,25 +248,25 @@ def _read_training_sample(context: EvalContext, text: TrainingText) -> Iterator[
 def _split_off_fit_text(
     context: EvalContext, texts: list[EvalText]
 ) -> tuple[list[EvalText], Iterator[LabelledActivations]]:
-    """Without training text: the nulls are fitted on the end of the first text, which is then not scored on."""
+    """Without the training text, fit the baselines on the end of the first text, and do not score that part."""
     first = texts[0]
     order = first.sequences.shuffled_order(context.config.scoring.eval_seed)
     count, _ = n_sequences_for(context, first.sequences, order[::-1], context.config.scoring.fit_tokens)
     count = max(1, min(count, len(order) // 2))
     log_rank0(
-        f"without the training text: the nulls are fitted on {count:,} sequences of {first.name}, which are not "
-        "scored on"
+        f"the training text is not available: the baselines are fitted on {count:,} sequences of {first.name}, which "
+        "are not scored"
     )
     fitted, kept = order[len(order) - count :], first.indices[: len(order) - count]
     if not len(kept):
-        raise SaetrainError(f"data set {first.name}: too small to fit the nulls and score on")
+        raise SaetrainError(f"data set {first.name}: too small to fit the baselines and to score on; use more text")
     requested = context.config.eval_tokens
     _, held = n_sequences_for(context, first.sequences, kept, requested or 2)
-    _require_two_tokens(first.name, held, f"{first.description}, beside those that the nulls are fitted on")
+    _require_two_tokens(first.name, held, f"{first.description}, without those that the baselines are fitted on")
     if requested is not None and held < requested:
         raise SaetrainError(
-            f"--eval_tokens {requested}: data set {first.name} has only {held:,} tokens to score on beside those that "
-            "the nulls are fitted on, for the training text is not at hand; give fewer, or lower --fit_tokens"
+            f"--eval_tokens {requested}: data set {first.name} has only {held:,} tokens to score on, because the "
+            "training text is not available and the baselines are fitted on the rest; lower it or --fit_tokens"
         )
     texts = [dataclasses.replace(first, indices=kept), *texts[1:]]
     return texts, (batch for group in first.iter_groups(fitted) for batch in context.extractor.iterate_labelled(group))
