@@ -128,7 +128,7 @@ def test_dead_latent_study(start: Start, tmp_path: Path) -> None:
     for row, name in zip(table, names, strict=True):
         held_against(row, study / name)
     assert [row["settings"] for row in table] == [{"auxk_alpha": 0.0}, {"auxk_alpha": 0.03125}]
-    assert "in all: model" in printed
+    assert "all SAEs: model" in printed
     assert "lr 0.002" in " ".join(printed.split())
 
 

@@ -1,4 +1,4 @@
-"""``saetrain compare RUN [RUN ...]``: the assessments of several runs in one table, beside the settings that differ."""
+"""``saetrain compare RUN [RUN ...]``: the assessments of several runs in one table, with the settings that differ."""
 
 from __future__ import annotations
 
@@ -7,15 +7,12 @@ import dataclasses
 import io
 import json
 import math
-import os
 import statistics
-import sys
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -29,19 +26,15 @@ from saetrain.evaluation.score import ScoreSettings
 from saetrain.interop.saetrain_format import CONFIG_FILE as SAE_CONFIG
 from saetrain.logs.console import log_rank0
 from saetrain.logs.jsonl import METRICS_FILE as METRICS
-from saetrain.runs.evaluate.report import ASSESSMENT_FILE, DEFAULT_TABLE_COLUMNS
+from saetrain.runs.evaluate.report import ASSESSMENT_FILE, open_console
 from saetrain.runs.evaluate.report import FORMAT_VERSION as ASSESSMENT_FORMAT
 from saetrain.runs.run_dir import CONFIG_FILE, SAES_DIR, is_run_dir
 
 FORMAT_VERSION = 1
-LOCATION_SETTINGS = ("run_name", "save_dir")
-"""Settings that say where a run lies, which its name does already."""
-SCORING_SETTINGS = {
-    field.name
-    for settings_class in (EvalSettings, ScoreSettings, HealthSettings)
-    for field in dataclasses.fields(settings_class)
-}
-"""Settings that say nothing of the figures, for a later evaluation may have had others: the assessment's count."""
+IGNORED_SETTINGS = {"run_name", "save_dir"}.union(
+    field.name for scoring in (EvalSettings, ScoreSettings, HealthSettings) for field in dataclasses.fields(scoring)
+)
+"""Settings that are not compared: the location of the run, and the scoring, which a later evaluation may change."""
 DERIVED_FROM = {
     "lr_warmup_steps": ("max_tokens", "batch_size", "grad_acc_steps", "ctx_len"),
     "weight_decay": ("lr",),
@@ -49,11 +42,11 @@ DERIVED_FROM = {
     "kernels": ("device", "optimizer", "loss_fn"),
     "compute_dtype": ("device", "kernels", "optimizer", "loss_fn"),
 }
-"""{setting: those that it follows unless it is given}; where one of these differs, it is left to the file."""
+"""{setting: settings that it is derived from by default}; if one of these differs, only --out contains the setting."""
 PATH_SETTINGS = ("model", "dataset", "finetune")
 """Settings that may be paths."""
 HEADLINE_SETTINGS = ("model", "dataset", "k", "num_latents", "auxk_alpha", "lr", "loss_fn", "max_tokens")
-"""Settings that are named beneath the table where all runs share them."""
+"""Settings that are printed below the table if all runs share them."""
 METRIC_TITLES = {
     "explained_variance": "explained variance",
     "ce_recovered_zero": "CE recovered (zero)",
@@ -65,14 +58,14 @@ METRIC_TITLES = {
     "decoder_redundancy_top100": "redundancy",
 }
 VERDICT_METRICS = {"decoder_redundancy_top100": "redundancy"}
-"""Figures that an assessment holds among its verdict's metrics alone, and their names there."""
+"""Metrics that an assessment has only in its verdict, and their names there."""
 TOKENS_SCORED = "the numbers of tokens scored"
 LOSS_TOKENS_SCORED = "the numbers of tokens on which the model's loss was scored"
 
 
 @dataclass(frozen=True)
 class SaeRow:
-    """One SAE: of which run, its settings, verdict and figures; of what it was judged on, ``judged``."""
+    """One SAE: its run, settings, verdict and metrics; ``judged_on``: what must agree for a fair comparison."""
 
     run: str
     sae: str
@@ -85,37 +78,34 @@ class SaeRow:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All rows, and the settings of which they do not share the value, in the order of the settings file."""
+    """All rows, and the settings that differ between them, in the order of the settings file."""
 
     rows: list[SaeRow]
     differing_settings: list[str]
 
     @staticmethod
     def from_rows(rows: list[SaeRow]) -> Comparison:
-        """Find out which settings differ; runs whose settings are not known say nothing of it."""
+        """Find the settings that differ; rows without settings are ignored."""
         known = [row.settings for row in rows if row.settings]
         names = list(dict.fromkeys(name for settings in known for name in settings))
         differing_settings = [
             name
             for name in names
-            if name not in SCORING_SETTINGS.union(LOCATION_SETTINGS) and not _all_equal(s.get(name) for s in known)
+            if name not in IGNORED_SETTINGS and any(settings.get(name) != known[0].get(name) for settings in known[1:])
         ]
         return Comparison(rows, differing_settings)
 
     def shown_settings(self) -> list[str]:
-        """The differing settings without those that differ because others do."""
-        return [
-            name
-            for name in self.differing_settings
-            if not set(DERIVED_FROM.get(name, ())).intersection(self.differing_settings)
-        ]
+        """Return the differing settings without those that differ because of others."""
+        differing = set(self.differing_settings)
+        return [name for name in self.differing_settings if differing.isdisjoint(DERIVED_FROM.get(name, ()))]
 
     def metric_names(self) -> list[str]:
-        """Names of the figures that at least one SAE has."""
+        """Return the names of the metrics that at least one SAE has."""
         return [name for name in METRIC_TITLES if any(name in row.metrics for row in self.rows)]
 
     def shared_settings(self) -> dict[str, Any]:
-        """{setting: value} of the headlines that all runs share."""
+        """Return {setting: value} of the headline settings that all runs share."""
         settings = self.rows[0].settings if all(row.settings for row in self.rows) else {}
         return {
             name: settings[name]
@@ -124,18 +114,18 @@ class Comparison:
         }
 
     def comparability_remarks(self) -> list[str]:
-        """What makes the figures less comparable than they look."""
+        """Return remarks on what makes the metrics less comparable."""
         out = []
         for key in self.rows[0].judged_on:
             values = dict.fromkeys(
                 format_value(row.judged_on[key]) for row in self.rows if row.judged_on[key] is not None
             )
             if len(values) > 1:
-                out.append(f"{key} differ, so the SAEs are not quite comparable: {'; '.join(values)}")
+                out.append(f"{key} differ, so the SAEs are only partly comparable: {'; '.join(values)}")
         return out
 
     def as_json(self) -> dict[str, Any]:
-        """For a file."""
+        """Return the comparison as the content of a JSON file."""
         return {
             "format": FORMAT_VERSION,
             "saetrain": version("saetrain"),
@@ -158,33 +148,30 @@ class Comparison:
         }
 
     def as_csv(self) -> str:
-        """The same with a line an SAE; what is not known is left empty."""
+        """Return the comparison as CSV with one line per SAE; unknown values are empty."""
         text = io.StringIO()
-        ends = [f"{name}{end}" for name in self.metric_names() for end in ("", "_low", "_high")]
-        counts = ("tokens_scored", "loss_tokens_scored", "tokens_per_second")
-        lines = csv.DictWriter(
-            text, ["run", "sae", "verdict", *self.differing_settings, *ends, *counts], lineterminator="\n"
-        )
+        ends = {"value": "", "low": "_low", "high": "_high"}
+        metric_columns = [name + end for name in self.metric_names() for end in ends.values()]
+        counts = ["tokens_scored", "loss_tokens_scored", "tokens_per_second"]
+        columns = ["run", "sae", "verdict", *self.differing_settings, *metric_columns, *counts]
+        lines = csv.DictWriter(text, columns, lineterminator="\n", extrasaction="ignore")
         lines.writeheader()
-        for row in self.rows:
-            values: dict[str, Any] = {name: format_value(row.settings.get(name)) for name in self.differing_settings}
-            for name, estimate in row.metrics.items():
-                value, low, high = _estimate_as_json(estimate).values()
-                values.update({name: value, f"{name}_low": low, f"{name}_high": high})
-            own = {"run": row.run, "sae": row.sae, "verdict": row.verdict}
-            numbers = (row.judged_on[TOKENS_SCORED], row.judged_on[LOSS_TOKENS_SCORED], row.tokens_per_second)
-            lines.writerow({**own, **values, **dict(zip(counts, numbers, strict=True))})
+        for sae in self.as_json()["saes"]:
+            settings = {name: format_value(value) for name, value in sae["settings"].items()}
+            figures = sae["figures"].items()
+            metrics = {name + end: estimate[key] for name, estimate in figures for key, end in ends.items()}
+            lines.writerow({**sae, **settings, **metrics})
         return text.getvalue()
 
 
 def compare_runs(config: CompareConfig) -> Comparison:
-    """Read, print and write; SaetrainError for what the user can mend."""
+    """Read the runs, print the tables and write the file; SaetrainError for errors that the user can fix."""
     files = [run for run in config.runs if Path(run).is_file()]
     runs = [run for run in config.runs if run not in files]
     if not runs:
-        raise SaetrainError(f"{files[0]}: is a file; give the folders of runs")
+        raise SaetrainError(f"{files[0]}: is a file; pass run directories")
     for file in files:
-        log_rank0(f"{file}: is a file and no run's folder, so it is left out")
+        log_rank0(f"{file}: is a file and not a run directory, so it is skipped")
     names = [Path(run).resolve().name for run in runs]
     shown = names if len(set(names)) == len(names) else runs
     rows = [row for run, name in zip(runs, shown, strict=True) for row in read_run(Path(run), name)]
@@ -196,25 +183,22 @@ def compare_runs(config: CompareConfig) -> Comparison:
 
 
 def read_run(folder: Path, name: str) -> list[SaeRow]:
-    """The rows of one run, or of one SAE that was assessed by itself; SaetrainError where there is no assessment."""
+    """Return the rows of a run, or of one SAE with its own assessment; SaetrainError if there is no assessment."""
     if not folder.is_dir():
-        raise SaetrainError(f"{folder}: there is no such folder; give the folders of runs")
+        raise SaetrainError(f"{folder}: there is no such folder; pass run directories")
     path = folder / ASSESSMENT_FILE
     if not path.exists():
-        advice = f"`saetrain evaluate {folder}` makes one"
+        advice = f"run `saetrain evaluate {folder}` to create it"
         if is_run_dir(folder) and not (folder / SAES_DIR).is_dir():
-            advice = "its run is not finished: --resume goes on with it"
-        raise SaetrainError(f"{folder}: holds no {ASSESSMENT_FILE}; {advice}")
+            advice = "its run is not finished: continue it with --resume"
+        raise SaetrainError(f"{folder}: contains no {ASSESSMENT_FILE}; {advice}")
     content = _read_json(path)
     found = content.get("format")
     if found != ASSESSMENT_FORMAT:
-        raise SaetrainError(
-            f"{path}: is of format {found}, and this version reads {ASSESSMENT_FORMAT}; `saetrain evaluate {folder}` "
-            "makes it anew"
-        )
+        raise _invalid_file(path, f"has format {found}, but this version reads {ASSESSMENT_FORMAT}")
     config = folder / CONFIG_FILE
     settings = read_yaml(str(config), flag="") if config.exists() else {}
-    # The settings' batch is that of each process.
+    # The batch size in the settings is per process.
     trained = next((folder / SAES_DIR).rglob(SAE_CONFIG), None)
     if settings and trained is not None:
         settings["processes"] = _read_json(trained).get("saetrain", {}).get("processes", 1)
@@ -222,12 +206,9 @@ def read_run(folder: Path, name: str) -> list[SaeRow]:
     try:
         rows = [_build_row(name, sae, content, settings, speed) for sae in content["saes"]]
     except (KeyError, TypeError, AttributeError) as error:
-        raise SaetrainError(
-            f"{path}: is not as saetrain writes it ({type(error).__name__}: {error}); `saetrain evaluate {folder}` "
-            "makes it anew"
-        ) from error
+        raise _invalid_file(path, f"is not in saetrain's format ({type(error).__name__}: {error})") from error
     if not rows:
-        raise SaetrainError(f"{path}: holds no SAE; `saetrain evaluate {folder}` makes it anew")
+        raise _invalid_file(path, "contains no SAE")
     return rows
 
 
@@ -237,16 +218,20 @@ def _read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise SaetrainError(f"{path}: can't be read: {error.strerror}") from error
     except ValueError as error:
-        raise SaetrainError(f"{path}: is no JSON ({error}); `saetrain evaluate {path.parent}` makes it anew") from error
+        raise _invalid_file(path, f"is not valid JSON ({error})") from error
     if not isinstance(content, dict):
-        raise SaetrainError(f"{path}: should hold a JSON object; `saetrain evaluate {path.parent}` makes it anew")
+        raise _invalid_file(path, "should contain a JSON object")
     return content
+
+
+def _invalid_file(path: Path, problem: str) -> SaetrainError:
+    return SaetrainError(f"{path}: {problem}; run `saetrain evaluate {path.parent}` to create it again")
 
 
 def _build_row(run: str, sae: str, content: dict[str, Any], settings: dict[str, Any], speed: float | None) -> SaeRow:
     entry = content["saes"][sae]
     found = {**entry["figures"], **{name: entry["metrics"][judged] for name, judged in VERDICT_METRICS.items()}}
-    # The pooled cosine counts sequences, so its tokens are those of the error beside it.
+    # The pooled cosine counts sequences, so the tokens are taken from the error of the final hidden states.
     losses = (entry["figures"].get(name) for name in ("delta_ce", "final_hidden_error"))
     judged_on = {
         "the data sets": content["judged_on"]["data_set"],
@@ -268,9 +253,9 @@ def _parse_estimate(figure: dict[str, Any]) -> Estimate:
 
 
 def mean_tokens_per_second(path: Path) -> float | None:
-    """Mean speed of training over the lines of ``metrics.jsonl``; None where it holds none.
+    """Return the mean training speed over the lines of ``metrics.jsonl``, or None if it has none.
 
-    Each line tells the rate since the one before, so the mean over equal numbers of tokens is the harmonic one.
+    Each line has the rate since the previous line, so the mean over equal numbers of tokens is the harmonic mean.
     """
     if not path.exists():
         return None
@@ -281,34 +266,33 @@ def mean_tokens_per_second(path: Path) -> float | None:
             if record["kind"] == "train" and record["tokens_per_second"]:
                 rates.append(float(record["tokens_per_second"]))
         except (ValueError, KeyError, TypeError) as error:
-            raise SaetrainError(f"{path}: line {number} is not as saetrain writes it; remove that line") from error
+            raise SaetrainError(f"{path}: line {number} is invalid; remove that line") from error
     return statistics.harmonic_mean(rates) if rates else None
 
 
 def print_tables(comparison: Comparison) -> None:
-    """Print the tables, and what all share or makes the figures less comparable beneath them."""
-    has_known_width = sys.stdout.isatty() or "COLUMNS" in os.environ
-    console = Console(file=sys.stdout, width=None if has_known_width else DEFAULT_TABLE_COLUMNS, highlight=False)
+    """Print the tables, and below them the shared settings and the remarks on comparability."""
+    console = open_console()
     for grid in build_tables(comparison, console.width):
         console.print(grid)
     shared = [f"{name} {_format_setting(name, [value])[0]}" for name, value in comparison.shared_settings().items()]
     if shared:
-        console.print(Text(f"in all: {', '.join(shared)}"))
-    followers = [name for name in comparison.differing_settings if name not in comparison.shown_settings()]
-    if followers:
-        console.print(Text(f"differ with these, see --out: {', '.join(followers)}"))
+        console.print(Text(f"all SAEs: {', '.join(shared)}"))
+    hidden = [name for name in comparison.differing_settings if name not in comparison.shown_settings()]
+    if hidden:
+        console.print(Text(f"also different as a result (see --out): {', '.join(hidden)}"))
     for remark in comparison.comparability_remarks():
         console.print(Text(remark, style="yellow"))
 
 
 def build_tables(comparison: Comparison, width: int) -> list[Table]:
-    """A column for each SAE; what does not fit into ``width`` goes into further tables, so that no figure is cut."""
+    """Return tables with one column per SAE; SAEs that do not fit into ``width`` go into further tables."""
     rows = comparison.rows
     settings, metrics = _settings_cells(comparison), _metrics_cells(comparison)
     label = max(map(len, (*settings, *metrics)))
     least = max(_max_line_length(cells) for cells in metrics.values())
     widest = max(least, *map(_max_line_length, settings.values()), *(len(row.run) for row in rows))
-    room = width - label - 4  # less the label's own borders and padding; a column's are 3
+    room = width - label - 4  # without the borders and padding of the label; those of a column are 3
     count = math.ceil(len(rows) / max(1, room // (least + 3)))
     each = math.ceil(len(rows) / count)
     column = min(widest, max(least, room // each - 3))
@@ -327,7 +311,7 @@ def build_tables(comparison: Comparison, width: int) -> list[Table]:
 
 
 def _settings_cells(comparison: Comparison) -> dict[str, list[Text]]:
-    """{what is shown: a cell for each SAE} of what the SAEs are."""
+    """Return {row title: one cell per SAE} of the SAEs' names and settings."""
     rows = comparison.rows
     shown = {
         name: _format_setting(name, [row.settings.get(name) for row in rows]) for name in comparison.shown_settings()
@@ -336,7 +320,7 @@ def _settings_cells(comparison: Comparison) -> dict[str, list[Text]]:
 
 
 def _metrics_cells(comparison: Comparison) -> dict[str, list[Text]]:
-    """{what is shown: a cell for each SAE} of what was found, less what no SAE has."""
+    """Return {row title: one cell per SAE} of verdicts and metrics, without rows that no SAE has."""
     rows = comparison.rows
     found = {
         METRIC_TITLES[name]: [_format_estimate(row.metrics.get(name)) for row in rows]
@@ -367,7 +351,7 @@ def _max_line_length(cells: list[Text]) -> int:
 
 
 def _format_setting(name: str, values: list[Any]) -> list[str]:
-    """The values of a setting for the terminal: of paths the last part, unless that makes two of them alike."""
+    """Return the values of a setting for the terminal; of paths the last part, unless that makes values equal."""
     whole = list(map(format_value, values))
     if name not in PATH_SETTINGS:
         return whole
@@ -379,13 +363,13 @@ def _format_setting(name: str, values: list[Any]) -> list[str]:
 
 
 def _last_path_part(value: Any) -> Any:
-    """The last part of a path; a hub id, which has one slash within, stays whole."""
+    """Return the last part of a path; a hub id, which contains one slash, stays complete."""
     path = isinstance(value, str) and (value.startswith(("/", ".", "~")) or value.count("/") > 1)
     return Path(value).name or value if path else value
 
 
 def format_value(value: Any) -> str:
-    """A setting's value as it would be typed; none as nothing."""
+    """Return a setting's value as the user would type it; None is empty."""
     if value is None:
         return ""
     if isinstance(value, bool):
@@ -396,7 +380,7 @@ def format_value(value: Any) -> str:
 
 
 def write_comparison(comparison: Comparison, path: Path) -> None:
-    """Write the file that ``--out`` names, as its ending says."""
+    """Write the file of ``--out``, as CSV or JSON by its extension."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".csv":
@@ -409,11 +393,6 @@ def write_comparison(comparison: Comparison, path: Path) -> None:
 
 
 def _estimate_as_json(estimate: Estimate) -> dict[str, float | None]:
-    """Numbers that JSON has; bounds that are not known as null."""
+    """Return the estimate as JSON numbers; NaN is null."""
     values = {"value": estimate.value, "low": estimate.low, "high": estimate.high}
     return {name: value if value == value else None for name, value in values.items()}
-
-
-def _all_equal(values: Any) -> bool:
-    first, *rest = values
-    return all(value == first for value in rest)

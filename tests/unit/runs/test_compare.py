@@ -78,7 +78,7 @@ def test_only_settings_that_differ_are_shown(tmp_path: Path, capsys: pytest.Capt
         "verdict": ["3/4"] * 2, "explained variance": ["0.75"] * 2, "L0": ["4"] * 2, "dead by rate": ["0.25"] * 2,
         "redundancy": ["0.36"] * 2, "tokens scored": ["500"] * 2, "tokens/s": ["150"] * 2,
     }  # fmt: skip
-    assert "in all: model m, k 4, lr 0.001" in printed
+    assert "all SAEs: model m, k 4, lr 0.001" in printed
 
 
 @pytest.mark.parametrize("width", [80, 120])
@@ -121,7 +121,7 @@ def test_a_setting_that_follows_others_is_left_to_the_file(tmp_path: Path, capsy
     main(["compare", long, short, "--out", str(tmp_path / "table.json")])
     printed = capsys.readouterr().out
     assert "lr_warmup_steps" not in shown(printed)
-    assert "differ with these, see --out: lr_warmup_steps" in printed
+    assert "also different as a result (see --out): lr_warmup_steps" in printed
     settings = json.loads((tmp_path / "table.json").read_text())["saes"][0]["settings"]
     assert settings == {"max_tokens": 100, "lr_warmup_steps": 10}
     compared(short, slow)
@@ -163,7 +163,7 @@ def test_of_a_path_the_last_part_is_shown(tmp_path: Path, capsys: pytest.Capture
     assert (table["model"], table["dataset"]) == (["one", "two"], ["org/name", "a b"])
     assert table["finetune"] == ["output/x/sae/h.3", "output/y/sae/h.3"]
     compared(make_run(tmp_path / "c", **one))
-    assert "in all: model one, dataset org/name" in capsys.readouterr().out
+    assert "all SAEs: model one, dataset org/name" in capsys.readouterr().out
 
 
 def test_the_loss_is_shown_where_an_sae_has_it(tmp_path: Path) -> None:
@@ -221,7 +221,7 @@ def test_what_spoils_the_comparison_is_said(tmp_path: Path, capsys: pytest.Captu
     other["judged_on"]["data_set"] = "other.jsonl"
     compared(make_run(tmp_path / "a"), make_run(tmp_path / "b", other))
     printed = " ".join(capsys.readouterr().out.split())
-    assert "the data sets differ, so the SAEs are not quite comparable: text.jsonl; other.jsonl" in printed
+    assert "the data sets differ, so the SAEs are only partly comparable: text.jsonl; other.jsonl" in printed
     assert "the thresholds of the verdict differ" in printed
     assert "the numbers of tokens scored" not in printed
 
@@ -236,28 +236,28 @@ def test_files_among_the_runs_are_left_out(tmp_path: Path, capsys: pytest.Captur
     table.touch()
     comparison = compared(make_run(tmp_path / "a"), str(table))
     assert [row.run for row in comparison.rows] == ["a"]
-    assert f"{table}: is a file and no run's folder, so it is left out" in capsys.readouterr().err
-    assert "comparison.json: is a file; give the folders of runs" in refused(capsys, str(table))
+    assert f"{table}: is a file and not a run directory, so it is skipped" in capsys.readouterr().err
+    assert "comparison.json: is a file; pass run directories" in refused(capsys, str(table))
 
 
 def test_a_run_without_an_assessment_says_how_to_make_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = make_run(tmp_path / "a")
     (tmp_path / "a" / "final_assessment.json").unlink()
-    assert f"holds no final_assessment.json; `saetrain evaluate {run}` makes one" in refused(capsys, run)
+    assert f"contains no final_assessment.json; run `saetrain evaluate {run}` to create it" in refused(capsys, run)
     (tmp_path / "a" / ".saetrain").touch()
-    assert "its run is not finished: --resume goes on with it" in refused(capsys, run)
+    assert "its run is not finished: continue it with --resume" in refused(capsys, run)
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "final_assessment.json: is no JSON"),
-        ("\xff", "final_assessment.json: is no JSON"),
-        ("[]", "should hold a JSON object"),
-        (json.dumps({**assessment(), "format": 7}), f"is of format 7, and this version reads {FORMAT_VERSION}"),
-        (json.dumps({"format": FORMAT_VERSION}), "is not as saetrain writes it (KeyError: 'saes')"),
-        (json.dumps({**assessment(), "saes": {LAYER: 3}}), "is not as saetrain writes it"),
-        (json.dumps({**assessment(), "saes": {}}), "final_assessment.json: holds no SAE"),
+        ("{", "final_assessment.json: is not valid JSON"),
+        ("\xff", "final_assessment.json: is not valid JSON"),
+        ("[]", "should contain a JSON object"),
+        (json.dumps({**assessment(), "format": 7}), f"has format 7, but this version reads {FORMAT_VERSION}"),
+        (json.dumps({"format": FORMAT_VERSION}), "is not in saetrain's format (KeyError: 'saes')"),
+        (json.dumps({**assessment(), "saes": {LAYER: 3}}), "is not in saetrain's format"),
+        (json.dumps({**assessment(), "saes": {}}), "final_assessment.json: contains no SAE"),
     ],
 )
 def test_broken_assessments_are_named(
@@ -267,13 +267,13 @@ def test_broken_assessments_are_named(
     (tmp_path / "a" / "final_assessment.json").write_text(content, encoding="latin-1")
     error = refused(capsys, run)
     assert message in error
-    assert "makes it anew" in error
+    assert "to create it again" in error
 
 
 def test_broken_neighbours_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = make_run(tmp_path / "a")
     (tmp_path / "a" / "metrics.jsonl").write_text('{"kind": "final"}\n{"kind"\n')
-    assert "metrics.jsonl: line 2 is not as saetrain writes it" in refused(capsys, run)
+    assert "metrics.jsonl: line 2 is invalid" in refused(capsys, run)
     (tmp_path / "a" / "config.yaml").write_text("- 1\n")
     assert f"error: {run}/config.yaml: must contain lines" in refused(capsys, run)
 
