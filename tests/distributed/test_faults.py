@@ -176,7 +176,7 @@ def test_steps_that_can_t_be_dealt_out(launcher: Launcher, words: list[str]) -> 
     words = [*words, *tokens(4)]
     launcher.run(2, "run", [*words, "--batch_size", "2"])
     refused = ended(launcher.start(3, "run", [*words, "--batch_size", "2", "--resume"]), None)
-    assert "steps of 4 sequences (2 x 1 micro-steps x 2 processes) can't be dealt evenly to 3" in refused
+    assert "steps of 4 sequences (2 x 1 micro-batches x 2 processes) can't be split evenly over 3" in refused
     refused = ended(launcher.start(1, "run", [*words, "--batch_size", "3", "--resume"]), 2)
     assert "--batch_size is 3 now and was 2" in refused
     assert "the number of processes is 1 now and was 2" in refused
@@ -190,7 +190,7 @@ def test_a_spike_on_one_rank_ends_all_with_one_message(
     words = [tiny_bert, topics_jsonl, "--layers", "0", "1", "--parallel", parallel, "--batch_size", "2"]
     words += ["--lr", "1e30", "--max_grad_norm", "0", *tokens(200)]
     output = ended(launcher.start(2, "spiking", words), None)
-    assert output.count("the batch's place is in") == 1, output
+    assert output.count("the batch's position is in") == 1, output
     place = json.loads((launcher.folder / "spiking" / "spike.json").read_text())
     assert len(place["shards"]) == 16
 

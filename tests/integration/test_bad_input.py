@@ -232,7 +232,7 @@ CASES: dict[str, tuple[Callable[[Place], list[str]], str]] = {
     "less than a step": (flags("--max_tokens 63"), "--max_tokens 63: less than one optimizer step, which takes 64"),
     "more memory than there is": (
         flags("--num_latents 2000000000"),
-        r"2,000,000,000 latents .* need about [\d,.]+ GiB of memory, and .* are there .* --force",
+        r"2,000,000,000 latents .* need about [\d,.]+ GiB of memory, but only .* are available .* --force",
     ),
     "no such device": (flags("--device cuda:7"), "--device cuda:7: this machine has 0 CUDA devices"),
     "odd device": (flags("--device toaster"), "--device toaster: no such device"),

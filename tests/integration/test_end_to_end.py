@@ -142,11 +142,11 @@ def without_mask(model: str, folder: Path) -> str:
     ("model", "words", "message"),
     [
         ("tiny_bert", "", "--loss_fn kl: model .* is a BertModel and has no head that predicts tokens"),
-        ("tiny_gpt2", "--layers 0 2", r"--loss_fn kl trains one SAE at a time, and 2 hookpoints .*\(h.0, h.2\)"),
-        ("tiny_gpt2", "--kernels native", "--kernels native: .* --loss_fn kl needs those through the model"),
-        ("tiny_gpt2", "--kernels torch", "--kernels torch: .* --kernels reference is taken"),
-        ("tiny_gpt2", "--compute_dtype bfloat16", "--kernels reference computes in float32 alone"),
-        ("no mask", "", "predicts masked tokens, and its tokenizer has no mask token"),
+        ("tiny_gpt2", "--layers 0 2", r"--loss_fn kl trains one SAE at a time, but 2 hookpoints .*\(h.0, h.2\)"),
+        ("tiny_gpt2", "--kernels native", "--kernels native: .* --loss_fn kl needs gradients through the model"),
+        ("tiny_gpt2", "--kernels torch", "--kernels torch: .* to use --kernels reference"),
+        ("tiny_gpt2", "--compute_dtype bfloat16", "--kernels reference supports only float32"),
+        ("no mask", "", "predicts masked tokens, but its tokenizer has no mask token"),
     ],
 )
 def test_what_cannot_be_is_refused(

@@ -172,7 +172,7 @@ def test_resume_without_a_checkpoint_starts_fresh_and_says_so(
 ) -> None:
     words = [*SMALL.split(), "--max_tokens", "640", "--save_dir", str(tmp_path), "--run_name", "run"]
     main([tiny_bert, topics_jsonl, *words, "--resume"])
-    assert "holds no checkpoint, so the run starts from the beginning" in capfd.readouterr().err
+    assert "contains no checkpoint, so the run starts from the beginning" in capfd.readouterr().err
     assert (tmp_path / "run" / "sae" / "encoder.layer.0" / "cfg.json").exists()
 
 

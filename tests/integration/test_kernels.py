@@ -47,7 +47,7 @@ def test_without_a_compiler_pytorch_s_are_taken_and_it_is_said(
     done = without_compiler(tmp_path, tiny_bert, topics_jsonl)
     assert done.returncode == 0, done.stderr
     said = "--kernels auto: the C++ kernels are not used: they can't be built: "
-    said += "the compiler false (named by CXX) does not run"
+    said += "the compiler false (named by CXX) can't be run"
     assert done.stderr.count(said) == 1
     assert about(tmp_path / "out")["kernels"] == "torch"
     done = without_compiler(tmp_path, tiny_bert, topics_jsonl, "--kernels", "native", "--run_name", "other")
@@ -65,11 +65,13 @@ def test_what_was_built_is_used_without_a_compiler(tmp_path: Path, tiny_bert: st
         env.pop("CXX", None)
         done = subprocess.run([*words, "--run_name", name], env=env, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
-        assert done.stderr.count("building the C++ kernels, once; they are kept in") == built
+        assert done.stderr.count("building the C++ kernels (only once); they are cached in") == built
     env = {**env, "XDG_CACHE_HOME": str(tmp_path / "other")}
     done = subprocess.run([*words, "--run_name", "third"], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert "no C++ compiler was found: g++, c++, clang++, or the one that CXX names" in done.stderr
+    assert (
+        "no C++ compiler was found: install g++, c++ or clang++, or name a compiler in the variable CXX" in done.stderr
+    )
 
 
 def test_a_damaged_library_in_the_cache_is_built_anew(tmp_path: Path, tiny_bert: str, topics_jsonl: str) -> None:
@@ -110,8 +112,8 @@ main(sys.argv[1:])
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--kernels native --optimizer sgd --lr 1", "--kernels native: it steps by adam alone, not by --optimizer sgd"),
-        ("--kernels reference --compute_dtype bfloat16", "--kernels reference computes in float32 alone"),
+        ("--kernels native --optimizer sgd --lr 1", "--kernels native: they support only --optimizer adam, not sgd"),
+        ("--kernels reference --compute_dtype bfloat16", "--kernels reference supports only float32"),
     ],
 )
 def test_what_does_not_go_together_is_named(
@@ -134,7 +136,7 @@ def test_a_resumed_run_keeps_the_kernels_that_it_began_with(
     assert "kernels: torch, products in float32" in capsys.readouterr().err
     main([*words, "--resume", "--kernels", "reference", "--compute_dtype", "float32"])
     said = capsys.readouterr().err
-    assert "--kernels reference instead of torch: sums are rounded otherwise, so the bits will differ" in said
+    assert "--kernels reference instead of torch: sums are rounded differently, so the bits will differ" in said
     assert "kernels: reference, products in float32" in said
 
 
@@ -143,6 +145,6 @@ def test_a_run_of_native_kernels_goes_on_without_a_compiler(tmp_path: Path, tiny
     main([*words, *BASE.split(), "--save_dir", str(tmp_path / "out"), "--kernels", "native"])
     done = without_compiler(tmp_path, *words, "--resume")
     assert done.returncode == 2
-    assert "a run that began with them goes on with --kernels torch" in done.stderr
+    assert "to resume a run that was started with native, pass --kernels torch" in done.stderr
     done = without_compiler(tmp_path, *words, "--resume", "--kernels", "torch")
     assert done.returncode == 0, done.stderr

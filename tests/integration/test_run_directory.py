@@ -31,7 +31,7 @@ def test_an_existing_run_is_refused_and_overwrite_replaces_it(
     (tmp_path / "run" / "mine.txt").write_text("x")
     capsys.readouterr()
     message = refused(capsys, tmp_path)
-    assert "holds a run already" in message
+    assert "already exists and is not empty" in message
     assert "--resume" in message
     assert "--overwrite" in message
     run(tmp_path, tiny_bert, topics_jsonl, "--overwrite")
@@ -74,7 +74,7 @@ def test_a_folder_of_somebody_else_is_not_taken_for_a_run(tmp_path: Path, capsys
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "run" / "config.yaml").write_text("mine: 1")
     for flag in ("--overwrite", "--resume"):
-        assert "holds no run of saetrain" in refused(capsys, tmp_path, flag)
+        assert "contains files but no run of saetrain" in refused(capsys, tmp_path, flag)
 
 
 def test_a_failed_start_leaves_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -91,7 +91,7 @@ def test_an_overwrite_that_was_cut_short_is_finished_by_the_next_start(
     capsys.readouterr()
     run(tmp_path, tiny_bert, topics_jsonl, "--layers", "2", "--resume")
     said = capsys.readouterr()
-    assert "was being overwritten, so the run starts from the beginning" in said.err + said.out
+    assert "was interrupted, so the run starts from the beginning" in said.err + said.out
     assert [path.name for path in (tmp_path / "run" / "sae").iterdir()] == ["encoder.layer.2"]
     assert not (tmp_path / "run" / ".overwriting").exists()
 
@@ -99,7 +99,7 @@ def test_an_overwrite_that_was_cut_short_is_finished_by_the_next_start(
 def test_overwrite_deletes_only_what_is_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").write_text("years of work")
-    assert "holds no run of saetrain" in refused(capsys, tmp_path, "--overwrite")
+    assert "contains files but no run of saetrain" in refused(capsys, tmp_path, "--overwrite")
     assert (tmp_path / "run" / "thesis.tex").exists()
 
 

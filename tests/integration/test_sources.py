@@ -103,7 +103,7 @@ def test_bad_rows_are_left_out_and_counted(
     bad = run(tmp_path, "bad", tiny_bert, str(tmp_path / "bad.jsonl"), "--skip_bad_rows")
     assert fingerprint(good) == fingerprint(bad)
     found = capsys.readouterr()
-    assert f"2 of {len(lines) + 2} rows left out as bad, the first: " in found.out + found.err
+    assert f"skipped 2 bad rows of {len(lines) + 2}, the first: " in found.out + found.err
     assert "bad.jsonl, line 6" in found.out + found.err
     run(tmp_path, "streamed", tiny_bert, str(tmp_path / "bad.jsonl"), "--skip_bad_rows", "--streaming")
     found = capsys.readouterr()

@@ -61,7 +61,7 @@ def test_weights_that_are_ruined_end_the_run_and_are_not_saved(
         main([*words, "--resume", "--on_spike", "skip"])
     assert caught.value.code == 2
     said = capsys.readouterr().err
-    assert "10 steps in a row were left out, so the weights themselves are ruined" in said
+    assert "10 steps in a row were skipped, so the weights are ruined" in said
     assert "Traceback" not in said
     assert not list((tmp_path / "run").glob("sae/*/cfg.json"))
     left = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step_*"))
@@ -80,7 +80,7 @@ def test_of_two_checkpoints_the_one_before_a_spike_goes(
     words = short_run(tmp_path, tiny_bert, topics_jsonl)
     with pytest.raises(SystemExit):
         main([*words, "--save_every", "8"])
-    assert "The checkpoint of step 16, which may be what ruined it, is set aside" in capsys.readouterr().err
+    assert "The checkpoint of step 16 may be the cause, so it is set aside" in capsys.readouterr().err
     assert last_checkpoint(tmp_path / "run") == 8
     assert (tmp_path / "run" / "checkpoints" / "suspect_step_000000016").exists()
 
@@ -95,7 +95,7 @@ def test_a_spike_can_be_skipped(
     poisoned(monkeypatch, 17, 50.0)
     words = short_run(tmp_path, tiny_bert, topics_jsonl)
     main([*words, "--on_spike", "skip"])
-    assert "the step is left out" in capfd.readouterr().err
+    assert "the step is skipped" in capfd.readouterr().err
     fvu = {r["step"]: r["saes"]["encoder.layer.0"]["fvu"] for r in records(tmp_path / "run") if r["kind"] == "train"}
     assert fvu[17] > 100
     assert fvu[18] < 1.5, "the weights did not take the step"

@@ -306,7 +306,7 @@ def test_texts_of_the_held_out_split_are_not_trained_on(tmp_path: Path, tiny_ber
     }
     assert not trained & {*range(40, 60)}, "these repeat texts of the validation split, in other letters"
     assert len(trained & {*range(40), 60}) > 35
-    assert "not trained on" in prepared.text_metadata["held_out"]
+    assert "with the same texts are excluded" in prepared.text_metadata["held_out"]
 
 
 def test_a_tiny_validation_split_is_not_enough(tmp_path: Path, tiny_bert: str, topics: list[str]) -> None:
@@ -339,5 +339,5 @@ def test_a_useless_sae_is_said_to_be_useless(
 ) -> None:
     train(tmp_path, "run", f"{tiny_bert} {topics_jsonl} {SIZES} --k 40 --max_tokens 256 --lr 3")
     printed = capsys.readouterr()
-    assert "--k 40 is no less than the width 32" in printed.err
+    assert "--k 40 is at least the activation width 32" in printed.err
     assert "WARNING: encoder.layer.0: worse than predicting the mean" in printed.out

@@ -95,5 +95,5 @@ def test_a_spike_that_is_skipped_leaves_the_same_behind(
         poisoned(monkeypatch, 7, math.nan)
         main(words(tmp_path, tiny_bert, topics_jsonl, kernels, kernels, "--on_spike", "skip"))
         monkeypatch.undo()
-        assert "the loss of step 7 is nan; the step is left out" in capfd.readouterr().err
+        assert "the loss of step 7 is nan; the step is skipped" in capfd.readouterr().err
     assert last(tmp_path / "triton")["fvu"] == pytest.approx(last(tmp_path / "torch")["fvu"], rel=1e-3)

@@ -1,1 +1,1 @@
-"""The commands: the stages joined, in the order in which data flow."""
+"""The commands: each runs the stages in the order in which data flows."""

@@ -1,4 +1,4 @@
-"""The run's folder: its name, that it may be written, and the checkpoint in it to go on from."""
+"""The run directory: its name, its creation, and the newest checkpoint in it."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ RUN_FILES = (
     "wandb",
     "tensorboard",
 )
-"""What a run writes into its folder."""
+"""Files and folders that a run writes into its directory."""
 DELETING_DIR = ".deleting"
 OVERWRITING_MARKER = ".overwriting"
-"""Lies in a folder whose earlier run is being deleted."""
+"""Marks a run directory whose earlier run is being deleted."""
 RUN_MARKER = ".saetrain"
 RUN_MARKER_TEXT = "A run of saetrain, format 1. --overwrite deletes runs in folders that hold this file."
 
 
 def resolve_run_dir(config: RunConfig) -> Path:
-    """``save_dir/run_name``; without a name, one made from model, layers, k and width."""
+    """Return ``save_dir/run_name``; the default name is built from model, hookpoints, k and number of latents."""
     name = config.output.run_name
     if name is None:
         where = config.where
@@ -65,19 +65,22 @@ def resolve_run_dir(config: RunConfig) -> Path:
 
 
 def resume_if_restarted(config: RunConfig) -> RunConfig:
-    """A process that torchrun started anew goes on with its run, whatever the flags of the first start said."""
+    """Replace --overwrite by --resume if torchrun restarted this process, so that the restart continues the run."""
     if not distributed.was_restarted():
         return config
     return dataclasses.replace(config, output=dataclasses.replace(config.output, resume=True, overwrite=False))
 
 
 def open_run_dir(config: RunConfig, directory: Path) -> Checkpoint | None:
-    """The checkpoint to go on from, if any; SaetrainError when a run lies there that must not be touched."""
+    """Return the checkpoint to resume from, or None to start from the beginning.
+
+    Raises SaetrainError if the directory contains a run that the flags do not mention, or is not writable.
+    """
     try:
-        # A process that was killed while it claimed a new folder leaves the marker under its temporary name.
+        # A process that was killed while it created the directory leaves only the temporary file of the marker.
         if directory.exists() and set(directory.iterdir()) - {temporary_path(directory / RUN_MARKER)}:
             _require_resume_or_overwrite(config, directory)
-        # Nothing is made before the run can begin, so the nearest folder that is there is tried.
+        # The directory is not created before the run can start, so its nearest existing parent is checked.
         existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
         with tempfile.TemporaryFile(dir=existing):
             pass
@@ -89,36 +92,36 @@ def open_run_dir(config: RunConfig, directory: Path) -> Checkpoint | None:
 
 
 def _require_resume_or_overwrite(config: RunConfig, directory: Path) -> None:
-    """SaetrainError unless --resume goes on with what lies there, or --overwrite may delete it."""
+    """Raise SaetrainError unless --resume or --overwrite is given and the directory contains a run."""
     for flag in ("overwrite", "resume"):
         if getattr(config.output, flag) and not is_run_dir(directory):
             raise SaetrainError(
-                f"--{flag}: {directory} holds no run of saetrain, so it is left alone; remove it by hand, or give "
-                "another --run_name"
+                f"--{flag}: {directory} contains files but no run of saetrain, so it is not touched; remove it by "
+                "hand or pass another --run_name"
             )
     if not config.output.overwrite and not config.output.resume:
         raise SaetrainError(
-            f"{directory} holds a run already: --resume goes on with it, --overwrite deletes it, "
-            "--run_name gives this one another name"
+            f"{directory} already exists and is not empty: pass --resume to continue its run, --overwrite to delete "
+            "its run, or another --run_name"
         )
 
 
 def is_run_dir(directory: Path) -> bool:
-    """Whether this tool made the folder."""
+    """Return whether saetrain created the directory."""
     return (directory / RUN_MARKER).exists()
 
 
 def initialize_run_dir(directory: Path, overwrite: bool) -> None:
-    """Make the folder this run's: what an earlier run left goes, and nothing else, once the new one can begin."""
+    """Create the run directory; with ``overwrite``, delete the files of the earlier run and nothing else."""
     directory.mkdir(parents=True, exist_ok=True)
     if (directory / DELETING_DIR).exists():
         shutil.rmtree(directory / DELETING_DIR)
     if overwrite or (directory / OVERWRITING_MARKER).exists():
-        # Cut short, it is finished by the next start, whatever that one asks for.
+        # If the deletion is interrupted, the next start finishes it, even without --overwrite.
         (directory / OVERWRITING_MARKER).touch()
         for path in (*(directory / name for name in RUN_FILES), *list_earlier_metrics(directory)):
             if path.is_dir() and not path.is_symlink():
-                # Deleted in its place and cut short, an SAE's folder could lose a file and still look whole.
+                # The folder is renamed first, because an interrupted deletion could leave an SAE that looks complete.
                 os.replace(path, directory / DELETING_DIR)
                 shutil.rmtree(directory / DELETING_DIR)
             else:
@@ -131,21 +134,25 @@ def initialize_run_dir(directory: Path, overwrite: bool) -> None:
 def report_write_errors(
     directory: Path, when: str, has_checkpoint: bool, retry_flag: str = "--resume"
 ) -> Iterator[None]:
-    """Within it, a full or vanished disk ends the run with a message; ``kept``: a checkpoint is there."""
+    """Convert errors of writing, for example on a full disk, to a SaetrainError.
+
+    ``when`` completes "writing failed …"; ``has_checkpoint``: an intact checkpoint exists; ``retry_flag``: the flag
+    that the message advises for the restart.
+    """
     try:
         yield
     except (OSError, SafetensorError) as error:
-        whole = "; the last checkpoint is whole" if has_checkpoint else ""
+        intact = "; the last checkpoint is intact" if has_checkpoint else ""
         raise SaetrainError(
-            f"writing to {directory} failed {when}: {error}{whole}; make room and start again with {retry_flag}"
+            f"writing to {directory} failed {when}: {error}{intact}; free disk space and restart with {retry_flag}"
         ) from error
 
 
 def _load_newest_checkpoint(directory: Path) -> Checkpoint | None:
     if (directory / OVERWRITING_MARKER).exists():
-        log_rank0(f"--resume: {directory} was being overwritten, so the run starts from the beginning")
+        log_rank0(f"--resume: an --overwrite of {directory} was interrupted, so the run starts from the beginning")
         return None
-    # A damaged checkpoint is renamed only where one before it is whole.
+    # A damaged checkpoint is renamed only if an earlier one is intact.
     with report_write_errors(directory, "at the start", has_checkpoint=True):
         path, remarks = find_newest_valid(directory / CHECKPOINTS_DIR)
     for remark in remarks:
@@ -153,9 +160,9 @@ def _load_newest_checkpoint(directory: Path) -> Checkpoint | None:
     if path is None and remarks:
         raise SaetrainError(
             f"--resume: every checkpoint in {directory / CHECKPOINTS_DIR} is damaged; {remarks[0]}; "
-            "--overwrite starts the run from the beginning"
+            "pass --overwrite to start the run from the beginning"
         )
     if path is None:
-        log_rank0(f"--resume: {directory} holds no checkpoint, so the run starts from the beginning")
+        log_rank0(f"--resume: {directory} contains no checkpoint, so the run starts from the beginning")
         return None
     return load_checkpoint(path)

@@ -1,4 +1,7 @@
-"""From data set names to training and held-out sequences: loaded, streamed, tokenized before, or several mixed."""
+"""Open the data sets of a run, and split each into training text and held-out text.
+
+A data set is loaded, streamed, or read from a token folder; several data sets are mixed.
+"""
 
 from __future__ import annotations
 
@@ -34,15 +37,16 @@ from saetrain.logs.console import log_rank0
 
 MAX_HELD_OUT_ROWS = 20_000
 FINGERPRINT_BLOCKS = 8
-"""Blocks of a stream by which a restart knows it again."""
+"""Blocks at the beginning of a stream whose hash tells a resumed run whether the stream has changed."""
 
 
 @dataclass(frozen=True)
 class TrainingText:
-    """What a run reads.
+    """The text of a run: where training sequences come from, and the held-out sequences.
 
-    ``tokens``: of each data set, the training tokens that the token policy keeps, or None where it is streamed;
-    ``about``: what the SAE's metadata say of it; ``trained_on`` gives the texts that are trained on, but streamed ones.
+    ``train_tokens``: training tokens per data set that the token policy keeps, or None for a stream; ``metadata``:
+    entries about the text in the SAE's metadata; ``collect_training_texts`` returns the texts that are trained on,
+    except those of streams.
     """
 
     train_source: ShardedSource
@@ -53,7 +57,10 @@ class TrainingText:
 
 
 def load_text(config: RunConfig, tokenizer: Any, framing: Framing) -> TrainingText:
-    """The text of all data sets; prints what was chosen. SaetrainError for what can't be read or is too small."""
+    """Open all data sets and log what was chosen.
+
+    Raises SaetrainError if a data set cannot be read or is too small.
+    """
     log_rank0(f"tokens: {framing.describe_packing(tokenizer)}")
     splits = [_split_dataset(name, config, tokenizer, framing) for name in config.dataset]
     parts = []
@@ -75,7 +82,7 @@ def load_text(config: RunConfig, tokenizer: Any, framing: Framing) -> TrainingTe
 
 
 def _require_writable_cache() -> None:
-    """SaetrainError when the library's cache, into which every text is read, can't be written."""
+    """Raise SaetrainError if the cache of the `datasets` library, which stores every text, is not writable."""
     import datasets
 
     folder = Path(datasets.config.HF_DATASETS_CACHE)
@@ -85,14 +92,17 @@ def _require_writable_cache() -> None:
             pass
     except OSError as error:
         raise SaetrainError(
-            f"the cache of data sets {folder} can't be written: {error.strerror}; the variable HF_DATASETS_CACHE names "
-            "another folder"
+            f"the cache of data sets {folder} can't be written: {error.strerror}; choose another folder with the "
+            "environment variable HF_DATASETS_CACHE"
         ) from error
 
 
 @dataclass(frozen=True)
 class _SplitDataset:
-    """A data set whose held-out rows are chosen: ``finish`` gives its text, without what other data sets hold out."""
+    """A data set whose held-out rows are chosen.
+
+    ``build_text`` returns its text without the texts that other data sets hold out.
+    """
 
     held_out_texts: HeldOutTexts
     build_text: Callable[[HeldOutTexts], TrainingText]
@@ -113,9 +123,9 @@ def _split_dataset(name: str, config: RunConfig, tokenizer: Any, framing: Framin
 def open_token_table(
     name: str, settings: SourceSettings, which: str, tokens: TokenSettings, tokenizer: Any, framing: Framing
 ) -> tuple[TokenTable, str]:
-    """(the tokens of a data set that no SAE was trained on, what it is).
+    """Return (token table of a data set that no SAE was trained on, description of its split).
 
-    ``which``: `train`, of the split that ``settings`` name; `held_out`, of its split for tests if it has one.
+    ``which``: `train` for the split that ``settings`` names, `held_out` for the data set's test split if it has one.
     """
     if is_token_folder(name):
         rows, metadata = open_tokens(Path(name), tokenizer, framing)
@@ -131,19 +141,24 @@ def open_token_table(
 def without_training_text(
     name: str, table: TokenTable, what: str, framing: Framing, exclude_special: bool, seen: HeldOutTexts
 ) -> tuple[Sequences, str]:
-    """(the sequences of ``table`` without the texts in ``seen``, what they are); SaetrainError when none are left."""
+    """Return (sequences of ``table`` without the texts in ``seen``, their description).
+
+    Raises SaetrainError if no sequence is left.
+    """
     fresh, note = _exclude_texts(
-        table, np.arange(len(table)), seen, "of texts that the SAE was trained on are left out"
+        table, np.arange(len(table)), seen, "of texts that the SAE was trained on are excluded"
     )
     sequences = build_sequences(table, fresh, framing, exclude_special)
     if not sequences.text_tokens:
-        raise SaetrainError(f"data set {name}: {what} holds no text that the SAE was not trained on")
+        raise SaetrainError(
+            f"data set {name}: {what} contains only text that the SAE was trained on; choose other text"
+        )
     log_rank0(f"data set {name}: {what}, {sequences.text_tokens:,} tokens{note}")
     return sequences, what + note
 
 
 def open_text(name: str, settings: SourceSettings, tokenizer: Any) -> TextSource:
-    """The data set, from wherever it is; SaetrainError when it has no rows, or nowhere to be read to."""
+    """Open a data set from the hub or a local path; SaetrainError if it has no rows or the cache is not writable."""
     _require_writable_cache()
     if name.endswith(".bin") and Path(name).is_file():
         source = open_raw_ids(Path(name), tokenizer, settings.streaming)
@@ -157,14 +172,14 @@ def open_text(name: str, settings: SourceSettings, tokenizer: Any) -> TextSource
 def _find_streamed_column(name: str, source: TextSource) -> TextColumn:
     sample = to_columns(list(islice(_stream_rows(source.train, name, source)(0), SAMPLE_ROWS)))
     if not sample:
-        raise SaetrainError(f"data set {name}: it has no rows")
+        raise SaetrainError(f"data set {name}: has no rows")
     return choose_text_column(list(sample), sample, source.text_column)
 
 
 def tokenize_source(
     name: str, source: TextSource, tokenizer: Any, framing: Framing, settings: TokenSettings
 ) -> tuple[TextColumn, dict[str, Any]]:
-    """(the column that was chosen, the tokens of {`train`, perhaps `held_out`: rows}); prints what was done."""
+    """Return (text column, {`train`, perhaps `held_out`: tokenized rows}), and log the choice of the column."""
     splits = {"train": source.train}
     if source.held_out is not None:
         splits["held_out"] = sample_rows(source.held_out)
@@ -176,24 +191,24 @@ def tokenize_source(
             split: tokenize_rows(_remove_bad_rows(name, rows), column, tokenizer, framing, processes)
             for split, rows in splits.items()
         }
-    except UnicodeDecodeError as error:  # the library takes any bytes for strings, and fails when it hands them out
+    except UnicodeDecodeError as error:  # `datasets` stores any bytes as strings and fails when they are read
         raise SaetrainError(
-            f"data set {name}: could not be read: {source.find_bad_row() or error}; --skip_bad_rows leaves such rows out"
+            f"data set {name}: could not be read: {source.find_bad_row() or error}; --skip_bad_rows skips such rows"
         ) from error
 
 
 def _remove_bad_rows(name: str, rows: Any) -> Any:
-    """The rows without the column that marks bad ones, which have no text; prints how many they are."""
+    """Drop the column that marks bad rows, and log how many there are; their text is empty."""
     if BAD_ROW_COLUMN not in rows.column_names:
         return rows
     bad = [problem for problem in rows[BAD_ROW_COLUMN] if problem]
     if bad:
-        log_rank0(f"data set {name}: {len(bad):,} of {len(rows):,} rows left out as bad, the first: {bad[0]}")
+        log_rank0(f"data set {name}: skipped {len(bad):,} bad rows of {len(rows):,}, the first: {bad[0]}")
     return rows.remove_columns(BAD_ROW_COLUMN)
 
 
 def sample_rows(rows: Any) -> Any:
-    """A fixed random choice of the held-out rows, where they are very many."""
+    """Return a fixed random sample of at most MAX_HELD_OUT_ROWS rows."""
     if len(rows) <= MAX_HELD_OUT_ROWS:
         return rows
     chosen = np.random.default_rng(0).choice(len(rows), MAX_HELD_OUT_ROWS, replace=False)
@@ -201,9 +216,9 @@ def sample_rows(rows: Any) -> Any:
 
 
 def _split_token_folder(name: str, config: RunConfig, tokenizer: Any, framing: Framing) -> _SplitDataset:
-    """The text of a token folder, which is memory-mapped whatever --streaming says."""
+    """Split a token folder, which is memory-mapped even with --streaming."""
     rows, metadata = open_tokens(Path(name), tokenizer, framing)
-    log_rank0(f"token folder {name}: made of {metadata['dataset']}, split {metadata['split']}; nothing to tokenize")
+    log_rank0(f"token folder {name}: already tokenized from {metadata['dataset']}, split {metadata['split']}")
     columns = tuple(metadata["text_columns"])
     return _split_tokenized(name, rows, columns, metadata["held_out_split"], metadata["distinct"], config, framing)
 
@@ -217,7 +232,7 @@ def _split_tokenized(
     config: RunConfig,
     framing: Framing,
 ) -> _SplitDataset:
-    """Training and held-out sequences of tokenized rows ({`train`, perhaps `held_out`: rows})."""
+    """Split tokenized rows ({`train`, perhaps `held_out`: rows}) into training and held-out sequences."""
     special = config.tokens.exclude_special_tokens
     table = TokenTable(tokens["train"])
     rows = deduplicate_rows(table) if distinct else np.arange(len(table))
@@ -228,22 +243,22 @@ def _split_tokenized(
         how = f"split '{held_out_split}'"
         fresh = ~np.isin(table.text_hash[rows], held.text_hash)
         if not fresh.all():
-            how += f"; {table.lengths[rows[~fresh]].sum():,} tokens of the same texts are not trained on"
+            how += f"; {table.lengths[rows[~fresh]].sum():,} training tokens with the same texts are excluded"
         rows = rows[fresh]
     held_out_tokens = build_sequences(held, held_rows, framing, special).text_tokens
     if held_out_tokens < min(MIN_HELD_OUT_TOKENS, table.lengths[rows].sum() * MAX_HELD_OUT_SHARE):
-        small = f"; split '{held_out_split}' has only {held_out_tokens:,}" if how else ""
+        small = f"; split '{held_out_split}' has only {held_out_tokens:,} tokens" if how else ""
         rows, held_rows, how, whole = split_held_out_rows(table, rows, config.evaluation.eval_tokens)
         held, how = table, how + small
     held_out = build_sequences(held, held_rows, framing, special)
 
     def build_text(others: HeldOutTexts) -> TrainingText:
-        kept, note = _exclude_texts(table, rows, others, "that another data set holds out are not trained on")
+        kept, note = _exclude_texts(table, rows, others, "that another data set holds out are excluded")
         train = build_sequences(table, kept, framing, special)
         if not len(train) or not len(held_out):
             raise SaetrainError(
                 f"data set {name}: too small to train on and hold text out: {len(table)} rows, "
-                f"{table.lengths.sum()} tokens"
+                f"{table.lengths.sum()} tokens; use more text"
             )
         log_rank0(
             f"training text: {train.text_tokens:,} tokens; held out: {held_out.text_tokens:,} tokens ({how}){note}"
@@ -267,7 +282,7 @@ def _split_tokenized(
 
 
 def _exclude_texts(table: TokenTable, rows: np.ndarray, others: HeldOutTexts, what: str) -> tuple[np.ndarray, str]:
-    """(``rows`` without those of ``others``, what is said of them)."""
+    """Return (``rows`` without the texts in ``others``, note for the log about the excluded tokens)."""
     if not others:
         return rows, ""
     fresh = ~others(table)[rows]
@@ -280,10 +295,10 @@ def _exclude_texts(table: TokenTable, rows: np.ndarray, others: HeldOutTexts, wh
 def _split_stream(
     name: str, source: TextSource, column: TextColumn, config: RunConfig, tokenizer: Any, framing: Framing
 ) -> _SplitDataset:
-    """A stream's training sequences, and the held-out ones that are read off its beginning."""
+    """Split a stream into training sequences and held-out sequences, which are read from its beginning."""
     if source.deduplicate:
         raise SaetrainError(
-            f"data set {name}: rows that repeat one text can't be told apart while streaming; leave out --streaming"
+            f"data set {name}: rows that repeat a text can't be deduplicated while streaming; omit --streaming"
         )
     rows, encode = _stream_rows(source.train, name, source, column), build_row_encoder(column, tokenizer, framing)
     special, tokens = config.tokens.exclude_special_tokens, config.evaluation.eval_tokens
@@ -298,13 +313,11 @@ def _split_stream(
     table = build_token_table(held)
     held_out = build_sequences(table, np.arange(len(table)), framing, special)
     if not len(held_out):
-        raise SaetrainError(f"data set {name}: split '{source.held_out_split}' holds no text")
+        raise SaetrainError(f"data set {name}: split '{source.held_out_split}' contains no text")
 
     def build_text(others: HeldOutTexts) -> TrainingText:
         left_out = HeldOutTexts.union([texts, others])
-        log_rank0(
-            f"training text: streamed, so its length is not known; held out: {held_out.text_tokens:,} tokens ({how})"
-        )
+        log_rank0(f"training text: a stream of unknown length; held out: {held_out.text_tokens:,} tokens ({how})")
         heads = [build_token_table(block) for block in islice(iterate_encoded_blocks(rows, encode), FINGERPRINT_BLOCKS)]
         metadata = {
             "text_columns": list(column.columns),
@@ -328,7 +341,7 @@ def _split_stream(
 
 
 def _stream_rows(rows: Any, name: str, source: TextSource, column: TextColumn | None = None) -> StreamedRows:
-    """The stream's rows, of its columns those that are needed."""
+    """Return the rows of a stream, with only the needed columns if ``column`` is known."""
     if column is not None:
         needed = [*column.columns, BAD_ROW_COLUMN, *(["attention_mask"] if column.kind == "ids" else [])]
         existing = rows.column_names or needed

@@ -1,4 +1,4 @@
-"""``saetrain tokenize MODEL DATASET OUT``: the text of a data set as a folder of tokens, so that it is made once."""
+"""``saetrain tokenize MODEL DATASET OUT``: tokenize a data set once and save it as a token folder."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ from saetrain.runs.train.setup import quiet_libraries
 
 
 def tokenize_dataset(config: TokenizeConfig) -> None:
-    """Write the folder; SaetrainError for what the user can mend."""
+    """Write the token folder that ``config`` names; raises SaetrainError for errors that the user can fix."""
     quiet_libraries()
     out = Path(config.out)
     check_output_folder(out)
     if is_token_folder(config.dataset):
-        raise SaetrainError(f"DATASET {config.dataset}: holds tokens already; name the data set that it was made of")
+        raise SaetrainError(
+            f"DATASET {config.dataset}: is already a token folder; pass the data set that it was made from"
+        )
     source_settings = SourceSettings(
         split=config.split,
         dataset_config=config.dataset_config,
@@ -45,11 +47,11 @@ def tokenize_dataset(config: TokenizeConfig) -> None:
         "splits": list(splits),
     }
     save_tokens(out, splits, metadata, tokenizer, framing)
-    log_rank0(f"{sum(len(rows) for rows in splits.values()):,} rows of tokens written to {out}")
+    log_rank0(f"wrote {sum(len(rows) for rows in splits.values()):,} rows of tokens to {out}")
 
 
 def _resolve_framing(config: TokenizeConfig, tokenizer: object) -> Framing:
-    """How the model reads documents; the same context length as a run would take."""
+    """Return the framing for the model, with the context length that a training run would use."""
     settings = ModelSettings(revision=config.revision, trust_remote_code=config.trust_remote_code)
     model = load_config(config.model, settings)
     max_len = getattr(model, "max_position_embeddings", None)

@@ -1,4 +1,4 @@
-"""What the trainer is fed: mixed activations, or whole sequences where the loss is the model's own."""
+"""The micro-batches of a run: shuffled activations, or whole sequences for the end-to-end losses."""
 
 from __future__ import annotations
 
@@ -20,51 +20,54 @@ BatchSourceState = dict[str, list[int]]
 
 
 class BatchSource(ABC):
-    """Micro-batches by their number in the run; asked for in order, each by :meth:`fetch` and :meth:`join`."""
+    """Micro-batches by their number in the run.
+
+    They are requested in order, each by :meth:`fetch_local_part` and :meth:`exchange_parts`.
+    """
 
     @abstractmethod
     def fetch_local_part(self, number: int) -> Any:
-        """This rank's part of micro-batch ``number``; may raise what the reader's `between_batches` raises."""
+        """Return this rank's part of micro-batch ``number``; may raise what the extractor's `before_batch` raises."""
 
     @abstractmethod
     def needs_exchange(self, number: int) -> bool:
-        """Whether :meth:`join` of micro-batch ``number`` exchanges something, so that every rank must come to it."""
+        """Return whether :meth:`exchange_parts` communicates for ``number``, so that every rank must call it."""
 
     @abstractmethod
     def exchange_parts(self, number: int, part: Any) -> MicroBatch:
-        """What the SAEs of this rank are trained on, from what :meth:`fetch` gave."""
+        """Return the micro-batch of this rank's SAEs, from the part that :meth:`fetch_local_part` returned."""
 
     def prefetch_pools(self) -> None:
-        """Do some of what later micro-batches need; may raise what the reader's `between_batches` raises."""
+        """Prepare later micro-batches; may raise what the extractor's `before_batch` raises."""
         return
 
     def get_micro_batch(self, number: int) -> MicroBatch:
-        """Micro-batch ``number``, where nobody has to agree in between."""
+        """Return micro-batch ``number``, for callers that exchange no flags in between."""
         return self.exchange_parts(number, self.fetch_local_part(number))
 
     @abstractmethod
     def state_dict(self) -> BatchSourceState:
-        """Where it stands: a few integers a shard."""
+        """Return the position in the text: a few integers per shard."""
 
     @abstractmethod
     def load_state_dict(self, state: BatchSourceState) -> None:
-        """Stand where :meth:`state` was taken."""
+        """Restore a position that :meth:`state_dict` returned."""
 
     @abstractmethod
     def close(self) -> None:
-        """Read no further ahead."""
+        """Stop prefetching."""
 
     @abstractmethod
     def startup_message(self) -> str | None:
-        """What it has to do before the first batch, where that takes long."""
+        """Return a message about slow work before the first batch, or None."""
 
     @abstractmethod
     def describe_state(self, state: BatchSourceState) -> dict[str, Any]:
-        """A state with names, for a reader."""
+        """Return ``state`` with its integers named, for `spike.json`."""
 
 
 def build_batch_source(run: RunContext, normalizers: dict[str, Normalizer]) -> BatchSource:
-    """The feed that the loss needs, at its start; ``normalizers`` {hookpoint: constants of its inputs}."""
+    """Return the batch source that the run's loss needs, at its start; ``normalizers``: {hookpoint: normalizer}."""
     shards = run.train_source.n_shards
     owned = shards_for_rank(env.rank(), shards)
     if run.head is not None:
@@ -73,12 +76,12 @@ def build_batch_source(run: RunContext, normalizers: dict[str, Normalizer]) -> B
 
 
 def shards_for_rank(rank: int, shards: int) -> list[int]:
-    """The virtual shards that a rank reads."""
+    """Return the virtual shards that a rank reads."""
     return list(range(rank, shards, env.world_size()))
 
 
 class ShuffledBatches(BatchSource):
-    """Activations out of the mixing buffer."""
+    """Micro-batches of activations from the shuffle buffer."""
 
     def __init__(self, run: RunContext, owned: list[int]) -> None:
         self._run, shards = run, run.train_source.n_shards
@@ -87,19 +90,19 @@ class ShuffledBatches(BatchSource):
         self._micro_tokens = run.plan.tokens_per_step // run.config.train.grad_acc_steps
 
     def fetch_local_part(self, number: int) -> dict[str, Tensor]:
-        """This rank's shards' part of the ranks' batch_size x ctx_len activations."""
+        """Return the activations of this rank's shards, of a micro-batch of batch_size x ctx_len per rank."""
         return self._buffer.take_activations(number * self._micro_tokens, self._micro_tokens, self._run.plan.n_tokens)
 
     def prefetch_pools(self) -> None:
-        """The next pools, for activations don't depend on the SAEs."""
+        """Fill the next pools of the buffer, because activations do not depend on the SAEs."""
         self._buffer.prefetch_pools()
 
     def needs_exchange(self, number: int) -> bool:
-        """Where SAEs are dealt to the ranks."""
+        """Return whether each SAE belongs to one rank."""
         return bool(self._run.placement.owners)
 
     def exchange_parts(self, number: int, part: dict[str, Tensor]) -> MicroBatch:
-        """The same, or all ranks' activations of the hookpoints that are this rank's."""
+        """Return the part itself, or all ranks' activations of the hookpoints that this rank owns."""
         owners = self._run.placement.owners
         if not owners:
             return part
@@ -114,30 +117,30 @@ class ShuffledBatches(BatchSource):
         return distributed.all_to_all_by_owner(part, owners, rows)
 
     def state_dict(self) -> BatchSourceState:
-        """The buffer's."""
+        """Return the position of the shuffle buffer."""
         return self._buffer.state_dict()
 
     def load_state_dict(self, state: BatchSourceState) -> None:
-        """Into the buffer."""
+        """Restore the position of the shuffle buffer."""
         self._buffer.load_state_dict(state)
 
     def close(self) -> None:
-        """Close the buffer."""
+        """Close the shuffle buffer."""
         self._buffer.close()
 
     def startup_message(self) -> str | None:
-        """It fills its pools first."""
+        """Return a message about the shuffle buffer, which is filled first."""
         fill = min(self._run.config.buffer.buffer_tokens, self._run.plan.n_tokens)
-        return f"filling the mixing buffer (up to {fill:,} activations)"
+        return f"filling the shuffle buffer (up to {fill:,} activations)"
 
     def describe_state(self, state: BatchSourceState) -> dict[str, Any]:
-        """Each shard's pool and place in it."""
+        """Return {shard: its pool and the position in it}."""
         names = ("pool", "pool_tokens", "taken", "cursor")
         return {shard: dict(zip(names, (*row[:3], row[3:]), strict=True)) for shard, row in state.items()}
 
 
 class SequenceBatches(BatchSource):
-    """Whole sequences, batch_size a micro-step, with the loss of the model that reads them."""
+    """Micro-batches of batch_size whole sequences per rank, with the loss of the model that reads them."""
 
     def __init__(self, run: RunContext, owned: list[int], normalizers: dict[str, Normalizer]) -> None:
         assert run.head is not None
@@ -151,7 +154,7 @@ class SequenceBatches(BatchSource):
         self._step_counts = (0, 0)
 
     def fetch_local_part(self, number: int) -> LMBatch:
-        """All sequences of an optimizer step are read with its first micro-batch, for they say what to divide by."""
+        """Return this rank's sequences; the first micro-batch reads the whole step, to count its tokens."""
         micro = number % self._settings.grad_acc_steps
         if micro == 0:
             self._step_lm_batches = [
@@ -162,14 +165,14 @@ class SequenceBatches(BatchSource):
         return self._step_lm_batches[micro]
 
     def needs_exchange(self, number: int) -> bool:
-        """The counts to divide by, with a step's first micro-batch."""
+        """Return whether this is a step's first micro-batch, which sums the token counts over the ranks."""
         return number % self._settings.grad_acc_steps == 0
 
     def exchange_parts(self, number: int, part: LMBatch) -> MicroBatch:
-        """Through the model, with sums divided by what all ranks have in the step."""
+        """Run the model on the part; losses are divided by the token counts of all ranks in the step."""
         if self.needs_exchange(number):
-            tokens = sum(int(question.keep_mask.sum()) for question in self._step_lm_batches)
-            scored = sum(len(question.targets) for question in self._step_lm_batches)
+            tokens = sum(int(lm_batch.keep_mask.sum()) for lm_batch in self._step_lm_batches)
+            scored = sum(len(lm_batch.targets) for lm_batch in self._step_lm_batches)
             tokens, scored = distributed.all_reduce_sum([tokens, scored], "counting tokens")
             self._step_counts = tokens, scored
         return {self._run.hookpoints[0]: self._spliced_batches.build_batch(part, *self._step_counts)}
@@ -180,21 +183,21 @@ class SequenceBatches(BatchSource):
         return self._build_lm_batch(self._sampler.take_sequences(number * share, share, last))
 
     def state_dict(self) -> BatchSourceState:
-        """The dealer's."""
+        """Return the position of the sequence sampler."""
         return self._sampler.state_dict()
 
     def load_state_dict(self, state: BatchSourceState) -> None:
-        """Into the dealer."""
+        """Restore the position of the sequence sampler."""
         self._sampler.load_state_dict(state)
 
     def close(self) -> None:
-        """Close the dealer."""
+        """Close the sequence sampler."""
         self._sampler.close()
 
     def startup_message(self) -> str | None:
-        """Nothing: the first batch is like all others."""
+        """Return None, because the first batch takes no longer than the others."""
         return None
 
     def describe_state(self, state: BatchSourceState) -> dict[str, Any]:
-        """Each shard's place in the text."""
+        """Return {shard: position in the text}."""
         return {shard: {"cursor": row} for shard, row in state.items()}

@@ -1,4 +1,4 @@
-"""The SAEs of a run, from the start, from a saved SAE, or from a checkpoint."""
+"""Build the trainer and the normalizers of a run: new, from a saved SAE, or from a checkpoint."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from saetrain.training.checkpoint import Checkpoint
 from saetrain.training.dead_latents import FiringTracker
 from saetrain.training.trainer import SaeState, Trainer
 
-MEASURING_PHASE = "measuring the inputs"
+MEASURING_PHASE = "measuring the activations"
 
 
 def build_trainer(run: RunContext, checkpoint: Checkpoint | None) -> tuple[Trainer, dict[str, Normalizer]]:
-    """The trainer of every hookpoint and seed, and the constants of each hookpoint's inputs."""
+    """Return the trainer of this rank's SAEs, and {hookpoint: normalizer}; restores both from ``checkpoint``."""
     if run.config.finetune is not None and len(run.config.train.init_seeds) > 1:
-        raise SaetrainError("--finetune with several --init_seeds: all would start from the same SAE; give one seed")
+        raise SaetrainError("--finetune with several --init_seeds: all would start from the same SAE; pass one seed")
     normalizers = measure_normalizers(run) if checkpoint is None else load_normalizers(run, checkpoint)
     saes: dict[str, SaeState] = {}
     for name, (hookpoint, seed) in sae_names(run).items():
@@ -41,7 +41,7 @@ def build_trainer(run: RunContext, checkpoint: Checkpoint | None) -> tuple[Train
         saes[name] = build_sae_state(run, hookpoint, coder, normalizers[hookpoint], seed)
         if checkpoint is not None:
             saes[name].load_state_dict(checkpoint.tensors[name], checkpoint.values["losses"][name])
-            # Both follow the length of the run, which a resume may have changed.
+            # Both depend on the length of the run, which a resume may have changed.
             saes[name].peak_lr, saes[name].firing.window_tokens = checkpoint.values["rates"][name]
     trainer = Trainer(
         saes,
@@ -55,7 +55,7 @@ def build_trainer(run: RunContext, checkpoint: Checkpoint | None) -> tuple[Train
 
 
 def sae_names(run: RunContext) -> dict[str, tuple[str, int]]:
-    """{SAE: (hookpoint, seed)} of the whole run, whichever rank trains it."""
+    """Return {SAE: (hookpoint, seed)} of the whole run, including the SAEs of other ranks."""
     seeds = run.config.train.init_seeds
     return {
         hookpoint if number == 0 else f"{hookpoint}/seed{seed}": (hookpoint, seed)
@@ -65,12 +65,12 @@ def sae_names(run: RunContext) -> dict[str, tuple[str, int]]:
 
 
 def is_data_parallel(run: RunContext) -> bool:
-    """Whether every rank trains every SAE on a part of the tokens."""
+    """Return whether every rank trains every SAE on a part of the tokens."""
     return env.world_size() > 1 and not run.placement.owners
 
 
 def measure_normalizers(run: RunContext) -> dict[str, Normalizer]:
-    """Constants of each hookpoint's inputs, from the first training tokens; rank 0's hold everywhere."""
+    """Return {hookpoint: normalizer}, measured on the first training tokens; all ranks use those of rank 0."""
     normalizers = _measure_on_this_rank(run) if env.rank() == 0 else {}
     constants = distributed.broadcast_from_rank0(
         {name: value.scalar_constants() for name, value in normalizers.items()}, MEASURING_PHASE
@@ -92,13 +92,13 @@ def _measure_on_this_rank(run: RunContext) -> dict[str, Normalizer]:
         outliers = int((sample.values[name].float().norm(dim=1) > normalizer.norm_limit).sum())
         log_rank0(
             f"{name}: width {len(normalizer.mean)}, ‖mean‖/‖std‖ {normalizer.mean_to_std:.2f}, "
-            f"{outliers / kept:.2%} of tokens left out as norm outliers"
+            f"{outliers / kept:.2%} of tokens excluded as norm outliers"
         )
     return normalizers
 
 
 def load_normalizers(run: RunContext, checkpoint: Checkpoint) -> dict[str, Normalizer]:
-    """The constants that a checkpoint holds."""
+    """Return {hookpoint: normalizer} from a checkpoint."""
     tensors = {name: checkpoint.tensors[f"normalizer:{name}"] for name in run.hookpoints}
     return _build_normalizers(run, checkpoint.values["normalizers"], tensors)
 
@@ -106,7 +106,7 @@ def load_normalizers(run: RunContext, checkpoint: Checkpoint) -> dict[str, Norma
 def _build_normalizers(
     run: RunContext, constants: dict[str, Any], tensors: Mapping[str, Mapping[str, Tensor]]
 ) -> dict[str, Normalizer]:
-    """The normalizers with these constants; sets the reader's norm limits."""
+    """Return the normalizers with these constants, and set the norm limits of the extractor."""
     normalizers = {}
     for name in run.hookpoints:
         values, own = constants[name], {part: value.to(run.model.device) for part, value in tensors[name].items()}
@@ -118,7 +118,7 @@ def _build_normalizers(
 
 
 def build_coder(run: RunContext, hookpoint: str, normalizer: Normalizer, seed: int, *, fresh: bool) -> TopK:
-    """A coder with initial weights, or with those of --finetune unfolded for the normalizer's inputs."""
+    """Return a coder with initial weights, or with those of --finetune unfolded to take normalized activations."""
     settings, device = run.config.sae, run.model.device
     width = len(normalizer.mean)
     coder = TopK(width, settings.resolve_num_latents(width), settings.k, settings.auxk_alpha, seed).to(device)
@@ -132,7 +132,7 @@ def build_coder(run: RunContext, hookpoint: str, normalizer: Normalizer, seed: i
 
 
 def build_sae_state(run: RunContext, hookpoint: str, coder: TopK, normalizer: Normalizer, seed: int) -> SaeState:
-    """The trainer of one coder."""
+    """Return the training state of one coder."""
     config: RunConfig = run.config
     device: torch.device = run.model.device
     lr = resolve_lr(config.optim, run.plan.run_size(coder.num_latents, coder.k))

@@ -1,4 +1,4 @@
-"""Which kernels a run takes: what was asked for, or the fastest that run here."""
+"""Choose the kernels of a run: those of --kernels, or the fastest that this machine supports."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ KERNEL_LANGUAGE = {"native": "C++", "triton": "Triton"}
 def choose_kernels(
     settings: KernelSettings, optim: OptimSettings, loss_fn: str, device: torch.device
 ) -> KernelSettings:
-    """``settings`` with every `auto` worked out; SaetrainError for what can't run here."""
+    """Return ``settings`` with every `auto` resolved; SaetrainError for kernels that cannot run here."""
     name, dtype = settings.kernels, settings.compute_dtype
     if loss_fn in END_TO_END_LOSSES:
         if name not in ("auto", "reference"):
             raise SaetrainError(
-                f"--kernels {name}: its gradients are written out for the SAE's own loss, and --loss_fn {loss_fn} "
-                "needs those through the model; leave the flag out, and --kernels reference is taken"
+                f"--kernels {name}: supports only the SAE's own loss, but --loss_fn {loss_fn} needs gradients through "
+                "the model; omit the flag to use --kernels reference"
             )
         name = "reference"
     problems = {
@@ -45,28 +45,28 @@ def choose_kernels(
         problem = problems[name]()
         if problem:
             raise SaetrainError(
-                f"--kernels {name}: {problem}; leave the flag out, and the fastest that runs here is taken; a run that "
-                "began with them goes on with --kernels torch"
+                f"--kernels {name}: {problem}; omit the flag to use the fastest supported kernels; to resume a run "
+                f"that was started with {name}, pass --kernels torch"
             )
     if name == "auto":
         fast: Literal["native", "triton"] = "native" if device.type == "cpu" else "triton"
         problem = problems[fast]()
         if problem:
-            log_rank0(f"--kernels auto: the {KERNEL_LANGUAGE[fast]} kernels are not used: {problem}; PyTorch's are")
+            log_rank0(f"--kernels auto: the {KERNEL_LANGUAGE[fast]} kernels are not used: {problem}; using PyTorch's")
         name = "torch" if problem else fast
     if name == "reference" and dtype == "bfloat16":
-        raise SaetrainError("--compute_dtype bfloat16: --kernels reference computes in float32 alone")
+        raise SaetrainError("--compute_dtype bfloat16: --kernels reference supports only float32")
     if dtype == "auto":
         dtype = "bfloat16" if name != "reference" and has_fast_bf16(device) else "float32"
     return KernelSettings(kernels=name, compute_dtype=dtype)
 
 
 def _why_native_unsupported(optim: OptimSettings, device: torch.device) -> str | None:
-    """Why the C++ kernels can't be taken, or None."""
+    """Return why the C++ kernels cannot be used, or None."""
     if optim.optimizer != "adam":
-        return f"it steps by adam alone, not by --optimizer {optim.optimizer}"
+        return f"they support only --optimizer adam, not {optim.optimizer}"
     if device.type != "cpu":
-        return f"it runs on a CPU, not on {device}"
+        return f"they run on a CPU, not on {device}"
     try:
         native.load_library()
     except OSError as error:
@@ -75,27 +75,27 @@ def _why_native_unsupported(optim: OptimSettings, device: torch.device) -> str |
 
 
 def _why_triton_unsupported(optim: OptimSettings, device: torch.device) -> str | None:
-    """Why Triton's kernels can't be taken, or None."""
+    """Return why the Triton kernels cannot be used, or None."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if optim.optimizer != "adam":
-        return f"it steps by adam alone, not by --optimizer {optim.optimizer}"
+        return f"they support only --optimizer adam, not {optim.optimizer}"
     if device.type != "cuda" and not interpreted:
-        return f"it runs on a GPU, not on {device}"
+        return f"they run on a GPU, not on {device}"
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     if device.type != "cuda":
-        log_rank0("--kernels triton: interpreted, as TRITON_INTERPRET=1 says: for tests, and thousands of times slower")
+        log_rank0("--kernels triton: TRITON_INTERPRET=1 selects Triton's interpreter, which is for tests and very slow")
         return None
     from saetrain.training.steps.self_check import find_kernel_problem
 
-    # Seconds, at the first start on a machine: a compiler or a GPU that nobody has tried is not taken on trust.
+    # The check takes seconds at the first start on a machine, because an untested compiler or GPU may be wrong.
     return find_kernel_problem(device)
 
 
 def build_train_step(coder: TopK, kernels: KernelSettings, optim: OptimSettings, *, no_accumulation: bool) -> TrainStep:
-    """The engine that ``kernels``, worked out by :func:`choose_kernels`, names.
+    """Return the training step that ``kernels``, resolved by :func:`choose_kernels`, names.
 
-    ``alone``: a step has one micro-batch on one rank, so its gradients have nothing to be added to.
+    ``no_accumulation``: a step has one micro-batch on one rank, so its gradients are not added to others.
     """
     bf16 = kernels.compute_dtype == "bfloat16"
     if kernels.kernels == "native":

@@ -1,4 +1,4 @@
-"""``--dry_run``: what the run would be and cost, from a few measured steps."""
+"""``--dry_run``: print the size and cost of a run, from a few measured steps."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TIMED_TOKENS = 4096
 
 
 def report_dry_run(run: RunContext, trainer: Trainer, normalizers: dict[str, Normalizer]) -> None:
-    """Print layers, widths, parameters, memory, disk, steps and an estimate of the time; trains a few steps for it."""
+    """Print model, SAEs, memory, disk, steps and an estimate of the time, for which a few steps are trained."""
     plan = run.plan
     _print_rank0(f"model       {run.model.name} on {run.model.device}, {run.model.dtype}")
     kernels = choose_kernels(run.config.compute, run.config.optim, run.config.train.loss_fn, run.model.device)
@@ -45,22 +45,23 @@ def report_dry_run(run: RunContext, trainer: Trainer, normalizers: dict[str, Nor
     if elsewhere:
         _print_rank0(f"            and {elsewhere} more in other processes")
     optim = run.config.optim
+    warmup = resolve_warmup_steps(optim, plan.steps)
     _print_rank0(
-        f"rate        {describe_lrs(run.config, trainer)}, {resolve_warmup_steps(optim, plan.steps)} steps of warm-up, weight decay "
+        f"lr          {describe_lrs(run.config, trainer)}, {warmup} warm-up steps, weight decay "
         f"{optim.effective_weight_decay:g}"
     )
-    each = " in each process" if env.world_size() > 1 else ""
+    per_process = " per process" if env.world_size() > 1 else ""
     needed = required_memory_bytes(run.config, run.model, run.capture.widths, run.framing.ctx_len, run.placement)
-    _print_rank0(
-        f"memory      {format_bytes(needed)}{each} beside the program itself, {format_bytes(available_memory_bytes(run.model.device))} there"
-    )
+    available = format_bytes(available_memory_bytes(run.model.device))
+    _print_rank0(f"memory      {format_bytes(needed)}{per_process} in addition to the program, {available} available")
     weights = count_sae_parameters(run.config, run.capture.widths) * FP32_BYTES
     sae_files = weights * (2 if run.config.output.save_sparsify else 1)
     _print_rank0(
-        f"disk        {format_bytes(3 * weights)} a checkpoint ({MAX_CHECKPOINTS} kept), {format_bytes(sae_files)} for the finished SAEs"
+        f"disk        {format_bytes(3 * weights)} per checkpoint ({MAX_CHECKPOINTS} are kept), "
+        f"{format_bytes(sae_files)} for the trained SAEs"
     )
     _print_rank0(f"steps       {plan.steps:,} of {plan.tokens_per_step:,} tokens = {plan.n_tokens:,} tokens")
-    length = "streamed, of unknown length" if plan.train_tokens is None else f"{plan.train_tokens:,} tokens"
+    length = "a stream of unknown length" if plan.train_tokens is None else f"{plan.train_tokens:,} tokens"
     _print_rank0(f"text        {length}; {plan.describe_passes()}")
     per_step = time_step(run, trainer) if run.head is None else time_end_to_end_step(run, trainer, normalizers)
     hours, rest = divmod(round(per_step * plan.steps), 3600)
@@ -75,7 +76,7 @@ def _print_rank0(text: str) -> None:
 
 
 def time_step(run: RunContext, trainer: Trainer) -> float:
-    """Seconds per optimizer step: the model's share by its tokens per second, the SAEs' by steps on one batch."""
+    """Return seconds per optimizer step: the model's time per token, and the SAEs' time on one batch."""
     sequences = run.train_source.read(0, run.train_source.start_cursor, max(TIMED_TOKENS, run.extractor.batch_tokens))[
         0
     ]
@@ -92,7 +93,7 @@ def time_step(run: RunContext, trainer: Trainer) -> float:
 
 
 def time_end_to_end_step(run: RunContext, trainer: Trainer, normalizers: dict[str, Normalizer]) -> float:
-    """Seconds per optimizer step, with the model inside it."""
+    """Return seconds per optimizer step that includes the model."""
     batch_source = build_batch_source(run, normalizers)
     try:
         return _median_step_s(run, trainer, batch_source.get_micro_batch)

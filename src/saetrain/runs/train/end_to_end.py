@@ -1,7 +1,7 @@
-"""The end-to-end losses: what the model's predictions lose when the SAE's reconstruction takes the activation's place.
+"""End-to-end losses: the loss of the model's predictions when the SAE's reconstruction replaces the activation.
 
-Causal models: the next token. Masked ones: masked tokens. Braun et al., Identifying functionally important features
-with end-to-end sparse dictionary learning, arXiv 2405.12241.
+Causal models predict the next token, masked models the masked tokens. Braun et al., Identifying functionally
+important features with end-to-end sparse dictionary learning, arXiv 2405.12241.
 """
 
 from __future__ import annotations
@@ -30,47 +30,46 @@ from saetrain.training.trainer import TrainSettings
 from saetrain.types import CoderOutput, TokenSequence
 
 INDEX_BITS = 40
-"""Bits of a mask's seed that are left to the sequence's number."""
+"""Low bits of a mask's seed that hold the number of the sequence."""
 
 
 def load_lm_head_model(config: RunConfig) -> LMHeadModel:
-    """The model with its head; SaetrainError where it has none that predicts tokens."""
+    """Load the model with its head; SaetrainError if it has no head that predicts tokens."""
     head = load_model_with_head(config.model, config.base)
     if head.kind == "none":
         what = f"is a {head.architecture}" if head.architecture else "names no architecture"
         raise SaetrainError(
-            f"--loss_fn {config.train.loss_fn}: model {config.model} {what} and has no head that predicts tokens, so "
-            "it has no loss of its own; use mse or fvu"
+            f"--loss_fn {config.train.loss_fn}: model {config.model} {what} and has no head that predicts tokens; "
+            "use mse or fvu"
         )
     return head
 
 
 def require_one_hookpoint(config: RunConfig, hookpoints: list[str]) -> None:
-    """SaetrainError for several: each SAE needs passes of its own."""
+    """Raise SaetrainError for several hookpoints, because SAEs that are spliced together affect one another."""
     if len(hookpoints) > 1:
         raise SaetrainError(
-            f"--loss_fn {config.train.loss_fn} trains one SAE at a time, and {len(hookpoints)} hookpoints are named "
-            f"({', '.join(hookpoints[:3])}{', …' if len(hookpoints) > 3 else ''}): spliced in together they would act "
-            "on each other, and apart nothing would be shared; start one run for each"
+            f"--loss_fn {config.train.loss_fn} trains one SAE at a time, but {len(hookpoints)} hookpoints are "
+            f"selected ({', '.join(hookpoints[:3])}{', …' if len(hookpoints) > 3 else ''}); start one run per hookpoint"
         )
 
 
 def require_mask_token(config: RunConfig, head: LMHeadModel, tokenizer: Any) -> None:
-    """SaetrainError when a masked model's tokens can't be masked."""
+    """Raise SaetrainError if the model predicts masked tokens and the tokenizer has no mask token."""
     if head.kind == "masked" and tokenizer.mask_token_id is None:
         raise SaetrainError(
-            f"--loss_fn {config.train.loss_fn}: model {config.model} predicts masked tokens, and its tokenizer has no "
+            f"--loss_fn {config.train.loss_fn}: model {config.model} predicts masked tokens, but its tokenizer has no "
             "mask token; use mse or fvu"
         )
 
 
 @dataclass(frozen=True)
 class LMBatch:
-    """A micro-batch for the model: its input, and which outputs are scored against what.
+    """A micro-batch for the model: its inputs, and the positions to score with their targets.
 
-    ``ids``, ``mask`` (B, S) int64; ``keep`` (B, S) bool, positions that the token policy trains on, and ``docs`` (n,)
-    the rows that they are of; ``scored`` (B, S) bool, positions whose output counts; ``targets`` (m,) int64, the right
-    tokens there.
+    ``input_ids``, ``attention_mask``: (B, S) int64; ``keep_mask``: (B, S) bool, positions that the token policy trains
+    on; ``doc_ids``: (n,), data set rows of those positions; ``scored_mask``: (B, S) bool, positions whose output is
+    scored; ``targets``: (m,) int64, the correct tokens there.
     """
 
     input_ids: Tensor
@@ -82,7 +81,7 @@ class LMBatch:
 
 
 class LMBatchBuilder:
-    """Sequences -> questions. ``mask_id`` is the tokenizer's mask token; the masks are drawn from ``seed``."""
+    """Builds an :class:`LMBatch` from sequences; ``mask_id``: the tokenizer's mask token; ``seed``: for the masks."""
 
     def __init__(
         self, head: LMHeadModel, keep: Callable[[TokenSequence], np.ndarray], mask_id: int | None, seed: int
@@ -90,13 +89,13 @@ class LMBatchBuilder:
         self._head, self._keep, self._mask_id, self._seed = head, keep, mask_id, seed
 
     def __call__(self, indexed: list[IndexedSequence]) -> LMBatch:
-        """One batch of them, padded to the longest."""
+        """Return one batch of the sequences, padded to the longest."""
         chosen = [each.sequence for each in indexed]
         ids, mask = pad_batch(chosen, self._head.base.device)
         scored_rows = [self._scored_positions(each) for each in indexed]
         kept = [self._keep(sequence) for sequence in chosen]
         scored = torch.from_numpy(_pad_rows(scored_rows, ids.shape[1])).to(ids.device)
-        # A causal model is asked for the token behind the position, a masked one for the token at it.
+        # A causal model predicts the token after the position, a masked model the token at the position.
         shift = int(self._head.kind == "causal")
         targets = [s.ids[np.flatnonzero(where) + shift] for s, where in zip(chosen, scored_rows, strict=True)]
         if self._head.kind == "masked":
@@ -112,7 +111,7 @@ class LMBatchBuilder:
         )
 
     def _scored_positions(self, indexed: IndexedSequence) -> np.ndarray:
-        """(S,) bool. The number in the run draws the mask, so that each pass over the text has other ones."""
+        """Return (S,) bool; the sequence's number in the run seeds the mask, so each pass has other masks."""
         if self._head.kind == "causal":
             return np.arange(len(indexed.sequence)) < len(indexed.sequence) - 1
         seed = (self._seed << INDEX_BITS) + indexed.index
@@ -120,7 +119,7 @@ class LMBatchBuilder:
 
 
 def _pad_rows(rows: list[np.ndarray], length: int) -> np.ndarray:
-    """(B, S) bool, false behind the end of each row."""
+    """Return the rows as (B, S) bool, padded with False."""
     out = np.zeros((len(rows), length), dtype=bool)
     for number, row in enumerate(rows):
         out[number, : len(row)] = row
@@ -129,7 +128,7 @@ def _pad_rows(rows: list[np.ndarray], length: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Splice:
-    """A question with the clean model's answer; ``where`` (B, S) bool marks what is replaced."""
+    """A batch with the clean model's output (m, V); ``splice_mask``: (B, S) bool, positions that are replaced."""
 
     lm_batch: LMBatch
     splice_mask: Tensor
@@ -138,7 +137,7 @@ class _Splice:
 
 
 class SplicedBatchBuilder:
-    """Makes micro-batches whose loss is the model's own; ``normalizer`` is that of the SAE's inputs."""
+    """Builds micro-batches whose loss is the model's own; ``normalizer``: that of the hookpoint."""
 
     def __init__(
         self, head: LMHeadModel, extractor: ActivationExtractor, normalizer: Normalizer, settings: TrainSettings
@@ -148,7 +147,11 @@ class SplicedBatchBuilder:
         self._module = head.base.module.get_submodule(self._hookpoint)
 
     def build_batch(self, lm_batch: LMBatch, step_tokens: int, step_scored: int) -> SplicedBatch:
-        """The micro-batch of ``question``, in an optimizer step of so many kept tokens and scored positions."""
+        """Return the micro-batch of ``lm_batch``.
+
+        ``step_tokens``, ``step_scored``: kept tokens and scored positions of the whole optimizer step, by which the
+        losses are divided.
+        """
         x_BSD, clean_log_probs = self._run_clean_model(lm_batch)
         raw_ND = x_BSD[lm_batch.keep_mask]
         within_limits = self._extractor.mask_within_limits({self._hookpoint: raw_ND}, lm_batch.doc_ids)
@@ -160,7 +163,7 @@ class SplicedBatchBuilder:
 
     @torch.no_grad()
     def _run_clean_model(self, lm_batch: LMBatch) -> tuple[Tensor, Tensor | None]:
-        """The activation (B, S, D), and for `kl` the log-probabilities of the model as it is."""
+        """Return the activation (B, S, D), and for `kl` the clean model's log-probabilities (m, V)."""
         try:
             if self._settings.loss_fn == "ce":
                 return self._extractor.capture(lm_batch.input_ids, lm_batch.attention_mask)[self._hookpoint], None
@@ -178,17 +181,18 @@ class SplicedBatchBuilder:
                 raise
             rows, length = lm_batch.input_ids.shape
             raise SaetrainError(
-                f"out of memory while the model read {rows} x {length} tokens: lower {self._settings.suggest_smaller_batch()}"
+                f"out of memory while the model read {rows} x {length} tokens: lower "
+                f"{self._settings.suggest_smaller_batch()}"
             ) from error
 
     def _log_probs(self, lm_batch: LMBatch) -> Tensor:
-        """(m, V) fp32 at the scored positions."""
+        """Return log-probabilities (m, V) in fp32 at the scored positions."""
         return token_log_probs(
             self._head.compute_logits(lm_batch.input_ids, lm_batch.attention_mask)[lm_batch.scored_mask]
         )
 
     def _loss_terms(self, splice: _Splice, output: CoderOutput) -> dict[str, Tensor]:
-        """The model's loss, a mean over the step's scored positions, beside what is kept of the coder's own terms."""
+        """Return the model's loss, as a mean over the step's scored positions, and the coder's terms that are kept."""
         rows_ND = self._normalizer.denormalize(output.reconstruction)
         with splice_output(self._module, lambda x_BSD: replace_positions(x_BSD, splice.splice_mask, rows_ND)):
             log_probs = self._log_probs(splice.lm_batch)

@@ -1,4 +1,4 @@
-"""What several processes of a run have between them, put together where one of them writes it down."""
+"""Gather results and states from the ranks of a run, and check that the ranks agree."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from saetrain.training.trainer import Trainer
 
 
 def require_equal_on_ranks(values: Mapping[str, Any]) -> None:
-    """SaetrainError when a rank has another of one of the named values, which must be the same everywhere."""
+    """Raise SaetrainError if one of the named values differs between the ranks."""
     by_rank = distributed.all_gather_json(dict(values), "comparing settings")
     for name, *found in zip(values, *[each.values() for each in by_rank], strict=True):
         for number, value in enumerate(found):
@@ -30,25 +30,25 @@ def require_equal_on_ranks(values: Mapping[str, Any]) -> None:
 
 
 class RankGather:
-    """Gathers over the ranks; with one, it gives back what it is given."""
+    """Gathers values from all ranks; with one process, the results are its own values."""
 
     def __init__(self, run: RunContext) -> None:
         self.names = sae_names(run)
         self._owners, self._is_data_parallel = run.placement.owners, is_data_parallel(run)
 
     def gather_entries(self, own: dict[str, Any]) -> dict[str, Any]:
-        """Every SAE's entry (of JSON) in the run's order, on every rank."""
+        """Return the JSON entries of all SAEs in the run's order, on every rank."""
         if not self._owners:
             return own
         every = {
             name: value
-            for rows in distributed.all_gather_json(own, "gathering figures")
+            for rows in distributed.all_gather_json(own, "gathering metrics")
             for name, value in rows.items()
         }
         return {name: every[name] for name in self.names}
 
     def gather_tensors(self, own: Mapping[str, Mapping[str, Tensor]], what: str) -> dict[str, dict[str, Tensor]]:
-        """{SAE: tensors} of all SAEs on rank 0."""
+        """Return {SAE: tensors} of all SAEs on rank 0, and {} on the other ranks."""
         out = {}
         for name, (hookpoint, _) in self.names.items():
             found = distributed.gather_tensors_to_rank0(self._owners.get(hookpoint, 0), own.get(name, {}), what)
@@ -57,20 +57,20 @@ class RankGather:
         return out
 
     def gather_states(self, own: BatchSourceState) -> BatchSourceState:
-        """Where all ranks' shards stand."""
+        """Return the states of all ranks' shards."""
         return {
             shard: row for state in distributed.all_gather_json(own, "gathering shards") for shard, row in state.items()
         }
 
     def gather_spikes(self, own: list[LossSpike]) -> list[LossSpike]:
-        """Those of every rank; where all train the same SAEs, they have the same ones."""
-        if not self._owners or not distributed.all_reduce_max([len(own)], "looking for spikes")[0]:
+        """Return the loss spikes of all ranks; ranks that train the same SAEs have the same spikes."""
+        if not self._owners or not distributed.all_reduce_max([len(own)], "checking for loss spikes")[0]:
             return own
-        facts = distributed.all_gather_json([spike.facts for spike in own], "gathering spikes")
+        facts = distributed.all_gather_json([spike.facts for spike in own], "gathering loss spikes")
         return [LossSpike.from_facts(each) for rows in facts for each in rows]
 
     def require_equal_weights(self, trainer: Trainer) -> None:
-        """SaetrainError when weights that every step leaves the same on all ranks have drifted apart."""
+        """Raise SaetrainError if the weights of data-parallel ranks differ, although every step keeps them equal."""
         if not self._is_data_parallel:
             return
         for name, sae in trainer.saes.items():
@@ -78,6 +78,6 @@ class RankGather:
             maxima = distributed.all_reduce_max([*sums, *(-each for each in sums)], "comparing weights")
             if any(high != -low for high, low in zip(maxima[: len(sums)], maxima[len(sums) :], strict=True)):
                 raise SaetrainError(
-                    f"{name}: the processes' weights are no longer the same, so nothing is saved; hosts of different "
-                    "kinds round differently: use hosts of one kind, or --parallel hookpoints"
+                    f"{name}: the weights differ between the processes, so no checkpoint is saved; different hardware "
+                    "rounds differently: use hosts of one kind, or pass --parallel hookpoints"
                 )

@@ -1,4 +1,4 @@
-"""A run under way: the trainer with its data, logs and folder, from its first step or a checkpoint to the end."""
+"""The training loop: steps, logs, evaluations and checkpoints, from the first step or a checkpoint to the end."""
 
 from __future__ import annotations
 
@@ -36,23 +36,23 @@ from saetrain.training.preemption import Preempted, PreemptionHandler
 from saetrain.training.trainer import DEVICE_LAG_STEPS, MicroBatch, Throughput, Trainer
 
 MAX_SKIPPED_STEPS = 10
-"""Steps in a row that --on_spike skip leaves out before the run is given up."""
+"""Number of consecutive steps that --on_spike skip skips before the run fails."""
 
 
 @dataclass(frozen=True)
 class SyncedFlags:
-    """What the ranks know of one another's wishes in a step: each the largest over the ranks."""
+    """Flags that the ranks exchange in a step; each is the maximum over the ranks."""
 
     dropped: int = 0
     signal: int = 0
     wants_metrics: int = 0
-    """Whether the step's figures are wanted."""
+    """Whether the step's metrics are logged."""
     checkpoint_due: int = 0
     """Whether a checkpoint is overdue."""
 
 
 class TrainLoop:
-    """Steps, logs, evaluations and checkpoints in their order."""
+    """Runs the steps, logs, evaluations and checkpoints of a run in order."""
 
     def __init__(
         self,
@@ -100,7 +100,7 @@ class TrainLoop:
         self.progress_line = ProgressLine(self.trainer.total_steps, self.trainer.step)
 
     def run(self) -> None:
-        """Run the remaining steps, then evaluate and save the SAEs; exits where a signal asked for it."""
+        """Run the remaining steps, then evaluate and save the SAEs; raises CoordinatedExit if a signal stopped it."""
         log_run_start(self.context, self.trainer)
         failed = True
         try:
@@ -116,13 +116,13 @@ class TrainLoop:
                     if self.is_rank0:
                         log_run_summary(self.directory, final)
             if finished:
-                # What is left to do is rank 0's alone.
+                # Only rank 0 has work left.
                 distributed.destroy_process_group()
             if finished and self.config.assess and self.is_rank0:
                 self.assess_saved_saes()
             failed = False
         finally:
-            # What is read ahead for a run that has failed would keep the process alive.
+            # A thread that prefetches would keep the process of a failed run alive.
             self.has_ended = True
             self.batch_source.close()
             with self.report_write_errors():
@@ -131,17 +131,17 @@ class TrainLoop:
             raise distributed.CoordinatedExit(self.preemption.exit_code)
 
     def _raise_if_stopping(self) -> None:
-        """Raise :class:`Stopped` once nothing more is to be read."""
+        """Raise :class:`Preempted` after a signal or at the end of the run, so that reading stops."""
         self.preemption.raise_if_preempted()
         if self.has_ended:
             raise Preempted
 
     def report_write_errors(self) -> AbstractContextManager[None]:
-        """Within it, a full or vanished disk ends the run with a message."""
+        """Convert errors of writing to a SaetrainError that names the step."""
         return report_write_errors(self.directory, f"at step {self.trainer.step}", self.saved_step is not None)
 
     def _run_steps(self) -> bool:
-        """Whether all steps were done; False when a signal stopped it, with everything saved."""
+        """Run all steps; return False if a signal stopped the run, after a checkpoint."""
         trainer, progress_line = self.trainer, self.progress_line
         startup_message = self.batch_source.startup_message()
         if startup_message is not None:
@@ -170,14 +170,15 @@ class TrainLoop:
             self._save_if_good()
         self.preemption.received_signal = self.preemption.received_signal or signal.Signals(self.flags.signal)
         is_saved = self.saved_step == trainer.step
-        saved = "everything is saved" if is_saved else f"saved is step {self.saved_step or 0}"
+        saved = "everything is saved" if is_saved else f"the last saved step is {self.saved_step or 0}"
         log_rank0(
-            f"stopped by {self.preemption.received_signal.name} after step {trainer.step}; {saved}, --resume goes on"
+            f"stopped by {self.preemption.received_signal.name} after step {trainer.step}; {saved}; continue with "
+            "--resume"
         )
         return False
 
     def _run_step(self) -> bool:
-        """One optimizer step; False when it was dropped because of a signal."""
+        """Run one optimizer step; return False if it was dropped because of a signal."""
         trainer = self.trainer
         self.context.extractor.before_batch = self.preemption.raise_if_preempted
         step_state = trainer.step + 1, self.source_state
@@ -195,28 +196,28 @@ class TrainLoop:
         return True
 
     def _handle_spikes(self, own: list[LossSpike]) -> None:
-        """Act on the spikes of this rank's SAEs and the others'."""
+        """Stop at, or log, the loss spikes of all ranks; ``own``: the spikes of this rank's SAEs."""
         spikes = sorted(self.rank_gather.gather_spikes(own), key=lambda spike: spike.step)
         if spikes and self.config.train.on_spike == "stop":
             raise self._build_spike_error(spikes[0])
         self._log_skipped_steps(spikes)
 
     def _save_if_good(self) -> None:
-        """A checkpoint, unless the last step was left out."""
+        """Write a checkpoint unless the last step was skipped."""
         self._handle_spikes(self.trainer.drain_spikes())
-        # Behind such a step the weights may be ruined, which only a good step disproves.
+        # After a skipped step the weights may be ruined; only a good step shows that they are not.
         if self._last_skipped_step != self.trainer.step:
             self.write_checkpoint()
 
     def _get_micro_batch(self, number: int) -> MicroBatch:
-        """Micro-batch ``number``, or :class:`Stopped` on every rank where one of them has dropped the step."""
+        """Return micro-batch ``number``; raises :class:`Preempted` on every rank if one has dropped the step."""
         part, dropped = None, False
         try:
             part = self.batch_source.fetch_local_part(number)
         except Preempted:
             dropped = True
         last = (number + 1) % self.config.train.grad_acc_steps == 0
-        # A rank that drops a step says so where the others are about to wait for it.
+        # A rank reports a dropped step at the points where the other ranks would wait for it.
         if dropped or last or self.batch_source.needs_exchange(number):
             step = self.trainer.step + 1
             wants_metrics = self.log.should_log(step) or self.progress_line.should_print(step)
@@ -227,13 +228,13 @@ class TrainLoop:
                 int(self._checkpoint_due()),
             ]
             self._pending_flags = distributed.AsyncAllReduce(own_flags)
-            # Others hear of it while they compute, unless something is to be exchanged right now.
+            # The flags travel while the ranks compute, unless data must be exchanged right now.
             if dropped or not self.trainer.is_data_parallel or self.batch_source.needs_exchange(number):
                 self._sync_flags()
         return self.batch_source.exchange_parts(number, part)
 
     def _sync_flags(self) -> None:
-        """What the ranks have asked of one another; :class:`Stopped` where one of them has dropped the step."""
+        """Wait for the flags of all ranks; raises :class:`Preempted` if one of them has dropped the step."""
         if self._pending_flags is None:
             return
         self.flags, self._pending_flags = SyncedFlags(*self._pending_flags.wait()), None
@@ -241,20 +242,20 @@ class TrainLoop:
             raise Preempted
 
     def _prefetch(self) -> None:
-        """Run the model for later steps while the SAEs' gradients travel."""
-        # A signal is agreed on where the next step begins, for the others have their sums by now.
+        """Run the model for later steps while the SAEs' gradients are exchanged."""
+        # The other ranks already have their sums, so the ranks agree on a signal in the next step.
         with contextlib.suppress(Preempted):
             self.batch_source.prefetch_pools()
 
     def _should_stop(self) -> bool:
-        """Whether the run is to end behind the step that is done; alone, as soon as a signal comes."""
+        """Return whether the run ends after this step; a single process ends as soon as a signal arrives."""
         stop_signal = self.preemption.received_signal if env.world_size() == 1 else self.flags.signal
         return bool(stop_signal)
 
     def _log_skipped_steps(self, spikes: list[LossSpike]) -> None:
-        """Say which SAEs' step was left out; SaetrainError after too many in a row."""
+        """Log the skipped steps; raises SaetrainError after MAX_SKIPPED_STEPS in a row."""
         for spike in spikes:
-            log_rank0(f"{spike}; the step is left out (--on_spike skip)")
+            log_rank0(f"{spike}; the step is skipped (--on_spike skip)")
             if spike.step != self._last_skipped_step:
                 self._n_skipped = self._n_skipped + 1 if spike.step == self._last_skipped_step + 1 else 1
                 self._last_skipped_step = spike.step
@@ -264,30 +265,28 @@ class TrainLoop:
                 "looking for a good checkpoint", lambda: self._set_aside_last_checkpoint(before)
             )
             raise SaetrainError(
-                f"{spikes[0]}; {MAX_SKIPPED_STEPS} steps in a row were left out, so the weights themselves are ruined. "
-                f"{kept}; start a run of another --run_name with a lower --lr"
+                f"{spikes[0]}; {MAX_SKIPPED_STEPS} steps in a row were skipped, so the weights are ruined. "
+                f"{kept}; start another --run_name with a lower --lr"
             )
 
     def _build_spike_error(self, spike: LossSpike) -> SaetrainError:
-        """The batch's place is written down, and the message says what to do."""
+        """Write the batch's position to spike.json, and return an error with advice."""
         state = self.rank_gather.gather_states(dict(self._recent_states)[spike.step])
-        return SaetrainError(
-            distributed.run_on_rank0("writing down the spike", lambda: self._write_spike(spike, state))
-        )
+        return SaetrainError(distributed.run_on_rank0("writing spike.json", lambda: self._write_spike(spike, state)))
 
     def _write_spike(self, spike: LossSpike, state: BatchSourceState) -> str:
         path = self.directory / SPIKE_FILE
         with self.report_write_errors():
             write_json(path, {**spike.facts, "shards": self.batch_source.describe_state(state)})
         return (
-            f"{spike}; the batch's place is in {path}. {self._set_aside_last_checkpoint(spike.step - 1)}: start again with "
-            "--resume --on_spike skip, or with a lower --lr under another --run_name"
+            f"{spike}; the batch's position is in {path}. {self._set_aside_last_checkpoint(spike.step - 1)}: restart "
+            "with --resume --on_spike skip, or start another --run_name with a lower --lr"
         )
 
     def _set_aside_last_checkpoint(self, step: int) -> str:
-        """Set a checkpoint aside that was saved at ``step``, right before a spike; says what is kept.
+        """Rename the last checkpoint if it was saved at ``step``, right before a spike; return what is kept.
 
-        The update that ruins the weights shows in the loss of the step behind it.
+        The update that ruins the weights shows in the loss of the next step.
         """
         if self.saved_step is None:
             return "There is no checkpoint yet"
@@ -295,26 +294,24 @@ class TrainLoop:
             before = rename_suspect(self.directory / CHECKPOINTS_DIR, step)
         if before is None:
             return "The last checkpoint is kept"
-        return (
-            f"The checkpoint of step {step}, which may be what ruined it, is set aside, and that of step {before} kept"
-        )
+        return f"The checkpoint of step {step} may be the cause, so it is set aside, and that of step {before} is kept"
 
     def _is_step_multiple(self, steps: int) -> bool:
         return steps > 0 and self.trainer.step % steps == 0
 
     def _should_checkpoint(self) -> bool:
-        """Whether rank 0's clock says so, as it was when the step began."""
+        """Return whether a checkpoint was overdue by rank 0's clock when the step began."""
         return bool(self.flags.checkpoint_due) if env.world_size() > 1 else self._checkpoint_due()
 
     def _checkpoint_due(self) -> bool:
         return self.is_rank0 and time.monotonic() - self.saved_at_s > 60 * MAX_INTERVAL_MINUTES
 
     def _log_step(self, speed: Throughput) -> dict[str, float] | None:
-        """Log the step when a sink wants it; gives the first SAE's figures for the progress line."""
+        """Log the step if a sink wants it, and return the first SAE's metrics for the progress line."""
         trainer = self.trainer
         if not self.flags.wants_metrics:
             return None
-        # Its figures are waited for, so its verdict costs no further wait.
+        # Reading the metrics waits for the device anyway, so checking for spikes costs nothing more.
         self._handle_spikes(trainer.drain_spikes())
         rate = speed.read(trainer.tokens_seen)
         rank_values = self.rank_metrics.read(trainer.tokens_seen / env.world_size(), self.context.model.device)
@@ -330,11 +327,11 @@ class TrainLoop:
         return {**next(iter(saes.values())), "tokens_per_second": rate}
 
     def evaluate_held_out(self, kind: Literal["eval", "final"]) -> dict[str, dict[str, float]]:
-        """Held-out figures of all SAEs, logged."""
+        """Score all SAEs on held-out text, log their metrics, and return them."""
         if kind == "final":
             log_rank0(f"scoring on {self.config.evaluation.eval_tokens:,} held-out tokens")
         metrics = {}
-        # Where every rank has the same SAEs, one of them scores.
+        # If every rank has the same SAEs, only rank 0 scores them.
         if self.is_rank0 or self.context.placement.owners:
             with distributed.phase("scoring"):
                 metrics = evaluate_coders(
@@ -349,10 +346,10 @@ class TrainLoop:
         return metrics
 
     def assess_saved_saes(self) -> None:
-        """Score the SAEs as they were saved, as `saetrain evaluate` would; the verdict and its figures are logged."""
+        """Evaluate the saved SAEs as `saetrain evaluate` would, and log their verdicts and metrics."""
         config = self.config
         log_rank0(
-            "assessing the SAEs on held-out text (--assess false leaves it out; `saetrain evaluate` does it later)"
+            "assessing the SAEs on held-out text (--assess false skips this; `saetrain evaluate` can do it later)"
         )
         eval_config = EvaluateConfig(
             path=str(self.directory), scoring=config.scoring, health=config.health, base=config.base, model=config.model
@@ -360,8 +357,8 @@ class TrainLoop:
         try:
             assessment = evaluate_saved(eval_config, max_eval_tokens=config.evaluation.eval_tokens)
         except SaetrainError as error:
-            # What was trained is saved and scored by then.
-            log_rank0(f"the assessment could not be made: {error}")
+            # The trained SAEs are already saved and scored.
+            log_rank0(f"the assessment failed: {error}")
             return
         with self.report_write_errors():
             self.log.write(
@@ -369,7 +366,7 @@ class TrainLoop:
             )
 
     def write_checkpoint(self) -> None:
-        """Write a checkpoint of everything that the rest of the run depends on; rank 0 does."""
+        """Write a checkpoint of everything that the rest of the run depends on; only rank 0 writes files."""
         self.rank_gather.require_equal_weights(self.trainer)
         tensors = self.rank_gather.gather_tensors(
             {name: sae.state_dict() for name, sae in self.trainer.saes.items()}, "sending states"
@@ -395,6 +392,6 @@ class TrainLoop:
             with self.report_write_errors(), distributed.phase("writing a checkpoint"):
                 self.log.sync_to_disk()
                 save_checkpoint(self.directory / CHECKPOINTS_DIR, self.trainer.step, tensors, values)
-        # Nobody goes on, or leaves, before the checkpoint is whole.
+        # No rank continues or exits before the checkpoint is complete.
         distributed.barrier("waiting for rank 0: writing a checkpoint")
         self.saved_at_s, self.saved_step = time.monotonic(), self.trainer.step

@@ -1,4 +1,4 @@
-"""Memory and disk that a run needs, beside what there is."""
+"""The memory that a run needs, and the memory that is available."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from saetrain.training.placement import Placement
 
 FP32_BYTES = 4
 LOGIT_COPIES = 5
-"""Times that an end-to-end step holds the vocabulary's logits: both models' answers, their difference, gradients."""
+"""Copies of the logits that an end-to-end step holds: outputs of both models, their difference, gradients."""
 CGROUP_LIMIT_FILES = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 def count_sae_parameters(config: RunConfig, widths: dict[str, int]) -> int:
-    """Parameters of all SAEs of the run."""
+    """Return the number of parameters of the SAEs with these ``widths``, {hookpoint: D}, over all seeds."""
     each = (
         2 * width * config.sae.resolve_num_latents(width) + config.sae.resolve_num_latents(width) + width
         for width in widths.values()
@@ -32,11 +32,11 @@ def count_sae_parameters(config: RunConfig, widths: dict[str, int]) -> int:
 def required_memory_bytes(
     config: RunConfig, model: BaseModel, widths: dict[str, int], ctx_len: int, placement: Placement
 ) -> int:
-    """Bytes beside the program: model, SAEs with gradients, moments and a copy to score, buffer, a micro-step's codes.
+    """Return the bytes that a run needs in addition to the program itself.
 
-    Ranks that share the SAEs fill some pools of the buffer before they are needed.
-
-    End to end, the logits of a micro-step in the buffer's place.
+    They are for the model, the SAEs with gradients, moments and a copy for scoring, the shuffle buffer, and the codes
+    of a micro-batch. Data-parallel ranks fill some pools of the buffer early. For the end-to-end losses, the logits of
+    a micro-batch take the place of the buffer.
     """
     model_bytes = sum(p.numel() * p.element_size() for p in model.module.parameters())
     own = {name: width for name, width in widths.items() if placement.is_owned_by(name, env.rank())}
@@ -55,9 +55,9 @@ def required_memory_bytes(
 
 
 def available_memory_bytes(device: torch.device) -> int:
-    """Bytes that this process can still take on ``device``, with what it holds already counted back in.
+    """Return the bytes that this process can use on ``device``, including what it already holds.
 
-    Processes of one host share its memory.
+    The processes of a host share its memory.
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
@@ -74,7 +74,7 @@ def available_memory_bytes(device: torch.device) -> int:
 def check_memory(
     config: RunConfig, model: BaseModel, widths: dict[str, int], ctx_len: int, placement: Placement
 ) -> None:
-    """SaetrainError when the run needs more memory than there is, unless --force."""
+    """Raise SaetrainError if the run needs more memory than is available, unless --force is set."""
     needed, available = (
         required_memory_bytes(config, model, widths, ctx_len, placement),
         available_memory_bytes(model.device),
@@ -83,14 +83,15 @@ def check_memory(
         return
     latents = ", ".join(sorted({f"{config.sae.resolve_num_latents(width):,}" for width in widths.values()}))
     raise SaetrainError(
-        f"{latents} latents over {len(widths)} hookpoints need about {format_bytes(needed)} of memory, and {format_bytes(available)} are "
-        f"there on {model.device}; lower --expansion_factor (now {config.sae.expansion_factor}) or --num_latents, "
-        "take fewer --layers at once, lower --buffer_tokens, or go on with --force"
+        f"{latents} latents over {len(widths)} hookpoints need about {format_bytes(needed)} of memory, but only "
+        f"{format_bytes(available)} are available on {model.device}; lower --expansion_factor (now "
+        f"{config.sae.expansion_factor}) or --num_latents, train fewer --layers at once, lower --buffer_tokens, or "
+        "pass --force to start anyway"
     )
 
 
 def format_bytes(count: int) -> str:
-    """Bytes in the largest unit that leaves a number above 1."""
+    """Return a number of bytes as text, in GiB, MiB or KiB."""
     for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20)):
         if count >= size:
             return f"{count / size:.1f} {unit}"

@@ -1,4 +1,4 @@
-"""What is said of a run: in the SAE's files, at its start, and at its end."""
+"""Describe a run: in the metadata of its SAEs, in the log at its start, and in the summary at its end."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from saetrain.training.trainer import Trainer
 
 
 def build_run_metadata(run: RunContext, trainer: Trainer) -> dict[str, Any]:
-    """What every SAE's metadata say of model, text, token policy and training."""
+    """Return the metadata that all SAEs of the run share: model, text, token policy and training."""
     config = run.config
     kernels = choose_kernels(config.compute, config.optim, config.train.loss_fn, run.model.device)
     return {
@@ -53,33 +53,33 @@ def build_run_metadata(run: RunContext, trainer: Trainer) -> dict[str, Any]:
 
 
 def absolute_location(name: str) -> str:
-    """A hub id as it is, a local path in full, so that the SAE's files can be used from anywhere."""
+    """Return hub ids unchanged and local paths in full, so that the SAE's files work from any folder."""
     return str(Path(name).resolve()) if os.path.exists(name) else name
 
 
 def hook_name(run: RunContext, hookpoint: str) -> str:
-    """TransformerLens' name of a causal model's residual stream, which SAELens expects; else the module's own."""
+    """Return TransformerLens' name of a causal model's residual stream, which SAELens expects; else the module's."""
     if run.model.causal and run.config.where.hookpoints is None:
         return f"blocks.{hookpoint.rsplit('.', 1)[1]}.hook_resid_post"
     return hookpoint
 
 
 def log_run_start(run: RunContext, trainer: Trainer) -> None:
-    """The lines at the start: what will be trained on what, and what to know of it."""
+    """Log what will be trained on what, and warn about settings that are probably mistakes."""
     plan, config = run.plan, run.config
     leftover_tokens = config.train.max_tokens - plan.n_tokens
     if trainer.step:
-        log_rank0(f"{trainer.total_steps - trainer.step} steps of {trainer.total_steps} are left")
+        log_rank0(f"{trainer.total_steps - trainer.step} of {trainer.total_steps} steps are left")
     count = len(sae_names(run))
     log_rank0(
         f"training {count} SAE{'s' if count > 1 else ''} for {plan.steps} steps of "
-        f"{plan.tokens_per_step:,} tokens ({plan.n_tokens:,} in all; {leftover_tokens:,} of --max_tokens left over), "
+        f"{plan.tokens_per_step:,} tokens ({plan.n_tokens:,} in total; {leftover_tokens:,} of --max_tokens unused), "
         f"{plan.describe_passes()}, at lr {describe_lrs(config, trainer)}"
     )
     if config.train.end_to_end:
         log_rank0(
-            f"a micro-step takes {config.train.batch_size} whole sequences, which count as {run.framing.ctx_len} "
-            "tokens each towards --max_tokens, shorter ones too"
+            f"each micro-batch has {config.train.batch_size} whole sequences, which count as {run.framing.ctx_len} "
+            "tokens each towards --max_tokens, even if they are shorter"
         )
     kernels = choose_kernels(config.compute, config.optim, config.train.loss_fn, run.model.device)
     log_rank0(f"kernels: {kernels.kernels}, products in {kernels.compute_dtype} (--kernels, --compute_dtype)")
@@ -88,10 +88,10 @@ def log_run_start(run: RunContext, trainer: Trainer) -> None:
     widths = sorted({sae.coder.d_in for sae in trainer.saes.values() if config.sae.k >= sae.coder.d_in})
     if widths:
         log_rank0(
-            f"--k {config.sae.k} is no less than the width {widths[0]} of the activations: such a code is hardly sparse"
+            f"--k {config.sae.k} is at least the activation width {widths[0]}, so the code is not sparse; lower --k"
         )
     if not config.dead_bias_lr_multiplier and not config.sae.auxk_alpha:
-        log_rank0("nothing revives latents that die in this run; --auxk_alpha 0.03125 switches a loss on that does")
+        log_rank0("dead latents stay dead in this run; pass --auxk_alpha 0.03125 to revive them")
     for latents in sorted({sae.coder.num_latents for sae in trainer.saes.values()}):
         remark = _describe_lr_risk(config, plan.run_size(latents, config.sae.k))
         if remark:
@@ -100,13 +100,13 @@ def log_run_start(run: RunContext, trainer: Trainer) -> None:
 
 
 def describe_lrs(config: RunConfig, trainer: Trainer) -> str:
-    """The peak learning rates of the SAEs here, and whether the rule gave them."""
+    """Return the peak learning rates of this rank's SAEs, and whether --lr auto chose them."""
     found = sorted({f"{sae.peak_lr:.3g}" for sae in trainer.saes.values()})
     return " and ".join(found) + (" (--lr auto)" if config.optim.lr == "auto" else "")
 
 
 def _describe_lr_risk(config: RunConfig, size: RunSize) -> str | None:
-    """What to say of the learning rate."""
+    """Return a warning about an unusual learning rate, or None."""
     lr = resolve_lr(config.optim, size)
     if config.optim.optimizer == "sgd":
         return describe_small_sgd_lr(lr)
@@ -114,7 +114,7 @@ def _describe_lr_risk(config: RunConfig, size: RunSize) -> str | None:
 
 
 def warn_unreachable_threshold(k: int, latents: int, threshold: float) -> None:
-    """Say it where the rate rule must call some latents dead whatever the training does."""
+    """Log a warning if the rate rule counts some latents as dead whatever the training does."""
     bound = min_dead_fraction(k, latents, threshold)
     if bound > 0:
         log_rank0(
@@ -124,7 +124,7 @@ def warn_unreachable_threshold(k: int, latents: int, threshold: float) -> None:
 
 
 def log_run_summary(directory: Path, metrics: dict[str, dict[str, float]]) -> None:
-    """The held-out figures of each SAE, and where things lie."""
+    """Print the held-out metrics of each SAE and the paths of the results."""
     name_width = max(map(len, metrics))
     print(f"{'SAE':<{name_width}}     FVU  expl.var      L0  never fired  dead by rate  redundancy (random)")
     for name, row in metrics.items():
@@ -138,6 +138,6 @@ def log_run_summary(directory: Path, metrics: dict[str, dict[str, float]]) -> No
     unusable = [name for name, row in metrics.items() if not row["fvu"] < 1]
     if unusable:
         print(
-            f"WARNING: {', '.join(unusable)}: worse than predicting the mean (FVU is not below 1), so not usable. More "
-            "tokens, another --lr or a lower --k usually mend it"
+            f"WARNING: {', '.join(unusable)}: worse than predicting the mean (FVU is not below 1), so not usable; "
+            "try more tokens, another --lr or a lower --k"
         )

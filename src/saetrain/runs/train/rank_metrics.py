@@ -1,4 +1,4 @@
-"""What each process of a run does with its time."""
+"""Speed, waiting time and utilization of each process of a run."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from saetrain.distributed import env
 
 
 class RankMetrics:
-    """Figures of every rank since the last reading; none where there is one process."""
+    """Metrics of every rank since the last reading; none with one process."""
 
     def __init__(self) -> None:
         self._time, self._waited, self._tokens = time.perf_counter(), 0.0, 0.0
         self._cpu = time.process_time()
 
     def read(self, tokens: float, device: torch.device) -> dict[str, float]:
-        """``{"rank0/tokens_per_second": …, "rank0/waiting": …, "rank0/utilisation": …}`` of all ranks.
+        """Return ``{"rank0/tokens_per_second": …, "rank0/waiting": …, "rank0/utilisation": …}`` of all ranks.
 
-        ``tokens``: this rank's share of those trained on since the start of the run. Speed is over the time that the
-        rank did not wait for others, so a slow rank shows. A GPU's exchanges run beside this process: its speed is over
-        all time, and there is no figure of waiting. Every rank calls this at the same step.
+        ``tokens``: this rank's share of the tokens trained on since the start of the run. The speed excludes the time
+        in which the rank waited for others, so a slow rank is visible. A GPU communicates asynchronously: its speed is
+        over all time, and there is no `waiting`. Every rank must call this at the same step.
         """
         if env.world_size() == 1:
             return {}
@@ -37,12 +37,12 @@ class RankMetrics:
         if used is not None:
             metrics["utilisation"] = used
         self._time, self._cpu, self._waited, self._tokens = time_s, cpu, waited, tokens
-        rows = distributed.all_gather_json(metrics, "gathering the ranks' figures")
+        rows = distributed.all_gather_json(metrics, "gathering the ranks' metrics")
         return {f"rank{number}/{name}": value for number, row in enumerate(rows) for name, value in row.items()}
 
 
 def _gpu_utilization(device: torch.device) -> float | None:
-    """Share of the last second in which the GPU was busy, where NVIDIA's library can be asked."""
-    with contextlib.suppress(Exception):  # without nvidia-ml-py, or without the right to ask, there is no figure
+    """Return the share of the last second in which the GPU was busy, or None if NVIDIA's library is missing."""
+    with contextlib.suppress(Exception):  # nvidia-ml-py may be missing, or access may be denied
         return torch.cuda.utilization(device) / 100
     return None

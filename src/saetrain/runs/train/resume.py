@@ -1,4 +1,4 @@
-"""Going on from a checkpoint: which settings may have changed since, and which would change the result."""
+"""Resume from a checkpoint: which settings may change, and which would change the result."""
 
 from __future__ import annotations
 
@@ -51,18 +51,18 @@ MAY_CHANGE_ON_RESUME = frozenset(
         *(item.name for item in (*dataclasses.fields(ScoreSettings), *dataclasses.fields(HealthSettings))),
     }
 )
-"""Settings that may change: they do not touch the weights (model and data set are compared by their content)."""
+"""Settings that do not affect the weights; model and data set are compared by their content."""
 TEXT_SETTINGS = frozenset({"split", "dataset_config", "text_column", "skip_bad_rows"})
-"""Settings that say which text it is: a text that is compared whole is told by its content."""
+"""Settings that select the text; they may change if the whole text is compared by its content."""
 MAY_DIFFER_BETWEEN_RANKS = frozenset({"save_dir", "device", "data_preprocessing_num_proc", "resume", "overwrite"})
 """Settings that may differ between processes."""
 BATCH_SETTINGS = ("batch_size", "grad_acc_steps")
 DERIVED_SETTINGS = ("lr_warmup_steps", "weight_decay", "dead_window_tokens", "model_batch_tokens")
-"""Settings that follow others, or the machine, where they are not given; a resumed run keeps the first start's."""
+"""Settings that are derived from others or from the machine if not given; a resumed run keeps its first values."""
 
 
 def content_hashes(run: RunContext) -> dict[str, Any]:
-    """What the model's weights and the text are, whatever their names."""
+    """Return hashes of the model's weights, configuration and tokenizer and of the text, whatever their names."""
     return {
         "model_weights_sha256": run.weights_sha256,
         "model_config": hash_model_code(run.model),
@@ -72,7 +72,7 @@ def content_hashes(run: RunContext) -> dict[str, Any]:
 
 
 def require_same_run(run: RunContext) -> None:
-    """SaetrainError when the processes do not agree on what they are about to train on."""
+    """Raise SaetrainError if the processes differ in settings, model or text."""
     settings = {
         f"--{name}": value for name, value in to_flat(run.config).items() if name not in MAY_DIFFER_BETWEEN_RANKS
     }
@@ -81,9 +81,9 @@ def require_same_run(run: RunContext) -> None:
 
 
 def reconcile_with_checkpoint(run: RunContext, checkpoint: Checkpoint) -> RunContext:
-    """``run`` with the settings that the checkpoint's run had worked out.
+    """Return ``run`` with the settings that the checkpoint's run resolved.
 
-    Raises SaetrainError for a setting, a model or a text that has changed and would change the result.
+    Raises SaetrainError if a setting, the model or the text has changed in a way that would change the result.
     """
     saved_hashes, current_hashes = checkpoint.values["identity"], content_hashes(run)
     _require_same_hash(current_hashes, saved_hashes, "model_weights_sha256", "MODEL: its weights are not those")
@@ -94,7 +94,7 @@ def reconcile_with_checkpoint(run: RunContext, checkpoint: Checkpoint) -> RunCon
     flat = to_flat(resolve_config(run))
     if flat["max_tokens"] != before["max_tokens"]:
         _require_not_shorter(flat["max_tokens"], before["max_tokens"])
-    # Also where the tokens are the same: an earlier resume may have asked for more of them.
+    # This also applies to an unchanged --max_tokens, because an earlier resume may have raised it.
     flat.update({name: before[name] for name in DERIVED_SETTINGS if given[name] is None})
     if given["lr"] == checkpoint.values["asked_lr"] == "auto":
         flat["lr"] = before["lr"]
@@ -111,10 +111,10 @@ def reconcile_with_checkpoint(run: RunContext, checkpoint: Checkpoint) -> RunCon
         changed.append(f"the number of processes is {env.world_size()} now and was {checkpoint.values['world_size']}")
     if changed:
         raise SaetrainError(
-            f"--resume: {', '.join(changed)} when the run began, which would change the result; give it as it was, or "
-            "start a run of another --run_name"
+            f"--resume: {', '.join(changed)} when the run began, which would change the result; pass the earlier "
+            "value, or start another --run_name"
         )
-    # Behind the settings, for some of them decide which texts are trained on.
+    # The text is compared after the settings, because some of them decide which texts are trained on.
     _require_same_hash(current_hashes, saved_hashes, "text", "DATASET: its text is not the one")
     config: RunConfig = dataclasses.replace(from_flat(flat, "checkpoint"), where=run.config.where)
     plan = build_batch_plan(config, run.framing.ctx_len, run.plan.text_tokens)
@@ -123,34 +123,36 @@ def reconcile_with_checkpoint(run: RunContext, checkpoint: Checkpoint) -> RunCon
 
 
 def _format_divisors(whole: int) -> str:
-    """The numbers that divide ``whole``, up to a node or a few of GPUs."""
+    """Return the divisors of ``whole`` up to 64, the GPUs of a few nodes, as text."""
     return ", ".join(str(number) for number in range(1, min(whole, 64) + 1) if whole % number == 0)
 
 
 def _sequences_per_step(settings: Mapping[str, Any], world: int) -> int:
-    """Sequences of an optimizer step."""
+    """Return the number of sequences per optimizer step, over all processes."""
     return world * math.prod(settings[name] for name in BATCH_SETTINGS)
 
 
 def fit_batch(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
-    """The settings with a batch that keeps the steps of a checkpoint's run on another number of processes.
+    """Return settings whose batch keeps the checkpoint's sequences per step on another number of processes.
 
-    Raises SaetrainError where they can't be kept; a batch of the user's own is left to :func:`reconcile`.
+    Raises SaetrainError if that is impossible. A batch that the user changed is left to
+    :func:`reconcile_with_checkpoint`.
     """
     before, saved_n_ranks, n_ranks = values["settings"], values["world_size"], env.world_size()
     flat = to_flat(config)
-    asked, last = [[settings[name] for name in BATCH_SETTINGS] for settings in (flat, before)]
+    requested, last = [[settings[name] for name in BATCH_SETTINGS] for settings in (flat, before)]
     whole = math.prod(last) * saved_n_ranks
-    same = math.prod(asked) * n_ranks == whole
-    if same or asked not in (last, values["asked_batch"]):
+    same = math.prod(requested) * n_ranks == whole
+    if same or requested not in (last, values["asked_batch"]):
         return config
     if whole % n_ranks:
         raise SaetrainError(
-            f"--resume: the run's steps of {whole} sequences ({last[0]} x {last[1]} micro-steps x {saved_n_ranks} processes) "
-            f"can't be dealt evenly to {n_ranks} processes; start one of {_format_divisors(whole)} processes"
+            f"--resume: the run's steps of {whole} sequences ({last[0]} x {last[1]} micro-batches x {saved_n_ranks} "
+            f"processes) can't be split evenly over {n_ranks} processes; use one of these numbers of processes: "
+            f"{_format_divisors(whole)}"
         )
-    # The largest micro-batch that is no larger than what was asked for.
-    size = max(size for size in range(1, asked[0] + 1) if whole // n_ranks % size == 0)
+    # The micro-batch is as large as possible without exceeding the requested one.
+    size = max(size for size in range(1, requested[0] + 1) if whole // n_ranks % size == 0)
     steps = whole // n_ranks // size
     log_rank0(
         f"--batch_size {size} --grad_acc_steps {steps} keep the run's steps of {whole} sequences on {n_ranks} "
@@ -160,28 +162,28 @@ def fit_batch(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
 
 
 def _resolve_kernels(given: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
-    """The first start's choice holds, for kernels round differently; an explicit one is taken, and that is said.
+    """Return the kernels of the first start, because kernels round differently; an explicit choice is used and logged.
 
-    A machine that the run moves to may have no compiler.
+    An explicit choice is needed if the run moves to a machine without a compiler.
     """
     out = {name: before[name] if given[name] == "auto" else given[name] for name in ("kernels", "compute_dtype")}
     for name, value in out.items():
         if value != before[name]:
             log_rank0(
-                f"--{name} {value} instead of {before[name]}: sums are rounded otherwise, so the bits will differ"
+                f"--{name} {value} instead of {before[name]}: sums are rounded differently, so the bits will differ"
             )
     return out
 
 
 def _ignorable_settings(run: RunContext, flat: Mapping[str, Any], before: Mapping[str, Any]) -> frozenset[str]:
-    """Settings that can't matter beside what else is compared."""
+    """Return the settings that cannot matter, given everything else that is compared."""
     names = set()
     if flat["num_latents"] is not None and flat["num_latents"] == before["num_latents"]:
         names.add("expansion_factor")
-    # Each process has a device of its own.
+    # Each process has its own device.
     if str(flat["device"]).partition(":")[0] == str(before["device"]).partition(":")[0]:
         names.add("device")
-    # A hub model's own code is told by its commit alone.
+    # Only the commit identifies the Python code of a model on the hub.
     if run.weights_sha256 is not None and not run.config.base.trust_remote_code:
         names.add("revision")
     if run.plan.train_tokens is not None:
@@ -193,7 +195,7 @@ def _require_same_hash(current: Mapping[str, Any], saved: Mapping[str, Any], nam
     if current[name] != saved[name]:
         raise SaetrainError(
             f"--resume: {what} that the run began with (hash {str(current[name])[:12]}, was "
-            f"{str(saved[name])[:12]}); start a run of another --run_name"
+            f"{str(saved[name])[:12]}); start another --run_name"
         )
 
 
@@ -201,10 +203,10 @@ def _require_not_shorter(current: int, saved: int) -> None:
     if current < saved:
         raise SaetrainError(
             f"--resume: --max_tokens {current} is less than the {saved} that the run began with; "
-            "only more can be asked for"
+            "pass at least that number"
         )
     log_rank0(
         f"--max_tokens {current:,} instead of {saved:,}: the decay of the learning rate moves to the last "
-        f"{LR_DECAY_SHARE:.0%} of the longer run, and a rate of --lr auto stays that of the shorter, so the result is not "
-        "that of a run that was this long from the start"
+        f"{LR_DECAY_SHARE:.0%} of the longer run, and --lr auto keeps the rate of the shorter run, so the result "
+        "differs from training this long from the start"
     )

@@ -1,4 +1,4 @@
-"""``saetrain MODEL DATASET``: what the main command does, in order."""
+"""``saetrain MODEL DATASET``: the training command from settings to saved SAEs."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from saetrain.training.checkpoint import Checkpoint
 
 
 def train_saes(config: RunConfig) -> None:
-    """Train, evaluate and save; SaetrainError for what the user can mend."""
-    # Moments of idle latents fade until they are denormal, which makes a step many times slower; before the first
-    # parallel region, for its threads keep what they were made with.
+    """Train, evaluate and save SAEs; raises SaetrainError for errors that the user can fix."""
+    # The moments of idle latents decay to denormal numbers, which make a step many times slower. The call precedes the
+    # first parallel region, because its threads keep the mode that they were created with.
     torch.set_flush_denormal(True)
     if env.rank() == 0:
         require_log_packages(config.logs)
-    # Before anything slow, for it may be refused.
+    # The choice precedes anything slow, because it may fail.
     _choose_kernels_on_ranks(config)
     config = resume_if_restarted(config)
     distributed.set_phase("loading model and text")
@@ -69,28 +69,28 @@ def train_saes(config: RunConfig) -> None:
 
 
 def _choose_kernels_on_ranks(config: RunConfig) -> None:
-    """One process of each host builds what has to be built; all must come to the same kernels."""
+    """Choose the kernels, first in one process per host, which builds them; SaetrainError if the ranks differ."""
     device = resolve_device(config.base.device)
     if device.type == "cuda" and device.index is not None:
-        # Triton launches where torch stands, whatever device its inputs are on.
+        # Triton launches on torch's current device, whatever device its inputs are on.
         torch.cuda.set_device(device)
     arguments = (config.compute, config.optim, config.train.loss_fn, device)
     chosen = distributed.local_rank0_first("building the kernels", lambda: choose_kernels(*arguments))
-    gather.require_equal_on_ranks({"the kind of --device": device.type})
+    gather.require_equal_on_ranks({"the type of --device": device.type})
     gather.require_equal_on_ranks({"--kernels": chosen.kernels, "--compute_dtype": chosen.compute_dtype})
 
 
 def _open_checkpoint(config: RunConfig, directory: Path) -> Checkpoint | None:
-    """The checkpoint to go on from, as rank 0 finds it; the others get its tensors later."""
+    """Return the checkpoint that rank 0 finds, or None; the other ranks receive its tensors later."""
     found = open_run_dir(config, directory) if env.rank() == 0 else None
-    values = distributed.broadcast_from_rank0(found.values if found is not None else None, "opening the run's folder")
+    values = distributed.broadcast_from_rank0(found.values if found is not None else None, "opening the run directory")
     if values is None:
         return None
     return found or Checkpoint(directory, {}, values)
 
 
 def _broadcast_checkpoint(run: RunContext, checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint with the tensors that this rank needs, for the folder may lie on rank 0's disk alone."""
+    """Send this rank the tensors that it needs, because the run directory may be on rank 0's disk only."""
     tensors = {}
     for name in checkpoint.values["files"]:
         content = distributed.broadcast_tensors(checkpoint.tensors.get(name), f"sending the checkpoint of {name}")

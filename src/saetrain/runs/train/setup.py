@@ -1,4 +1,4 @@
-"""From settings to the stages of a run: model, hookpoints, tokens, held-out text, and the plan of steps."""
+"""Prepare the stages of a run from its settings: model, hookpoints, text, held-out text and batch plan."""
 
 from __future__ import annotations
 
@@ -35,39 +35,39 @@ from saetrain.runs.train.memory import check_memory, count_sae_parameters
 from saetrain.training.placement import Placement, SaeCost, plan_placement
 
 CALIBRATION_TOKENS = 16_384
-"""Tokens on which the inputs' centre, scale and norm limit are measured."""
+"""Tokens on which centre, scale and norm limit of the activations are measured."""
 EVAL_BATCH_SEQUENCES = 64
 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """Numbers of the run that are known before it starts."""
+    """The steps and tokens of a run, which are known before it starts."""
 
     tokens_per_step: int
     steps: int
     data_sets: tuple[str, ...]
     shares: tuple[float, ...]
-    """Of each data set in the tokens that are trained on."""
+    """Share of each data set in the training tokens."""
     text_tokens: tuple[int | None, ...]
-    """Training tokens of each data set that the token policy keeps; None where it is streamed."""
+    """Training tokens per data set that the token policy keeps; None for a stream."""
 
     @property
     def n_tokens(self) -> int:
-        """Activations that the run trains on."""
+        """Number of activations that the run trains on."""
         return self.steps * self.tokens_per_step
 
     def run_size(self, num_latents: int, k: int) -> RunSize:
-        """What the rule for the learning rate asks about."""
+        """Return the inputs of the rule for --lr auto."""
         return RunSize(num_latents, k, self.tokens_per_step, self.steps)
 
     @property
     def train_tokens(self) -> int | None:
-        """Training tokens of all data sets, or None where one is streamed."""
+        """Training tokens of all data sets, or None if one is a stream."""
         known = [tokens for tokens in self.text_tokens if tokens is not None]
         return sum(known) if len(known) == len(self.text_tokens) else None
 
     def describe_passes(self) -> str:
-        """How often the run passes over its text."""
+        """Return a phrase about how often the run passes over its text."""
         rows = zip(self.data_sets, self.shares, self.text_tokens, strict=True)
         counts = {
             name: f"{self.n_tokens * share / max(tokens, 1):.2f} passes over" if tokens is not None else "streaming"
@@ -76,12 +76,12 @@ class BatchPlan:
         if len(counts) > 1:
             return ", ".join(f"{count} {name}" for name, count in counts.items())
         (count,) = counts.values()
-        return f"{count} the text" + ("" if self.train_tokens is not None else ", the number of passes is not known")
+        return f"{count} the text" + ("" if self.train_tokens is not None else ", so the number of passes is unknown")
 
 
 @dataclass(frozen=True)
 class RunContext:
-    """The stages up to activations, ready to run."""
+    """The stages of a run up to the activations, ready to run."""
 
     config: RunConfig
     model: BaseModel
@@ -93,18 +93,18 @@ class RunContext:
     train_source: ShardedSource
     held_out: Sequences
     text_metadata: dict[str, Any]
-    """What the SAE's metadata say of the text."""
+    """Entries about the text in the SAE's metadata."""
     plan: BatchPlan
     weights_sha256: str | None
     """Hash of the model's weight files."""
     head: LMHeadModel | None
-    """The model with its head, where the loss is its own."""
+    """The model with its head, for the end-to-end losses."""
     placement: Placement
-    """Who of several processes trains what."""
+    """Assignment of the SAEs to the ranks."""
 
 
 def prepare_run(config: RunConfig) -> RunContext:
-    """Load and resolve everything that comes before the first activation; prints what was chosen."""
+    """Load and resolve everything that precedes the first activation, and log what was chosen."""
     quiet_libraries()
     _log_local_paths(config)
     head = load_lm_head_model(config) if config.train.end_to_end else None
@@ -150,11 +150,11 @@ def prepare_run(config: RunConfig) -> RunContext:
 
 
 def require_shards(config: RunConfig, micro_tokens: int) -> None:
-    """SaetrainError when a rank would have nothing to read, or uneven sequences to splice into."""
+    """Raise SaetrainError if a rank would have nothing to read or, end to end, fewer sequences than another."""
     shards, ranks = config.loader.data_shards, env.world_size()
     if ranks == 1:
         return
-    advice = f"start a run with --data_shards {ranks * -(-shards // ranks)}, which is part of the order of its samples"
+    advice = f"start a new run with --data_shards {ranks * -(-shards // ranks)}; it is part of the sample order"
     if shards < ranks:
         raise SaetrainError(f"--data_shards {shards}: fewer than the {ranks} processes; {advice}")
     if config.train.end_to_end and shards % ranks:
@@ -164,19 +164,19 @@ def require_shards(config: RunConfig, micro_tokens: int) -> None:
         )
     if not config.train.end_to_end and micro_tokens < shards:
         raise SaetrainError(
-            f"--data_shards {shards}: more than the {micro_tokens} activations of a micro-step, so that some processes "
-            "would have none of them; raise --batch_size"
+            f"--data_shards {shards}: more than the {micro_tokens} activations of a micro-batch, so some processes "
+            "would get none; raise --batch_size"
         )
     if shards % ranks:
         max_shards = -(-shards // ranks)
         log_rank0(
-            f"--data_shards {shards} over {ranks} processes: some read {max_shards} shards and some {shards // ranks}, so "
-            f"they wait for one another; {advice}"
+            f"--data_shards {shards} over {ranks} processes: some read {max_shards} shards and some {shards // ranks}, "
+            f"so they wait for one another; {advice}"
         )
 
 
 def _plan_placement(config: RunConfig, ctx_len: int, model: BaseModel, capture: ActivationCapture) -> Placement:
-    """Who trains what, said with its reason where there is a choice."""
+    """Assign the SAEs to the ranks, and log the reason if there is a choice."""
     costs = {
         name: SaeCost(count_sae_parameters(config, {name: width}), width) for name, width in capture.widths.items()
     }
@@ -194,7 +194,7 @@ def _plan_placement(config: RunConfig, ctx_len: int, model: BaseModel, capture: 
 
 
 def quiet_libraries() -> None:
-    """Without a terminal, another library's progress bars are noise in a log file."""
+    """Disable progress bars of other libraries if there is no terminal, because they fill log files."""
     import datasets
 
     if not sys.stderr.isatty():
@@ -204,21 +204,21 @@ def quiet_libraries() -> None:
 def _log_local_paths(config: RunConfig) -> None:
     for name, what in ((config.model, "model"), *((name, "data set") for name in config.dataset)):
         if os.path.exists(name):
-            log_rank0(f"{what} {name}: the local path {Path(name).resolve()}")
+            log_rank0(f"{what} {name}: using the local path {Path(name).resolve()}")
 
 
 def check_vocabulary(model: BaseModel, tokens: int) -> None:
-    """SaetrainError when the tokenizer gives ids that the model has no embedding for."""
+    """Raise SaetrainError if the tokenizer has ids for which the model has no embedding."""
     rows = model.module.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     if tokens > rows:
         raise SaetrainError(
-            f"model {model.name}: its tokenizer has {tokens} tokens and the model embeddings for {rows}; "
+            f"model {model.name}: its tokenizer has {tokens} tokens, but the model has embeddings for {rows}; "
             "they do not belong together"
         )
 
 
 def resolve_ctx_len(config: RunConfig, model: BaseModel) -> int:
-    """Tokens of a sequence; SaetrainError when more are asked for than the model has positions."""
+    """Return the tokens per sequence; SaetrainError if --ctx_len exceeds the positions of the model."""
     given, max_len = config.tokens.ctx_len, model.max_positions
     if given is None:
         given = stored_ctx_len(config.dataset)
@@ -230,12 +230,12 @@ def resolve_ctx_len(config: RunConfig, model: BaseModel) -> int:
 
 
 def step_tokens(config: RunConfig, ctx_len: int) -> int:
-    """Activations of an optimizer step, over all processes."""
+    """Return the number of activations per optimizer step, over all processes."""
     return config.train.batch_size * ctx_len * config.train.grad_acc_steps * env.world_size()
 
 
 def build_batch_plan(config: RunConfig, ctx_len: int, text_tokens: tuple[int | None, ...]) -> BatchPlan:
-    """Steps of the run; SaetrainError when --max_tokens does not make one."""
+    """Return the plan of the run's steps; SaetrainError if --max_tokens is less than one step."""
     per_step = step_tokens(config, ctx_len)
     steps = config.train.max_tokens // per_step
     if steps < 1:
@@ -248,7 +248,7 @@ def build_batch_plan(config: RunConfig, ctx_len: int, text_tokens: tuple[int | N
 
 
 def read_calibration_sample(run: RunContext) -> Any:
-    """Activations of the first training tokens of each shard; sets the reader's norm limits from them."""
+    """Return activations of the first training tokens of each shard; sets the extractor's norm limits from them."""
     available = run.plan.train_tokens
     wanted = CALIBRATION_TOKENS if available is None else min(CALIBRATION_TOKENS, max(available, 1))
     each = -(-wanted // run.train_source.n_shards)
@@ -260,14 +260,14 @@ def read_calibration_sample(run: RunContext) -> Any:
     sample = run.extractor.extract_all(sequences)
     n_tokens = sum(map(len, sequences))
     what = "special or at position 0" if run.model.causal else "special"
-    log_rank0(f"{1 - len(sample) / n_tokens:.1%} of the tokens are {what} and left out")
+    log_rank0(f"{1 - len(sample) / n_tokens:.1%} of the tokens are {what} and therefore excluded")
     if run.config.buffer.exclude_sinks:
         run.extractor.norm_limits = compute_norm_limits(sample)
     return sample
 
 
 def held_out_batches(run: RunContext) -> Iterator[dict[str, Tensor]]:
-    """Raw activations of the held-out sequences, in a fixed mixed order."""
+    """Yield raw activations {hookpoint: (N, D)} of the held-out sequences, in a fixed shuffled order."""
     order = run.held_out.shuffled_order(run.config.loader.shuffle_seed)
     for start in range(0, len(order), EVAL_BATCH_SEQUENCES):
         sequences = [run.held_out[int(number)] for number in order[start : start + EVAL_BATCH_SEQUENCES]]
@@ -277,7 +277,7 @@ def held_out_batches(run: RunContext) -> Iterator[dict[str, Tensor]]:
 
 
 def resolve_config(run: RunContext) -> RunConfig:
-    """The settings with everything filled in that was found out, for ``config.yaml``."""
+    """Return the settings with all resolved values filled in, for ``config.yaml``."""
     config, where = run.config, run.config.where
     if where.hookpoints is None:
         layers = tuple(int(name.rsplit(".", 1)[1]) for name in run.hookpoints)
@@ -287,7 +287,7 @@ def resolve_config(run: RunContext) -> RunConfig:
     sae, warmup = config.sae, resolve_warmup_steps(config.optim, run.plan.steps)
     optim = dataclasses.replace(config.optim, lr_warmup_steps=warmup, weight_decay=config.optim.effective_weight_decay)
     latents = {sae.resolve_num_latents(width) for width in run.capture.widths.values()}
-    # Where hookpoints differ in width, only the rules say what each of them gets.
+    # If hookpoints differ in width, no single number fits all, so the settings keep the rules.
     if len(latents) == 1:
         (count,) = latents
         sae = dataclasses.replace(sae, num_latents=count)
