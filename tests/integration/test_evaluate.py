@@ -506,9 +506,9 @@ def test_a_foreign_sae_says_what_it_lacks(
     renamed = foreign.rename(foreign.parent / "some")
     assert "its metadata do not name the model; pass --model" in refused(capsys, str(renamed))
     with_model = (str(renamed), "--model", tiny_gpt2)
-    assert "its metadata do not name the hookpoint; pass --hookpoint" in refused(capsys, *with_model)
+    assert "; pass --hookpoint" in refused(capsys, *with_model)
     assert "--hookpoint h.9: not a module of" in refused(capsys, *with_model, "--hookpoint", "h.9")
-    assert "its metadata do not name the training text; pass --dataset" in refused(capsys, *with_model, "--hookpoint", "h.2")
+    assert "do not name the training text; pass --dataset" in refused(capsys, *with_model, "--hookpoint", "h.2")
     wider = [*with_model, "--hookpoint", "h.2.mlp.c_fc", "--dataset", other]
     assert "takes activations of width 32" in refused(capsys, *wider)
 
