@@ -1,4 +1,4 @@
-"""The products of a TopK SAE: what they mean in plain PyTorch, and fast versions of them."""
+"""Sparse products of a TopK SAE: a reference in plain PyTorch, and fast versions in PyTorch, C++ and Triton."""
 
 from __future__ import annotations
 

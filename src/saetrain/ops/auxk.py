@@ -1,4 +1,7 @@
-"""AuxK over the dead latents with its gradients written out: dense products, for the dead are few and k_aux is not."""
+"""AuxK loss over the dead latents with explicit gradients (Gao et al., arXiv 2406.04093 §A.2).
+
+The products are dense, because few latents are dead and k_aux is large.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,13 @@ import torch
 from torch import Tensor
 
 CHUNK_BYTES_CPU, CHUNK_BYTES_ACCELERATOR = 16 << 20, 512 << 20
-"""Memory of the pre-activations that are held at once: on a CPU they stay in cache, elsewhere sums are read and written
-less often."""
+"""Bytes of pre-activations per chunk. On a CPU a chunk fits in the cache; elsewhere large chunks update the sums less
+often."""
 
 
 @dataclass(frozen=True)
 class AuxKGradients:
-    """The loss, a scalar, and its gradients for A dead latents: ``W_enc`` and ``W_dec`` (A, D), ``b_enc`` (A,)."""
+    """AuxK loss (a scalar) and its gradients for A dead latents: ``W_enc`` and ``W_dec`` (A, D), ``b_enc`` (A,)."""
 
     loss: Tensor
     W_enc: Tensor
@@ -25,10 +28,9 @@ class AuxKGradients:
 def compute_auxk_gradients(
     x_ND: Tensor, residual_ND: Tensor, W_enc_AD: Tensor, b_enc_A: Tensor, W_dec_AD: Tensor, *, k: int, weight: Tensor
 ) -> AuxKGradients:
-    """``weight`` · Σ‖residual - ê‖² with ê = ReLU(TopK_k(x W_encᵀ + b_enc)) W_dec, and its gradients, in fp32.
+    """Return ``weight`` · Σ‖residual - ê‖² with ê = ReLU(TopK_k(x W_encᵀ + b_enc)) W_dec, and its gradients, in fp32.
 
-    ``x_ND`` is what the encoder multiplies (centred, decoder bias subtracted). Products run in the dtype of
-    ``x_ND``; Gao et al., arXiv 2406.04093 §A.2.
+    ``x_ND`` is the encoder input (centred, decoder bias subtracted). Products run in the dtype of ``x_ND``.
     """
     W_enc, W_dec = W_enc_AD.to(x_ND.dtype), W_dec_AD.to(x_ND.dtype)
     sums = AuxKGradients(
@@ -58,7 +60,7 @@ def _add_chunk(
     pre = (x @ W_enc.T).float() + b_enc
     code = pre.relu()
     if k < len(b_enc):
-        # The k-th largest itself stays, and whatever ties with it.
+        # The k-th largest entry is kept, and all entries that are equal to it.
         code = code * (pre >= pre.topk(k, dim=1, sorted=False).values.amin(dim=1, keepdim=True))
     error = (code.to(dtype) @ W_dec).float() - residual
     grad_estimate = (2 * weight * error).to(dtype)

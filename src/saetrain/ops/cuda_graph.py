@@ -1,4 +1,4 @@
-"""CUDA graphs: the launches of a function recorded once, and from then on sent off as one."""
+"""CUDA graphs: capture the kernel launches of a function once, then replay them with one launch."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from torch import Tensor
 
 Result = TypeVar("Result")
 WARMUP_CALLS = 3
-"""Calls before the recording, in which kernels are compiled and libraries allocate what they keep."""
+"""Calls before the capture, in which kernels are compiled and libraries allocate their workspaces."""
 
 
 @cache
 def _shared_graph_pool() -> Any:
-    """What all recordings work in: they are replayed one after the other, in the order in which they were recorded."""
+    """Return the memory pool of all graphs, which are replayed one at a time, in the order of their capture."""
     return torch.cuda.graph_pool_handle()
 
 
 class GraphedCallable(Generic[Result]):
-    """One function of tensors whose shapes never change, and that asks the device for nothing.
+    """CUDA graph of a function whose input shapes never change and which does not synchronize with the device.
 
-    Each call gives the same tensors as the one before, with new content, which lasts until a recording that was made
-    before this one is replayed.
+    Each call returns the same tensors with new content. The content is valid until a graph that was captured before
+    this one is replayed.
     """
 
     def __init__(self) -> None:
@@ -34,11 +34,14 @@ class GraphedCallable(Generic[Result]):
         self._static_result: Result | None = None
 
     def accepts_shape(self, first: Tensor) -> bool:
-        """Whether the first input has the shape that was recorded, if one was."""
+        """Return whether ``first`` has the shape of the captured first input; True before the capture."""
         return not self._static_inputs or self._static_inputs[0].shape == first.shape
 
     def __call__(self, function: Callable[..., Result], *inputs: Tensor) -> Result:
-        """Run ``function``, the same each time; it is not kept, for it may keep whoever calls."""
+        """Run ``function``, which must be the same in each call; the first WARMUP_CALLS calls run without a graph.
+
+        The function is not stored, because it may hold a reference to the owner of this object.
+        """
         self._n_calls += 1
         if self._n_calls <= WARMUP_CALLS:
             return function(*inputs)

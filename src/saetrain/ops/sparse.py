@@ -1,7 +1,7 @@
-"""The products of a TopK step in PyTorch, on any device: chunked search, sparse decode, gradients as sparse products.
+"""Products of a TopK step in PyTorch, on any device: chunked top-k, sparse decode, gradients as sparse products.
 
-``W`` matrices are (F, D), one latent after the other. Nothing of the size N x F is kept, and no gradient of that size
-is made. The reference of each is the plain product that its docstring names.
+``W`` matrices are (F, D), one row per latent. No tensor of size N x F is stored, and no gradient of that size is
+computed. The reference of each function is the dense product in its docstring.
 """
 
 from __future__ import annotations
@@ -14,18 +14,19 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 CHUNK_BYTES = 4 << 20
-"""Pre-activations that are computed at once on a CPU, so that they are still in cache when the largest are searched."""
+"""Bytes of pre-activations per chunk on a CPU, so that a chunk is still in the cache during the top-k search."""
 CHUNK_TOKENS = 8192
-"""The same elsewhere, in tokens."""
+"""Tokens per chunk on other devices."""
 EMBEDDING_BAG_SUM = 0
-"""embedding_bag's mode."""
+"""Code of embedding_bag's mode `sum`."""
 
 
 @dataclass(frozen=True)
 class SparsePairs:
-    """The active (token, latent) pairs of N tokens, one latent after the other, tokens in order.
+    """The (token, latent) pairs of the code of N tokens, sorted by latent, then by token.
 
-    ``starts`` (F + 1,) int64; ``order`` (N·K,) int64 places in the flat code; ``tokens`` (N·K,) int64.
+    ``starts`` (F + 1,) int64 first pair of each latent; ``order`` (N·K,) int64 positions in the flat code; ``tokens``
+    (N·K,) int64.
     """
 
     starts: Tensor
@@ -33,16 +34,16 @@ class SparsePairs:
     tokens: Tensor
 
     def to_csr(self, values_NK: Tensor, n_tokens: int) -> Tensor:
-        """The pairs' ``values_NK`` as a sparse matrix (F, N)."""
+        """Return the values of the pairs as a sparse CSR matrix (F, N)."""
         size = (len(self.starts) - 1, n_tokens)
         values = values_NK.reshape(-1)[self.order]
         return torch.sparse_csr_tensor(self.starts, self.tokens, values, size, check_invariants=False)
 
 
 def encode_topk(x_ND: Tensor, W_FD: Tensor, b_F: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """(values fp32, indices int64), both (N, k): ReLU of the k largest of ``x Wᵀ + b`` in each row.
+    """Return (values fp32, indices int64), both (N, k): ReLU of the k largest entries of each row of ``x Wᵀ + b``.
 
-    ``x_ND`` and ``W_FD`` in the products' dtype.
+    ``x_ND`` and ``W_FD`` have the dtype of the products.
     """
     tokens, latents = len(x_ND), len(W_FD)
     chunk_tokens = tokens_per_chunk(x_ND, latents)
@@ -59,15 +60,15 @@ def encode_topk(x_ND: Tensor, W_FD: Tensor, b_F: Tensor, k: int) -> tuple[Tensor
 
 
 def tokens_per_chunk(x_ND: Tensor, latents: int) -> int:
-    """Tokens whose products with all latents are held at once."""
+    """Return the number of tokens per chunk of pre-activations."""
     return max(16, CHUNK_BYTES // (latents * x_ND.element_size())) if x_ND.device.type == "cpu" else CHUNK_TOKENS
 
 
 def topk_two_stage(pre_NF: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """``torch.topk`` in two stages: the k groups of the largest maxima hold the k largest entries.
+    """Compute ``torch.topk`` in two stages: the k groups with the largest maxima contain the k largest entries.
 
-    Group g of G holds columns g, g + G, g + 2G, …; columns behind the last whole row of groups are looked at as they
-    are. Exact in the values; among equals any may be chosen, as in torch.topk.
+    Group g of G contains columns g, g + G, g + 2G, …; columns after the last full row of groups are always candidates.
+    The values are exact. Among equal entries any may be chosen, as in torch.topk.
     """
     latents = pre_NF.shape[1]
     size = group_size(latents, k)
@@ -88,24 +89,27 @@ def topk_two_stage(pre_NF: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def group_size(latents: int, k: int) -> int:
-    """Columns in a group of :func:`topk_two_stage`: both stages are shortest near the root of F / k; 1 is one stage."""
+    """Return the columns per group of :func:`topk_two_stage`; 1 means a single stage.
+
+    A size near the square root of F / k minimizes the work of both stages.
+    """
     if latents < 16 * k:
         return 1
     return min(32, int(2 ** round(math.log2(math.sqrt(latents / k)))))
 
 
 def decode(values_NK: Tensor, indices_NK: Tensor, W_FD: Tensor) -> Tensor:
-    """Σ_k values · W[indices] in fp32, (N, D); the products' dtype is that of ``W_FD``."""
+    """Return Σ_k values · W[indices], (N, D) fp32; products run in the dtype of ``W_FD``."""
     out = embedding_bag(indices_NK, W_FD, per_sample_weights=values_NK.to(W_FD.dtype), mode="sum")
     return out.float()
 
 
 def sampled_matmul(rows_ND: Tensor, indices_NK: Tensor, W_FD: Tensor) -> Tensor:
-    """(N, K) fp32: the product of each token's row with its latents' rows of W, ``(rows Wᵀ)[indices]``."""
+    """Return ``(rows Wᵀ)[indices]``, (N, K) fp32: the dot products of each token's row with its latents' rows of W."""
     tokens, k = indices_NK.shape
     offsets = torch.arange(0, tokens * k, k, device=rows_ND.device)
     token_ids = torch.arange(tokens, device=rows_ND.device).repeat_interleave(k)
-    # The backward of embedding_bag by its weights is this product, and gathers no row into memory.
+    # The backward of embedding_bag with respect to its weights computes this product without gathering rows.
     product = torch.ops.aten._embedding_bag_per_sample_weights_backward(
         rows_ND, W_FD, indices_NK.reshape(-1), offsets, token_ids, EMBEDDING_BAG_SUM, -1
     )
@@ -113,17 +117,17 @@ def sampled_matmul(rows_ND: Tensor, indices_NK: Tensor, W_FD: Tensor) -> Tensor:
 
 
 def sampled_matmul_dense(rows_ND: Tensor, indices_NK: Tensor, W_FD: Tensor) -> Tensor:
-    """The same by the whole product in chunks, which is faster where k is no small part of F."""
+    """Compute :func:`sampled_matmul` from dense products in chunks, which is faster if k is not small relative to F."""
     rows = tokens_per_chunk(rows_ND, len(W_FD))
     parts = zip(rows_ND.split(rows), indices_NK.split(rows), strict=True)
     return torch.cat([(part @ W_FD.T).gather(1, indices) for part, indices in parts]).float()
 
 
 def sort_pairs(indices_NK: Tensor, latents: int) -> SparsePairs:
-    """The code's pairs by latent."""
+    """Sort the pairs of a code by latent."""
     flat = indices_NK.reshape(-1)
     order = torch.argsort(flat, stable=True)
     starts = flat.new_zeros(latents + 1)
-    # bincount would ask a GPU for the largest index and wait for the answer.
+    # bincount would synchronize with a GPU to read the largest index.
     starts.scatter_add_(0, flat + 1, torch.ones_like(flat)).cumsum_(0)
     return SparsePairs(starts, order, order.div(indices_NK.shape[1], rounding_mode="floor"))

@@ -1,1 +1,1 @@
-"""The top-k step in C++ for CPUs."""
+"""The TopK step in C++ for CPUs."""

@@ -1,4 +1,4 @@
-"""The TopK step in C++ on torch's memory: thin, typed calls of native.cpp."""
+"""Typed calls of the C++ kernels in ``kernels.cpp`` on the memory of torch tensors."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ from torch import Tensor
 from saetrain.ops.native.compile import build_library
 
 MEASURE, STORE, UPDATE, ADD = 0, 1, 2, 3
+"""Modes of the latent pass, as in the C++ ``Mode``."""
 FROM_PAIRS, FROM_MEMORY, FROM_ROWS = 0, 1, 2
+"""Origins of the gradient rows, as in the C++ ``Origin``."""
 CHUNK_BYTES = 24 << 20
-"""Pre-activations that are held at once: fewer tokens cost more than they save, for each product packs all weights."""
+"""Bytes of pre-activations per chunk. Smaller chunks are slower, because each product packs all weights."""
 
 POINTER, LONG, INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 FLOAT, DOUBLE = ctypes.c_float, ctypes.c_double
 LONG_FIELDS = ("N", "D", "F", "K")
-INT_FIELDS = ("threads", "half")
+INT_FIELDS = ("threads", "use_bf16")
 POINTER_FIELDS = (
-    *("x", "x_enc", "x_norms", "values", "indices", "residual", "residual_copy", "dz", "residual_norms"),
-    *("residual_sum", "residual_square", "starts", "pair_token", "pair_value", "pair_dz", "W_enc", "W_dec"),
-    *("b_enc", "b_dec", "W_enc_half", "W_dec_half", "m_enc", "v_enc", "m_dec", "v_dec", "m_b", "v_b"),
+    *("x", "x_enc", "x_norms", "values", "indices", "residual", "residual_copy", "grad_pre", "residual_norms"),
+    *("residual_sum", "residual_square", "starts", "pair_token", "pair_value", "pair_grad_pre", "W_enc", "W_dec"),
+    *("b_enc", "b_dec", "W_enc_bf16", "W_dec_bf16", "m_enc", "v_enc", "m_dec", "v_dec", "m_b", "v_b"),
     *("g_enc", "g_dec", "g_b", "extra_row", "extra_enc", "extra_dec", "extra_b"),
 )
 FLOAT_FIELDS = ("lr", "encoder_lr", "beta1", "beta2", "eps", "correction1", "correction2", "decay", "clip")
@@ -30,26 +32,26 @@ FLOAT_FIELDS = ("lr", "encoder_lr", "beta1", "beta2", "eps", "correction1", "cor
 POINTER_DTYPES = {
     **dict.fromkeys(("indices", "pair_token", "extra_row"), (torch.int32,)),
     **dict.fromkeys(("residual_sum", "residual_square", "g_b_dec", "square"), (torch.float64,)),
-    **dict.fromkeys(("residual_copy", "W_enc_half", "W_dec_half"), (torch.bfloat16,)),
+    **dict.fromkeys(("residual_copy", "W_enc_bf16", "W_dec_bf16"), (torch.bfloat16,)),
     "x_enc": (torch.float32, torch.bfloat16),
     "starts": (torch.int64,),
 }
-"""Of the tensors that are not fp32."""
+"""Allowed dtypes of the tensors that are not fp32."""
 
 
 class Gradients(ctypes.Structure):
-    """Mirror of the C++ ``Gradients``: where the gradient rows of some latents come from."""
+    """Mirror of the C++ ``Gradients``: the source of the gradient rows of a range of latents."""
 
     _fields_ = [("origin", INT), ("first", LONG), ("stop", LONG), ("enc", POINTER), ("dec", POINTER)]
 
 
 class SaetrainStep(ctypes.Structure):
-    """Mirror of ``SaetrainStep``; pointers are set from tensors by :func:`set_pointers`."""
+    """Mirror of the C++ ``SaetrainStep``; :func:`set_pointers` sets its pointers from tensors."""
 
     _fields_ = [
         *((name, LONG) for name in LONG_FIELDS),
         *((name, INT) for name in INT_FIELDS),
-        ("scale", FLOAT),
+        ("loss_scale", FLOAT),
         *((name, POINTER) for name in POINTER_FIELDS),
         *((name, FLOAT) for name in FLOAT_FIELDS),
         ("g_b_dec", POINTER),
@@ -59,7 +61,7 @@ class SaetrainStep(ctypes.Structure):
 
 @functools.cache
 def load_library() -> ctypes.CDLL:
-    """The compiled kernels; OSError where they can't be built or loaded."""
+    """Load the compiled kernels; raises OSError if they can't be built or loaded."""
     try:
         library = ctypes.CDLL(str(build_library()))
     except OSError:
@@ -78,7 +80,7 @@ def load_library() -> ctypes.CDLL:
 
 
 def set_pointers(step: SaetrainStep, **tensors: Tensor | None) -> None:
-    """Set pointers of ``step``; the caller keeps the tensors alive."""
+    """Set pointers of ``step`` to contiguous tensors, which the caller must keep alive."""
     for name, tensor in tensors.items():
         assert name in POINTER_FIELDS or name in ("g_b_dec", "square"), name
         assert tensor is None or tensor.is_contiguous(), name
@@ -87,17 +89,17 @@ def set_pointers(step: SaetrainStep, **tensors: Tensor | None) -> None:
 
 
 def center_inputs(step: SaetrainStep, out_ND: Tensor, norms_N: Tensor) -> None:
-    """``x - b_dec`` in the products' format, and the norms of its rows."""
+    """Write ``x - b_dec`` in the dtype of the products to ``out_ND``, and the norms of its rows to ``norms_N``."""
     load_library().saetrain_center(ctypes.byref(step), out_ND.data_ptr(), norms_N.data_ptr())
 
 
 def encode_topk(
     x_ND: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, pre_CF: Tensor, values_NK: Tensor, indices_NK: Tensor
 ) -> None:
-    """ReLU of the k largest of ``x W_encᵀ + b_enc`` in each row, written to ``values_NK`` and ``indices_NK`` (int32).
+    """Write ReLU of the k largest entries of each row of ``x W_encᵀ + b_enc`` to ``values_NK`` and ``indices_NK``.
 
-    ``x_ND`` and ``W_enc_FD`` are both fp32 or both bf16; ``pre_CF`` is where C tokens' pre-activations go. Among
-    equals the lower index is taken.
+    ``x_ND`` and ``W_enc_FD`` are both fp32 or both bf16; ``pre_CF`` is a buffer for the pre-activations of C tokens.
+    ``indices_NK`` is int32. Among equal entries the one with the lower index is chosen.
     """
     select_topk = (
         load_library().saetrain_topk_bf16 if x_ND.dtype == torch.bfloat16 else load_library().saetrain_topk_f32
@@ -114,7 +116,7 @@ def encode_topk(
 
 
 def compute_residuals(step: SaetrainStep) -> None:
-    """Residuals and latent gradients of each token, then its pairs sorted by latent."""
+    """Compute residuals and pre-activation gradients of each token, then sort the active pairs by latent."""
     load_library().saetrain_tokens(ctypes.byref(step))
     load_library().saetrain_sort(ctypes.byref(step))
 
@@ -122,7 +124,7 @@ def compute_residuals(step: SaetrainStep) -> None:
 def compute_residuals_dense(
     step: SaetrainStep, W_dec_FD: Tensor, residual_ND: Tensor, workspace: DenseWorkspace, pre_CF: Tensor
 ) -> None:
-    """The same by dense bf16 products of C tokens at a time."""
+    """Compute the results of :func:`compute_residuals` from dense bf16 products of C tokens at a time."""
     pointer, rows = ctypes.byref(step), len(pre_CF)
     for first in range(0, step.N, rows):
         stop = min(first + rows, step.N)
@@ -136,11 +138,11 @@ def compute_residuals_dense(
 
 
 def bound_squared_norm(step: SaetrainStep, grad_b_enc_F: Tensor, inputs: dict[str, Tensor] | None = None) -> float:
-    """At least the squared norm of the gradients of both weights and ``b_enc``, from the norms of what they sum.
+    """Return an upper bound of the squared norm of the gradients of both weights and ``b_enc``, from norms of rows.
 
-    With ``inputs``, {`enc`: what the encoder multiplies, `dec`: the residual} (N, D), a tighter one: a sum of tokens'
-    rows is no longer than the root of their weights' squares times the largest singular value of all rows. The
-    gradient of ``b_enc`` itself goes to ``grad_b_enc_F``.
+    ``inputs`` {`enc`: encoder input, `dec`: residual} (N, D) give a tighter bound: the norm of a weighted sum of rows
+    is at most the norm of the weights times the largest singular value of the rows. The exact gradient of ``b_enc`` is
+    written to ``grad_b_enc_F``.
     """
     eigenvalue_bounds = {name: bound_largest_eigenvalue(rows) for name, rows in inputs.items()} if inputs else {}
     infinite = float("inf")
@@ -149,19 +151,19 @@ def bound_squared_norm(step: SaetrainStep, grad_b_enc_F: Tensor, inputs: dict[st
 
 
 def bound_largest_eigenvalue(rows_ND: Tensor) -> float:
-    """At least the largest eigenvalue of ``rowsᵀ rows``: the fourth root of the sum of all fourth powers."""
+    """Return an upper bound of the largest eigenvalue of ``rowsᵀ rows``: the fourth root of Σ λ⁴."""
     gram = (rows_ND.T @ rows_ND).float()
     trace = float(gram.diagonal().sum().clamp_min(torch.finfo(torch.float32).tiny))
     gram = (gram / trace).to(rows_ND.dtype)
-    # Products in bfloat16 are off by less than a hundredth.
+    # The factor covers the relative error of products in bfloat16, which is below 0.01.
     return 1.02 * trace * float((gram @ gram).float().norm()) ** 0.5
 
 
 def run_latent_pass(step: SaetrainStep, mode: int, encoder_norms_F: Tensor, *, from_memory: bool) -> None:
-    """Gradient rows of each latent: summed up (MEASURE), put into memory (STORE) or added to it (ADD), or applied.
+    """Measure (MEASURE), store (STORE), accumulate (ADD) or apply (UPDATE) the gradient rows of each latent.
 
-    ``from_memory``: the rows are taken from memory instead of from the pairs. Adds to the step's ``square`` and, unless
-    stored, to its ``g_b_dec``.
+    ``from_memory`` reads the rows from memory instead of computing them from the pairs. The pass adds to the step's
+    ``square`` and, unless the rows come from memory, to its ``g_b_dec``.
     """
     source = Gradients(origin=FROM_MEMORY if from_memory else FROM_PAIRS, first=0, stop=step.F)
     load_library().saetrain_latents(ctypes.byref(step), mode, ctypes.byref(source), encoder_norms_F.data_ptr())
@@ -170,9 +172,9 @@ def run_latent_pass(step: SaetrainStep, mode: int, encoder_norms_F: Tensor, *, f
 def run_latent_pass_dense(
     step: SaetrainStep, mode: int, encoder_norms_F: Tensor, inputs: dict[str, Tensor], workspace: DenseWorkspace
 ) -> None:
-    """The same by dense bf16 products of some latents at a time, for codes that are not so sparse.
+    """Run :func:`run_latent_pass` on rows from dense bf16 products of blocks of latents, for less sparse codes.
 
-    ``inputs``: {`enc`: what the encoder multiplies, `dec`: the residual}, both (N, D) bf16.
+    ``inputs``: {`enc`: encoder input, `dec`: residual}, both (N, D) bf16.
     """
     for first in range(0, step.F, workspace.block_latents):
         stop = min(first + workspace.block_latents, step.F)
@@ -186,10 +188,10 @@ def run_latent_pass_dense(
 
 
 class DenseWorkspace:
-    """Memory of dense products in bf16.
+    """Memory of the dense products in bf16.
 
     ``decoded`` (C, D): reconstructions of a chunk of tokens; ``codes`` {`enc`, `dec`: (B, N)} and ``rows`` {…: (B, D)}:
-    codes and gradient rows of a block of latents. The codes lie in ``pre_CF``, which is no longer needed by then.
+    codes and gradient rows of a block of latents. The codes share the memory of ``pre_CF``, which is free by then.
     """
 
     def __init__(self, latents: int, tokens: int, width: int, pre_CF: Tensor) -> None:

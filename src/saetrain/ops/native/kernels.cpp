@@ -1,9 +1,9 @@
-// The TopK step of a sparse autoencoder on a CPU, as three passes that never hold a gradient in memory:
-// the k largest of each token, decode and latent gradients of each token, both weight updates of each latent.
+// The TopK step of a sparse autoencoder on a CPU (Gao et al., arXiv 2406.04093), in three passes that store no weight
+// gradient: top-k of each token; decode and pre-activation gradients of each token; weight updates of each latent.
 //
-// N tokens, D width, F latents, K active. Encoder and decoder are stored as (F, D) rows in fp32, with optional
-// bf16 copies for the products. Every output is a function of the inputs alone: no atomics, and sums over tokens run
-// in token order within a latent.
+// N tokens, D width, F latents, K active latents per token. Encoder and decoder are stored as (F, D) rows in fp32, with
+// optional bf16 copies for the products. The same inputs give the same bits: there are no atomics, and sums over tokens
+// run in token order within a latent.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -16,7 +16,7 @@
 
 namespace {
 
-// While it lives, numbers too small to be normal count as zero: moments that fade away would else cost a trap each.
+// Treats subnormal numbers as zero during its lifetime, because arithmetic on decayed moments would otherwise be slow.
 struct FlushToZero {
 #if defined(__SSE2__)
     unsigned before = _mm_getcsr();
@@ -40,24 +40,24 @@ inline uint16_t narrow(float f) {  // round to nearest even, as torch does
     return static_cast<uint16_t>((u & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : rounded);
 }
 
-// Integers in the order of the floats, and back.
-inline int32_t key_of(float f) {
+// Convert between floats and integers of the same order.
+inline int32_t float_to_key(float f) {
     int32_t i;
     std::memcpy(&i, &f, 4);
     return i ^ ((i >> 31) & 0x7FFFFFFF);
 }
-inline float float_of(int32_t key) {
+inline float key_to_float(int32_t key) {
     const int32_t i = key ^ ((key >> 31) & 0x7FFFFFFF);
     float f;
     std::memcpy(&f, &i, 4);
     return f;
 }
 
-// A float that exactly k of v[0..n) reach or, where equals forbid that, the k-th largest. Counting in bits from the top
-// has no branch that depends on the data, unlike a partial sort.
+// Return a float that exactly k of v[0..n) reach or, if ties rule that out, the k-th largest. The search sets the bits
+// from the top by counting. Unlike a partial sort, it has no branch per element.
 float kth_largest(const float* v, int64_t n, int64_t k, int32_t* keys) {
 #pragma omp simd
-    for (int64_t j = 0; j < n; j++) keys[j] = key_of(v[j]);
+    for (int64_t j = 0; j < n; j++) keys[j] = float_to_key(v[j]);
     int64_t least = INT32_MIN;
     for (int bit = 31; bit >= 0; bit--) {
         const int64_t higher = least + (static_cast<int64_t>(1) << bit);
@@ -69,15 +69,15 @@ float kth_largest(const float* v, int64_t n, int64_t k, int32_t* keys) {
         least = higher;
         if (count == k) break;
     }
-    return float_of(static_cast<int32_t>(least));
+    return key_to_float(static_cast<int32_t>(least));
 }
 
-// Values and indices of what reaches a bound, in the order of the indices.
-struct Found {
+// Values and indices of the entries that reach a bound, in the order of the indices.
+struct Candidates {
     std::vector<float> value;
     std::vector<int32_t> index;
     std::vector<int32_t> keys;
-    explicit Found(int64_t F) : value(F + 16), index(F + 16), keys(F + 16) {}
+    explicit Candidates(int64_t F) : value(F + 16), index(F + 16), keys(F + 16) {}
 
     int64_t collect(const float* z, int64_t F, float bound) {
         int64_t n = 0, f = 0;
@@ -103,10 +103,11 @@ struct Found {
     }
 };
 
-// The k largest of z[0..F): the k-th largest of G group maxima is a lower bound of the k-th largest of all, so only
-// what reaches it is looked at twice. Group g holds z[g], z[g + G], ...: its maximum needs no sum across a register.
-void select(const float* z, int64_t F, int64_t k, int64_t G, std::vector<float>& maxima, Found& found, float* values,
-            int32_t* indices) {
+// Select the k largest of z[0..F). The k-th largest of G group maxima is a lower bound of the k-th largest of all, so
+// only the entries that reach it are searched again. Group g contains z[g], z[g + G], ..., so that its maximum needs no
+// reduction across a register.
+void select(const float* z, int64_t F, int64_t k, int64_t G, std::vector<float>& maxima, Candidates& candidates,
+            float* values, int32_t* indices) {
     float bound = -INFINITY;
     if (G < F && G >= k) {
         float* m = maxima.data();
@@ -118,55 +119,56 @@ void select(const float* z, int64_t F, int64_t k, int64_t G, std::vector<float>&
             for (int64_t g = 0; g < G; g++) m[g] = row[g] > m[g] ? row[g] : m[g];
         }
         for (int64_t g = 0; at + g < F; g++) m[g] = z[at + g] > m[g] ? z[at + g] : m[g];
-        bound = kth_largest(m, G, k, found.keys.data());
+        bound = kth_largest(m, G, k, candidates.keys.data());
     }
-    int64_t n = found.collect(z, F, bound);
-    if (n > k) {  // what exceeds the k-th largest, and of its equals the first: ties are decided the same way everywhere
-        const float least = kth_largest(found.value.data(), n, k, found.keys.data());
+    int64_t n = candidates.collect(z, F, bound);
+    if (n > k) {  // of the entries that equal the k-th largest, the first are chosen, so that ties are deterministic
+        const float least = kth_largest(candidates.value.data(), n, k, candidates.keys.data());
         int64_t equals = k, at = 0;
-        for (int64_t j = 0; j < n; j++) equals -= found.value[j] > least;
-        // Written in place, and only then handed out: what is passed over is overwritten by the next.
+        for (int64_t j = 0; j < n; j++) equals -= candidates.value[j] > least;
+        // Compact in place without a branch: an entry that is not selected is overwritten by the next one.
         for (int64_t j = 0; j < n; j++) {
-            const float v = found.value[j];
+            const float v = candidates.value[j];
             const bool equal = v == least;
-            found.value[at] = v;
-            found.index[at] = found.index[j];
+            candidates.value[at] = v;
+            candidates.index[at] = candidates.index[j];
             at += (v > least) | (equal & (equals > 0));
             equals -= equal;
         }
         for (int64_t j = 0; j < k; j++) {
-            values[j] = std::max(found.value[j], 0.0f);
-            indices[j] = found.index[j];
+            values[j] = std::max(candidates.value[j], 0.0f);
+            indices[j] = candidates.index[j];
         }
         return;
     }
-    for (int64_t j = 0; j < k; j++) {  // not-a-number never reaches the bound, so a row may have fewer
-        values[j] = j < n ? std::max(found.value[j], 0.0f) : 0.0f;
-        indices[j] = j < n ? found.index[j] : 0;
+    for (int64_t j = 0; j < k; j++) {  // NaN never reaches the bound, so a row may have fewer candidates
+        values[j] = j < n ? std::max(candidates.value[j], 0.0f) : 0.0f;
+        indices[j] = j < n ? candidates.index[j] : 0;
     }
 }
 
 template <typename T>
-void topk(const T* pre, const float* bias, int64_t n, int64_t F, int64_t k, float* values, int32_t* indices, int threads) {
+void topk(const T* pre, const float* bias, int64_t n, int64_t F, int64_t k, float* values, int32_t* indices,
+          int threads) {
     int64_t G = 16;
     while (G < 4 * k) G *= 2;
 #pragma omp parallel num_threads(threads)
     {
         std::vector<float> z(F), maxima(G);
-        Found found(F);
+        Candidates candidates(F);
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < n; row++) {
             const T* p = pre + row * F;
             float* zz = z.data();
-            int32_t broken = 0;
-#pragma omp simd reduction(| : broken)
+            int32_t has_nan = 0;
+#pragma omp simd reduction(| : has_nan)
             for (int64_t f = 0; f < F; f++) {
                 zz[f] = widen(p[f]) + bias[f];
-                broken |= zz[f] != zz[f];
+                has_nan |= zz[f] != zz[f];
             }
-            select(zz, F, k, G, maxima, found, values + row * k, indices + row * k);
-            // Comparing leaves it out, so it is put where the loss will show it.
-            if (broken) values[row * k] = NAN;
+            select(zz, F, k, G, maxima, candidates, values + row * k, indices + row * k);
+            // The comparisons drop NaN, so store one in the code, where it makes the loss NaN.
+            if (has_nan) values[row * k] = NAN;
         }
     }
 }
@@ -185,21 +187,22 @@ inline void narrow_row(uint16_t* out, const float* row, int64_t D) {
 }
 inline void narrow_row(float* out, const float* row, int64_t D) { std::copy(row, row + D, out); }
 
-// Rows are met in no order that a processor could foresee, so they are asked for ahead.
+// Prefetch a row, because the hardware cannot predict the order in which rows are read.
 template <typename T>
-inline void ask_for(const T* row, int64_t D) {
+inline void prefetch_row(const T* row, int64_t D) {
     constexpr int64_t LINE = 64 / sizeof(T);
     for (int64_t d = 0; d < D; d += LINE) __builtin_prefetch(row + d);
 }
 
-// out[0..D) = sum over pairs p of c[p] * rows[token[p]], four rows at a time
+// Compute out[0..D) = sum over pairs p of c[p] * rows[token[p]], four rows at a time.
 template <typename T>
-inline void gather(float* __restrict out, const T* rows, const int32_t* token, const float* c, int64_t pairs, int64_t D) {
+inline void gather(float* __restrict out, const T* rows, const int32_t* token, const float* c, int64_t pairs,
+                   int64_t D) {
     const auto row = [&](int64_t p) { return rows + static_cast<int64_t>(token[p]) * D; };
     std::fill(out, out + D, 0.0f);
     int64_t p = 0;
     for (; p + 4 <= pairs; p += 4) {
-        for (int64_t next = p + 4; next < std::min(p + 8, pairs); next++) ask_for(row(next), D);
+        for (int64_t next = p + 4; next < std::min(p + 8, pairs); next++) prefetch_row(row(next), D);
         const T *r0 = row(p), *r1 = row(p + 1), *r2 = row(p + 2), *r3 = row(p + 3);
         const float c0 = c[p], c1 = c[p + 1], c2 = c[p + 2], c3 = c[p + 3];
 #pragma omp simd
@@ -214,9 +217,10 @@ inline void gather(float* __restrict out, const T* rows, const int32_t* token, c
     }
 }
 
-// r = x - decoded - b_dec, added to the sums; gives its squared norm.
+// Compute r = x - decoded - b_dec, add it to the sums, and return its squared norm.
 template <typename T>
-inline float take_residual(float* r, const float* x, const T* decoded, const float* b_dec, double* sums, int64_t D) {
+inline float subtract_reconstruction(float* r, const float* x, const T* decoded, const float* b_dec, double* sums,
+                                     int64_t D) {
     float s = 0;
 #pragma omp simd reduction(+ : s)
     for (int64_t d = 0; d < D; d++) {
@@ -228,16 +232,16 @@ inline float take_residual(float* r, const float* x, const T* decoded, const flo
     return s;
 }
 
-// Each token: reconstruct, take the residual, and from it the gradient of its latents.
+// Compute reconstruction, residual and pre-activation gradients of each token.
 template <typename T>
 void tokens(const float* x, const T* W_dec, const float* b_dec, const float* values, const int32_t* indices, int64_t N,
-            int64_t D, int64_t K, float scale, float* residual, T* residual_copy, float* dz, float* norms, double* sums,
-            double* squares, int threads) {
+            int64_t D, int64_t K, float loss_scale, float* residual, T* residual_copy, float* grad_pre, float* norms,
+            double* sums, double* squares, int threads) {
     std::vector<std::vector<double>> sum(threads, std::vector<double>(D, 0.0));
     std::vector<double> square(threads, 0.0);
 #pragma omp parallel num_threads(threads)
     {
-        const int me = omp_get_thread_num();
+        const int thread = omp_get_thread_num();
         std::vector<float> total(D);
 #pragma omp for schedule(static)
         for (int64_t n = 0; n < N; n++) {
@@ -245,14 +249,17 @@ void tokens(const float* x, const T* W_dec, const float* b_dec, const float* val
             const int32_t* at = indices + n * K;
             gather(total.data(), W_dec, at, v, K, D);
             float* r = residual + n * D;
-            const float s = take_residual(r, x + n * D, total.data(), b_dec, sum[me].data(), D);
+            const float s = subtract_reconstruction(r, x + n * D, total.data(), b_dec, sum[thread].data(), D);
             if (residual_copy != nullptr) narrow_row(residual_copy + n * D, r, D);
             norms[n] = std::sqrt(s);
-            square[me] += s;
+            square[thread] += s;
             if (n + 1 < N)
-                for (int64_t j = 0; j < std::min<int64_t>(K, 4); j++) ask_for(W_dec + static_cast<int64_t>(at[K + j]) * D, D);
-            for (int64_t j = 0; j < K; j++)
-                dz[n * K + j] = v[j] > 0 ? -scale * dot(r, W_dec + static_cast<int64_t>(at[j]) * D, D) : 0.0f;
+                for (int64_t j = 0; j < std::min<int64_t>(K, 4); j++)
+                    prefetch_row(W_dec + static_cast<int64_t>(at[K + j]) * D, D);
+            for (int64_t j = 0; j < K; j++) {
+                const T* row = W_dec + static_cast<int64_t>(at[j]) * D;
+                grad_pre[n * K + j] = v[j] > 0 ? -loss_scale * dot(r, row, D) : 0.0f;
+            }
         }
     }
     std::fill(sums, sums + D, 0.0);
@@ -263,7 +270,7 @@ void tokens(const float* x, const T* W_dec, const float* b_dec, const float* val
     }
 }
 
-// What the encoder multiplies, x - b_dec, in the products' format, and its norms.
+// Compute the encoder input x - b_dec in the dtype of the products, and the norms of its rows.
 template <typename T>
 void center(const float* x, const float* b_dec, int64_t N, int64_t D, T* out, float* norms, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
@@ -284,7 +291,7 @@ void center(const float* x, const float* b_dec, int64_t N, int64_t D, T* out, fl
     }
 }
 
-// The codes of tokens first..stop as dense (stop - first, F) rows.
+// Write the codes of tokens first..stop as dense (stop - first, F) rows.
 void code_rows(const float* values, const int32_t* indices, int64_t first, int64_t stop, int64_t F, int64_t K,
                uint16_t* out, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
@@ -296,19 +303,20 @@ void code_rows(const float* values, const int32_t* indices, int64_t first, int64
     }
 }
 
-// Residuals of tokens first..stop from their reconstructions without b_dec, (stop - first, D); adds to the sums.
+// Compute the residuals of tokens first..stop from their reconstructions without b_dec, (stop - first, D), and add them
+// to the sums.
 void residuals(const float* x, const uint16_t* decoded, const float* b_dec, int64_t first, int64_t stop, int64_t D,
                float* residual, uint16_t* copy, float* norms, double* sums, double* squares, int threads) {
     std::vector<std::vector<double>> sum(threads, std::vector<double>(D, 0.0));
     std::vector<double> square(threads, 0.0);
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t n = first; n < stop; n++) {
-        const int me = omp_get_thread_num();
+        const int thread = omp_get_thread_num();
         float* r = residual + n * D;
-        const float s = take_residual(r, x + n * D, decoded + (n - first) * D, b_dec, sum[me].data(), D);
+        const float s = subtract_reconstruction(r, x + n * D, decoded + (n - first) * D, b_dec, sum[thread].data(), D);
         narrow_row(copy + n * D, r, D);
         norms[n] = std::sqrt(s);
-        square[me] += s;
+        square[thread] += s;
     }
     for (int t = 0; t < threads; t++) {
         for (int64_t d = 0; d < D; d++) sums[d] += sum[t][d];
@@ -317,7 +325,7 @@ void residuals(const float* x, const uint16_t* decoded, const float* b_dec, int6
 }
 
 struct Adam {
-    float lr, beta1, beta2, eps, correction1, correction2;  // corrections: 1 - beta^step, the second under a root
+    float lr, beta1, beta2, eps, correction1, correction2;  // corrections: 1 - beta1^step, sqrt(1 - beta2^step)
     inline float operator()(float& m, float& v, float g) const {
         m += (1 - beta1) * (g - m);
         v = beta2 * v + (1 - beta2) * g * g;
@@ -329,55 +337,56 @@ struct Adam {
 
 extern "C" {
 
-// All that the passes read and write; pointers may be null where a comment says so.
+// Inputs and outputs of the passes. A pointer is not null unless its comment allows it. Mirrored in bindings.py.
 struct SaetrainStep {
     int64_t N, D, F, K;
-    int32_t threads, half;  // half: products take the bf16 copies, else fp32
-    float scale;            // 2 / (data variance * tokens of the whole step)
+    int32_t threads, use_bf16;  // use_bf16: products read the bf16 copies, else fp32
+    float loss_scale;           // 2 / (data variance * tokens of the optimizer step)
     // inputs of a micro-batch
     const float* x;        // (N, D)
-    const void* x_enc;     // (N, D) x - b_dec, in the products' format
+    const void* x_enc;     // (N, D) x - b_dec, in the dtype of the products
     const float* x_norms;  // (N,) of x - b_dec
     float* values;         // (N, K)
     int32_t* indices;      // (N, K)
     // results of the token pass
     float* residual;        // (N, D)
-    void* residual_copy;    // (N, D) bf16, null where half is 0
-    float* dz;              // (N, K)
+    void* residual_copy;    // (N, D) bf16, null if use_bf16 is 0
+    float* grad_pre;        // (N, K) gradient of the loss with respect to the pre-activations
     float* residual_norms;  // (N,)
     double* residual_sum;   // (D,)
     double* residual_square;
-    // pairs sorted by latent
+    // active (token, latent) pairs, sorted by latent
     int64_t* starts;  // (F + 1,)
     int32_t* pair_token;
     float* pair_value;
-    float* pair_dz;
+    float* pair_grad_pre;
     // parameters and their copies
-    float *W_enc, *W_dec;            // (F, D)
-    float *b_enc, *b_dec;            // (F,), (D,)
-    uint16_t *W_enc_half, *W_dec_half;
-    // moments
+    float *W_enc, *W_dec;  // (F, D)
+    float *b_enc, *b_dec;  // (F,), (D,)
+    uint16_t *W_enc_bf16, *W_dec_bf16;  // (F, D), null if use_bf16 is 0
+    // Adam's moments
     float *m_enc, *v_enc, *m_dec, *v_dec;  // (F, D)
     float *m_b, *v_b;                      // (F,)
-    // gradients: written where they exist, null where a step fuses them away
+    // gradients, null if the update uses them without storing them
     float *g_enc, *g_dec;  // (F, D)
     float* g_b;            // (F,)
-    // further gradient rows of some latents (AuxK), null without
-    const int32_t* extra_row;  // (F,) row or -1
+    // additional gradient rows of some latents (AuxK), or null
+    const int32_t* extra_row;  // (F,) row of each latent, or -1
     const float *extra_enc, *extra_dec, *extra_b;
     float lr, encoder_lr, beta1, beta2, eps, correction1, correction2, decay, clip;
-    double* g_b_dec;  // (D,) part of b_dec's gradient that comes through the encoder
-    double* square;   // sum of squared gradients of W_enc, W_dec and b_enc
+    double* g_b_dec;  // (D,) part of b_dec's gradient that flows through the encoder
+    double* square;   // squared norm of the gradients of W_enc, W_dec and b_enc
 };
 
 void saetrain_tokens(const SaetrainStep* s) {
-    if (s->half)
-        tokens(s->x, s->W_dec_half, s->b_dec, s->values, s->indices, s->N, s->D, s->K, s->scale, s->residual,
-               static_cast<uint16_t*>(s->residual_copy), s->dz, s->residual_norms, s->residual_sum, s->residual_square,
-               s->threads);
+    if (s->use_bf16)
+        tokens(s->x, s->W_dec_bf16, s->b_dec, s->values, s->indices, s->N, s->D, s->K, s->loss_scale, s->residual,
+               static_cast<uint16_t*>(s->residual_copy), s->grad_pre, s->residual_norms, s->residual_sum,
+               s->residual_square, s->threads);
     else
-        tokens(s->x, s->W_dec, s->b_dec, s->values, s->indices, s->N, s->D, s->K, s->scale, s->residual,
-               static_cast<float*>(nullptr), s->dz, s->residual_norms, s->residual_sum, s->residual_square, s->threads);
+        tokens(s->x, s->W_dec, s->b_dec, s->values, s->indices, s->N, s->D, s->K, s->loss_scale, s->residual,
+               static_cast<float*>(nullptr), s->grad_pre, s->residual_norms, s->residual_sum, s->residual_square,
+               s->threads);
 }
 
 void saetrain_code_rows(const SaetrainStep* s, int64_t first, int64_t stop, uint16_t* out) {
@@ -393,22 +402,22 @@ void saetrain_residuals(const SaetrainStep* s, int64_t first, int64_t stop, cons
               s->residual_norms, s->residual_sum, s->residual_square, s->threads);
 }
 
-// The latents' gradients of tokens first..stop, picked from the products (stop - first, F) of residual and W_dec.
+// Read the pre-activation gradients of tokens first..stop from the products (stop - first, F) of residual and W_dec.
 void saetrain_pick(const SaetrainStep* s, int64_t first, int64_t stop, const uint16_t* products) {
 #pragma omp parallel for num_threads(s->threads) schedule(static)
     for (int64_t n = first; n < stop; n++) {
         const uint16_t* row = products + (n - first) * s->F;
         for (int64_t p = n * s->K; p < (n + 1) * s->K; p++)
-            s->dz[p] = s->values[p] > 0 ? -s->scale * widen(row[s->indices[p]]) : 0.0f;
+            s->grad_pre[p] = s->values[p] > 0 ? -s->loss_scale * widen(row[s->indices[p]]) : 0.0f;
     }
 }
 
-// Counting sort of the active (token, latent) pairs by latent, tokens in order within each.
+// Sort the active (token, latent) pairs by latent, then by token, with a counting sort.
 void saetrain_sort(const SaetrainStep* s) {
     const int64_t N = s->N, K = s->K, F = s->F;
     const int T = s->threads;
     std::vector<std::vector<int64_t>> at(T, std::vector<int64_t>(F, 0));
-    // Slices and not threads, of which there may be fewer than were asked for.
+    // The loop runs over slices instead of threads, because OpenMP may start fewer threads than requested.
 #pragma omp parallel for num_threads(T) schedule(static, 1)
     for (int t = 0; t < T; t++)
         for (int64_t p = N * t / T * K; p < N * (t + 1) / T * K; p++)
@@ -431,29 +440,31 @@ void saetrain_sort(const SaetrainStep* s) {
                     const int64_t to = at[t][s->indices[p]]++;
                     s->pair_token[to] = static_cast<int32_t>(n);
                     s->pair_value[to] = s->values[p];
-                    s->pair_dz[to] = s->dz[p];
+                    s->pair_grad_pre[to] = s->grad_pre[p];
                 }
 }
 
-// An upper bound of the squared norm of the gradients of both weights and b_enc, from the norms of what is summed: most
-// steps need no more to know that nothing is clipped. enc_most, dec_most: upper bounds of the largest eigenvalue of the
-// Gram matrices of x and of the residual, or infinity; bias: (F,) takes the gradient of b_enc.
-double saetrain_norm_bound(const SaetrainStep* s, double enc_most, double dec_most, float* bias) {
+// Return an upper bound of the squared norm of the gradients of both weights and b_enc, from the norms of the rows that
+// they sum. For most steps the bound is enough to rule out clipping. enc_eigenvalue and dec_eigenvalue are upper bounds
+// of the largest eigenvalues of the Gram matrices of x and of the residual, or infinity. The gradient of b_enc is
+// written to bias (F,).
+double saetrain_norm_bound(const SaetrainStep* s, double enc_eigenvalue, double dec_eigenvalue, float* bias) {
     std::vector<double> parts(s->threads, 0.0);
 #pragma omp parallel for num_threads(s->threads) schedule(static)
     for (int64_t f = 0; f < s->F; f++) {
         double dec = 0, enc = 0, b = 0, dec_square = 0, enc_square = 0;
         for (int64_t p = s->starts[f]; p < s->starts[f + 1]; p++) {
             const int32_t n = s->pair_token[p];
-            const double value = s->pair_value[p], dz = s->pair_dz[p];
+            const double value = s->pair_value[p], grad_pre = s->pair_grad_pre[p];
             dec += value * s->residual_norms[n];
-            enc += std::fabs(dz) * s->x_norms[n];
+            enc += std::fabs(grad_pre) * s->x_norms[n];
             dec_square += value * value;
-            enc_square += dz * dz;
-            b += dz;
+            enc_square += grad_pre * grad_pre;
+            b += grad_pre;
         }
-        const double scale = static_cast<double>(s->scale) * s->scale;
-        parts[omp_get_thread_num()] += scale * std::min(dec * dec, dec_square * dec_most) + std::min(enc * enc, enc_square * enc_most) + b * b;
+        const double squared_scale = static_cast<double>(s->loss_scale) * s->loss_scale;
+        parts[omp_get_thread_num()] += squared_scale * std::min(dec * dec, dec_square * dec_eigenvalue) +
+                                       std::min(enc * enc, enc_square * enc_eigenvalue) + b * b;
         bias[f] = static_cast<float>(b);
     }
     double total = 0;
@@ -467,44 +478,44 @@ namespace {
 enum Mode { MEASURE = 0, STORE = 1, UPDATE = 2, ADD = 3 };
 enum Origin { PAIRS = 0, MEMORY = 1, ROWS = 2 };
 
-// Where a latent's two gradient rows come from: its pairs, memory, or rows that a dense product has just made.
+// Source of the two gradient rows of latents first..stop: their pairs, memory, or the result of a dense product.
 struct Gradients {
     int32_t origin;
-    int64_t first, stop;            // latents
-    const uint16_t *enc, *dec;      // (stop - first, D) with ROWS
+    int64_t first, stop;        // latents
+    const uint16_t *enc, *dec;  // (stop - first, D) for ROWS
 };
 
-// Each latent: both gradient rows, then what the mode asks for. MEASURE sums the squared norm; STORE puts the rows into
-// g_enc, g_dec, g_b, and ADD adds them to what is there; UPDATE projects, clips, steps and renormalises, where
-// the latent's bias has a gradient. Adds to s->square and s->g_b_dec.
+// Compute both gradient rows of each latent, then do what the mode asks for. MEASURE computes the squared norm. STORE
+// writes the rows to g_enc, g_dec and g_b, and ADD adds to them. UPDATE projects and clips the gradient, applies Adam
+// and renormalizes the decoder row, for latents whose bias has a gradient. The pass adds to s->square and s->g_b_dec.
 template <typename T>
 void latents(const SaetrainStep* s, const T* x, const T* residual, int mode, const Gradients& from, float* enc_norms) {
     const int64_t D = s->D;
     const bool stored = from.origin == MEMORY;
-    std::vector<std::vector<double>> through(s->threads, std::vector<double>(D, 0.0));
+    std::vector<std::vector<double>> through_encoder(s->threads, std::vector<double>(D, 0.0));
     std::vector<double> square(s->threads, 0.0);
     const Adam adam{s->encoder_lr, s->beta1, s->beta2, s->eps, s->correction1, s->correction2};
 #pragma omp parallel num_threads(s->threads)
     {
         const FlushToZero flush;
-        const int me = omp_get_thread_num();
+        const int thread = omp_get_thread_num();
         std::vector<float> own_e(D), own_d(D), scaled;
-        // The split is by thread and fixed, so that the same threads give the same sums.
+        // The split over threads is fixed, so that the same number of threads gives the same sums.
 #pragma omp for schedule(static)
         for (int64_t f = from.first; f < from.stop; f++) {
             const int64_t row = f * D, start = s->starts[f], pairs = s->starts[f + 1] - start;
             float* const ge = mode == STORE ? s->g_enc + row : own_e.data();
             float* const gd = mode == STORE ? s->g_dec + row : own_d.data();
             float gb = 0;
-            bool any = true;
+            bool has_gradient = true;
             if (stored) {
                 std::copy(s->g_enc + row, s->g_enc + row + D, ge);
                 std::copy(s->g_dec + row, s->g_dec + row + D, gd);
                 gb = s->g_b[f];
             } else {
-                any = pairs > 0;
-                if (any) {
-                    for (int64_t p = 0; p < pairs; p++) gb += s->pair_dz[start + p];
+                has_gradient = pairs > 0;
+                if (has_gradient) {
+                    for (int64_t p = 0; p < pairs; p++) gb += s->pair_grad_pre[start + p];
                     if (from.origin == ROWS) {
                         const int64_t at = (f - from.first) * D;
 #pragma omp simd
@@ -514,12 +525,12 @@ void latents(const SaetrainStep* s, const T* x, const T* residual, int mode, con
                         }
                     } else {
                         scaled.resize(pairs);
-                        for (int64_t p = 0; p < pairs; p++) scaled[p] = -s->scale * s->pair_value[start + p];
+                        for (int64_t p = 0; p < pairs; p++) scaled[p] = -s->loss_scale * s->pair_value[start + p];
                         gather(gd, residual, s->pair_token + start, scaled.data(), pairs, D);
-                        gather(ge, x, s->pair_token + start, s->pair_dz + start, pairs, D);
+                        gather(ge, x, s->pair_token + start, s->pair_grad_pre + start, pairs, D);
                     }
                     const float* w = s->W_enc + row;
-                    double* to = through[me].data();
+                    double* to = through_encoder[thread].data();
 #pragma omp simd
                     for (int64_t d = 0; d < D; d++) to[d] -= gb * w[d];
                 } else {
@@ -527,8 +538,8 @@ void latents(const SaetrainStep* s, const T* x, const T* residual, int mode, con
                     std::fill(gd, gd + D, 0.0f);
                 }
                 const int32_t extra = s->extra_row != nullptr ? s->extra_row[f] : -1;
-                if (extra >= 0) {  // AuxK leaves b_dec alone, so what it adds comes after the sum through the encoder
-                    any = true;
+                if (extra >= 0) {  // added after the sum through the encoder, because AuxK has no gradient for b_dec
+                    has_gradient = true;
                     const float *xe = s->extra_enc + extra * D, *xd = s->extra_dec + extra * D;
                     for (int64_t d = 0; d < D; d++) {
                         ge[d] += xe[d];
@@ -542,7 +553,7 @@ void latents(const SaetrainStep* s, const T* x, const T* residual, int mode, con
                 continue;
             }
             if (mode == ADD) {
-                if (!any) continue;
+                if (!has_gradient) continue;
                 for (int64_t d = 0; d < D; d++) {
                     s->g_enc[row + d] += ge[d];
                     s->g_dec[row + d] += gd[d];
@@ -552,18 +563,19 @@ void latents(const SaetrainStep* s, const T* x, const T* residual, int mode, con
             }
             float* wd = s->W_dec + row;
             float* we = s->W_enc + row;
-            if (any) {
+            if (has_gradient) {
                 const float along = dot(gd, wd, D);
 #pragma omp simd
                 for (int64_t d = 0; d < D; d++) gd[d] -= along * wd[d];
-                square[me] += dot(ge, ge, D) + dot(gd, gd, D) + gb * gb;
+                square[thread] += dot(ge, ge, D) + dot(gd, gd, D) + gb * gb;
             }
             if (mode == MEASURE) continue;
-            if (gb == 0) continue;  // a step on which a latent does not fire leaves it alone, its moments too
-            float *me_ = s->m_enc + row, *ve = s->v_enc + row, *md = s->m_dec + row, *vd = s->v_dec + row;
-            const float clip = s->clip, keep = 1 - s->encoder_lr * s->decay;
+            if (gb == 0) continue;  // a latent that did not fire keeps its weights and moments
+            float *m_e = s->m_enc + row, *ve = s->v_enc + row, *md = s->m_dec + row, *vd = s->v_dec + row;
+            const float clip = s->clip, decay_factor = 1 - s->encoder_lr * s->decay;
             float norm = 0, length = 0;
-            const float rate = s->lr / s->correction1, encoder_rate = s->encoder_lr / s->correction1, b1 = 1 - s->beta1, b2 = 1 - s->beta2;
+            const float rate = s->lr / s->correction1, encoder_rate = s->encoder_lr / s->correction1;
+            const float b1 = 1 - s->beta1, b2 = 1 - s->beta2;
             const float root = 1 / s->correction2, eps = s->eps, beta2 = s->beta2;
 #pragma omp simd reduction(+ : norm, length)
             for (int64_t d = 0; d < D; d++) {
@@ -572,9 +584,9 @@ void latents(const SaetrainStep* s, const T* x, const T* residual, int mode, con
                 vd[d] = beta2 * vd[d] + b2 * g * g;
                 wd[d] -= rate * md[d] / (std::sqrt(vd[d]) * root + eps);
                 norm += wd[d] * wd[d];
-                me_[d] += b1 * (h - me_[d]);
+                m_e[d] += b1 * (h - m_e[d]);
                 ve[d] = beta2 * ve[d] + b2 * h * h;
-                we[d] = keep * we[d] - encoder_rate * me_[d] / (std::sqrt(ve[d]) * root + eps);
+                we[d] = decay_factor * we[d] - encoder_rate * m_e[d] / (std::sqrt(ve[d]) * root + eps);
                 length += we[d] * we[d];
             }
             const float inverse = 1 / std::max(std::sqrt(norm), 1.17549435e-38f);
@@ -582,16 +594,16 @@ void latents(const SaetrainStep* s, const T* x, const T* residual, int mode, con
             for (int64_t d = 0; d < D; d++) wd[d] *= inverse;
             enc_norms[f] = std::sqrt(length);
             s->b_enc[f] -= adam(s->m_b[f], s->v_b[f], clip * gb);
-            if (s->half) {
-                narrow_row(s->W_dec_half + row, wd, D);
-                narrow_row(s->W_enc_half + row, we, D);
+            if (s->use_bf16) {
+                narrow_row(s->W_dec_bf16 + row, wd, D);
+                narrow_row(s->W_enc_bf16 + row, we, D);
             }
         }
     }
     for (int t = 0; t < s->threads; t++) {
         *s->square += square[t];
         if (!stored)
-            for (int64_t d = 0; d < D; d++) s->g_b_dec[d] += through[t][d];
+            for (int64_t d = 0; d < D; d++) s->g_b_dec[d] += through_encoder[t][d];
     }
 }
 
@@ -600,14 +612,14 @@ void latents(const SaetrainStep* s, const T* x, const T* residual, int mode, con
 extern "C" {
 
 void saetrain_latents(const SaetrainStep* s, int mode, const Gradients* from, float* enc_norms) {
-    if (s->half)
+    if (s->use_bf16)
         latents(s, static_cast<const uint16_t*>(s->x_enc), static_cast<const uint16_t*>(s->residual_copy), mode, *from,
                 enc_norms);
     else
         latents(s, static_cast<const float*>(s->x_enc), static_cast<const float*>(s->residual), mode, *from, enc_norms);
 }
 
-// The codes of some latents as dense (stop - first, N) rows, for products whose results are the gradient rows.
+// Write the codes of some latents as dense (stop - first, N) rows, whose products are the gradient rows.
 void saetrain_codes(const SaetrainStep* s, int64_t first, int64_t stop, uint16_t* enc, uint16_t* dec) {
 #pragma omp parallel for num_threads(s->threads) schedule(static)
     for (int64_t f = first; f < stop; f++) {
@@ -615,14 +627,14 @@ void saetrain_codes(const SaetrainStep* s, int64_t first, int64_t stop, uint16_t
         std::memset(e, 0, s->N * sizeof(uint16_t));
         std::memset(d, 0, s->N * sizeof(uint16_t));
         for (int64_t p = s->starts[f]; p < s->starts[f + 1]; p++) {
-            e[s->pair_token[p]] = narrow(s->pair_dz[p]);
-            d[s->pair_token[p]] = narrow(-s->scale * s->pair_value[p]);
+            e[s->pair_token[p]] = narrow(s->pair_grad_pre[p]);
+            d[s->pair_token[p]] = narrow(-s->loss_scale * s->pair_value[p]);
         }
     }
 }
 
 void saetrain_center(const SaetrainStep* s, void* out, float* norms) {
-    if (s->half)
+    if (s->use_bf16)
         center(s->x, s->b_dec, s->N, s->D, static_cast<uint16_t*>(out), norms, s->threads);
     else
         center(s->x, s->b_dec, s->N, s->D, static_cast<float*>(out), norms, s->threads);

@@ -1,1 +1,1 @@
-"""The top-k step as Triton kernels for NVIDIA GPUs."""
+"""The TopK step as Triton kernels for NVIDIA GPUs."""

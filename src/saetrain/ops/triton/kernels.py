@@ -1,8 +1,8 @@
-"""The TopK step's kernels in Triton: decode, and the update of each latent.
+"""Triton kernels of the TopK step (Gao et al., arXiv 2406.04093): decode, and the update of each latent.
 
-N tokens, D width, F latents, K active. Encoder and decoder are (F, D), one latent after the other, in fp32, with
-optional bf16 copies for the products. No atomics: sums over tokens run in a fixed order within a latent, so that the
-same inputs give the same bits. Nothing here waits for the device or asks it for a size.
+N tokens, D width, F latents, K active latents per token. Encoder and decoder are (F, D) in fp32, one row per latent,
+with optional bf16 copies for the products. There are no atomics: sums over tokens run in a fixed order within a latent,
+so that the same inputs give the same bits. No kernel needs a size that only the device knows.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import triton
 import triton.language as tl
 
 BUILD_ERRORS = (triton.TritonError, RuntimeError, ValueError, OSError, subprocess.SubprocessError)
-"""What Triton raises where a kernel can't be compiled, loaded or launched; a GPU that fails raises some of it too."""
+"""Exceptions of Triton when it can't compile, load or launch a kernel; a failing GPU raises some of them too."""
 
 
 @triton.jit
 def _round_to_bf16(value):
-    """In bf16, rounded to nearest even as torch does: the interpreter would cut off."""
+    """Round to the nearest even bf16, as torch does; Triton's interpreter would truncate."""
     bits = value.to(tl.float32).to(tl.uint32, bitcast=True)
     bits = tl.where(value == value, bits + 0x7FFF + ((bits >> 16) & 1), bits)
     return ((bits >> 16) << 16).to(tl.float32, bitcast=True).to(tl.bfloat16)
@@ -26,21 +26,21 @@ def _round_to_bf16(value):
 
 @triton.jit
 def compute_residuals_kernel(
-    x,  # (N, D) fp32, less the decoder's bias
-    W_dec,  # (F, D) in the products' format
+    x,  # (N, D) fp32, minus the decoder bias
+    W_dec,  # (F, D) in the dtype of the products
     values,  # (N, K)
     indices,  # (N, K) int32
-    loss_scale,  # scalar: the loss is scale / 2 times the squared residual
+    loss_scale,  # scalar: the loss is loss_scale / 2 times the squared residual
     residual,  # (N, D) fp32 out
-    residual_copy,  # (N, D) out, in the products' format
-    grad_pre,  # (N, K) out: the loss' gradient by each pre-activation
-    residual_norms,  # (N,) out: the residual's
+    residual_copy,  # (N, D) out, in the dtype of the products
+    grad_pre,  # (N, K) out: gradient of the loss with respect to the pre-activations
+    residual_norms,  # (N,) out
     D,
     K: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Decode, residual and the latents' gradients of one token."""
+    """Compute reconstruction, residual and pre-activation gradients of one token."""
     token = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     inside = d < D
@@ -70,7 +70,7 @@ def compute_residuals_kernel(
 
 @triton.jit
 def bound_norms_kernel(
-    starts,  # (F + 1,) int64: where a latent's pairs begin
+    starts,  # (F + 1,) int64: first pair of each latent
     pair_token,  # (P,) int32
     pair_value,  # (P,)
     pair_grad_pre,  # (P,)
@@ -78,10 +78,10 @@ def bound_norms_kernel(
     residual_norms,  # (N,)
     loss_scale,
     grad_b_enc,  # (F,) out: the gradient of b_enc
-    squared_bounds,  # (F,) out: at least the squared norm of the latent's gradients
+    squared_bounds,  # (F,) out: upper bound of the squared norm of each latent's gradients
     BLOCK: tl.constexpr,
 ):
-    """A sum of rows is no longer than the sum of their lengths, which needs no row."""
+    """Bound the gradient norm of one latent by the sum of the norms of its rows, without reading the rows."""
     latent = tl.program_id(0)
     first = tl.load(starts + latent)
     stop = tl.load(starts + latent + 1)
@@ -117,7 +117,7 @@ def _sum_gradient_rows(
     BLOCK_D: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """Gradient rows (encoder, decoder) of pairs first … stop, in their order."""
+    """Return the gradient rows (encoder, decoder) of pairs first … stop, summed in their order."""
     d = tl.arange(0, BLOCK_D)
     inside = d < D
     enc = tl.zeros((BLOCK_D,), tl.float32)
@@ -137,14 +137,14 @@ def _sum_gradient_rows(
 
 @triton.jit
 def sum_segments_kernel(
-    segment_latent,  # (S,) int32: whose segment this is; -1 where there is none
-    segment_first,  # (S,) int64: its first pair
+    segment_latent,  # (S,) int32: latent of each segment, -1 for unused segments
+    segment_first,  # (S,) int64: first pair of each segment
     starts,
     pair_token,
     pair_value,
     pair_grad_pre,
-    x,  # (N, D) what the encoder multiplies, in the products' format
-    residual,  # (N, D) in the products' format
+    x,  # (N, D) encoder input, in the dtype of the products
+    residual,  # (N, D) in the dtype of the products
     loss_scale,
     segment_sum_enc,  # (S, D) out
     segment_sum_dec,  # (S, D) out
@@ -153,7 +153,7 @@ def sum_segments_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """Gradient rows of a segment of the pairs of a latent that fires often: one program alone would take too long."""
+    """Sum the gradient rows of one segment of a latent's pairs; for frequent latents a single program would be slow."""
     segment = tl.program_id(0).to(tl.int64)
     latent = tl.load(segment_latent + segment)
     if latent >= 0:
@@ -170,17 +170,18 @@ def sum_segments_kernel(
 
 @triton.jit
 def _load_gradient_rows(
-    latent, starts, pair_token, pair_value, pair_grad_pre, segment_starts, segment_sum_enc, segment_sum_dec, x, residual, loss_scale,
+    latent, starts, pair_token, pair_value, pair_grad_pre,
+    segment_starts, segment_sum_enc, segment_sum_dec, x, residual, loss_scale,
     extra_row, extra_enc, extra_dec, D, EXTRA: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Both gradient rows of a latent, from its pairs or from the parts of its segments."""
+    """Return both gradient rows of a latent, from its pairs or from the sums of its segments."""
     d = tl.arange(0, BLOCK_D)
     inside = d < D
     first = tl.load(starts + latent)
     stop = tl.load(starts + latent + 1)
     first_segment = tl.load(segment_starts + latent)
     stop_segment = tl.load(segment_starts + latent + 1)
-    # No pairs are left to the loop where there are parts.
+    # If the latent has segments, they cover all its pairs, so the loop below runs over none.
     stop = tl.where(stop_segment > first_segment, first, stop)
     enc, dec = _sum_gradient_rows(
         first, stop, pair_token, pair_value, pair_grad_pre, x, residual, -tl.load(loss_scale), D, BLOCK_D, BLOCK_P
@@ -200,7 +201,7 @@ def _load_gradient_rows(
 def _compute_adam_step(
     m, v, gradient, inv_sqrt_correction, BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr
 ):
-    """New moments and the step at rate 1, before the first correction."""
+    """Return the new moments and the step at learning rate 1, without the bias correction of the first moment."""
     m += (1 - BETA1) * (gradient - m)
     v = BETA2 * v + (1 - BETA2) * gradient * gradient
     return m, v, m / (tl.sqrt(v) * inv_sqrt_correction + EPS)
@@ -210,36 +211,37 @@ MEASURE = tl.constexpr(0)
 STORE = tl.constexpr(1)
 ADD = tl.constexpr(2)
 UPDATE = tl.constexpr(3)
+"""Modes of the latent pass."""
 
 
 @triton.jit
 def latent_pass_kernel(
-    ok,  # scalar int32: nothing is done where it is 0
+    ok,  # scalar int32: 0 skips the kernel
     starts, pair_token, pair_value, pair_grad_pre,
-    segment_starts,  # (F + 1,) int64: where a latent's parts begin; it has none where one program sums its pairs
+    segment_starts,  # (F + 1,) int64: first segment of each latent; a latent with few pairs has none
     segment_sum_enc, segment_sum_dec,  # (S, D)
-    x, residual,  # (N, D) in the products' format
+    x, residual,  # (N, D) in the dtype of the products
     loss_scale,
-    extra_row,  # (F,) int32 row of further gradients (AuxK), or -1
+    extra_row,  # (F,) int32: row of each latent in the additional gradients (AuxK), or -1
     extra_enc, extra_dec,
-    grad_b_enc,  # (F,) the gradient of b_enc, the further ones in it
-    grad_enc, grad_dec,  # (F, D) in memory: written by STORE and ADD, read with STORED
+    grad_b_enc,  # (F,) gradient of b_enc, including AuxK's
+    grad_enc, grad_dec,  # (F, D): written by STORE and ADD, read if STORED
     W_enc, W_dec, b_enc, W_enc_bf16, W_dec_bf16,
     m_enc, v_enc, m_dec, v_dec, m_b, v_b,
-    squared_norms,  # (F,) out: of the projected gradient
-    rates,  # (4,): the decoder's, the encoder's, 1 - decay, 1 / root of the second correction
-    clip,  # scalar that gradients are multiplied with
+    squared_norms,  # (F,) out: squared norms of the projected gradients
+    rates,  # (4,): lr / correction1, encoder lr / correction1, 1 - encoder lr · decay, 1 / sqrt(correction2)
+    clip,  # scalar factor of the gradients
     D,
     BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr,
     MODE: tl.constexpr, STORED: tl.constexpr, EXTRA: tl.constexpr, BF16: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Both gradient rows of a latent, then what the mode asks for: their norm, to keep them, or the whole update."""
+    """Compute both gradient rows of one latent, then measure, store, accumulate or apply them, depending on MODE."""
     if tl.load(ok) == 0:
         return
     latent = tl.program_id(0).to(tl.int64)
     b = tl.load(grad_b_enc + latent)
-    # A step on which a latent does not fire leaves it alone, its moments too.
+    # A latent that did not fire keeps its weights and moments.
     if (MODE == MEASURE or MODE == UPDATE) and b == 0:  # noqa: SIM109
         tl.store(squared_norms + latent, 0.0)
         return
@@ -251,10 +253,11 @@ def latent_pass_kernel(
         dec = tl.load(grad_dec + offsets, mask=inside, other=0.0)
     else:
         enc, dec = _load_gradient_rows(
-            latent, starts, pair_token, pair_value, pair_grad_pre, segment_starts, segment_sum_enc, segment_sum_dec, x, residual, loss_scale,
+            latent, starts, pair_token, pair_value, pair_grad_pre,
+            segment_starts, segment_sum_enc, segment_sum_dec, x, residual, loss_scale,
             extra_row, extra_enc, extra_dec, D, EXTRA, BLOCK_D, BLOCK_P,
         )  # fmt: skip
-    # Triton's compiler knows no `in`.
+    # Triton's compiler does not support `in`.
     if MODE == STORE or MODE == ADD:  # noqa: SIM109
         if MODE == ADD:
             enc += tl.load(grad_enc + offsets, mask=inside, other=0.0)
@@ -278,7 +281,7 @@ def _update_latent(
     m_enc, v_enc, m_dec, v_dec, m_b, v_b, rates, clip,
     BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr, BF16: tl.constexpr,
 ):  # fmt: skip
-    """Adam over one latent, and its decoder row back to unit norm."""
+    """Apply Adam to the parameters of one latent, and rescale its decoder row to unit norm."""
     lr, encoder_lr, decay_factor, inv_sqrt_correction = (
         tl.load(rates),
         tl.load(rates + 1),
@@ -290,7 +293,7 @@ def _update_latent(
     m, v, move = _compute_adam_step(m, v, clip * dec, inv_sqrt_correction, BETA1, BETA2, EPS)
     w_dec = tl.where(inside, w_dec - lr * move, 0.0)
     w_dec /= tl.maximum(tl.sqrt(tl.sum(w_dec * w_dec, axis=0)), 1.17549435e-38)
-    # Only behind the sum, to which warps with a copy of the row may come late and must find the old moments.
+    # Store only after the sum above, because warps with a copy of the row may still have to read the old moments.
     tl.store(m_dec + offsets, m, mask=inside)
     tl.store(v_dec + offsets, v, mask=inside)
     tl.store(W_dec + offsets, w_dec, mask=inside)

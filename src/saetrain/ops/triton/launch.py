@@ -1,4 +1,4 @@
-"""Launches of the Triton kernels on torch's memory: fixed shapes, no answer of the device is waited for."""
+"""Launches of the Triton kernels on torch tensors, with fixed shapes and without synchronizing with the device."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ from saetrain.ops.triton import kernels as triton_kernels
 from saetrain.ops.triton import topk as triton_topk
 
 CHUNK_BYTES = 512 << 20
-"""Pre-activations that are held at once."""
+"""Bytes of pre-activations per chunk."""
 TILE_ELEMENTS, WIDE_TILE_ELEMENTS = 4096, 8192
-"""Numbers of gathered rows that a program holds at once, up to and above a width of 1024."""
+"""Elements of gathered rows per program, for widths up to 1024 and above."""
 SEGMENT_PAIRS = 256
-"""Pairs of a latent that one program sums; those of a latent that fires on every token would keep it for long."""
+"""Pairs per program. Latents with more pairs are split into segments, because one program would take too long."""
 BLOCK = 1024
-"""Columns, or pairs of numbers, that a program looks at together."""
+"""Columns per iteration of a program."""
 
 
 @dataclass(frozen=True)
 class SegmentedPairs:
-    """The active (token, latent) pairs, one latent after the other, tokens in order.
+    """The active (token, latent) pairs, sorted by latent, then by token.
 
-    ``starts`` (F + 1,) int64; ``token`` (N·K,) int32; ``value`` and ``grad_pre`` (N·K,) fp32; ``segment_starts`` (F + 1,) int64
-    and ``segment_latent``, ``segment_first`` (S,): pieces of latents with more than SEGMENT pairs.
+    ``starts`` (F + 1,) int64 first pair of each latent; ``token`` (N·K,) int32; ``value`` and ``grad_pre`` (N·K,) fp32;
+    ``segment_starts`` (F + 1,) int64, ``segment_latent`` (S,) int32 and ``segment_first`` (S,) int64: segments of the
+    latents with more than SEGMENT_PAIRS pairs.
     """
 
     starts: Tensor
@@ -39,14 +40,15 @@ class SegmentedPairs:
 
 
 def rows_per_tile(width: int) -> int:
-    """Rows of ``width`` that fit a program's tile."""
+    """Return the number of rows of ``width`` per tile of a program."""
     return max(1, min(16, (TILE_ELEMENTS if width <= 1024 else WIDE_TILE_ELEMENTS) // next_power_of_2(width)))
 
 
 def row_launch_options(width: int) -> dict[str, int | bool]:
-    """How a program over rows of ``width`` is launched: with as many warps as keep what it holds in registers.
+    """Return the launch options of a program over rows of ``width``.
 
-    No more than have numbers of their own; products and sums are fused, which is Triton's default so far.
+    There are enough warps to keep the rows in registers, but no warp without elements. Multiply-adds are fused,
+    which is Triton's current default.
     """
     block = next_power_of_2(width)
     warps = min(8 if width <= 1024 else 16, max(1, block // 32))
@@ -54,12 +56,13 @@ def row_launch_options(width: int) -> dict[str, int | bool]:
 
 
 def encode_topk(x_ND: Tensor, W_FD: Tensor, b_F: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """(values fp32, indices int32), both (N, k): ReLU of the k largest of ``x Wᵀ + b``, in the order of their latents.
+    """Return (values fp32, indices int32), both (N, k): ReLU of the k largest entries of each row of ``x Wᵀ + b``.
 
-    ``x_ND`` and ``W_FD`` in the products' format; among equals the lower index is taken.
+    The entries are in the order of their latents; among equal ones, those with lower indices are chosen. ``x_ND`` and
+    ``W_FD`` have the dtype of the products.
     """
     tokens, latents = len(x_ND), len(W_FD)
-    # No fewer than a program reads at once, for what is read at once hides the wait for memory.
+    # At least one block of columns, because large reads hide the latency of memory.
     groups = min(next_power_of_2(latents), max(next_power_of_2(4 * k), BLOCK))
     rows = min(tokens, max(16, CHUNK_BYTES // (latents * x_ND.element_size())))
     pre = x_ND.new_empty(rows, latents)
@@ -79,9 +82,9 @@ def encode_topk(x_ND: Tensor, W_FD: Tensor, b_F: Tensor, k: int) -> tuple[Tensor
 def compute_residuals(
     x_ND: Tensor, W_FD: Tensor, values_NK: Tensor, indices_NK: Tensor, loss_scale: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Residual (N, D) in fp32 and in the format of ``W_FD``, the latents' gradients (N, K), the residual's norms (N,).
+    """Return the residual (N, D) in fp32 and in the dtype of ``W_FD``, pre-activation gradients (N, K), and norms (N,).
 
-    ``x_ND`` has the decoder's bias taken off; the loss is ``loss_scale`` / 2 times the squared residual.
+    ``x_ND`` excludes the decoder bias; the loss is ``loss_scale`` / 2 times the squared residual.
     """
     tokens, width = x_ND.shape
     k = values_NK.shape[1]
@@ -95,7 +98,7 @@ def compute_residuals(
 
 
 def sort_pairs(values_NK: Tensor, indices_NK: Tensor, grad_pre_NK: Tensor, latents: int) -> SegmentedPairs:
-    """The active pairs by latent; inactive ones lie behind the last."""
+    """Sort the active pairs by latent; inactive pairs come after the last latent."""
     device, k = values_NK.device, values_NK.shape[1]
     latent = torch.where(values_NK > 0, indices_NK, latents).flatten()
     ordered, order = torch.sort(latent, stable=True)
@@ -104,7 +107,7 @@ def sort_pairs(values_NK: Tensor, indices_NK: Tensor, grad_pre_NK: Tensor, laten
     n_segments = torch.where(count > SEGMENT_PAIRS, (count + SEGMENT_PAIRS - 1) // SEGMENT_PAIRS, 0)
     segment_starts = torch.zeros_like(starts)
     torch.cumsum(n_segments, dim=0, out=segment_starts[1:])
-    # A latent of c pairs has fewer than 2 c / SEGMENT segments, so that their number is bounded without asking.
+    # A latent of c pairs has fewer than 2 c / SEGMENT_PAIRS segments, so their number is bounded without synchronizing.
     number = torch.arange(2 * len(latent) // SEGMENT_PAIRS + 1, device=device)
     owner = torch.searchsorted(segment_starts[1:], number, right=True).clamp_max(latents - 1)
     first = starts[owner] + (number - segment_starts[owner]) * SEGMENT_PAIRS
@@ -122,7 +125,7 @@ def sort_pairs(values_NK: Tensor, indices_NK: Tensor, grad_pre_NK: Tensor, laten
 def bound_latent_norms(
     pairs: SegmentedPairs, x_norms: Tensor, residual_norms: Tensor, loss_scale: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The gradient of ``b_enc`` (F,), and at least the squared norm of each latent's gradients (F,)."""
+    """Return the gradient of ``b_enc`` (F,), and an upper bound of the squared norm of each latent's gradients (F,)."""
     latents = len(pairs.starts) - 1
     grad_b_enc, squared_bounds = x_norms.new_empty(latents), x_norms.new_empty(latents)
     triton_kernels.bound_norms_kernel[(latents,)](
@@ -142,7 +145,10 @@ def bound_latent_norms(
 
 
 def sum_segments(pairs: SegmentedPairs, x_ND: Tensor, residual_ND: Tensor, loss_scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradient rows (S, D) of the segments of latents that fire often; both inputs in the products' format."""
+    """Return the gradient rows (encoder, decoder) of the segments, both (S, D).
+
+    ``x_ND`` and ``residual_ND`` have the dtype of the products.
+    """
     width, count = x_ND.shape[1], len(pairs.segment_latent)
     sums = [torch.empty(count, width, device=x_ND.device) for _ in range(2)]
     triton_kernels.sum_segments_kernel[(count,)](

@@ -1,6 +1,6 @@
-"""Search in Triton: the k largest pre-activations of each token, exactly, in two stages.
+"""Exact top-k of the pre-activations of each token in Triton, in two stages.
 
-N tokens, F latents, K active. Nothing here waits for the device or asks it for a size.
+N tokens, F latents, K active latents per token. No kernel needs a size that only the device knows.
 """
 
 from __future__ import annotations
@@ -11,21 +11,21 @@ import triton.language as tl
 
 @triton.jit
 def _float_to_key(value):
-    """Unsigned integers in the order of the floats; above 0 for every float."""
+    """Convert floats to unsigned integers of the same order, all above 0."""
     bits = value.to(tl.uint32, bitcast=True)
     return tl.where(bits >= 0x80000000, bits ^ 0xFFFFFFFF, bits | 0x80000000)
 
 
 @triton.jit
 def _key_to_float(key):
-    """The floats again."""
+    """Convert keys of :func:`_float_to_key` back to floats."""
     bits = tl.where(key >= 0x80000000, key & 0x7FFFFFFF, key ^ 0xFFFFFFFF)
     return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _load_row_keys(pre, bias, row, columns, F):
-    """Keys of the row's pre-activations in these columns, 0 behind the last."""
+    """Return the keys of the row's pre-activations in these columns, 0 after the last column."""
     inside = columns < F
     value = tl.load(pre + row * F + columns, mask=inside, other=0.0).to(tl.float32)
     value += tl.load(bias + columns, mask=inside, other=0.0)
@@ -34,7 +34,7 @@ def _load_row_keys(pre, bias, row, columns, F):
 
 @triton.jit
 def _find_kth_key(keys, K: tl.constexpr):
-    """The K-th largest of a block of keys, bit by bit from the top."""
+    """Return the K-th largest of a block of keys, found bit by bit from the top."""
     kth = tl.zeros((), tl.uint32)
     for bit in range(32):
         higher = kth | (tl.full((), 0x80000000, tl.uint32) >> bit)
@@ -45,7 +45,7 @@ def _find_kth_key(keys, K: tl.constexpr):
 
 @triton.jit
 def _find_kth_key_in_row(pre, bias, row, F, K: tl.constexpr, BLOCK: tl.constexpr):
-    """The same over a whole row, read once for each bit."""
+    """Return the K-th largest key of a whole row, which is read once per bit."""
     kth = tl.zeros((), tl.uint32)
     for bit in range(32):
         higher = kth | (tl.full((), 0x80000000, tl.uint32) >> bit)
@@ -59,7 +59,10 @@ def _find_kth_key_in_row(pre, bias, row, F, K: tl.constexpr, BLOCK: tl.constexpr
 
 @triton.jit
 def _store_selected(keys, indices, bound, ties_left, n_stored, values_out, indices_out, K: tl.constexpr):
-    """Write what exceeds ``bound`` and the first ``ties_left`` of its equals behind ``n_stored``; gives how many of each."""
+    """Append the keys above ``bound`` and the first ``ties_left`` equal keys at ``n_stored``.
+
+    Return the number of equal keys and the number of stored keys.
+    """
     equal = keys == bound
     is_selected = (keys > bound) | (equal & (tl.cumsum(equal.to(tl.int32), axis=0) <= ties_left))
     slots = n_stored + tl.cumsum(is_selected.to(tl.int32), axis=0) - 1
@@ -71,7 +74,7 @@ def _store_selected(keys, indices, bound, ties_left, n_stored, values_out, indic
 
 @triton.jit
 def select_topk_kernel(
-    pre,  # (n, F) in the products' format
+    pre,  # (n, F) in the dtype of the products
     bias,  # (F,)
     values,  # (n, K) out: ReLU of the K largest of pre + bias, in the order of their latents
     indices,  # (n, K) int32 out
@@ -83,7 +86,11 @@ def select_topk_kernel(
     CAPACITY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The K-th largest of GROUPS maxima bounds the K-th largest of all from below: only what reaches it is searched."""
+    """Select the K largest entries of one row.
+
+    The K-th largest of GROUPS maxima is a lower bound of the K-th largest of all, so only entries that reach it are
+    searched. If more than CAPACITY entries reach it, the whole row is searched.
+    """
     row = tl.program_id(0).to(tl.int64)
     group = tl.arange(0, GROUPS)
     maxima = tl.zeros((GROUPS,), tl.uint32)
@@ -100,7 +107,7 @@ def select_topk_kernel(
         tl.store(candidate_keys + row * CAPACITY + slots, keys, mask=kept)
         tl.store(candidates + row * CAPACITY + slots, columns, mask=kept)
         n_found += tl.sum(hit.to(tl.int32), axis=0)
-    # What other threads of the program have stored is read below.
+    # The code below reads what other threads of the program have stored.
     tl.debug_barrier()
     if n_found <= CAPACITY:
         slot = tl.arange(0, CAPACITY)

@@ -38,14 +38,14 @@ class Workspace:
             "indices": torch.empty(tokens, k, dtype=torch.int32),
             "residual": torch.empty(tokens, width),
             "residual_copy": torch.empty(tokens, width, dtype=dtype) if use_bf16 else None,
-            "dz": torch.empty(tokens, k),
+            "grad_pre": torch.empty(tokens, k),
             "residual_norms": torch.empty(tokens),
             "residual_sum": torch.empty(width, dtype=torch.double),
             "residual_square": torch.empty(1, dtype=torch.double),
             "starts": torch.empty(latents + 1, dtype=torch.long),
             "pair_token": torch.empty(pairs, dtype=torch.int32),
             "pair_value": torch.empty(pairs),
-            "pair_dz": torch.empty(pairs),
+            "pair_grad_pre": torch.empty(pairs),
         }
 
     def __getitem__(self, name: str) -> Tensor:
@@ -139,7 +139,7 @@ class NativeStep(TrainStep):
         work.owner = self
         names = dict(zip(native.LONG_FIELDS, shape, strict=True))
         step = self._step = native.SaetrainStep(
-            **names, threads=torch.get_num_threads(), half=self._use_bf16, scale=loss_scale
+            **names, threads=torch.get_num_threads(), use_bf16=self._use_bf16, loss_scale=loss_scale
         )
         self._live_tensors = {"x": x_ND}
         native.set_pointers(
@@ -148,7 +148,7 @@ class NativeStep(TrainStep):
             **work.tensors,
             **{f"W_{name}": value for name, value in self._W.items()},
             **{f"b_{name}": value for name, value in self._b.items()},
-            **{f"W_{name}_half": value for name, value in self._bf16_weights.items()},
+            **{f"W_{name}_bf16": value for name, value in self._bf16_weights.items()},
             **{name: value for name, value in self._moments.items() if not name.endswith("b_dec")},
             **self._grads,
             g_b_dec=self._g_b_dec_encoder,
@@ -207,14 +207,14 @@ class NativeStep(TrainStep):
         """Of the micro-batch's gradient, from norms alone."""
         grad_b_enc = torch.empty(step.F)
         square = native.bound_squared_norm(step, grad_b_enc)
-        direct = step.scale * self._current_step()[1]["residual_sum"]
+        direct = step.loss_scale * self._current_step()[1]["residual_sum"]
         through_encoder = float(grad_b_enc.abs() @ self._encoder_norms)
         return float((square + (float(direct.norm()) + through_encoder) ** 2) ** 0.5 + self._extra_norm)
 
     def _tight_bound(self, step: native.SaetrainStep) -> float:
         """The same, from the singular values of what the gradients are sums of."""
         grad_b_enc = torch.empty(step.F)
-        direct = step.scale * self._current_step()[1]["residual_sum"]
+        direct = step.loss_scale * self._current_step()[1]["residual_sum"]
         square = native.bound_squared_norm(step, grad_b_enc, self._gradient_inputs)
         exact = direct + (grad_b_enc.to(self._weights["enc"].dtype) @ self._weights["enc"]).double()
         return float(1.02 * (square + float(exact.pow(2).sum())) ** 0.5 + self._extra_norm)
@@ -241,7 +241,9 @@ class NativeStep(TrainStep):
     def _b_dec_gradient(self) -> Tensor:
         """Through the decoder and through the encoder, (D,) fp64."""
         step, work = self._current_step()
-        return self._g_b_dec_encoder - step.scale * work["residual_sum"] if self._no_accumulation else self._g_b_dec
+        return (
+            self._g_b_dec_encoder - step.loss_scale * work["residual_sum"] if self._no_accumulation else self._g_b_dec
+        )
 
     def optimizer_step(self, lr: float) -> Tensor:
         """Fused: gradients, projection, clipping, Adam and renormalisation in one pass over the latents."""
