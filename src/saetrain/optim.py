@@ -1,4 +1,4 @@
-"""Gradients -> steps: the optimizers, the learning rate rule and its schedule."""
+"""Optimizers, the learning rate rule of ``--lr auto``, and the learning rate schedule."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ from saetrain.types import shown_default
 
 BETAS = (0.8, 0.99)
 EPS = 1e-8
-"""Adam's constants; the eps suits gradients of a loss over the variance, averaged over thousands of tokens."""
+"""Constants of Adam. The eps fits the gradients of a loss that is divided by the variance and averaged over thousands
+of tokens."""
 ENCODER_LR_RATIO = 0.5
-"""The encoder's learning rate over the decoder's: latents die of an encoder that moves too fast (docs/recipe.md)."""
+"""Ratio of the encoder's to the decoder's learning rate; latents die if the encoder moves too fast (docs/recipe.md)."""
 LR_DECAY_SHARE = 0.8
-"""Share of the run, at its end, over which the learning rate falls linearly to zero."""
+"""Share of the run, at its end, in which the learning rate decreases linearly to zero."""
 SGD_LR = 1.0
-"""A rate that trains with momentum 0.9 on a loss over the variance (found by trial: 0.001 leaves FVU at 0.74 there,
-1 at 0.14)."""
+"""A learning rate that works for SGD with momentum 0.9 on this loss; in a trial, 0.001 ended at FVU 0.74, and 1 at
+0.14."""
 LR_RULE_BASE, LR_POWER_LATENTS, LR_POWER_K, LR_POWER_TOKENS, LR_POWER_STEPS = 0.016, -0.4, 0.1, 0.25, -0.2
-"""The rule: the best rate for 3072 latents, k = 32 and 400 steps of 1024 tokens, and its powers."""
+"""Rule of ``--lr auto``: the best rate for 3072 latents, k = 32 and 400 steps of 1024 tokens, and its exponents."""
 AUTO_WEIGHT_DECAY = 0.15
-"""Weight decay beside the rule's rate."""
+"""Weight decay that the rule was fitted with."""
 LR_WARNING_FACTOR = 3.0
-"""Factor off the rule from which the start says so."""
+"""Factor between a learning rate and the rule above which the start of a run logs a warning."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,20 +37,20 @@ class OptimSettings:
     """Optimizer."""
 
     optimizer: Literal["adam", "sgd"] = "adam"
-    """`sgd` has momentum 0.9."""
+    """Optimizer; `sgd` uses momentum 0.9."""
     lr: float | Literal["auto"] = 0.001
-    """Peak learning rate, of which adam gives the encoder half; `auto`: by a rule in latents, k, tokens a step and
-    steps (docs/recipe.md)."""
+    """Peak learning rate of the decoder; with adam, the encoder uses half of it. `auto` computes it from the number of
+    latents, k, tokens per step and steps (docs/recipe.md)."""
     lr_warmup_steps: Annotated[int | None, shown_default("a twentieth of the run, at most 1000", "INT")] = None
-    """Optimizer steps over which the learning rate rises."""
+    """Optimizer steps in which the learning rate increases linearly."""
     weight_decay: Annotated[float | None, shown_default("0.15 with --lr auto, else 0", "FLOAT")] = None
-    """Decoupled, on the encoder's weights alone; a share per step and unit of the encoder's learning rate."""
+    """Decoupled weight decay of the encoder's weights; a step multiplies them by 1 - encoder learning rate x this."""
     max_grad_norm: float = 1.0
-    """Gradients of a larger norm are scaled down to it; 0 switches that off."""
+    """Gradients with a larger norm are scaled down to this norm; 0 disables clipping."""
 
     def __post_init__(self) -> None:
         if self.lr != "auto" and not 0 < self.lr < float("inf"):
-            raise SaetrainError(f"--lr {self.lr}: must be a positive number, or auto")
+            raise SaetrainError(f"--lr {self.lr}: must be a positive number or auto")
         for name in ("lr_warmup_steps", "weight_decay", "max_grad_norm"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):
@@ -57,7 +58,7 @@ class OptimSettings:
 
     @property
     def effective_weight_decay(self) -> float:
-        """The weight decay: as given, or what the rule for the learning rate was fitted with."""
+        """Weight decay: the given value, or the one that the learning rate rule was fitted with."""
         if self.weight_decay is not None:
             return self.weight_decay
         return AUTO_WEIGHT_DECAY if self.lr == "auto" else 0.0
@@ -65,7 +66,7 @@ class OptimSettings:
 
 @dataclass(frozen=True)
 class RunSize:
-    """What the rule for the learning rate asks about a run."""
+    """Properties of a run that determine the learning rate of ``--lr auto``."""
 
     num_latents: int
     k: int
@@ -74,7 +75,7 @@ class RunSize:
 
 
 def recommended_lr(size: RunSize) -> float:
-    """The learning rate of `--lr auto`, fitted to the best of fixed rates (docs/recipe.md)."""
+    """Return the learning rate of ``--lr auto``, a fit to the best rates of trial runs (docs/recipe.md)."""
     return float(
         LR_RULE_BASE
         * (size.num_latents / 3072) ** LR_POWER_LATENTS
@@ -85,37 +86,37 @@ def recommended_lr(size: RunSize) -> float:
 
 
 def resolve_lr(settings: OptimSettings, size: RunSize) -> float:
-    """The peak learning rate: as given, or by the rule."""
+    """Return the peak learning rate: the given value, or that of the rule."""
     return recommended_lr(size) if settings.lr == "auto" else settings.lr
 
 
 def describe_unusual_lr(lr: float, size: RunSize) -> str | None:
-    """What to say of a learning rate that is far off the rule."""
+    """Return a warning about a learning rate that is far from the rule, or None."""
     recommended = recommended_lr(size)
     ratio = lr / recommended
     if 1 / LR_WARNING_FACTOR <= ratio <= LR_WARNING_FACTOR:
         return None
     relation = f"{ratio:.1f} times" if ratio > 1 else f"1/{1 / ratio:.1f} of"
     return (
-        f"--lr {lr:g} is {relation} the {recommended:.2g} that --lr auto takes for {size.num_latents} latents, k = {size.k} and "
-        f"{size.steps} steps of {size.tokens_per_step} tokens"
+        f"--lr {lr:g} is {relation} the {recommended:.2g} that --lr auto would use for {size.num_latents} latents, "
+        f"k = {size.k} and {size.steps} steps of {size.tokens_per_step} tokens"
     )
 
 
 def describe_small_sgd_lr(lr: float) -> str | None:
-    """What to say of a learning rate by which sgd hardly moves."""
+    """Return a warning about a learning rate that is too small for sgd, or None."""
     if lr >= SGD_LR / 10:
         return None
-    return f"--lr {lr:g} hardly trains with --optimizer sgd: rates near {SGD_LR:g} do on this loss"
+    return f"--lr {lr:g} is too small for --optimizer sgd: use a rate near {SGD_LR:g}"
 
 
 def resolve_warmup_steps(settings: OptimSettings, steps: int) -> int:
-    """Optimizer steps of the warm-up in a run of ``total_steps``."""
+    """Return the number of warm-up steps in a run of ``steps`` optimizer steps."""
     return settings.lr_warmup_steps if settings.lr_warmup_steps is not None else min(1000, steps // 20)
 
 
 def lr_factor(step: int, total_steps: int, warmup_steps: int) -> float:
-    """Share of the peak learning rate at optimizer step ``step``, from 0: up, level, then linearly down."""
+    """Return the factor on the peak learning rate at step ``step`` (from 0): warm-up, constant, linear decay."""
     warmup_factor = min(1.0, (step + 1) / (warmup_steps + 1))
     decay_steps = max(1, round(total_steps * LR_DECAY_SHARE))
     return warmup_factor * min(1.0, (total_steps - step) / (decay_steps + 1))
@@ -124,13 +125,13 @@ def lr_factor(step: int, total_steps: int, warmup_steps: int) -> float:
 Parameters = Mapping[str, nn.Parameter]
 ENCODER_PARAMETERS = frozenset({"W_enc", "b_enc"})
 LATENT_PARAMETERS = ("W_enc", "b_enc", "W_dec")
-"""Parameters that have a row for each latent where they lie in memory."""
+"""Parameters whose memory has one row per latent."""
 CHUNK_ELEMENTS_CPU, CHUNK_ELEMENTS_ACCELERATOR = 1 << 17, 1 << 24
-"""Numbers of a tensor that Adam steps at once: on a CPU few enough for a core's cache."""
+"""Elements of a tensor per Adam call; on a CPU a chunk fits in a core's cache."""
 
 
 def _split_rows(rows: Tensor, tensor: Tensor) -> Iterable[Tensor | slice]:
-    """Places of ``active`` in ``tensor``, some at a time; slices, which need no copies, where they are all."""
+    """Split the row indices ``rows`` into chunks; if they cover all rows, return slices, which need no copies."""
     max_elements = CHUNK_ELEMENTS_CPU if tensor.device.type == "cpu" else CHUNK_ELEMENTS_ACCELERATOR
     size = max(1, max_elements * len(tensor) // tensor.numel())
     if len(rows) == len(tensor):
@@ -141,7 +142,10 @@ def _split_rows(rows: Tensor, tensor: Tensor) -> Iterable[Tensor | slice]:
 def _adam_step_chunk(
     tensors: Sequence[Tensor], chunk: Tensor | slice, step: Tensor, lr: float, decay_factor: float
 ) -> None:
-    """Adam over ``chunk`` of parameter, gradient and moments; ``decay_factor`` is what weight decay leaves of the parameter."""
+    """Apply Adam to the rows ``chunk`` of (parameter, gradient, first moment, second moment).
+
+    The parameter is first multiplied by ``decay_factor``.
+    """
     parameter, gradient, first, second = (tensor[chunk] for tensor in tensors)
     if decay_factor != 1:
         parameter.mul_(decay_factor)
@@ -155,7 +159,7 @@ def _adam_step_chunk(
 
 
 def _build_adam(parameters: list[Tensor]) -> torch.optim.Optimizer:
-    # It holds the moments; its steps, which are all of its rows, are not taken.
+    # Only its state is used: its own step would update all rows.
     return torch.optim.Adam(parameters, lr=0.0, betas=BETAS, eps=EPS)
 
 
@@ -164,16 +168,17 @@ def _build_sgd(parameters: list[Tensor]) -> torch.optim.Optimizer:
 
 
 OPTIMIZERS: dict[str, Callable[[list[Tensor]], torch.optim.Optimizer]] = {"adam": _build_adam, "sgd": _build_sgd}
-"""Name of ``--optimizer`` -> how it is built."""
+"""{value of ``--optimizer``: function that builds the torch optimizer}."""
 
 
 class Optimizer:
-    """A torch optimizer in the order that leaves the saved decoder at unit norm.
+    """A torch optimizer that keeps the decoder rows at unit norm.
 
-    Project, clip, step, renormalise: the projection needs unit rows, and clipping after it sees the gradient that
-    is really applied. ``project_gradients`` takes the radial part out of the decoder's gradient, ``renormalize`` scales its
-    rows, all or those at some places, back to unit norm. Adam leaves a latent alone, weights and moments, on a step
-    that gives its bias no gradient: on one in which it does not fire (docs/recipe.md).
+    The order is: project, clip, step, renormalize. The projection needs unit rows, and clipping after it uses the norm
+    of the gradient that is applied. ``project`` removes the part of the decoder's gradient that is parallel to its
+    rows. ``renormalize`` scales the decoder rows, all or those with the given indices, to unit norm. Adam is lazy: if
+    the bias of a latent has no gradient, because the latent did not fire, the step changes neither its weights nor its
+    moments (docs/recipe.md).
     """
 
     def __init__(
@@ -196,8 +201,8 @@ class Optimizer:
                 self.torch_optimizer.state[own] = {"step": torch.zeros((), device=own.device), **moments}
 
     def project_gradients(self) -> Tensor:
-        """Project the gradients; gives their norm, before clipping."""
-        # The fused optimizer walks memory, so a gradient that lies in another order would be applied elsewhere.
+        """Project the gradients and return their norm before clipping."""
+        # The fused optimizer runs over memory, so a gradient with other strides would update the wrong elements.
         assert all(p.grad is None or p.grad.stride() == p.stride() for p in self._parameters.values()), (
             "gradient layout"
         )
@@ -205,8 +210,8 @@ class Optimizer:
         return torch.nn.utils.get_total_norm([p.grad for p in self._parameters.values() if p.grad is not None])
 
     def step(self, lr: float, norm: Tensor) -> None:
-        """Apply the projected gradients, whose norm is ``norm``, at learning rate ``lr``; they stay as they are."""
-        # Scaling by one would read and write all gradients for nothing.
+        """Apply the projected gradients, whose norm is ``norm``, at learning rate ``lr``, without zeroing them."""
+        # Scaling by 1 would read and write all gradients without effect.
         if 0 < self._settings.max_grad_norm < float(norm):
             torch.nn.utils.clip_grads_with_norm_(self._parameters.values(), self._settings.max_grad_norm, norm)
         if self._is_lazy:
@@ -224,7 +229,7 @@ class Optimizer:
 
     @torch.no_grad()
     def _step_active(self, lr: float) -> None:
-        """Adam over the latents whose bias has a gradient, some at a time, and over ``b_dec``."""
+        """Apply Adam in chunks to the latents whose bias has a gradient, and to ``b_dec``."""
         active = self._active_latents()
         for name, parameter in self._parameters.items():
             assert parameter.grad is not None
@@ -243,23 +248,23 @@ class Optimizer:
         self._renormalize(None if len(active) == len(self._parameters["b_enc"]) else active)
 
     def _active_latents(self) -> Tensor:
-        """Places of those whose bias has a gradient."""
+        """Return the indices of the latents whose bias has a gradient."""
         bias = self._parameters["b_enc"].grad
         assert bias is not None
         return bias.nonzero().squeeze(1)
 
     def _in_parameter_shape(self, name: str, stored: Tensor) -> Tensor:
-        """A tensor that lies in memory as the optimizer's does, in the parameter's shape."""
+        """Return a view of an optimizer tensor in the shape of its parameter."""
         return stored.T if stored.dim() == 2 and name in self._transposed else stored
 
     def zero_grad(self) -> None:
-        """Forget the gradients."""
+        """Set the gradients to zero."""
         for parameter in self._parameters.values():
             if parameter.grad is not None:
                 parameter.grad.zero_()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The optimizer's tensors as ``{parameter.key: tensor}``."""
+        """Return the optimizer's tensors as ``{parameter.key: tensor}``."""
         return {
             f"{name}.{key}": self._in_parameter_shape(name, value)
             for name, own in self._memory_views.items()
@@ -268,11 +273,11 @@ class Optimizer:
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take back what :meth:`state_dict` gave."""
+        """Load the result of :meth:`state_dict`."""
         for name, value in state.items():
             parameter, key = name.rsplit(".", 1)
             own, shown = self._memory_views[parameter], self._parameters[parameter]
-            # A moment must lie in memory as its parameter does, and the count of steps beside it.
+            # A moment needs the memory order of its parameter, and the step count its device.
             is_moment = value.shape == shown.shape and value.dim() > 0
             loaded = torch.empty_like(own) if is_moment else value.to(own.device)
             if is_moment:
@@ -281,5 +286,5 @@ class Optimizer:
 
 
 def to_memory_order(tensor: Tensor) -> Tensor:
-    """The same memory, transposed where rows lie across it: optimizers copy what they can't walk straight through."""
+    """Return a contiguous view of ``tensor``, transposed if needed, because optimizers copy what is not contiguous."""
     return tensor.T if tensor.dim() == 2 and not tensor.is_contiguous() else tensor

@@ -119,7 +119,7 @@ def test_unknown_flags_suggest_the_nearest_wherever_they_stand(position: int) ->
         ("--num_latents 0", "--num_latents 0"),
         ("--expansion_factor 0", "--expansion_factor 0"),
         ("--auxk_alpha -1", "--auxk_alpha -1.0: must not be negative"),
-        ("--lr 0", "--lr 0.0: must be a positive number, or auto"),
+        ("--lr 0", "--lr 0.0: must be a positive number or auto"),
         ("--lr nan", "--lr nan"),
         ("--lr auto --optimizer sgd", "--lr auto: the rule is for adam"),
         ("--lr auto --loss_fn kl", "--lr auto: the rule is for adam, reconstruction"),

@@ -232,5 +232,5 @@ def test_rates_far_off_the_rule_are_remarked(factor: float, said: str | None) ->
 
 
 def test_sgd_says_what_rates_train() -> None:
-    assert "hardly trains with --optimizer sgd" in str(describe_small_sgd_lr(0.001))
+    assert "too small for --optimizer sgd" in str(describe_small_sgd_lr(0.001))
     assert describe_small_sgd_lr(1.0) is None

@@ -1,4 +1,4 @@
-"""Activations -> codes: one file per published idea, and the one list of them."""
+"""SAE architectures, one file per published method, and the list that maps their names to classes."""
 
 from __future__ import annotations
 

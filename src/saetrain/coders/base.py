@@ -1,4 +1,4 @@
-"""What every sparse coder is: four parameters, an encoder, a linear decoder, and loss terms."""
+"""Base class of all coders: four parameters, an encoder, a linear decoder, and loss terms."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from saetrain.ops import sparse_decode
 from saetrain.types import CoderOutput, Codes, StepContext
 
 ENCODER_INIT_NORM = 0.3
-"""Norm of the initial encoder's columns: with 1 a code's first values add up to several times what it stands for, and
-the first steps are spent on bringing them down (docs/recipe.md)."""
+"""Norm of the columns of the initial encoder. With 1, the first reconstructions are several times too large, and the
+first steps only shrink them (docs/recipe.md)."""
 ROWS_PER_CHUNK = 256
-"""Latents that are projected at once."""
+"""Latents per chunk of projection and renormalization."""
 
 
 class SparseCoder(nn.Module, ABC):
     """x (N, D) -> code -> x̂ (N, D), with ``W_enc`` (D, F), ``b_enc`` (F,), ``W_dec`` (F, D), ``b_dec`` (D,).
 
-    The parameters are fp32. Rows of ``W_dec`` have unit norm, and the encoder starts as its transpose times
-    ENCODER_SCALE.
+    The parameters are fp32. The rows of ``W_dec`` have unit norm. The encoder is initialized with the transpose of
+    ``W_dec`` times ENCODER_INIT_NORM.
     """
 
     auxk_alpha: float = 0.0
-    """Weight of a loss over dead latents, where the coder has one."""
+    """Weight of the loss over dead latents; 0 for coders without one."""
 
     def __init__(self, d_in: int, num_latents: int, seed: int = 0) -> None:
         super().__init__()
@@ -36,27 +36,27 @@ class SparseCoder(nn.Module, ABC):
         directions = torch.randn(num_latents, d_in, generator=generator)
         directions /= directions.norm(dim=1, keepdim=True)
         self.W_dec = nn.Parameter(directions)
-        # Its memory holds one latent after the other, as the decoder's does: each kernel reads whole latents.
+        # W_enc is a transposed view, so that its memory has one row per latent: the kernels read whole latents.
         self.W_enc = nn.Parameter((ENCODER_INIT_NORM * directions).T)
         self.b_enc = nn.Parameter(torch.zeros(num_latents))
         self.b_dec = nn.Parameter(torch.zeros(d_in))
 
     @abstractmethod
     def encode(self, x_ND: Tensor) -> Codes:
-        """The code of each row of ``x_ND``."""
+        """Return the code of each row of ``x_ND``."""
 
     @abstractmethod
     def losses(self, x_ND: Tensor, y_ND: Tensor, output: CoderOutput, progress: StepContext) -> dict[str, Tensor]:
-        """Named loss terms with their weights applied; each is this micro-batch's part of the whole step's."""
+        """Return named, weighted loss terms; each is this micro-batch's share of the term of the optimizer step."""
 
     def decode(self, codes: Codes) -> Tensor:
-        """The reconstruction (N, D) of a code."""
+        """Return the reconstruction (N, D) of a code."""
         if codes.indices is None:
             return codes.values @ self.W_dec + self.b_dec
         return sparse_decode(codes.values, codes.indices, self.W_dec) + self.b_dec
 
     def forward(self, x_ND: Tensor, y_ND: Tensor, progress: StepContext) -> CoderOutput:
-        """Everything that is differentiated: code, reconstruction of ``y_ND``, and losses."""
+        """Return the code of ``x_ND``, the reconstruction of ``y_ND``, and the losses."""
         codes = self.encode(x_ND)
         output = CoderOutput(codes, self.decode(codes))
         output.losses = self.losses(x_ND, y_ND, output, progress)
@@ -64,16 +64,16 @@ class SparseCoder(nn.Module, ABC):
 
     @torch.no_grad()
     def remove_parallel_gradient(self) -> None:
-        """Take out of ``W_dec``'s gradient what would only change the norm of its rows (Bricken et al. 2023)."""
+        """Remove the part of the gradient of ``W_dec`` that is parallel to its rows (Bricken et al. 2023)."""
         assert self.W_dec.grad is not None
-        # In pieces that stay in a core's cache from the product to the subtraction.
+        # A chunk stays in a core's cache between the product and the subtraction.
         chunks = (self.W_dec.grad.split(ROWS_PER_CHUNK), self.W_dec.split(ROWS_PER_CHUNK))
         for grad, weight in zip(*chunks, strict=True):
             grad.addcmul_((grad * weight).sum(dim=1, keepdim=True), weight, value=-1)
 
     @torch.no_grad()
     def renormalize_decoder(self, rows: Tensor | None = None) -> None:
-        """Scale the rows of ``W_dec``, all or those at ``rows`` int64, back to unit norm."""
+        """Scale the rows of ``W_dec`` to unit norm: all rows, or those with the indices ``rows`` (int64)."""
         tiny = torch.finfo(torch.float32).tiny
         if rows is None:
             self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True).clamp_min(tiny))

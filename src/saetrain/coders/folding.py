@@ -1,8 +1,8 @@
-"""Folding the inputs' centre, scale and axes into a coder, so that it takes raw activations.
+"""Fold the normalizer (mean, scale and axes) into a coder, so that it takes raw activations.
 
-With x' = ((x - m) / s) A, A orthonormal, and a code f' of x': f = s f', W_enc = A W_enc', W_dec = W_dec' Aᵀ,
-b_enc = s b_enc', b_dec = s A b_dec' + m. Exact for an encoder that subtracts b_dec and is positively homogeneous, as
-ReLU and TopK are.
+With x' = ((x - m) / s) A, where A is orthonormal, and a code f' of x': f = s f', W_enc = A W_enc', W_dec = W_dec' Aᵀ,
+b_enc = s b_enc', b_dec = s A b_dec' + m. The result is exact for encoders that subtract b_dec and are positively
+homogeneous, such as ReLU and TopK.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from saetrain.coders.base import SparseCoder
 
 @torch.no_grad()
 def fold_normalizer(coder: SparseCoder, mean_D: Tensor, scale: float, axes_DD: Tensor) -> SparseCoder:
-    """A coder of raw activations; ``coder`` stays as it is."""
+    """Return a coder of raw activations; ``coder`` is not changed."""
     out = copy.copy(coder)
     weights = {
-        # Stored one latent after the other, as the coder's own is.
+        # A transposed view, so that the memory has one row per latent, as in the coder.
         "W_enc": (coder.W_enc.T @ axes_DD.T).T,
         "W_dec": coder.W_dec @ axes_DD.T,
         "b_enc": coder.b_enc * scale,
@@ -32,7 +32,7 @@ def fold_normalizer(coder: SparseCoder, mean_D: Tensor, scale: float, axes_DD: T
 
 @torch.no_grad()
 def unfold_normalizer_(coder: SparseCoder, mean_D: Tensor, scale: float, axes_DD: Tensor) -> None:
-    """Undo :func:`fold_normalizer` in place: a coder of raw activations becomes one of centred, scaled and turned ones."""
+    """Undo :func:`fold_normalizer` in place: a coder of raw activations becomes a coder of normalized activations."""
     coder.W_enc.copy_(axes_DD.T @ coder.W_enc)
     coder.W_dec.copy_(coder.W_dec @ axes_DD)
     coder.b_enc.div_(scale)

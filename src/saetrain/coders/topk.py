@@ -19,16 +19,16 @@ from saetrain.types import CoderOutput, Codes, StepContext, shown_default
 
 @dataclass(frozen=True, kw_only=True)
 class TopKSettings:
-    """SAE: its size and sparsity."""
+    """SAE: size and sparsity."""
 
     k: int = 192
     """Active latents per token."""
     expansion_factor: int = 32
-    """Latents = width of the activations times this."""
+    """Number of latents per activation dimension."""
     num_latents: Annotated[int | None, shown_default("width x expansion_factor", "INT")] = None
-    """Latents, given directly."""
+    """Number of latents, instead of --expansion_factor."""
     auxk_alpha: float = 0.0
-    """Weight of the AuxK loss, in which dead latents rebuild the residual (Gao et al.: 0.03125)."""
+    """Weight of the AuxK loss, which trains dead latents to reconstruct the residual (Gao et al.: 0.03125)."""
 
     def __post_init__(self) -> None:
         for name in ("k", "expansion_factor", "num_latents"):
@@ -39,7 +39,7 @@ class TopKSettings:
             raise SaetrainError(f"--auxk_alpha {self.auxk_alpha}: must not be negative")
 
     def resolve_num_latents(self, d_in: int) -> int:
-        """Number of latents over inputs of width ``d_in``; SaetrainError when k exceeds it."""
+        """Return the number of latents for activations of width ``d_in``; raises SaetrainError if k is larger."""
         num_latents = self.num_latents or d_in * self.expansion_factor
         if self.k > num_latents:
             raise SaetrainError(f"--k {self.k}: more than the {num_latents} latents")
@@ -47,12 +47,12 @@ class TopKSettings:
 
 
 def default_k_aux(d_in: int) -> int:
-    """Dead latents that AuxK uses per token: the power of two nearest to d_in / 2 (Gao et al. §A.2)."""
+    """Return the number of dead latents that AuxK uses per token: a power of two near d_in / 2 (Gao et al. §A.2)."""
     return int(2 ** round(math.log2(max(d_in / 2, 1.0))))
 
 
 class TopK(SparseCoder):
-    """f = ReLU(TopK(W_enc (x - b_dec) + b_enc)), x̂ = W_dec f + b_dec."""
+    """TopK coder: f = ReLU(TopK(W_enc (x - b_dec) + b_enc)), x̂ = W_dec f + b_dec."""
 
     def __init__(self, d_in: int, num_latents: int, k: int, auxk_alpha: float = 0.0, seed: int = 0) -> None:
         super().__init__(d_in, num_latents, seed)
@@ -61,7 +61,7 @@ class TopK(SparseCoder):
 
     @classmethod
     def from_weights(cls, weights: Mapping[str, Tensor], k: int) -> TopK:
-        """A coder with these parameters, which it shares."""
+        """Return a coder that shares the memory of ``weights`` ({parameter name: tensor})."""
         coder = cls(1, k, k)
         coder.num_latents, coder.d_in = weights["W_dec"].shape
         for name, value in weights.items():
@@ -69,14 +69,14 @@ class TopK(SparseCoder):
         return coder
 
     def encode(self, x_ND: Tensor) -> Codes:
-        """The k largest pre-activations of each row, negatives as zero."""
+        """Return the k largest pre-activations of each row; negative ones become zero."""
         assert x_ND.dim() == 2, tuple(x_ND.shape)
         assert x_ND.shape[1] == self.d_in, tuple(x_ND.shape)
         pre_NF = torch.addmm(self.b_enc, x_ND - self.b_dec, self.W_enc)
         return Codes(*topk_relu(pre_NF, self.k), self.num_latents)
 
     def losses(self, x_ND: Tensor, y_ND: Tensor, output: CoderOutput, progress: StepContext) -> dict[str, Tensor]:
-        """``recon``: the step's FVU. ``auxk``: dead latents rebuilding the residual, while any are dead."""
+        """Return ``recon`` (the FVU) and, if a latent is dead and ``auxk_alpha`` is not 0, ``auxk``."""
         n, variance = progress.n_tokens, progress.data_variance
         terms = {"recon": reconstruction_loss(y_ND, output.reconstruction, n, variance)}
         if self.auxk_alpha and progress.dead_mask is not None:
@@ -85,7 +85,7 @@ class TopK(SparseCoder):
         return terms
 
     def _compute_auxk_loss(self, x_ND: Tensor, residual_ND: Tensor, dead: Tensor, progress: StepContext) -> Tensor:
-        """AuxK over the dead columns alone; its gradient reaches ``W_enc``, ``b_enc`` and ``W_dec``, and no bias."""
+        """Return the AuxK loss; its gradient reaches ``W_enc``, ``b_enc`` and ``W_dec``, but not ``b_dec``."""
         dead_indices = dead.nonzero().squeeze(1)
         k_aux = default_k_aux(self.d_in)
         k = min(k_aux, len(dead_indices))
