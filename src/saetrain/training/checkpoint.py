@@ -1,4 +1,4 @@
-"""Checkpoints: a folder each, written beside its place and renamed into it, so that a crash leaves whole ones only."""
+"""Checkpoints: folders that are written under a temporary name and renamed when complete, so that none is partial."""
 
 from __future__ import annotations
 
@@ -19,44 +19,44 @@ from saetrain.errors import SaetrainError
 from saetrain.types import shown_default
 
 MAX_CHECKPOINTS = 2
-"""Checkpoints that stay on disk."""
+"""Number of checkpoints to keep on disk."""
 MAX_INTERVAL_MINUTES = 10.0
-"""Minutes between checkpoints at the most."""
+"""Maximum time between checkpoints, in minutes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointSettings:
-    """Output: where the run lies, and when it is saved."""
+    """Output: the run directory and its checkpoints."""
 
     save_dir: str = "./output"
-    """Folder of all runs."""
+    """Parent folder of the run directory."""
     run_name: Annotated[str | None, shown_default("made from model, layers, k and width", "NAME")] = None
-    """Folder of this run inside it."""
+    """Name of the run directory."""
     save_every: int = 1000
     """Optimizer steps between checkpoints (and at least every 10 minutes)."""
     resume: bool = False
-    """Go on from the run's last checkpoint; without one, start fresh."""
+    """Continue the run from its last checkpoint; start from the beginning if it has none."""
     overwrite: bool = False
     """Delete an existing run of this name first."""
     save_sparsify: bool = True
-    """Write sae.safetensors, sparsify's layout of the weights, beside SAELens'."""
+    """Also write the weights in sparsify's format (sae.safetensors), next to those in SAELens' format."""
 
     def __post_init__(self) -> None:
         if self.save_every < 1:
             raise SaetrainError(f"--save_every {self.save_every}: must be at least 1")
         if self.resume and self.overwrite:
-            raise SaetrainError("--resume and --overwrite can't be given together: one keeps the run, one deletes it")
+            raise SaetrainError("--resume and --overwrite can't be given together: choose one")
         if self.run_name is not None and (not self.run_name or Path(self.run_name).name != self.run_name):
             raise SaetrainError(f"--run_name {self.run_name!r}: must be a plain folder name without '/'")
 
 
 FORMAT_VERSION = 4
-"""Of what a checkpoint holds: raise it when a run could not go on from an older one."""
+"""Version of the checkpoint format; increase it if older checkpoints can no longer be resumed."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What was read back: {SAE: tensors} and the run's own values."""
+    """A loaded checkpoint: ``tensors`` {SAE: {name: tensor}} and ``values`` of the run."""
 
     path: Path
     tensors: dict[str, dict[str, Tensor]]
@@ -66,9 +66,9 @@ class Checkpoint:
 def save_checkpoint(
     folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], values: Mapping[str, Any]
 ) -> Path:
-    """Write ``folder/step_<step>``, and drop all but the last few.
+    """Write ``folder/step_<step>``, delete all but the last MAX_CHECKPOINTS, and return the new path.
 
-    Raises OSError or SafetensorError (disk full); the checkpoints before it are then as they were.
+    Raises OSError or SafetensorError, for example if the disk is full; older checkpoints are then unchanged.
     """
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / _step_folder_name(step)
@@ -103,12 +103,12 @@ def _fsync_files(folder: Path) -> None:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Finished checkpoints, oldest first."""
+    """Return the complete checkpoints, oldest first."""
     return sorted(path for path in folder.glob("step_*") if path.is_dir())
 
 
 def rename_suspect(folder: Path, step: int) -> int | None:
-    """Rename the checkpoint of ``step`` where one before it is there; gives that one's step, else None."""
+    """Rename the checkpoint of ``step`` if there is an older one; return the older one's step, else None."""
     checkpoints = list_checkpoints(folder)
     if len(checkpoints) < 2 or checkpoints[-1].name != _step_folder_name(step):
         return None
@@ -123,7 +123,7 @@ def _step_folder_name(step: int) -> str:
 
 
 def find_damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint's files by its manifest, or None."""
+    """Return how a checkpoint's files differ from its manifest, or None if they are intact."""
     try:
         expected = json.loads((path / "manifest.json").read_text())["sha256"]
         for name, digest in expected.items():
@@ -132,26 +132,30 @@ def find_damage(path: Path) -> str | None:
             if hash_file(path / name) != digest:
                 return f"{name} does not match its hash"
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return "its manifest.json or a file that it names can't be read"
+        return "manifest.json or a file that it lists can't be read"
     return None
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read an undamaged checkpoint; SaetrainError when another version wrote it."""
+    """Load an intact checkpoint; raises SaetrainError if it has another format version."""
     values = json.loads((path / "state.json").read_text())
     if values.get("format") != FORMAT_VERSION:
         raise SaetrainError(
-            f"--resume: checkpoint {path} is of format {values.get('format')}, and this version goes on from {FORMAT_VERSION}; "
-            "end the run with the version that began it, or start one of another --run_name"
+            f"--resume: checkpoint {path} has format {values.get('format')}, but this version of saetrain needs format "
+            f"{FORMAT_VERSION}; finish the run with the version that started it, or start a run with another --run_name"
         )
-    tensors = {name: load_file(path / file) for name, file in values["files"].items()}
+    # A tensor mapped from a file may start at any multiple of 4 bytes, and some products round differently there.
+    tensors = {
+        name: {key: value.clone() for key, value in load_file(path / file).items()}
+        for name, file in values["files"].items()
+    }
     return Checkpoint(path, tensors, values)
 
 
 def find_newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
-    """(the newest undamaged checkpoint or None, a line for each newer one that is damaged).
+    """Return (the newest intact checkpoint or None, a message for each newer one that is damaged).
 
-    The damaged ones are renamed where one before them is whole, so that no later clean-up takes them for the newest.
+    If there is an intact one, the damaged ones are renamed, so that no later clean-up counts them as the newest.
     """
     damaged_paths: list[Path] = []
     remarks: list[str] = []
