@@ -150,7 +150,7 @@ def test_a_checkpoint_of_another_version_is_refused(
     with pytest.raises(SystemExit) as caught:
         resume(tmp_path, tiny_bert, topics_jsonl)
     assert caught.value.code == 2
-    assert "is of format 0, and this version goes on from" in capsys.readouterr().err
+    assert "has format 0, but this version of saetrain needs format" in capsys.readouterr().err
 
 
 def test_resume_refuses_when_every_checkpoint_is_damaged(

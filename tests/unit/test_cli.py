@@ -138,10 +138,10 @@ def test_unknown_flags_suggest_the_nearest_wherever_they_stand(position: int) ->
         ("--run_name a/b", "--run_name 'a/b': must be a plain folder name"),
         (
             "--loss_fn kl --init_seeds 1 2",
-            "--loss_fn kl with 2 --init_seeds: each SAE needs a forward and backward pass",
+            "--loss_fn kl with 2 --init_seeds: each SAE needs its own forward and backward pass",
         ),
         ("--loss_fn kl --e2e_recon_weight -1", "--e2e_recon_weight -1.0: must not be negative"),
-        ("--e2e_recon_weight 0.1", "--e2e_recon_weight 0.1: goes with --loss_fn ce or kl"),
+        ("--e2e_recon_weight 0.1", "--e2e_recon_weight 0.1: works only with --loss_fn ce or kl"),
         ("--init_seeds 1 1", "--init_seeds"),
         ("--shuffle_seed -1", "--shuffle_seed -1"),
         ("--data_shards 0", "--data_shards 0"),

@@ -1,1 +1,1 @@
-"""Codes -> trained coders: the step, the firing counters, and checkpoints."""
+"""Training of coders: the optimizer step, dead latents, loss spikes, placement on ranks, and checkpoints."""

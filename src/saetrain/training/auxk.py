@@ -1,4 +1,4 @@
-"""AuxK's part of a step whose gradients are written out: which latents, how many of them, and with what weight."""
+"""AuxK loss in training steps with explicit gradients: the dead latents and the weight of the loss."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from saetrain.types import StepContext
 
 @dataclass(frozen=True)
 class DeadLatents:
-    """``rows`` (A,) int64: dead latents, and behind the ``count`` of them any others, which take no part."""
+    """``rows`` (A,) int64: indices of the ``count`` dead latents, followed by padding with arbitrary indices."""
 
     rows: Tensor
     count: Tensor | int
 
     @classmethod
     def from_mask(cls, mask_F: Tensor) -> DeadLatents:
-        """Exactly those of the mask; how many is a shape, so the device is asked."""
+        """Return the latents of the mask without padding; synchronizes with the device to get their number."""
         rows = mask_F.nonzero().squeeze(1)
         return cls(rows, len(rows))
 
     @classmethod
     def from_bounded_mask(cls, max_count: int, mask_F: Tensor) -> DeadLatents:
-        """Those of the mask, of which there are no more than ``max_count``, in a shape that needs no answer."""
-        # Few different sizes, for memory and kernels are kept by size.
+        """Return the at most ``max_count`` latents of the mask, padded to a size that needs no synchronization."""
+        # Powers of two, because memory and kernels are cached per size.
         size = min(len(mask_F), next_power_of_2(max_count))
         positions = torch.where(mask_F, mask_F.cumsum(0) - 1, size)
         rows = torch.zeros(size + 1, dtype=torch.long, device=mask_F.device)
@@ -38,7 +38,7 @@ class DeadLatents:
         return cls(rows[:size], mask_F.sum())
 
     def inverse_index(self, latents: int) -> Tensor:
-        """(F,) int32: where each latent stands in ``rows``; -1 for those that are not dead."""
+        """Return the position of each latent in ``rows``, (F,) int32; -1 for latents that are not dead."""
         size = len(self.rows)
         number = torch.arange(size, dtype=torch.int32, device=self.rows.device)
         index = torch.full((latents + 1,), -1, dtype=torch.int32, device=self.rows.device)
@@ -54,16 +54,16 @@ def auxk_forward_backward(
     dead: DeadLatents,
     progress: StepContext,
 ) -> AuxKGradients:
-    """The weighted loss and gradients of ``dead``, as ``TopK.losses`` defines them.
+    """Return the weighted AuxK loss of ``dead`` and its gradients, as :meth:`TopK.losses` defines the loss.
 
-    ``weights`` {`enc`, `dec`: (F, D)} and ``centered_ND`` in the products' dtype; ``residual_ND`` fp32.
+    ``weights`` {`enc`, `dec`: (F, D)} and ``centered_ND`` have the dtype of the products; ``residual_ND`` is fp32.
     """
     k_aux, size = default_k_aux(coder.d_in), len(dead.rows)
     tiny = torch.finfo(torch.float32).tiny
     dead_share = dead.count / k_aux
     dead_share = dead_share.clamp_max(1.0) if isinstance(dead_share, Tensor) else min(dead_share, 1.0)
     weight = coder.auxk_alpha * dead_share / progress.n_tokens
-    # Those that take no part are below all others, and what ReLU makes 0 has no gradient.
+    # Padding gets a pre-activation of -inf, so that ReLU makes its code and its gradient zero.
     is_padding = torch.arange(size, device=dead.rows.device) >= dead.count
     return compute_auxk_gradients(
         centered_ND,

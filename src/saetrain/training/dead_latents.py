@@ -1,4 +1,4 @@
-"""When is a latent dead? Counters over tokens, exact under accumulation and over ranks."""
+"""Dead latents: firing counters over tokens, exact under gradient accumulation and over ranks."""
 
 from __future__ import annotations
 
@@ -14,34 +14,38 @@ from saetrain.errors import SaetrainError
 from saetrain.types import shown_default
 
 MAX_WINDOW_TOKENS = 10_000_000
+"""Largest default of --dead_window_tokens."""
 DEFAULT_DEAD_BIAS_LIFT = 4.0
 """Default of --dead_bias_lift."""
 WINDOW_RUN_SHARE = 0.01
+"""Share of the run's tokens in the default window."""
 WINDOW_FIRINGS = 10
-"""Times that a latent of the mean rate, k in num_latents, fires within the shortest window."""
+"""Expected firings in the shortest default window of a latent with the mean firing rate, k / num_latents."""
 MIN_RATE_TOKENS = 50_000
+"""Fewest tokens per block over which firing rates are measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DeadSettings:
-    """Dead latents: the two rules."""
+    """Dead latents: the firing rate rule and the window rule."""
 
     dead_percentage_threshold: float = 0.0005
-    """A latent is dead when it fires on less than this share of tokens (0.0005 = 0.05 %)."""
+    """A latent counts as dead if it fires on less than this share of tokens (0.0005 = 0.05 %)."""
     dead_window_tokens: Annotated[
         int | None, shown_default("a hundredth of the run, from 10 x num_latents / k to 10000000", "INT")
     ] = None
-    """Tokens without firing after which a latent is dead, which lifts its bias and gives it to AuxK."""
+    """A latent that has not fired for this many tokens counts as dead. Its encoder bias is then raised, and AuxK, if
+    enabled, trains it."""
     dead_bias_lift: Annotated[float | None, shown_default("4; none with sgd, ce and kl", "FLOAT")] = None
-    """Each step raises a dead latent's encoder bias by this times the learning rate; 0 switches that off."""
+    """Each step raises the encoder bias of dead latents by this times the learning rate; 0 disables it."""
     dead_feature_threshold: Annotated[int | None, shown_default("unset", "INT")] = None
-    """Deprecated, the older name of --dead_window_tokens."""
+    """Deprecated name of --dead_window_tokens."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.dead_percentage_threshold < 1:
             raise SaetrainError(
                 f"--dead_percentage_threshold {self.dead_percentage_threshold}: must be a share of tokens, "
-                "from 0 to below 1 (0.0005 is 0.05 %)"
+                "at least 0 and below 1 (0.0005 is 0.05 %)"
             )
         for name in ("dead_window_tokens", "dead_feature_threshold"):
             value = getattr(self, name)
@@ -51,18 +55,18 @@ class DeadSettings:
             raise SaetrainError(f"--dead_bias_lift {self.dead_bias_lift}: must not be negative")
         if self.dead_window_tokens is not None and self.dead_feature_threshold is not None:
             raise SaetrainError(
-                "--dead_window_tokens and --dead_feature_threshold are the same setting: give the first alone"
+                "--dead_window_tokens and --dead_feature_threshold are the same setting: pass only --dead_window_tokens"
             )
 
     def resolve_window(self, max_tokens: int, num_latents: int, k: int) -> int:
-        """Tokens without firing after which one of so many latents is dead, in a run of ``max_tokens``."""
+        """Return the number of tokens without firing after which a latent is dead, in a run of ``max_tokens``."""
         given = self.dead_window_tokens or self.dead_feature_threshold
         min_window = math.ceil(WINDOW_FIRINGS * num_latents / k)
         return given or min(MAX_WINDOW_TOKENS, max(min_window, int(max_tokens * WINDOW_RUN_SHARE)))
 
 
 def min_dead_fraction(l0: float, num_latents: int, threshold: float) -> float:
-    """Least share of latents that the rate rule must call dead, whatever the training does.
+    """Return the share of latents that are dead by the rate rule in any case.
 
     The firing rates sum to L0, so at most L0 / threshold latents can reach the threshold.
     """
@@ -74,9 +78,9 @@ def min_dead_fraction(l0: float, num_latents: int, threshold: float) -> float:
 class FiringTracker:
     """Firing counters of F latents.
 
-    A latent fires on a token when its code is above zero there. ``since_fired`` (F,) int64: tokens since each
-    latent last fired, in whole optimizer steps. Rates come from the last one to two blocks of tokens, so they
-    depend on neither log frequency nor micro-batches.
+    A latent fires on a token if its code is above zero. ``since_fired`` (F,) int64 is the number of tokens since each
+    latent last fired, in whole optimizer steps. Firing rates are measured over the last one to two blocks of tokens,
+    so they depend neither on the logging frequency nor on micro-batches.
     """
 
     def __init__(self, num_latents: int, window_tokens: int, threshold: float, device: torch.device) -> None:
@@ -86,18 +90,18 @@ class FiringTracker:
         self.since_fired = zeros.clone()
         self._step_counts, self._block_counts, self._previous_block_counts = zeros.clone(), zeros.clone(), zeros.clone()
         self._step_tokens = self._block_tokens = 0
-        # Current and previous block; the host's count of the current one has steps in it that were left out.
+        # Tokens of the current and the previous block. The host's count of the current block includes skipped steps.
         self._counted_tokens = torch.zeros(2, dtype=torch.long, device=device)
 
     def count_micro_batch(self, fired: Tensor, tokens: int) -> None:
-        """Count a micro-batch of ``tokens``, on ``fired`` (F,) int64 of which each latent was active."""
+        """Add a micro-batch of ``tokens`` tokens; ``fired`` (F,) int64 is the number on which each latent fired."""
         self._step_counts += fired
         self._step_tokens += tokens
 
     def finish_step(self, ok: Tensor | None = None) -> None:
-        """Close the optimizer step: all its tokens count at once.
+        """Add the counts of the optimizer step to the counters.
 
-        Where ``ok``, a bool on the device, is false the step was left out: no latent has fired or been silent in it.
+        If ``ok``, a bool on the device, is false, the step was skipped and changes no counter.
         """
         since = (self.since_fired + self._step_tokens).masked_fill_(self._step_counts > 0, 0)
         if ok is not None:
@@ -116,26 +120,26 @@ class FiringTracker:
         self.discard_step()
 
     def discard_step(self) -> None:
-        """Forget the step under way."""
+        """Discard the counts of the current step."""
         self._step_counts.zero_()
         self._step_tokens = 0
 
     def dead_mask(self) -> Tensor:
-        """(F,) bool, latents that have not fired within the window."""
+        """Return the latents that have not fired within the window, (F,) bool."""
         return self.since_fired >= self.window_tokens
 
     def dead_mask_or_none(self) -> Tensor | None:
-        """The same; None when all have fired, which the device is asked for."""
+        """Return :meth:`dead_mask`, or None if no latent is dead; synchronizes with the device."""
         mask = self.dead_mask()
         return mask if bool(mask.any()) else None
 
     def firing_rates(self) -> tuple[Tensor, int]:
-        """((F,) share of tokens on which each latent fired, tokens that it is measured on)."""
+        """Return (share of tokens on which each latent fired (F,), number of tokens measured)."""
         tokens = int(self._counted_tokens.sum())
         return (self._block_counts + self._previous_block_counts) / max(tokens, 1), tokens
 
     def compute_metrics(self) -> dict[str, float]:
-        """Dead shares by both rules, each with the tokens behind it."""
+        """Return the share of dead latents by both rules, each with the number of tokens measured."""
         rates, tokens = self.firing_rates()
         return {
             "dead_below_threshold": int((rates < self.threshold).sum()) / len(rates),
@@ -145,7 +149,7 @@ class FiringTracker:
         }
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Counters between two steps, as tensors."""
+        """Return the counters as tensors; call it between two steps."""
         return {
             "since_fired": self.since_fired,
             "current": self._block_counts,
@@ -154,21 +158,21 @@ class FiringTracker:
         }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take back what :meth:`state_dict` gave."""
+        """Load the result of :meth:`state_dict`."""
         self.since_fired.copy_(state["since_fired"])
         self._block_counts.copy_(state["current"])
         self._previous_block_counts.copy_(state["previous"])
-        # Older checkpoints hold no count of the host's own.
+        # Older checkpoints have no separate count of the host.
         current, previous, *block = state["tokens"].tolist()
         self._counted_tokens.copy_(torch.tensor([current, previous]))
         (self._block_tokens,) = block or (current,)
 
 
 class DeadCountBound:
-    """How many latents can be dead at most, known to the host without waiting for the device.
+    """Upper bound of the number of dead latents, known to the host without waiting for the device.
 
-    Who is dead ``lag_steps`` steps later has by now been silent for at least the window less the tokens of those steps, and
-    how many have is copied while they run.
+    A latent that is dead ``lag_steps`` steps later has already not fired for the window minus the tokens of those
+    steps. The number of such latents is copied to the host asynchronously while the steps run.
     """
 
     def __init__(self, firing: FiringTracker, lag_steps: int) -> None:
@@ -179,32 +183,32 @@ class DeadCountBound:
         return (self._firing.since_fired >= self._firing.window_tokens - self._lag_steps * tokens).sum().unsqueeze(0)
 
     def max_dead_count(self, tokens: int) -> int:
-        """Of the step that comes, of ``tokens`` like those around it; the first time the device is asked."""
+        """Return the bound for the next step; all steps have ``tokens`` tokens. The first call synchronizes."""
         if self._max_dead is None:
             self._max_dead = int(self._count_candidates(tokens))
         return self._max_dead
 
     def update_after_step(self, tokens: int) -> None:
-        """Count, behind a step of ``tokens``."""
+        """Start the count after a step of ``tokens`` tokens, and read the counts that are ready."""
         self._push_count(self._count_candidates(tokens))
         for _, (count,) in self._pending_counts.pop_ready():
             self._max_dead = int(count)
 
     def state_dict(self) -> Tensor:
-        """What it knows and what is on its way, so that a resumed run works in the same sizes to the same bits."""
-        waiting = [count for _, (count,) in self._pending_counts.pop_all()]
-        for count in waiting:
+        """Return the bound and the pending counts, so that a resumed run uses the same sizes and is bit-identical."""
+        pending = [count for _, (count,) in self._pending_counts.pop_all()]
+        for count in pending:
             self._push_count(torch.tensor([count]))
-        return torch.tensor([-1 if self._max_dead is None else self._max_dead, *waiting], dtype=torch.long)
+        return torch.tensor([-1 if self._max_dead is None else self._max_dead, *pending], dtype=torch.long)
 
     def load_state_dict(self, state: Tensor) -> None:
-        """Take back what :meth:`state_dict` gave."""
-        max_dead, *waiting = state.tolist()
+        """Load the result of :meth:`state_dict`."""
+        max_dead, *pending = state.tolist()
         self._max_dead = None if max_dead < 0 else max_dead
         self._pending_counts.pop_all()
-        for count in waiting:
+        for count in pending:
             self._push_count(torch.tensor([count]))
 
     def _push_count(self, count: Tensor) -> None:
-        # Their order says of which step they are.
+        # The order in the queue identifies the step, so the step number is unused.
         self._pending_counts.put(0, count)

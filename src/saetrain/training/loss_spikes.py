@@ -1,4 +1,4 @@
-"""A step whose loss is not finite or has jumped: found before it is applied, by the host or on the device."""
+"""Loss spikes: steps whose loss is not finite or far above the running median, detected before the update."""
 
 from __future__ import annotations
 
@@ -14,25 +14,26 @@ from torch import Tensor
 from saetrain.async_copy import DelayedCopy
 
 SPIKE_FACTOR = 100.0
+"""Ratio of the loss to its running median above which a step is a spike."""
 SPIKE_WINDOW_STEPS = 101
-"""Steps that the running median is taken of."""
+"""Number of recent steps in the running median."""
 SPIKE_MIN_STEPS = 5
-"""Steps before which a jump is not judged."""
+"""Number of steps before the running median is used."""
 
 
 class LossSpike:
-    """A loss that is not finite or has jumped; ``facts`` say where, the text says how."""
+    """A loss spike: ``facts`` contains SAE, step, loss and running median; ``str()`` gives the message."""
 
     def __init__(self, sae: str, step: int, loss: float, median: float | None) -> None:
         self.step = step
         self.facts = {"sae": sae, "step": step, "loss": repr(loss), "running_median": median}
-        usual = f", {loss / median:.0f} times its running median {median:.4g}" if median and math.isfinite(loss) else ""
-        gradient = "" if usual or not math.isfinite(loss) else ", and its gradient is not finite"
-        self._text = f"{sae}: the loss of step {step} is {loss:.4g}{usual}{gradient}"
+        ratio = f", {loss / median:.0f} times its running median {median:.4g}" if median and math.isfinite(loss) else ""
+        gradient = "" if ratio or not math.isfinite(loss) else ", and its gradient is not finite"
+        self._text = f"{sae}: the loss of step {step} is {loss:.4g}{ratio}{gradient}"
 
     @classmethod
     def from_facts(cls, facts: Mapping[str, Any]) -> LossSpike:
-        """The spike of another rank, by its facts."""
+        """Build the spike of another rank from its ``facts``."""
         return cls(facts["sae"], facts["step"], float(facts["loss"]), facts["running_median"])
 
     def __str__(self) -> str:
@@ -40,14 +41,14 @@ class LossSpike:
 
 
 class SpikeDetector:
-    """Judges a step by numbers that the host has."""
+    """Detects loss spikes on the host."""
 
     def __init__(self) -> None:
         self._recent_losses: deque[float] = deque(maxlen=SPIKE_WINDOW_STEPS)
         self._spikes: list[LossSpike] = []
 
     def check_step(self, sae: str, step: int, loss: float, bound: float) -> bool:
-        """Whether the step may be applied: its loss, and ``bound`` on its gradient's norm, are as they should be."""
+        """Return whether the step may be applied; ``bound`` is an upper bound of its gradient norm."""
         median = statistics.median(self._recent_losses) if len(self._recent_losses) >= SPIKE_MIN_STEPS else None
         has_jumped = median is not None and loss > SPIKE_FACTOR * median
         is_ok = math.isfinite(loss) and math.isfinite(bound) and not has_jumped
@@ -58,23 +59,23 @@ class SpikeDetector:
         return is_ok
 
     def pop_spikes(self, sae: str, *, wait: bool) -> list[LossSpike]:
-        """Those since the last call; there is nothing to wait for."""
+        """Return the spikes since the last call; ``wait`` has no effect."""
         found, self._spikes = self._spikes, []
         return found
 
     def recent_losses(self) -> list[float]:
-        """The losses that the running median is taken of."""
+        """Return the losses in the running median."""
         return list(self._recent_losses)
 
     def load_recent_losses(self, recent: list[float]) -> None:
-        """Take back what :meth:`recent_losses` gave."""
+        """Load the result of :meth:`recent_losses`."""
         self._recent_losses.extend(recent)
 
 
 class DeviceSpikeDetector:
-    """The same on the device: the host hears of a spike ``lag_steps`` steps later, and no step waits for it.
+    """Detects loss spikes on the device; the host reads the results ``lag_steps`` steps later, without waiting.
 
-    ``stop_on_spike``: nothing behind a spike is applied either, as the run ends there.
+    ``stop_on_spike``: no step after a spike is applied, because the run ends there.
     """
 
     def __init__(self, device: torch.device, lag_steps: int, *, stop_on_spike: bool) -> None:
@@ -82,10 +83,10 @@ class DeviceSpikeDetector:
         self._recent_losses = torch.full((SPIKE_WINDOW_STEPS,), torch.nan, dtype=torch.float64, device=device)
         self._count = torch.zeros((), dtype=torch.long, device=device)
         self._is_stopped = torch.zeros((), dtype=torch.bool, device=device)
-        self._pending_verdicts = DelayedCopy(lag_steps)
+        self._pending_results = DelayedCopy(lag_steps)
 
     def check_step(self, step: int, loss: Tensor, bound: Tensor) -> Tensor:
-        """Whether the step may be applied, a bool on the device."""
+        """Return whether the step may be applied, as a bool on the device."""
         loss = loss.double()
         median = self._recent_losses.nanquantile(0.5)
         has_median = self._count >= SPIKE_MIN_STEPS
@@ -96,28 +97,26 @@ class DeviceSpikeDetector:
         )
         self._count += is_ok
         is_applied = is_ok & ~self._is_stopped
-        self._pending_verdicts.put(
-            step, torch.stack([is_ok.double(), loss, torch.where(has_median, median, torch.nan)])
-        )
+        self._pending_results.put(step, torch.stack([is_ok.double(), loss, torch.where(has_median, median, torch.nan)]))
         if self._stop_on_spike:
             self._is_stopped |= ~is_ok
         return is_applied
 
     def pop_spikes(self, sae: str, *, wait: bool) -> list[LossSpike]:
-        """Those of steps whose verdict is there, or with ``wait`` of all, since the last call."""
-        verdicts = self._pending_verdicts.pop_all() if wait else self._pending_verdicts.pop_ready()
+        """Return the spikes since the last call in the steps whose results are ready, or with ``wait`` in all steps."""
+        results = self._pending_results.pop_all() if wait else self._pending_results.pop_ready()
         return [
             LossSpike(sae, step, loss, None if math.isnan(median) else median)
-            for step, (is_ok, loss, median) in verdicts
+            for step, (is_ok, loss, median) in results
             if not is_ok
         ]
 
     def recent_losses(self) -> list[float]:
-        """The losses that the running median is taken of."""
+        """Return the losses in the running median."""
         ordered = self._recent_losses.roll(-int(self._count) % SPIKE_WINDOW_STEPS).tolist()
         return [loss for loss in ordered if not math.isnan(loss)]
 
     def load_recent_losses(self, recent: list[float]) -> None:
-        """Take back what :meth:`recent_losses` gave."""
+        """Load the result of :meth:`recent_losses`."""
         self._recent_losses[: len(recent)] = torch.tensor(recent, dtype=torch.float64)
         self._count.fill_(len(recent))

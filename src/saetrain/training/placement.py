@@ -1,4 +1,4 @@
-"""How several processes share the work: parts of the batch with all SAEs, or all of the batch with some of the SAEs."""
+"""Placement of SAEs on ranks: a rank trains all SAEs on part of the batch, or some SAEs on the whole batch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from saetrain.errors import SaetrainError
 
 FP32_BYTES = 4
 MAX_IMBALANCE = 1.15
-"""Largest cost of a rank over the mean up to which SAEs count as evenly dealt."""
+"""Largest ratio of a rank's cost to the mean for which an assignment counts as even."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,13 +18,13 @@ class ParallelSettings:
     """Several processes: how they share the work."""
 
     parallel: Literal["auto", "data", "hookpoints"] = "auto"
-    """`data`: every process trains all SAEs on its part of the batch, and gradients are exchanged; `hookpoints`: each
-    trains some of the SAEs on the whole batch, and activations are exchanged; `auto`: what exchanges fewer bytes."""
+    """`data`: every process trains all SAEs on its part of the batch and communicates gradients. `hookpoints`: every
+    process trains some SAEs on the whole batch and communicates activations. `auto`: the mode with fewer bytes."""
 
 
 @dataclass(frozen=True)
 class SaeCost:
-    """What a hookpoint's SAEs are: ``parameters`` of all its seeds, ``width`` of its activations."""
+    """Cost of a hookpoint: ``parameters`` of the SAEs of all its seeds, ``width`` of its activations."""
 
     parameters: int
     width: int
@@ -32,13 +32,13 @@ class SaeCost:
 
 @dataclass(frozen=True)
 class Placement:
-    """Who trains what: ``owners`` {hookpoint: rank}, empty where every rank trains all; ``reason`` in words."""
+    """Assignment ``owners`` {hookpoint: rank}, empty if every rank trains all SAEs; ``reason`` is logged."""
 
     owners: Mapping[str, int] = field(default_factory=dict)
     reason: str = ""
 
     def is_owned_by(self, hookpoint: str, rank: int) -> bool:
-        """Whether ``rank`` trains the SAEs of ``hookpoint``."""
+        """Return whether ``rank`` trains the SAEs of ``hookpoint``."""
         return not self.owners or self.owners[hookpoint] == rank
 
 
@@ -51,41 +51,49 @@ def plan_placement(
     bytes_per_element: int,
     is_spliced: bool,
 ) -> Placement:
-    """The division of ``sae_costs`` {hookpoint: what it costs} over ``world_size`` ranks, with the reason.
+    """Assign the SAEs of ``sae_costs`` {hookpoint: cost} to ``world_size`` ranks.
 
-    ``step_tokens``: of the whole optimizer step; ``bytes_per_element``: bytes of an activation's element; ``is_spliced``: the loss
-    is the model's own. Raises SaetrainError where the division that is asked for can't be.
+    ``step_tokens``: tokens of the whole optimizer step; ``bytes_per_element``: bytes per element of the activations;
+    ``is_spliced``: the loss is that of the model's outputs. Raises SaetrainError if the requested mode is impossible.
     """
     if world_size == 1:
         return Placement()
     if is_spliced:
         if settings.parallel == "hookpoints":
-            raise SaetrainError("--parallel hookpoints: --loss_fn ce and kl train one SAE through the model; use data")
-        return Placement({}, "data parallel: the loss is the model's own, so each process runs its own sequences")
+            raise SaetrainError(
+                "--parallel hookpoints: --loss_fn ce and kl train one SAE inside the model; use --parallel data"
+            )
+        return Placement(
+            {}, "data parallel: with --loss_fn ce and kl, each process runs the model on its own sequences"
+        )
     owners, imbalance = assign_longest_first(sae_costs, world_size)
     remote_share = (world_size - 1) / world_size
-    gradient_bytes = 2 * remote_share * FP32_BYTES * sum(load.parameters for load in sae_costs.values())
+    gradient_bytes = 2 * remote_share * FP32_BYTES * sum(cost.parameters for cost in sae_costs.values())
     activation_bytes = (
-        remote_share * step_tokens / world_size * bytes_per_element * sum(load.width for load in sae_costs.values())
+        remote_share * step_tokens / world_size * bytes_per_element * sum(cost.width for cost in sae_costs.values())
     )
-    traffic = f"{_format_bytes(activation_bytes)} of activations, {_format_bytes(gradient_bytes)} of gradients per process and step"
+    activations, gradients = _format_bytes(activation_bytes), _format_bytes(gradient_bytes)
+    traffic = f"{activations} of activations, {gradients} of gradients per process and step"
     if settings.parallel != "auto":
         chosen = settings.parallel
-        return Placement(owners if chosen == "hookpoints" else {}, f"{chosen} parallel, as --parallel says ({traffic})")
+        return Placement(owners if chosen == "hookpoints" else {}, f"{chosen} parallel, set by --parallel ({traffic})")
     if imbalance > MAX_IMBALANCE:
         count = f"{len(sae_costs)} hookpoint{'s' if len(sae_costs) > 1 else ''}"
-        return Placement({}, f"data parallel: {count} can't be dealt evenly to {world_size} processes ({traffic})")
+        return Placement({}, f"data parallel: {count} can't be divided evenly among {world_size} processes ({traffic})")
     if activation_bytes < gradient_bytes:
-        return Placement(owners, f"hookpoints parallel: that exchanges less ({traffic})")
-    return Placement({}, f"data parallel: that exchanges less ({traffic})")
+        return Placement(owners, f"hookpoints parallel: communicates fewer bytes ({traffic})")
+    return Placement({}, f"data parallel: communicates fewer bytes ({traffic})")
 
 
 def assign_longest_first(sae_costs: Mapping[str, SaeCost], world_size: int) -> tuple[dict[str, int], float]:
-    """({hookpoint: rank}, the costliest rank over the mean): the largest first, each to the rank with least so far."""
+    """Assign the largest hookpoint first, each to the rank with the fewest parameters so far.
+
+    Return ({hookpoint: rank}, parameters of the largest rank over the mean).
+    """
     rank_costs = [0] * world_size
     owners = {}
     for name in sorted(sae_costs, key=lambda name: -sae_costs[name].parameters):
-        owners[name] = min(range(world_size), key=lambda number: rank_costs[number])
+        owners[name] = min(range(world_size), key=lambda rank: rank_costs[rank])
         rank_costs[owners[name]] += sae_costs[name].parameters
     return owners, max(rank_costs) * world_size / sum(rank_costs)
 

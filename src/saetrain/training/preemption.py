@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C as a wish to stop: the step is finished or dropped, everything saved, then the run ends."""
+"""Preemption by SIGTERM or Ctrl-C: the run finishes or drops the current step, saves a checkpoint and exits."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Preempted(Exception):
-    """Raised where a wish to stop is noticed in the middle of a step."""
+    """Raised if a signal is noticed in the middle of a step."""
 
 
 class PreemptionHandler:
-    """While entered, the first signal is remembered, and a second Ctrl-C ends the process at once."""
+    """Context manager that records the first signal; a Ctrl-C after it ends the process at once."""
 
     def __init__(self) -> None:
         self.received_signal: signal.Signals | None = None
@@ -37,11 +37,11 @@ class PreemptionHandler:
         self.received_signal = self.received_signal or signal.Signals(number)
 
     def raise_if_preempted(self) -> None:
-        """Raise :class:`Preempted` once a signal has come."""
+        """Raise :class:`Preempted` if a signal was received."""
         if self.received_signal is not None:
             raise Preempted
 
     @property
     def exit_code(self) -> int:
-        """0 after SIGTERM, for a scheduler's preemption is no failure; 130 after Ctrl-C, as shells expect."""
+        """0 after SIGTERM, because a scheduler's preemption is not a failure; 130 after Ctrl-C, as shells expect."""
         return 130 if self.received_signal is signal.SIGINT else 0

@@ -1,4 +1,4 @@
-"""The training step of several SAEs over shared activations, and the loop around it."""
+"""The optimizer step of several SAEs on shared activations, with gradient accumulation and data parallelism."""
 
 from __future__ import annotations
 
@@ -20,55 +20,57 @@ from saetrain.training.steps.base import DeviceStep, SplicedBatch, StepStats, Tr
 from saetrain.types import StepContext
 
 MicroBatch = Mapping[str, Tensor] | Mapping[str, SplicedBatch]
-"""{hookpoint: raw activations (n, D)}, or with the loss that they are trained towards."""
+"""{hookpoint: raw activations (N, D)}, or {hookpoint: activations with their own loss}."""
 
 END_TO_END_LOSSES = ("ce", "kl")
-"""Losses of the model's own outputs, with the SAE spliced in."""
+"""Losses on the model's outputs with the SAE spliced in."""
 DEVICE_LAG_STEPS = 2
-"""Steps behind which the host hears of what the device has found, where it does not wait for it."""
+"""Steps after which the host reads results of a device that it does not wait for."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
-    """Training: how much, in which pieces, towards what."""
+    """Training: tokens, batch size and loss."""
 
     max_tokens: int = 1_000_000
-    """Activations to train on, over all ranks."""
+    """Number of activations to train on, over all processes."""
     batch_size: int = 4
-    """Sequences' worth of activations per rank and micro-step: batch_size x ctx_len of them."""
+    """Size of a micro-batch per process, in sequences: it has batch_size x ctx_len activations."""
     grad_acc_steps: int = 1
-    """Micro-steps per optimizer step."""
+    """Micro-batches per optimizer step."""
     loss_fn: Literal["mse", "fvu", "ce", "kl"] = "mse"
-    """`mse` and `fvu` train alike and are logged in raw units and as a fraction; `ce` and `kl` splice the SAE into the
-    model: cross-entropy of its predictions, or their KL divergence from the clean model's (docs/end_to_end.md)."""
+    """`mse` and `fvu` minimize the reconstruction error and differ only in the logged unit. `ce` and `kl` splice the
+    SAE into the model and minimize cross-entropy, or the KL divergence from the clean model (docs/end_to_end.md)."""
     e2e_recon_weight: float = 0.0
-    """With `ce` and `kl`: weight of the FVU beside them, in nats."""
+    """With `ce` and `kl`: weight of the FVU that is added to the loss, in nats."""
     on_spike: Literal["stop", "skip"] = "stop"
-    """What to do when a loss is not finite or 100 times its running median: stop the run, or leave the step out."""
+    """Reaction to a loss that is not finite or above 100 times its running median: stop the run or skip the step."""
     init_seeds: tuple[int, ...] = (42,)
-    """Seeds of the initial weights; several train one SAE each in the same pass."""
+    """Seeds of the initial weights; each seed trains its own SAE in the same run."""
 
     def __post_init__(self) -> None:
         for name in ("max_tokens", "batch_size", "grad_acc_steps"):
             if getattr(self, name) < 1:
                 raise SaetrainError(f"--{name} {getattr(self, name)}: must be at least 1")
         if not self.init_seeds or min(self.init_seeds) < 0 or len(set(self.init_seeds)) != len(self.init_seeds):
-            raise SaetrainError(f"--init_seeds {list(self.init_seeds)}: give one or more different numbers from 0")
+            raise SaetrainError(
+                f"--init_seeds {list(self.init_seeds)}: give one or more different numbers, each at least 0"
+            )
         if not 0 <= self.e2e_recon_weight < float("inf"):
             raise SaetrainError(f"--e2e_recon_weight {self.e2e_recon_weight}: must not be negative")
         if self.e2e_recon_weight and not self.end_to_end:
             raise SaetrainError(
-                f"--e2e_recon_weight {self.e2e_recon_weight}: goes with --loss_fn ce or kl; {self.loss_fn} is nothing "
-                "but reconstruction"
+                f"--e2e_recon_weight {self.e2e_recon_weight}: works only with --loss_fn ce or kl; "
+                f"{self.loss_fn} already minimizes the reconstruction error"
             )
         if self.end_to_end and len(self.init_seeds) > 1:
             raise SaetrainError(
-                f"--loss_fn {self.loss_fn} with {len(self.init_seeds)} --init_seeds: each SAE needs a forward and "
-                "backward pass of the model for itself, so nothing would be shared; start one run for each seed"
+                f"--loss_fn {self.loss_fn} with {len(self.init_seeds)} --init_seeds: each SAE needs its own forward "
+                "and backward pass of the model, so the SAEs would share nothing; start one run per seed"
             )
 
     def suggest_smaller_batch(self) -> str:
-        """What to lower where memory does not suffice."""
+        """Return the flags to lower after running out of memory."""
         if self.batch_size == 1:
             return "--ctx_len, --num_latents or --expansion_factor"
         halved, doubled = self.batch_size // 2, 2 * self.grad_acc_steps
@@ -76,16 +78,17 @@ class TrainSettings:
 
     @property
     def end_to_end(self) -> bool:
-        """Whether the loss is the model's own, with the SAE spliced in."""
+        """Whether the loss is computed on the model's outputs with the SAE spliced in."""
         return self.loss_fn in END_TO_END_LOSSES
 
 
 class SaeState:
-    """One SAE with its inputs' constants, the engine that steps it, and firing counters.
+    """One SAE in training: coder, normalization of its inputs, training step, firing counters and spike detector.
 
-    ``normalize_inputs`` maps raw activations (N, D) to what the coder sees; ``data_variance`` is E‖x‖² of that, and
-    ``mse_per_fvu`` the factor from FVU to mean squared error per element in raw units; ``dead_bias_lr_multiplier`` times the learning rate
-    is added to the encoder bias of dead latents at every step; ``stop_on_spike``: a spike ends the run.
+    ``normalize_inputs`` maps raw activations (N, D) to coder inputs, and ``data_variance`` is E‖x‖² of these.
+    ``mse_per_fvu`` is the factor from FVU to the mean squared error per element in raw units. Each step adds
+    ``dead_bias_lr_multiplier`` times the learning rate to the encoder bias of dead latents. ``stop_on_spike``: a loss
+    spike ends the run.
     """
 
     def __init__(
@@ -111,7 +114,7 @@ class SaeState:
         self.residual_variance = self.data_variance.clone()
         self.stats: StepStats | None = None
         self._packed_stats: Tensor | None = None
-        # Where no step waits for the device, it judges by itself, and the host hears of it later.
+        # A step that does not wait for the device detects spikes there, and the host reads the result later.
         runs_ahead = isinstance(train_step, DeviceStep)
         self._spike_detector = (
             DeviceSpikeDetector(device, DEVICE_LAG_STEPS, stop_on_spike=stop_on_spike)
@@ -123,7 +126,7 @@ class SaeState:
         self.grad_norm = torch.zeros((), device=device)
 
     def forward_backward(self, batch: Tensor | SplicedBatch, progress: StepContext) -> None:
-        """Forward, backward and counting of one micro-batch of raw activations; gradients add up."""
+        """Accumulate gradients and counts of one micro-batch of raw activations."""
         if isinstance(batch, SplicedBatch):
             progress = replace(progress, n_tokens=batch.step_tokens)
             stats = self.train_step.forward_backward(self.normalize_inputs(batch.raw_ND), progress, batch.objective)
@@ -132,20 +135,20 @@ class SaeState:
         self.stats = stats if self.stats is None else self.stats.merge_with(stats)
 
     def add_to_buckets(self, buckets: GradientBuckets) -> None:
-        """Begin to sum the step's gradients and counts over the ranks."""
+        """Add the step's gradients and counts to ``buckets``, which sum them over the ranks."""
         assert self.stats is not None
         self._packed_stats = self.stats.pack_row()
         buckets.add([*self.train_step.gradients(), self._packed_stats])
 
     def unpack_reduced(self, tokens: int) -> None:
-        """The sums over all ranks' ``tokens`` are there."""
+        """Read the counts summed over all ranks, which have ``tokens`` tokens together."""
         assert self.stats is not None
         assert self._packed_stats is not None
         known_tokens = tokens if isinstance(self.train_step, DeviceStep) else None
         self.stats, self._packed_stats = self.stats.unpack_row(self._packed_stats, known_tokens), None
 
     def build_progress(self, step: int, tokens: int) -> StepContext:
-        """What the coder's loss may know of step ``step`` over ``tokens``."""
+        """Return the inputs of the coder's loss for step ``step`` over ``tokens`` tokens."""
         bound = self._dead_count_bound
         max_dead = None if bound is None else bound.max_dead_count(tokens)
         dead = None
@@ -156,7 +159,7 @@ class SaeState:
         return StepContext(step, tokens, dead, self.data_variance, self.residual_variance, max_dead)
 
     def step_unless_spike(self, name: str, step: int, lr: float) -> None:
-        """Judge the step and apply it, or leave it out for a spike."""
+        """Apply the optimizer step, or skip it if its loss is a spike."""
         assert self.stats is not None
         loss, bound = torch.stack(list(self.stats.losses.values())).sum(), self.train_step.norm_bound()
         if isinstance(self._spike_detector, DeviceSpikeDetector):
@@ -170,19 +173,19 @@ class SaeState:
             self.train_step.zero_grad()
 
     def pop_spikes(self, name: str, *, wait: bool) -> list[LossSpike]:
-        """What has left out a step, of those judged by now, or with ``settle`` of all, since the last call."""
+        """Return the spikes since the last call: those known by now, or with ``wait`` all of them."""
         return self._spike_detector.pop_spikes(name, wait=wait)
 
     def recent_losses(self) -> list[float]:
-        """The losses that the running median is taken of."""
+        """Return the losses in the running median."""
         return self._spike_detector.recent_losses()
 
     def zero_grad(self) -> None:
-        """Forget the step's gradients."""
+        """Discard the gradients of the current step."""
         self.train_step.zero_grad()
 
     def _record_step(self, norm: Tensor, lr: float, ok: Tensor | None = None) -> None:
-        """Close the firing counts, and hand the residual's variance to the next step, unless ``ok`` is false."""
+        """Update firing counters, dead biases and the residual variance for the next step, unless ``ok`` is false."""
         assert self.stats is not None
         self.grad_norm = norm
         self.firing.count_micro_batch(self.stats.fired, self.stats.tokens)
@@ -193,24 +196,24 @@ class SaeState:
         tokens = max(self.stats.tokens, 1)
         mean = self.stats.residual_sum / tokens
         variance = self.stats.residual_square / tokens - mean.pow(2).sum()
-        # A perfect reconstruction must not make AuxK's loss explode.
+        # The lower bound keeps the AuxK loss finite if the reconstruction is perfect.
         variance = variance.clamp_min(self._min_residual_variance)
         self.residual_variance = variance if ok is None else torch.where(ok, variance, self.residual_variance)
 
     @torch.no_grad()
     def _raise_dead_biases(self, lr: float, ok: Tensor | None) -> None:
-        """Bring latents that have not fired within the window nearer to the top k, until they do."""
+        """Raise the encoder bias of latents that have not fired within the window, until they are among the top k."""
         if self._dead_bias_lr_multiplier:
             dead_mask = self.firing.dead_mask() if ok is None else self.firing.dead_mask() & ok
             self.coder.b_enc.add_(dead_mask, alpha=self._dead_bias_lr_multiplier * lr)
 
     def compute_metrics(self, loss_fn: str) -> dict[str, float]:
-        """Figures of the step just done; each is of that step or of the firing windows, never of the log interval."""
+        """Return the metrics of the last step; each covers that step or a firing window, not the logging interval."""
         assert self.stats is not None
         unit = self.mse_per_fvu if loss_fn == "mse" else 1.0
         terms = {f"loss_{name}": float(value) * unit for name, value in self.stats.losses.items()}
         tokens = max(self.stats.tokens, 1)
-        # End to end, the term may be weighted or left out.
+        # With ce and kl, the term `recon` may be weighted or missing.
         mean_fvu = self.stats.residual_square / (tokens * self.data_variance)
         fvu = float(mean_fvu if loss_fn in END_TO_END_LOSSES else self.stats.losses["recon"])
         return {
@@ -224,7 +227,7 @@ class SaeState:
         }
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All that changes while training, as tensors: what a checkpoint holds."""
+        """Return everything that training changes, as tensors, for a checkpoint."""
         return {
             **{f"coder.{name}": value.detach() for name, value in self.coder.named_parameters()},
             **{f"optimizer.{name}": value for name, value in self.train_step.state_dict().items()},
@@ -235,7 +238,7 @@ class SaeState:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor], recent_losses: list[float]) -> None:
-        """Take back what :meth:`state_dict` and :meth:`recent_losses` gave."""
+        """Load the results of :meth:`state_dict` and :meth:`recent_losses`."""
         self._spike_detector.load_recent_losses(recent_losses)
         parts: dict[str, dict[str, Tensor]] = {"coder": {}, "optimizer": {}, "firing": {}}
         for name, value in state.items():
@@ -246,16 +249,17 @@ class SaeState:
             parameter.copy_(parts["coder"][name])
         self.train_step.load_state_dict(parts["optimizer"])
         self.firing.load_state_dict(parts["firing"])
-        # A run that began with other kernels has none.
+        # A run that was started with other kernels has no such entry.
         if self._dead_count_bound is not None and "dead_ahead" in state:
             self._dead_count_bound.load_state_dict(state["dead_ahead"])
         self.residual_variance.copy_(state["residual_variance"])
 
 
 class Trainer:
-    """Trains SAEs in step: every SAE sees the same tokens at every step.
+    """Trains several SAEs together: every SAE sees the same tokens in every step.
 
-    ``is_data_parallel``: every rank trains these SAEs on its part of the tokens, so gradients and counts are summed over ranks.
+    ``is_data_parallel``: every rank trains these SAEs on its part of the tokens, and gradients and counts are summed
+    over the ranks.
     """
 
     def __init__(
@@ -277,7 +281,7 @@ class Trainer:
 
     @property
     def tokens_seen(self) -> int:
-        """Activations trained on so far, over all ranks."""
+        """Number of activations trained on so far, over all ranks."""
         return self.step * self.tokens_per_step
 
     def train_step(
@@ -286,11 +290,11 @@ class Trainer:
         before_reduce: Callable[[], object] = lambda: None,
         during_reduce: Callable[[], object] = lambda: None,
     ) -> list[LossSpike]:
-        """One optimizer step of every SAE. ``micro_batches(i)`` gives micro-batch i of the run.
+        """Run one optimizer step of every SAE; ``get_micro_batch(i)`` returns micro-batch i of the run.
 
-        ``before_reduce`` is called before sums over the ranks begin, and may raise to leave the step; ``during_reduce`` while
-        they travel. Gives the spikes that left out an SAE's step: this one's, or where the host runs ahead of the
-        device that of LAG steps before.
+        ``before_reduce`` is called before the all-reduce and may raise to abort the step; ``during_reduce`` is called
+        while it runs. Returns the known spikes: those of this step or, if the host runs ahead of the device, those of
+        the step DEVICE_LAG_STEPS before.
         """
         progress = {name: sae.build_progress(self.step, self.tokens_per_step) for name, sae in self.saes.items()}
         factor = lr_factor(self.step, self.total_steps, self._warmup_steps)
@@ -303,7 +307,7 @@ class Trainer:
                 self._forward_backward(name, batch[sae.hookpoint], progress[name])
                 if micro < self.settings.grad_acc_steps - 1:
                     continue
-                # Each ends its step before the next begins, so that they can use the same memory in turn.
+                # Each SAE finishes its step before the next one starts, so that they can share the workspace.
                 if not self.is_data_parallel:
                     sae.step_unless_spike(name, self.step + 1, sae.peak_lr * factor)
                     continue
@@ -321,7 +325,7 @@ class Trainer:
         return self._pop_spikes(wait=False)
 
     def drain_spikes(self) -> list[LossSpike]:
-        """The spikes of steps whose verdict has not been given yet; waits for the device."""
+        """Wait for the device, and return the spikes that have not been returned yet."""
         return self._pop_spikes(wait=True)
 
     def _pop_spikes(self, *, wait: bool) -> list[LossSpike]:
@@ -341,12 +345,12 @@ class Trainer:
             ) from error
 
     def zero_grad(self) -> None:
-        """Forget what the step under way has added up."""
+        """Discard the gradients of the current step."""
         for sae in self.saes.values():
             sae.zero_grad()
 
     def compute_metrics(self) -> dict[str, dict[str, float]]:
-        """{SAE: figures} of the step just done."""
+        """Return {SAE: metrics} of the last step."""
         factor = lr_factor(self.step - 1, self.total_steps, self._warmup_steps)
         return {
             name: {**sae.compute_metrics(self.settings.loss_fn), "lr": sae.peak_lr * factor}

@@ -1,4 +1,4 @@
-"""How one coder is stepped: forward, gradients, update. The reference is autograd; a fast engine computes the same."""
+"""Training step of one coder (forward, gradients, update): base class, settings, and the reference with autograd."""
 
 from __future__ import annotations
 
@@ -17,25 +17,26 @@ from saetrain.types import CoderOutput, StepContext
 
 @dataclass(frozen=True, kw_only=True)
 class KernelSettings:
-    """Kernels: how the SAE's step is computed."""
+    """Kernels: implementation of the SAE's training step."""
 
     kernels: Literal["auto", "reference", "torch", "native", "triton"] = "auto"
-    """`native`: C++ for CPUs, built at first use; `triton`: for NVIDIA's GPUs, not measured on one so far; both step by
-    adam alone; `torch`: PyTorch, anywhere; `reference`: plain autograd; `auto`: the fastest of them that runs here."""
+    """`native`: C++ for CPUs, compiled at first use. `triton`: NVIDIA GPUs, not benchmarked yet. `torch`: PyTorch, any
+    device. `reference`: plain autograd. `auto`: the fastest that is supported. `native` and `triton` support only
+    --optimizer adam."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Number format of the SAE's products; weights and sums are float32. `auto`: bfloat16 where the hardware has it."""
+    """Dtype of the SAE's matrix products; weights and sums are float32. `auto`: bfloat16 if the hardware has it."""
 
 
 Objective = Callable[[CoderOutput], dict[str, Tensor]]
-"""Named loss terms of a micro-batch, weights applied, in the place of the coder's own, which it is given."""
+"""Function from a coder's output to named, weighted loss terms of a micro-batch, which replace the coder's own."""
 
 
 @dataclass(frozen=True)
 class SplicedBatch:
-    """A micro-batch whose loss is the model's own, with the reconstruction in the activation's place.
+    """A micro-batch whose loss is computed on the model's outputs with the reconstruction spliced in.
 
-    ``raw_ND`` raw activations that are replaced; ``step_tokens`` what sums over tokens are divided by: tokens of the
-    whole optimizer step; ``objective`` the loss terms.
+    ``raw_ND`` raw activations that are replaced; ``step_tokens`` tokens of the whole optimizer step, which sums over
+    tokens are divided by; ``objective`` the loss terms.
     """
 
     raw_ND: Tensor
@@ -45,10 +46,10 @@ class SplicedBatch:
 
 @dataclass(frozen=True)
 class StepStats:
-    """What a micro-batch gives: its loss terms (parts of the step's) and sums over its tokens.
+    """Statistics of a micro-batch: its shares of the step's loss terms, and sums over its tokens.
 
-    ``fired`` (F,) int64 tokens on which each latent is active; ``residual_sum`` (D,) of x - x̂; ``residual_square``
-    Σ‖x - x̂‖², a scalar.
+    ``fired`` (F,) int64 number of tokens on which each latent fires; ``residual_sum`` (D,) Σ (x - x̂);
+    ``residual_square`` Σ‖x - x̂‖², a scalar.
     """
 
     fired: Tensor
@@ -58,7 +59,7 @@ class StepStats:
     residual_square: Tensor
 
     def merge_with(self, other: StepStats) -> StepStats:
-        """Both as one."""
+        """Return the statistics of both micro-batches together."""
         return StepStats(
             self.fired + other.fired,
             self.tokens + other.tokens,
@@ -68,13 +69,16 @@ class StepStats:
         )
 
     def pack_row(self) -> Tensor:
-        """All of it as one row of float64, which adds up over ranks; counts stay exact."""
+        """Return all values as one float64 row, which can be summed over ranks; counts stay exact."""
         parts = [self.fired, self.residual_sum, self.residual_square, *self.losses.values()]
         row = [part.reshape(-1).double() for part in parts]
         return torch.cat([*row, row[0].new_full((1,), self.tokens)])
 
     def unpack_row(self, row: Tensor, tokens: int | None = None) -> StepStats:
-        """What ``row``, made by :meth:`pack_row` of one with the same names, holds; asks the device unless ``tokens``."""
+        """Unpack a sum of rows of :meth:`pack_row` with the same loss names; without ``tokens``, synchronizes.
+
+        ``tokens`` is the number of tokens in ``row``, if the host knows it.
+        """
         latents, width = len(self.fired), len(self.residual_sum)
         fired, residual_sum, rest = row.split([latents, width, len(row) - latents - width])
         square, *losses, count = rest.unbind()
@@ -88,10 +92,10 @@ class StepStats:
 
 
 def build_adam_state(moments: Mapping[str, Tensor], step: Tensor) -> dict[str, Tensor]:
-    """What torch's Adam would hold, by its names.
+    """Return the optimizer state under the names of torch's Adam, as views of ``moments``.
 
-    ``moments`` {`m_` and `v_` of `enc`, `dec` (F, D), `b` (F,), `b_dec` (D,)}; the encoder's come in the shape of
-    ``W_enc`` (D, F), all of them as views; ``step`` a scalar.
+    ``moments`` contains `m_` and `v_` of `enc`, `dec` (F, D), `b` (F,) and `b_dec` (D,). Those of the encoder are
+    returned in the shape of ``W_enc`` (D, F). ``step`` is a scalar.
     """
     out = {}
     for parameter, tensor_name in (("W_enc", "enc"), ("W_dec", "dec"), ("b_enc", "b"), ("b_dec", "b_dec")):
@@ -103,58 +107,58 @@ def build_adam_state(moments: Mapping[str, Tensor], step: Tensor) -> dict[str, T
 
 
 class TrainStep(ABC):
-    """Steps one coder; micro-batches add up until :meth:`optimizer_step` or :meth:`zero_grad`."""
+    """Training step of one coder; gradients accumulate until :meth:`optimizer_step` or :meth:`zero_grad`."""
 
     @abstractmethod
     def forward_backward(self, x_ND: Tensor, progress: StepContext, objective: Objective | None = None) -> StepStats:
-        """Forward and gradients of a micro-batch of what the coder sees; the reference alone takes an objective."""
+        """Accumulate the gradients of a micro-batch of coder inputs; only the reference supports ``objective``."""
 
     @abstractmethod
     def gradients(self) -> list[Tensor]:
-        """The gradients as they add up, to be summed over ranks in place before :meth:`norm_bound`."""
+        """Return the accumulated gradients, to be summed over ranks in place before :meth:`norm_bound`."""
 
     @abstractmethod
     def norm_bound(self) -> Tensor | float:
-        """At least the norm of the projected gradient, and not finite where that is not."""
+        """Return an upper bound of the norm of the projected gradient; not finite if the norm is not."""
 
     @abstractmethod
     def optimizer_step(self, lr: float) -> Tensor:
-        """Update at learning rate ``lr``; gives the projected gradient's norm before clipping."""
+        """Update the parameters at learning rate ``lr``; return the norm of the projected gradient before clipping."""
 
     @abstractmethod
     def zero_grad(self) -> None:
-        """Forget the gradients."""
+        """Discard the gradients."""
 
     @abstractmethod
     def state_dict(self) -> dict[str, Tensor]:
-        """The optimizer's tensors as ``{parameter.key: tensor}``."""
+        """Return the optimizer's tensors as ``{parameter.key: tensor}``."""
 
     @abstractmethod
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take back what :meth:`state_dict` gave; the coder's parameters are restored before."""
+        """Load the result of :meth:`state_dict`; the coder's parameters must be restored before."""
 
 
 class DeviceStep(TrainStep):
-    """One whose steps never ask the device for a number, so that the host can run ahead of it."""
+    """Training step that never synchronizes with the device, so that the host can run ahead of it."""
 
     @abstractmethod
     def norm_bound(self) -> Tensor:
-        """As a scalar on the device."""
+        """Return the bound of :meth:`TrainStep.norm_bound` as a scalar on the device."""
 
     @abstractmethod
     def optimizer_step(self, lr: float, ok: Tensor | None = None) -> Tensor:
-        """Update where ``ok``, a bool on the device, allows it; gives the projected gradient's norm."""
+        """Update the parameters if ``ok`` (a bool on the device) is true; return the norm of the projected gradient."""
 
 
 class ReferenceStep(TrainStep):
-    """The reference: any coder, any device, gradients by autograd, a torch optimizer."""
+    """Reference: any coder, any device, gradients from autograd, any optimizer."""
 
     def __init__(self, coder: SparseCoder, optimizer: Optimizer) -> None:
         self._coder, self._optimizer = coder, optimizer
         self._norm = torch.zeros(())
 
     def forward_backward(self, x_ND: Tensor, progress: StepContext, objective: Objective | None = None) -> StepStats:
-        """Through the coder's own forward."""
+        """Accumulate the gradients of a micro-batch with autograd."""
         output = self._coder(x_ND, x_ND, progress)
         if objective is not None:
             output.losses = objective(output)
@@ -171,28 +175,28 @@ class ReferenceStep(TrainStep):
             )
 
     def gradients(self) -> list[Tensor]:
-        """Every parameter's, as it lies in memory."""
+        """Return contiguous views of the gradients of all parameters."""
         return [to_memory_order(p.grad) for p in self._coder.parameters() if p.grad is not None]
 
     def norm_bound(self) -> float:
-        """The norm itself, of the gradients as they now lie."""
+        """Project the accumulated gradients and return their exact norm."""
         self._norm = self._optimizer.project_gradients()
         return float(self._norm)
 
     def optimizer_step(self, lr: float) -> Tensor:
-        """By the torch optimizer."""
+        """Update the parameters with the torch optimizer; return the norm of the projected gradient."""
         self._optimizer.step(lr, self._norm)
         self.zero_grad()
         return self._norm
 
     def zero_grad(self) -> None:
-        """Zero the gradients."""
+        """Set the gradients to zero."""
         self._optimizer.zero_grad()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The torch optimizer's."""
+        """Return the state of the torch optimizer."""
         return self._optimizer.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Into the torch optimizer."""
+        """Load the state of the torch optimizer."""
         self._optimizer.load_state_dict(state)

@@ -1,4 +1,4 @@
-"""The TopK step on a CPU by the C++ kernels: gradients never touch memory unless micro-batches have to add up."""
+"""TopK training step with the C++ kernels for CPUs; weight gradients are stored only for gradient accumulation."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from saetrain.training.steps.base import Objective, StepStats, TrainStep, build_
 from saetrain.types import StepContext
 
 BOUND_MARGIN, BOUND_MARGIN_BF16 = 1.001, 1.01
-"""What rounding may add to a gradient over the bound from exact norms: rows, codes and sums are of 8 bits in bf16."""
+"""Factors by which rounding may raise a gradient norm above its bound; bf16 numbers have 8 significant bits."""
 
 
 class Workspace:
-    """Memory of one micro-batch of N tokens, which SAEs of one shape use in turn."""
+    """Memory of one micro-batch of N tokens, shared by SAEs of the same shape."""
 
     def __init__(self, tokens: int, width: int, latents: int, k: int, use_bf16: bool, use_dense: bool) -> None:
         dtype = torch.bfloat16 if use_bf16 else torch.float32
@@ -56,22 +56,22 @@ class Workspace:
 
 @functools.lru_cache(maxsize=4)
 def get_workspace(tokens: int, width: int, latents: int, k: int, use_bf16: bool, use_dense: bool) -> Workspace:
-    """The one of this shape."""
+    """Return the shared workspace of this shape."""
     return Workspace(tokens, width, latents, k, use_bf16, use_dense)
 
 
 class NativeStep(TrainStep):
-    """Adam over one TopK coder.
+    """Adam step of one TopK coder.
 
-    ``use_bf16``: products in bf16, with fp32 sums, weights and moments. ``no_accumulation``: a step has one micro-batch on one rank,
-    so its gradients can go straight into the update.
+    ``use_bf16``: products in bf16, with fp32 sums, weights and moments. ``no_accumulation``: each step has one
+    micro-batch on one rank, so its gradients are used in the update without being stored.
     """
 
     def __init__(self, coder: TopK, settings: OptimSettings, *, use_bf16: bool, no_accumulation: bool) -> None:
         self._coder, self._settings, self._use_bf16, self._no_accumulation = coder, settings, use_bf16, no_accumulation
         self._use_dense = use_bf16 and coder.num_latents <= dense_limit(use_bf16) * coder.k
         self._step_count = 0
-        # Both stored one latent after the other; the coder's W_enc is a transposed view of the first.
+        # Both have one row per latent; the coder's W_enc is a transposed view of the first.
         self._W = {"enc": coder.W_enc.detach().T, "dec": coder.W_dec.detach()}
         self._b = {"enc": coder.b_enc.detach(), "dec": coder.b_dec.detach()}
         self._moments = {
@@ -95,8 +95,8 @@ class NativeStep(TrainStep):
         self._norm_bound_sum = torch.zeros(1, dtype=torch.double)
 
     def forward_backward(self, x_ND: Tensor, progress: StepContext, objective: Objective | None = None) -> StepStats:
-        """Top-k, decode and latent gradients; the weights' gradients too where they have to add up."""
-        assert objective is None, "gradients are written out for the coder's own loss alone"
+        """Compute code, residual and pre-activation gradients; with accumulation also the weight gradients."""
+        assert objective is None, "the explicit gradients are those of the coder's own loss"
         coder = self._coder
         loss_scale = 2 / (progress.n_tokens * float(progress.data_variance))
         step, work = self._prepare_step(x_ND.contiguous(), loss_scale)
@@ -116,7 +116,7 @@ class NativeStep(TrainStep):
             self._run_latent_pass(native.ADD if self._has_gradients else native.STORE)
             self._has_gradients = True
             self._g_b_dec += self._g_b_dec_encoder - loss_scale * work["residual_sum"]
-            # No sum of gradients is longer than their lengths together, whatever rank they come from.
+            # The norm of a sum of gradients, over micro-batches and ranks, is at most the sum of their norms.
             self._norm_bound_sum += self._loose_bound(step)
         return StepStats(
             fired=work["starts"].diff(),
@@ -128,11 +128,11 @@ class NativeStep(TrainStep):
 
     @property
     def _weights(self) -> Mapping[str, Tensor]:
-        """Encoder and decoder as the products take them."""
+        """Encoder and decoder weights in the dtype of the products."""
         return self._bf16_weights or self._W
 
     def _prepare_step(self, x_ND: Tensor, loss_scale: float) -> tuple[native.SaetrainStep, Workspace]:
-        """The kernels' view of one micro-batch."""
+        """Set up the arguments of the kernels for one micro-batch."""
         coder = self._coder
         shape = (len(x_ND), coder.d_in, coder.num_latents, coder.k)
         work = self._workspace = get_workspace(*shape, self._use_bf16, self._use_dense)
@@ -160,12 +160,12 @@ class NativeStep(TrainStep):
         assert self._step is not None
         assert self._workspace is not None
         assert self._workspace.owner is self or not self._no_accumulation, (
-            "another SAE has used the memory of this step"
+            "another SAE has used the workspace of this step"
         )
         return self._step, self._workspace
 
     def _add_auxk(self, progress: StepContext) -> Tensor:
-        """Hand AuxK's gradient rows of the dead latents to the kernels; gives the weighted loss."""
+        """Pass AuxK's gradient rows of the dead latents to the kernels; return the weighted loss."""
         assert progress.dead_mask is not None
         step, work = self._current_step()
         dead = DeadLatents.from_mask(progress.dead_mask)
@@ -178,7 +178,7 @@ class NativeStep(TrainStep):
         return grads.loss
 
     def _run_latent_pass(self, mode: int) -> None:
-        """Run the latents' pass over the micro-batch, or over the gradients in memory."""
+        """Run the latent pass on the micro-batch, or on the accumulated gradients."""
         step, work = self._current_step()
         self._squared_norm.zero_()
         from_memory = not self._no_accumulation and mode in (native.MEASURE, native.UPDATE)
@@ -190,12 +190,12 @@ class NativeStep(TrainStep):
         native.run_latent_pass_dense(step, mode, self._encoder_norms, self._gradient_inputs, work.dense)
 
     def gradients(self) -> list[Tensor]:
-        """Those in memory."""
-        assert not self._no_accumulation, "a fused step keeps no gradients"
+        """Return the accumulated gradients."""
+        assert not self._no_accumulation, "without accumulation, gradients are not stored"
         return [*self._grads.values(), self._g_b_dec, self._norm_bound_sum]
 
     def norm_bound(self) -> float:
-        """Cheap from norms alone, and where that does not rule out clipping a tighter one, or the norm itself."""
+        """Return a bound from row norms or, if it does not rule out clipping, a tighter bound or the exact norm."""
         step, _ = self._current_step()
         bound = self._loose_bound(step) if self._no_accumulation else float(self._norm_bound_sum[0])
         if self._may_need_clipping(bound) and math.isfinite(bound):
@@ -204,7 +204,7 @@ class NativeStep(TrainStep):
         return bound
 
     def _loose_bound(self, step: native.SaetrainStep) -> float:
-        """Of the micro-batch's gradient, from norms alone."""
+        """Bound the norm of the micro-batch's gradient from norms of rows."""
         grad_b_enc = torch.empty(step.F)
         square = native.bound_squared_norm(step, grad_b_enc)
         direct = step.loss_scale * self._current_step()[1]["residual_sum"]
@@ -212,7 +212,7 @@ class NativeStep(TrainStep):
         return float((square + (float(direct.norm()) + through_encoder) ** 2) ** 0.5 + self._extra_norm)
 
     def _tight_bound(self, step: native.SaetrainStep) -> float:
-        """The same, from the singular values of what the gradients are sums of."""
+        """Bound the norm of the micro-batch's gradient from singular values of the encoder input and the residual."""
         grad_b_enc = torch.empty(step.F)
         direct = step.loss_scale * self._current_step()[1]["residual_sum"]
         square = native.bound_squared_norm(step, grad_b_enc, self._gradient_inputs)
@@ -220,18 +220,18 @@ class NativeStep(TrainStep):
         return float(1.02 * (square + float(exact.pow(2).sum())) ** 0.5 + self._extra_norm)
 
     def _measure_norm(self) -> float:
-        """The norm itself, by a pass over the gradients."""
+        """Compute the exact norm in a pass over the gradients."""
         self._run_latent_pass(native.MEASURE)
         return self._gradient_norm()
 
     def _may_need_clipping(self, bound: float) -> bool:
-        """Whether a gradient of at most this norm may have to be clipped."""
+        """Return whether a gradient with a norm of at most ``bound`` may have to be clipped."""
         limit = self._settings.max_grad_norm
         return limit > 0 and (BOUND_MARGIN_BF16 if self._use_bf16 else BOUND_MARGIN) * bound > limit
 
     @property
     def _gradient_inputs(self) -> dict[str, Tensor]:
-        """What the gradients' rows are sums of, in the products' format."""
+        """The rows that the weight gradients sum, in the dtype of the products."""
         _, work = self._current_step()
         return {"enc": work["x_enc"], "dec": work["residual_copy" if self._use_bf16 else "residual"]}
 
@@ -239,14 +239,14 @@ class NativeStep(TrainStep):
         return float(self._squared_norm[0] + self._b_dec_gradient().pow(2).sum()) ** 0.5
 
     def _b_dec_gradient(self) -> Tensor:
-        """Through the decoder and through the encoder, (D,) fp64."""
+        """Return the gradient of ``b_dec`` through decoder and encoder, (D,) fp64."""
         step, work = self._current_step()
         return (
             self._g_b_dec_encoder - step.loss_scale * work["residual_sum"] if self._no_accumulation else self._g_b_dec
         )
 
     def optimizer_step(self, lr: float) -> Tensor:
-        """Fused: gradients, projection, clipping, Adam and renormalisation in one pass over the latents."""
+        """Project, clip, apply Adam and renormalize in one pass over the latents; return the norm before clipping."""
         step, _ = self._current_step()
         self._step_count += 1
         beta1, beta2 = BETAS
@@ -273,18 +273,18 @@ class NativeStep(TrainStep):
         self._b["dec"].addcdiv_(m, denominator, value=-step.lr / step.correction1)
 
     def zero_grad(self) -> None:
-        """Forget gradients and the micro-batch."""
+        """Discard the gradients and the micro-batch."""
         self._has_gradients = False
         self._g_b_dec.zero_()
         self._norm_bound_sum.zero_()
         self._step, self._workspace, self._live_tensors = None, None, {}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """As torch's Adam names it, the encoder's moments in the shape of ``W_enc`` (D, F)."""
+        """Return the state with the names of torch's Adam; the encoder's moments have the shape (D, F) of ``W_enc``."""
         return build_adam_state(self._moments, torch.tensor(float(self._step_count)))
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take back moments and count, and copy the coder's weights anew."""
+        """Load moments and step count, and copy the coder's weights to bf16 again."""
         own = self.state_dict()
         for name, value in state.items():
             own[name].copy_(value)

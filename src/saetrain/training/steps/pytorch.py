@@ -1,4 +1,4 @@
-"""The TopK step in PyTorch with its gradients written out: any device, no compiler, any of the optimizers."""
+"""TopK training step in PyTorch with explicit gradients: any device, any optimizer, no compiler."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from saetrain.training.auxk import DeadLatents, auxk_forward_backward
 from saetrain.training.steps.base import Objective, ReferenceStep, StepStats
 from saetrain.types import StepContext
 
-# Both say that sparse tensors are young; what is used of them is held to the reference by tests.
+# These warnings are about sparse tensors being in beta; tests compare the sparse products with the reference.
 warnings.filterwarnings("ignore", message="Sparse (CSR tensor support|invariant checks)")
 
 
 class TorchStep(ReferenceStep):
-    """One TopK coder; ``dtype`` is that of the products, sums and weights are fp32."""
+    """Training step of one TopK coder; ``dtype`` is the dtype of the products, sums and weights are fp32."""
 
     def __init__(self, coder: TopK, optimizer: Optimizer, dtype: torch.dtype) -> None:
         super().__init__(coder, optimizer)
@@ -33,7 +33,7 @@ class TorchStep(ReferenceStep):
 
     @property
     def _weights(self) -> dict[str, Tensor]:
-        """Encoder and decoder as (F, D) in the products' dtype."""
+        """Encoder and decoder weights as (F, D) in the dtype of the products."""
         if self._weight_copies is None:
             coder = self._topk
             whole = {"enc": coder.W_enc.detach().T, "dec": coder.W_dec.detach()}
@@ -42,8 +42,8 @@ class TorchStep(ReferenceStep):
 
     @torch.no_grad()
     def forward_backward(self, x_ND: Tensor, progress: StepContext, objective: Objective | None = None) -> StepStats:
-        """Sparse, or dense where k is a large part of F; gradients add up in ``.grad``."""
-        assert objective is None, "gradients are written out for the coder's own loss alone"
+        """Accumulate gradients in ``.grad``, with sparse products or, if k is large relative to F, dense ones."""
+        assert objective is None, "the explicit gradients are those of the coder's own loss"
         coder = self._topk
         centered = x_ND - coder.b_dec
         encoder_input = centered.to(self._dtype)
@@ -65,7 +65,7 @@ class TorchStep(ReferenceStep):
     def _backward_sparse(
         self, centered_ND: Tensor, encoder_input_ND: Tensor, values: Tensor, indices: Tensor, loss_scale: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Both weights' gradients through sparse products; gives the residual (N, D) and the gradient of ``b_enc``."""
+        """Add the weight gradients from sparse products; return the residual (N, D) and the gradient of ``b_enc``."""
         coder, grads, use_bf16 = self._topk, self._weight_gradients(), self._dtype != torch.float32
         residual = centered_ND - sparse.decode(values, indices, self._weights["dec"])
         if use_bf16 and coder.num_latents <= dense_limit(use_bf16) * coder.k:
@@ -83,21 +83,21 @@ class TorchStep(ReferenceStep):
     def _backward_dense(
         self, centered_ND: Tensor, encoder_input_ND: Tensor, values: Tensor, indices: Tensor, loss_scale: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The same through dense products."""
+        """Compute the results of :meth:`_backward_sparse` with dense products."""
         grads, W_dec = self._weight_gradients(), self._weights["dec"]
         code = encoder_input_ND.new_zeros(len(values), self._topk.num_latents)
         code.scatter_(1, indices, values.to(self._dtype))
         residual = (code @ W_dec).float().neg_().add_(centered_ND)
         residual_copy = residual.to(self._dtype)
         grad_pre = (residual_copy @ W_dec.T).mul_(code > 0)
-        # The scale comes last, to what is smallest.
+        # The scale is applied last, because the product is the smallest tensor.
         for name, product in (("dec", code.T @ residual_copy), ("enc", grad_pre.T @ encoder_input_ND)):
             self._accumulate_grad(grads[name], product.float().mul_(-loss_scale))
         return residual, grad_pre.sum(dim=0, dtype=torch.float32) * -loss_scale
 
     @property
     def _grad_beta(self) -> float:
-        """What to multiply the gradients with before more is added: what a step before has left is overwritten."""
+        """Factor of the stored gradients before the next ones are added: 0 after a step, to overwrite them."""
         return 0.0 if self._overwrites_grads else 1.0
 
     def _accumulate_grad(self, gradient: Tensor, value: Tensor) -> None:
@@ -107,14 +107,14 @@ class TorchStep(ReferenceStep):
             gradient.add_(value)
 
     def _weight_gradients(self) -> dict[str, Tensor]:
-        """``.grad`` of encoder and decoder as (F, D)."""
+        """Return ``.grad`` of encoder and decoder as (F, D)."""
         coder = self._topk
         assert coder.W_enc.grad is not None
         assert coder.W_dec.grad is not None
         return {"enc": coder.W_enc.grad.T, "dec": coder.W_dec.grad}
 
     def _add_bias_gradients(self, grad_b_enc_F: Tensor, residual_sum_D: Tensor, loss_scale: Tensor) -> None:
-        """``b_dec`` is in the reconstruction and, negative, in what the encoder sees: one product with a vector."""
+        """Add the bias gradients; that of ``b_dec`` flows through the reconstruction and the encoder input."""
         coder = self._topk
         assert coder.b_enc.grad is not None
         assert coder.b_dec.grad is not None
@@ -123,7 +123,7 @@ class TorchStep(ReferenceStep):
         self._overwrites_grads = False
 
     def _add_auxk(self, encoder_input_ND: Tensor, residual_ND: Tensor, progress: StepContext) -> Tensor:
-        """Add AuxK's gradients to the rows of the dead latents; gives the weighted loss."""
+        """Add AuxK's gradients to the rows of the dead latents; return the weighted loss."""
         assert progress.dead_mask is not None
         coder, grads = self._topk, self._weight_gradients()
         dead = DeadLatents.from_mask(progress.dead_mask)
@@ -135,16 +135,16 @@ class TorchStep(ReferenceStep):
         return auxk_grads.loss
 
     def optimizer_step(self, lr: float) -> Tensor:
-        """By the torch optimizer; the weights' copies are made anew."""
+        """Update the parameters with the torch optimizer, and discard the copies of the weights."""
         norm = super().optimizer_step(lr)
         self._weight_copies = None
         return norm
 
     def zero_grad(self) -> None:
-        """The next micro-batch overwrites the gradients, which costs less than zeroing them."""
+        """Let the next micro-batch overwrite the gradients, which is faster than zeroing them."""
         self._overwrites_grads = True
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Into the torch optimizer."""
+        """Load the state of the torch optimizer, and discard the copies of the weights."""
         super().load_state_dict(state)
         self._weight_copies = None

@@ -1,4 +1,7 @@
-"""The TopK step by Triton's kernels: no gradient is in memory unless it has to be, and no step asks the device."""
+"""TopK training step with the Triton kernels, which never synchronizes with the device.
+
+Weight gradients are stored only for gradient accumulation and with dense products.
+"""
 
 from __future__ import annotations
 
@@ -19,19 +22,20 @@ from saetrain.training.steps.base import DeviceStep, Objective, StepStats, build
 from saetrain.types import StepContext
 
 BOUND_MARGIN = 1.01
-"""What rounding may add to a gradient over the bound from norms."""
+"""Factor by which rounding may raise a gradient norm above its bound."""
 DENSE_LIMIT = 128
-"""Up to so many latents for each active one, dense products take less time: they read memory in order."""
+"""Largest F / k for which dense products are faster, because they read memory in order."""
 GRAPH_MAX_WORK = 4 << 33
-"""Tokens x width x latents up to which launches take as long as what they launch, so that a graph pays."""
+"""Largest N·D·F for which CUDA graphs are used: up to there, launching kernels takes as long as running them."""
 
 
 @dataclass
 class StepGrads:
-    """What the update needs of a micro-batch.
+    """Weight gradients of a micro-batch, as inputs of the latent pass.
 
-    ``pairs``, ``segment_sums``, ``x``, ``residual`` and ``loss_scale``: what gradient rows are summed from, and ``extra`` {`row`,
-    `enc`, `dec`} further rows (AuxK); or ``grads`` {`enc`, `dec`}, the gradients themselves.
+    The gradient rows are computed from ``pairs``, ``segment_sums``, ``x``, ``residual`` and ``loss_scale``, plus the
+    additional rows ``extra`` {`row`, `enc`, `dec`} of AuxK. With dense products, ``grads`` {`enc`, `dec`} contains the
+    gradients themselves.
     """
 
     x: Tensor
@@ -45,7 +49,7 @@ class StepGrads:
 
 @dataclass
 class ComputedStep:
-    """A micro-batch's gradients, small ones and the whole norm's bound as they are, with its sums over tokens."""
+    """Results of a micro-batch: weight and bias gradients, an upper bound of their norm, residual and statistics."""
 
     step_grads: StepGrads
     residual: Tensor
@@ -56,11 +60,12 @@ class ComputedStep:
 
 
 class TritonStep(DeviceStep):
-    """Adam over one TopK coder.
+    """Adam step of one TopK coder.
 
-    ``use_bf16``: products in bf16, with fp32 sums, weights and moments. ``no_accumulation``: a step has one micro-batch on one rank,
-    so its gradients can go straight into the update. ``products``: how gradients are summed, by default as F / k says;
-    ``use_cuda_graphs``: whether launches are recorded as CUDA graphs, by default where they dominate.
+    ``use_bf16``: products in bf16, with fp32 sums, weights and moments. ``no_accumulation``: each step has one
+    micro-batch on one rank, so its gradients are used in the update without being accumulated. ``products``: kind of
+    products for gradients; `auto` chooses by F / k. ``use_cuda_graphs``: None uses CUDA graphs for small steps, where
+    launching kernels dominates.
     """
 
     def __init__(
@@ -80,10 +85,10 @@ class TritonStep(DeviceStep):
             GraphedCallable[ComputedStep](),
             GraphedCallable[Tensor](),
         )
-        # Both stored one latent after the other; the coder's W_enc is a transposed view of the first.
+        # Both have one row per latent; the coder's W_enc is a transposed view of the first.
         self._W = {"enc": coder.W_enc.detach().T, "dec": coder.W_dec.detach()}
         self._b = {"enc": coder.b_enc.detach(), "dec": coder.b_dec.detach()}
-        assert all(value.is_contiguous() for value in self._W.values()), "weights lie one latent after the other"
+        assert all(value.is_contiguous() for value in self._W.values()), "weights need one contiguous row per latent"
         whole = {**self._W, "b": self._b["enc"], "b_dec": self._b["dec"]}
         self._moments = {
             f"{name}_{tensor_name}": torch.zeros_like(whole[tensor_name])
@@ -103,13 +108,13 @@ class TritonStep(DeviceStep):
 
     @property
     def _weights(self) -> Mapping[str, Tensor]:
-        """Encoder and decoder as the products take them."""
+        """Encoder and decoder weights in the dtype of the products."""
         return self._bf16_weights or self._W
 
     @torch.no_grad()
     def forward_backward(self, x_ND: Tensor, progress: StepContext, objective: Objective | None = None) -> StepStats:
-        """Top-k, decode and latent gradients; the weights' gradients too where they have to add up."""
-        assert objective is None, "gradients are written out for the coder's own loss alone"
+        """Compute code, residual and pre-activation gradients; with accumulation also the weight gradients."""
+        assert objective is None, "the explicit gradients are those of the coder's own loss"
         self._progress, x_ND = progress, x_ND.contiguous()
         self._replays_graph = self._can_replay_graph(x_ND, progress)
         inputs = x_ND, progress.data_variance
@@ -123,7 +128,7 @@ class TritonStep(DeviceStep):
         return computed.stats
 
     def _can_replay_graph(self, x_ND: Tensor, progress: StepContext) -> bool:
-        """Whether every step launches the same, which must be known without a look at the device."""
+        """Return whether every step launches the same kernels, as far as the host knows without synchronizing."""
         if (
             not self._no_accumulation
             or not x_ND.is_cuda
@@ -157,7 +162,7 @@ class TritonStep(DeviceStep):
     def _backward_sparse(
         self, centred: Tensor, encoder_input: Tensor, values: Tensor, indices: Tensor, loss_scale: Tensor
     ) -> tuple[StepGrads, Tensor, Tensor, Tensor, Tensor]:
-        """Sparse: (batch, residual, gradient of b_enc, bound on the others' squared norm with it, firings)."""
+        """Return (StepGrads, residual, gradient of b_enc, bound of the squared norm without b_dec, firing counts)."""
         residual, residual_copy, grad_pre, norms = triton_launch.compute_residuals(
             centred, self._weights["dec"], values, indices, loss_scale
         )
@@ -177,7 +182,7 @@ class TritonStep(DeviceStep):
     def _backward_dense(
         self, centred: Tensor, encoder_input: Tensor, values: Tensor, indices: Tensor, loss_scale: Tensor
     ) -> tuple[StepGrads, Tensor, Tensor, Tensor, Tensor]:
-        """The same through the whole code."""
+        """Compute the results of :meth:`_backward_sparse` with dense products."""
         W_dec = self._weights["dec"]
         code = encoder_input.new_zeros(len(values), self._coder.num_latents)
         code.scatter_(1, indices.long(), values.to(code.dtype))
@@ -191,7 +196,7 @@ class TritonStep(DeviceStep):
         return StepGrads(encoder_input, loss_scale, residual, grads=grads), residual, g_b_enc, square, active.sum(dim=0)
 
     def _add_auxk(self, computed: ComputedStep, progress: StepContext) -> None:
-        """Put AuxK's loss and its gradient rows to the others."""
+        """Add AuxK's loss and its gradient rows to the results."""
         assert progress.dead_mask is not None
         step_grads, latents = computed.step_grads, self._coder.num_latents
         max_dead = latents if progress.max_n_dead is None else progress.max_n_dead
@@ -209,7 +214,7 @@ class TritonStep(DeviceStep):
         computed.norm_bound = computed.norm_bound + norm
 
     def _accumulate_step(self, computed: ComputedStep) -> None:
-        """Take the micro-batch's small gradients, and unless it is alone its rows too."""
+        """Accumulate the micro-batch's bias gradients and, with accumulation, its weight gradients."""
         if not self._no_accumulation and self._use_dense:
             for name, value in computed.step_grads.grads.items():
                 if self._is_empty:
@@ -218,14 +223,14 @@ class TritonStep(DeviceStep):
                     self._grad_sums[name].add_(value)
         elif not self._no_accumulation:
             self._run_latent_pass(triton_kernels.STORE if self._is_empty else triton_kernels.ADD, self._true)
-        # No sum of gradients is longer than their lengths together, whatever rank they come from.
+        # The norm of a sum of gradients, over micro-batches and ranks, is at most the sum of their norms.
         self._norm_bound = computed.norm_bound if self._is_empty else self._norm_bound + computed.norm_bound
         self._g_b_enc = computed.g_b_enc if self._is_empty else self._g_b_enc + computed.g_b_enc
         self._g_b_dec = computed.g_b_dec if self._is_empty else self._g_b_dec + computed.g_b_dec
         self._is_empty = False
 
     def _run_latent_pass(self, mode: int, ok: Tensor, rates: Tensor | None = None, clip: Tensor | None = None) -> None:
-        """Run the latents' pass over the micro-batch, or over the gradients in memory, unless ``ok`` is false."""
+        """Run the latent pass on the micro-batch, or on the stored gradients, unless ``ok`` is false."""
         step_grads, W = self._step_grads, self._W
         assert step_grads is not None
         extra, width, unused = step_grads.extra, self._coder.d_in, self._squared_norms
@@ -247,17 +252,17 @@ class TritonStep(DeviceStep):
         )  # fmt: skip
 
     def gradients(self) -> list[Tensor]:
-        """Those in memory."""
-        assert not self._no_accumulation, "a fused step keeps no gradients"
+        """Return the accumulated gradients."""
+        assert not self._no_accumulation, "without accumulation, gradients are not stored"
         return [self._grad_sums["enc"], self._grad_sums["dec"], self._g_b_enc, self._g_b_dec, self._norm_bound]
 
     def norm_bound(self) -> Tensor:
-        """From norms alone."""
+        """Return a bound from norms of rows, as a scalar on the device."""
         return self._norm_bound
 
     @torch.no_grad()
     def optimizer_step(self, lr: float, ok: Tensor | None = None) -> Tensor:
-        """Gradients, projection, clipping, Adam and renormalisation; a gradient that is not finite changes nothing."""
+        """Project, clip, apply Adam and renormalize; return the norm. A gradient that is not finite changes nothing."""
         self._lr.fill_(lr)
         ok = self._true if ok is None else ok
         norm = self._graphed_update(self._update_parameters, ok) if self._replays_graph else self._update_parameters(ok)
@@ -271,7 +276,7 @@ class TritonStep(DeviceStep):
         clip, b_dec_square = torch.ones_like(self._norm_bound), self._g_b_dec.square().sum()
         if limit > 0:
             needs_clipping = is_applied & (BOUND_MARGIN * self._norm_bound > limit)
-            # Cheap norms nearly always rule out clipping; the kernel returns at once where they do.
+            # The cheap bound usually rules out clipping, and then the kernel returns at once.
             self._run_latent_pass(triton_kernels.MEASURE, needs_clipping)
             norm = torch.where(needs_clipping, (self._squared_norms.sum() + b_dec_square).sqrt(), self._norm_bound)
             clip = torch.where(needs_clipping, (limit / (norm + 1e-6)).clamp_max(1.0), 1.0)
@@ -293,15 +298,15 @@ class TritonStep(DeviceStep):
             own.copy_(torch.where(is_applied, new, own))
 
     def zero_grad(self) -> None:
-        """Forget gradients and the micro-batch."""
+        """Discard the gradients and the micro-batch."""
         self._step_grads, self._is_empty = None, True
 
     def state_dict(self) -> dict[str, Tensor]:
-        """As torch's Adam names it, the encoder's moments in the shape of ``W_enc`` (D, F)."""
+        """Return the state with the names of torch's Adam; the encoder's moments have the shape (D, F) of ``W_enc``."""
         return build_adam_state(self._moments, self._count.float().cpu())
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take back moments and count, and copy the coder's weights anew."""
+        """Load moments and step count, and copy the coder's weights to bf16 again."""
         own = self.state_dict()
         for name, value in state.items():
             own[name].copy_(value)
@@ -311,6 +316,6 @@ class TritonStep(DeviceStep):
 
 
 def _scatter_rows(rows: Tensor, index: Tensor) -> Tensor:
-    """``rows`` at their places, 0 where the place is -1; by reading, for adding at places is atomic on a GPU."""
-    # The last of these is what -1 names.
+    """Return ``rows[index]``, with 0 where the index is -1; a gather, because scatter-adds are atomic on a GPU."""
+    # Index -1 selects the appended row of zeros.
     return torch.cat([rows, torch.zeros_like(rows[:1])])[index]
