@@ -87,7 +87,8 @@ def open_eval_texts(context: EvalContext) -> tuple[list[EvalText], Iterator[Labe
     texts = []
     if own is not None and text is not None and config.in_sample:
         # Another library may have trained on the text that we hold out.
-        what = text.metadata["held_out"] + ("" if known else ", but the SAE may have been trained on it")
+        held_out = text.metadata["held_out"]
+        what = held_out if known else f"{held_out}, but the SAE may have been trained on it"
         texts.append(
             _select_sequences(context, " + ".join(own.dataset), True, what, text.held_out, own.loader.shuffle_seed)
         )
