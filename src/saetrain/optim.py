@@ -39,8 +39,7 @@ class OptimSettings:
     optimizer: Literal["adam", "sgd"] = "adam"
     """Optimizer; `sgd` uses momentum 0.9."""
     lr: float | Literal["auto"] = 0.001
-    """Peak learning rate of the decoder; with adam, the encoder uses half of it. `auto` computes it from the number of
-    latents, k, tokens per step and steps (docs/recipe.md)."""
+    """Peak learning rate of the decoder; adam gives the encoder half of it. `auto` computes it (docs/recipe.md)."""
     lr_warmup_steps: Annotated[int | None, shown_default("a twentieth of the run, at most 1000", "INT")] = None
     """Optimizer steps in which the learning rate increases linearly."""
     weight_decay: Annotated[float | None, shown_default("0.15 with --lr auto, else 0", "FLOAT")] = None

@@ -1,9 +1,10 @@
-"""Prose is plain English: the dialect's words are in no page, docstring, comment or message, and names are verbs with objects."""
+"""Prose is plain English and function names are verbs with objects; some words of earlier versions are banned."""
 
 from __future__ import annotations
 
 import ast
 import io
+import itertools
 import re
 import tokenize
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ BANNED = re.compile(
 )
 ALLOWED = re.compile(r"`[^`]*`|\"[^\"]*\"|stand-in|standalone|stand(s|ing)? for|says\.py")
 """Quoted words are names of something, not prose."""
-MAX_ONE_WORD_SHARE = 0.25
+MAX_ONE_WORD_SHARE = 0.15
 
 
 def remarks(text: str) -> Iterator[tuple[int, str]]:
@@ -65,7 +66,20 @@ def test_sources_use_plain_words() -> None:
     assert not wrong, "\n".join(wrong)
 
 
-def test_function_names_are_verbs_with_objects(record_property: object) -> None:
+def test_help_texts_are_one_line() -> None:
+    """The parser keeps the line breaks of a docstring, which breaks lines of --help in mid-sentence."""
+    long = []
+    for path in SOURCES:
+        for cls in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(cls, ast.ClassDef) or not cls.name.endswith(("Settings", "Config")):
+                continue
+            for field, doc in itertools.pairwise(cls.body):
+                if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr) and "\n" in ast.unparse(doc):
+                    long.append(f"{path.name}: {ast.unparse(field.target)}")
+    assert not long, long
+
+
+def test_function_names_are_verbs_with_objects() -> None:
     names = [
         node.name
         for path in SOURCES

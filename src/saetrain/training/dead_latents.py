@@ -34,8 +34,7 @@ class DeadSettings:
     dead_window_tokens: Annotated[
         int | None, shown_default("a hundredth of the run, from 10 x num_latents / k to 10000000", "INT")
     ] = None
-    """A latent that has not fired for this many tokens counts as dead. Its encoder bias is then raised, and AuxK, if
-    enabled, trains it."""
+    """Tokens without firing after which a latent is dead: its encoder bias is raised, and AuxK, if on, trains it."""
     dead_bias_lift: Annotated[float | None, shown_default("4; none with sgd, ce and kl", "FLOAT")] = None
     """Each step raises the encoder bias of dead latents by this times the learning rate; 0 disables it."""
     dead_feature_threshold: Annotated[int | None, shown_default("unset", "INT")] = None

@@ -18,8 +18,7 @@ class ParallelSettings:
     """Several processes: how they share the work."""
 
     parallel: Literal["auto", "data", "hookpoints"] = "auto"
-    """`data`: every process trains all SAEs on its part of the batch and communicates gradients. `hookpoints`: every
-    process trains some SAEs on the whole batch and communicates activations. `auto`: the mode with fewer bytes."""
+    """`data`: a process trains all SAEs on a part of the batch; `hookpoints`: some SAEs on all of it."""
 
 
 @dataclass(frozen=True)

@@ -39,8 +39,7 @@ class TrainSettings:
     grad_acc_steps: int = 1
     """Micro-batches per optimizer step."""
     loss_fn: Literal["mse", "fvu", "ce", "kl"] = "mse"
-    """`mse` and `fvu` minimize the reconstruction error and differ only in the logged unit. `ce` and `kl` splice the
-    SAE into the model and minimize cross-entropy, or the KL divergence from the clean model (docs/end_to_end.md)."""
+    """`mse`, `fvu`: reconstruction error in two units. `ce`, `kl`: the model's loss with the SAE spliced in."""
     e2e_recon_weight: float = 0.0
     """With `ce` and `kl`: weight of the FVU that is added to the loss, in nats."""
     on_spike: Literal["stop", "skip"] = "stop"

@@ -20,9 +20,7 @@ class KernelSettings:
     """Kernels: implementation of the SAE's training step."""
 
     kernels: Literal["auto", "reference", "torch", "native", "triton"] = "auto"
-    """`native`: C++ for CPUs, compiled at first use. `triton`: NVIDIA GPUs, not benchmarked yet. `torch`: PyTorch, any
-    device. `reference`: plain autograd. `auto`: the fastest that is supported. `native` and `triton` support only
-    --optimizer adam."""
+    """`native` (CPU), `triton` (NVIDIA): fast, adam only; `torch`: any device; `reference`: slow; `auto`: fastest."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype of the SAE's matrix products; weights and sums are float32. `auto`: bfloat16 if the hardware has it."""
 
