@@ -15,8 +15,8 @@ from saetrain.cli import parse_train
 torch.set_num_threads(1)
 importlib.import_module("transformers.models.gpt2.modeling_gpt2")
 for module in pkgutil.walk_packages(saetrain.__path__, "saetrain."):
-    # These import packages that not every run needs.
-    if not module.name.startswith(("saetrain.__main__", "saetrain.logs.", "saetrain.ops.triton")):
+    # Triton is an optional package.
+    if not module.name.startswith("saetrain.ops.triton"):
         importlib.import_module(module.name)
 parse_train(["model", "dataset"])
 # The first load of a model compiles hundreds of regular expressions.

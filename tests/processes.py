@@ -7,8 +7,10 @@ exit code, and inherits neither pytest's files nor its signal handlers.
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -89,10 +91,14 @@ class ForkedCommand:
         """Return what the process has written to stdout and stderr so far."""
         return Path(self._output).read_text(errors="replace")
 
-    def wait_for_text(self, text: str) -> None:
-        """Wait until the output contains ``text``."""
-        while text not in self.read_output():
-            assert self.poll() is None, self.read_output()
+    def wait_for_match(self, pattern: str) -> re.Match[str]:
+        """Wait until the output matches ``pattern``."""
+        while True:
+            code = self.poll()
+            found = re.search(pattern, self.read_output(), re.MULTILINE)
+            if found is not None:
+                return found
+            assert code is None, self.read_output()
             time.sleep(POLL_INTERVAL_S)
 
 
@@ -134,4 +140,8 @@ def _run_command(
         prepare()
     from saetrain.cli import main
 
-    main(words)
+    try:
+        main(words)
+    finally:
+        # multiprocessing skips these, which an interpreter runs at its end.
+        atexit._run_exitfuncs()

@@ -6,7 +6,6 @@ import json
 import resource
 import shutil
 import signal
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -34,11 +33,7 @@ def place(tmp_path: Path, tiny_bert: str, topics_jsonl: str) -> Place:
     return Place(tmp_path, tiny_bert, topics_jsonl)
 
 
-def files_up_to(size: int) -> Callable[[], None]:
-    """Every file that grows over ``size`` bytes fails, as on a full disk."""
-
-    def limit() -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-
-    return limit
+def limit_file_size(size: int) -> None:
+    """Let this process write at most ``size`` bytes to any file, as on a full disk."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))

@@ -6,12 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from tests.integration.conftest import files_up_to
-from tests.integration.test_resume import SETTINGS, fingerprint, finish, start
+from tests.integration.conftest import limit_file_size
+from tests.integration.test_resume import SETTINGS, fingerprint, start
+from tests.processes import ForkedCommand, finish
 
 HERE = Path(__file__).parent
 
@@ -76,20 +78,11 @@ def test_a_full_disk_ends_the_run_with_a_message_and_resume_goes_on(
 ) -> None:
     words = [tiny_bert, topics_jsonl, *SETTINGS.split(), "--log_every", "1"]
     finish(start(tmp_path, "whole", words))
-    # Tokenized before, so that only the run's own files meet the limit.
-    command = [sys.executable, "-m", "saetrain", *words, "--save_dir", str(tmp_path), "--run_name", "run"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, "--num_latents", "512"],
-        env=env,
-        capture_output=True,
-        text=True,
-        check=False,
-        preexec_fn=files_up_to(60_000),
-    )
-    assert done.returncode == 2, done.stderr
-    assert "saetrain: error: writing to" in done.stderr
-    assert "Traceback" not in done.stderr
+    # The text is tokenized already, so only the run's own files meet the limit.
+    output_words = ["--save_dir", str(tmp_path), "--run_name", "run", "--num_latents", "512"]
+    printed = finish(ForkedCommand([*words, *output_words], prepare=partial(limit_file_size, 60_000)), 2)
+    assert "saetrain: error: writing to" in printed
+    assert "Traceback" not in printed
     assert not list((tmp_path / "run" / "checkpoints").glob("step_*"))
     finish(start(tmp_path, "run", [*words, "--resume"]))
     assert fingerprint(tmp_path / "run") == fingerprint(tmp_path / "whole")

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
-import re
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.processes import POLL_INTERVAL_S, ForkedCommand, finish
 
 SAVE_EVERY = 40
 STEPS = 400
@@ -26,17 +23,9 @@ SETTINGS = (
 )
 
 
-def start(out: Path, name: str, words: Sequence[str], **environment: str) -> subprocess.Popen[str]:
-    """The command line in a process of its own, with one thread so that many fit on the machine."""
-    command = [sys.executable, "-m", "saetrain", *words, "--save_dir", str(out), "--run_name", name]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def finish(process: subprocess.Popen[str], code: int = 0) -> str:
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == code, output
-    return output
+def start(out: Path, name: str, words: Sequence[str], **environment: str) -> ForkedCommand:
+    """Start the command line in a process."""
+    return ForkedCommand([*words, "--save_dir", str(out), "--run_name", name], environment)
 
 
 def steps_done(run: Path) -> int:
@@ -46,10 +35,11 @@ def steps_done(run: Path) -> int:
     return json.loads(lines[-1])["step"] if lines else 0
 
 
-def wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> None:
+def wait_for_step(process: ForkedCommand, run: Path, step: int) -> None:
+    """Wait until the metrics file contains ``step``."""
     while steps_done(run) < step:
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.002)
+        assert process.poll() is None, process.read_output()
+        time.sleep(POLL_INTERVAL_S)
 
 
 def last_checkpoint(run: Path) -> int:
@@ -81,7 +71,7 @@ def kill_and_resume(out: Path, name: str, words: Sequence[str], kills: int, seed
         target = generator.randint(low, low + max(1, (steps - low) // (kills - number + 1)))
         wait_for_step(process, run, target)
         time.sleep(generator.random() * 0.05)
-        process.send_signal(signal.SIGKILL)
+        process.kill()
         process.wait()
         reached, saved = steps_done(run), last_checkpoint(run)
         assert reached < steps
@@ -89,13 +79,8 @@ def kill_and_resume(out: Path, name: str, words: Sequence[str], kills: int, seed
         if saved == 0:
             continue
         behind_a_checkpoint += 1
+        resumed = int(process.wait_for_match(r"resumed from \S+ at step (\d+)")[1])
         # The folder may hold a newer checkpoint than the one seen, never an older one.
-        for line in process.stdout or ():
-            if found := re.search(r"resumed from \S+ at step (\d+)", line):
-                resumed = int(found[1])
-                break
-        else:
-            pytest.fail("the run did not resume")
         assert resumed >= saved > 0
         assert reached - resumed <= SAVE_EVERY, "no more than save_every steps may be lost"
     assert behind_a_checkpoint >= kills - 1

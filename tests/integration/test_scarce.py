@@ -2,61 +2,54 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from saetrain.cli import main
-from tests.integration.conftest import BASE, Place, files_up_to
+from tests.integration.conftest import BASE, Place, limit_file_size
+from tests.processes import ForkedCommand, finish
 
 
 def test_a_disk_that_fills_while_tokenizing_is_named(place: Place) -> None:
     # Of more bytes in tokens than in text, so that reading the text is not what fails.
     Path(place.text).write_text((json.dumps({"text": "a,b;c." * 200}) + "\n") * 1000)
     out = place.folder / "out"
-    done = subprocess.run(
-        [sys.executable, "-m", "saetrain", place.model, place.text, *BASE.split(), "--save_dir", str(out)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "HF_DATASETS_CACHE": str(place.folder / "cache")},
-        preexec_fn=files_up_to(1_800_000),
+    process = ForkedCommand(
+        [place.model, place.text, *BASE.split(), "--save_dir", str(out)],
+        {"HF_DATASETS_CACHE": str(place.folder / "cache")},
+        prepare=partial(limit_file_size, 1_800_000),
     )
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr
-    assert re.search("the tokens can't be written to .*cache.*; free disk space there", done.stderr), done.stderr
+    printed = finish(process, 2)
+    assert "Traceback" not in printed
+    assert re.search("the tokens can't be written to .*cache.*; free disk space there", printed), printed
     assert not out.exists()
 
 
 def test_a_cache_that_cannot_be_made_is_named(place: Place) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "saetrain", place.model, place.text, *BASE.split(), "--save_dir", str(place.folder)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "HF_DATASETS_CACHE": place.text},
-    )
-    assert done.returncode == 2, done.stderr
-    assert "the variable HF_DATASETS_CACHE names another folder" in done.stderr
+    words = [place.model, place.text, *BASE.split(), "--save_dir", str(place.folder)]
+    printed = finish(ForkedCommand(words, {"HF_DATASETS_CACHE": place.text}), 2)
+    assert "choose another folder with the environment variable HF_DATASETS_CACHE" in printed
 
 
-def test_missing_extras_are_said_before_the_model_is_loaded(tmp_path: Path) -> None:
-    """With the packages hidden as if they were not installed."""
-    code = (
-        "import importlib.util, sys\nfind = importlib.util.find_spec\n"
-        "importlib.util.find_spec = lambda n, *a: None if n in ('wandb', 'tensorboard') else find(n, *a)\n"
-        "from saetrain.cli import main\nmain(sys.argv[1:])"
-    )
-    for flag, extra in (("--log_to_wandb", "wandb"), ("--log_to_tensorboard", "tensorboard")):
-        command = [sys.executable, "-c", code, "no-model", "no-text", flag, "true", "--save_dir", str(tmp_path)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 2
-        assert f"pip install 'saetrain[{extra}]'" in done.stderr
+def hide_extras() -> None:
+    """Hide the packages of the extras as if they were not installed."""
+    find = importlib.util.find_spec
+    importlib.util.find_spec = lambda name, *rest: None if name in ("wandb", "tensorboard") else find(name, *rest)
+
+
+@pytest.mark.parametrize(("flag", "extra"), [("--log_to_wandb", "wandb"), ("--log_to_tensorboard", "tensorboard")])
+def test_missing_extras_are_named_before_the_model_is_loaded(flag: str, extra: str, tmp_path: Path) -> None:
+    words = ["no-model", "no-text", flag, "true", "--save_dir", str(tmp_path)]
+    printed = finish(ForkedCommand(words, prepare=hide_extras), 2)
+    assert f"pip install 'saetrain[{extra}]'" in printed
 
 
 def test_force_goes_on(place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
