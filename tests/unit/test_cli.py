@@ -261,6 +261,7 @@ def test_short_help_fits_on_a_screen_and_shows_real_defaults(capsys: pytest.Capt
             assert str(real[name]).removeprefix("./").strip("[]") == default[1], line
 
 
+@pytest.mark.slow
 def test_help_all_names_every_flag_and_imports_neither_transformers_nor_datasets() -> None:
     code = (
         "import sys\nfrom saetrain.cli import main\n"
@@ -291,6 +292,7 @@ def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str], words: st
     assert "saetrain: error: --k 0" in message
 
 
+@pytest.mark.slow
 def test_module_and_script_are_the_same_command() -> None:
     for command in ([sys.executable, "-m", "saetrain"], [str(Path(sys.executable).parent / "saetrain")]):
         done = subprocess.run([*command, *BASE, "--nope"], capture_output=True, text=True, check=False)

@@ -25,6 +25,7 @@ ABSENT = ("tyro", "datasets", "pyarrow", "pandas", "wandb", "tensorboard", "rich
 SMALL = StepShape(12, 40, 3, 50)
 
 
+@pytest.mark.slow
 def test_without_gpu_it_checks_kernels_and_lists_measurements(tmp_path: Path) -> None:
     """The environment has only torch, transformers, triton, numpy, safetensors and their dependencies."""
     for folder in {*site.getsitepackages(), *sys.path}:
@@ -77,6 +78,7 @@ def test_gradients_of_sparsify_match_autograd() -> None:
         torch.testing.assert_close(found, each.grad)
 
 
+@pytest.mark.slow
 def test_every_implementation_trains() -> None:
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(50, 3, generator=generator) @ torch.randn(3, 12, generator=generator)
@@ -100,6 +102,7 @@ def test_skipped_steps_are_detected() -> None:
         step.check_steps()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "environment", "message"),
     [
@@ -120,6 +123,7 @@ def test_wrong_options_are_reported_at_once(
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_missing_packages_are_named(tmp_path: Path) -> None:
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\nexec {sys.executable} -S -I "$@"\n')

@@ -291,6 +291,7 @@ def test_parts_are_the_text(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert max(map(len, parts)) <= 50
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("causal", [False, True])
 def test_text_of_one_endless_line_takes_little_time_and_memory(wordpiece: Any, bpe: Any, causal: bool) -> None:
     tokenizer = bpe if causal else wordpiece

@@ -248,6 +248,7 @@ def test_a_perfect_sae_recovers_all_and_the_mean_nothing(
     assert figures["ce_spliced"] == pytest.approx(figures["ce_mean"], abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "text", "hookpoint"), [*CASES, ("encoder_head", "single", ENCODER_AT)])
 def test_figures_depend_neither_on_batches_nor_on_order(
     model: str, text: str, hookpoint: str, request: pytest.FixtureRequest, activations: Activations
@@ -270,6 +271,7 @@ def test_figures_depend_neither_on_batches_nor_on_order(
         assert whole["ce_clean"].estimate.low < whole["ce_clean"].estimate.high
 
 
+@pytest.mark.slow
 def test_hidden_states_and_pooled_output_equal_plain_loops(
     encoder_head: LMHeadModel, single: list[TokenSequence], activations: Activations
 ) -> None:

@@ -110,6 +110,7 @@ def test_classes_of_positions_are_told_apart_and_add_up(coder: TopK, tokens: Lab
     assert abs(scores.metrics_by_class["all"]["fvu"] - scores.metrics_by_class["kept"]["fvu"]) > 0.01
 
 
+@pytest.mark.slow
 def test_batches_and_their_order_change_nothing(coder: TopK, tokens: LabelledActivations) -> None:
     nulls = nulls_of(tokens.values[AT])
     whole = run(coder, nulls, [tokens])

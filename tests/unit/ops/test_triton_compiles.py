@@ -75,6 +75,7 @@ STACK = 16
 """Bytes of a program's frame that are no spill: some have a few with 40 registers."""
 
 
+@pytest.mark.slow
 def test_every_kernel_compiles_without_spills() -> None:
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=False, env=env)

@@ -28,6 +28,7 @@ def product(pre: Tensor) -> tuple[Tensor, Tensor]:
     return pre, torch.eye(pre.shape[1], dtype=pre.dtype, device=pre.device)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("rows", "latents", "k"), [(5, 77, 1), (3, 77, 77), (4, 1300, 5), (3, 600, 100), (1, 1, 1)])
 @pytest.mark.parametrize("block", [32, 1024])
@@ -61,6 +62,7 @@ def test_more_candidates_than_there_is_room_for() -> None:
     assert values.tolist() == [[1.0] * 4, [1.0, 1.0, 1.0, 2.0], [1.0] * 4]
 
 
+@pytest.mark.slow
 def test_rows_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_launch, "CHUNK_BYTES", 4 * 60 * 20)
     pre = numbers(45, 60)

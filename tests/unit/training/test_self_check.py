@@ -26,10 +26,12 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
         )
 
 
+@pytest.mark.slow
 def test_what_is_right_passes() -> None:
     assert self_check.find_kernel_problem(torch.device(DEVICE)) is None
 
 
+@pytest.mark.slow
 def test_slopes_of_other_latents_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     right = triton_launch.sort_pairs
     monkeypatch.setattr(triton_launch, "sort_pairs", lambda v, i, s, n: right(v, i, s.roll(1, dims=1), n))
@@ -38,6 +40,7 @@ def test_slopes_of_other_latents_are_found(monkeypatch: pytest.MonkeyPatch) -> N
     assert "against autograd (sparse products in fp32)" in fault
 
 
+@pytest.mark.slow
 def test_what_is_not_a_number_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     right = triton_launch.compute_residuals
 
@@ -57,6 +60,7 @@ def test_a_compiler_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None
     assert self_check.find_kernel_problem(torch.device(DEVICE)) == "they can't be built: OSError: no ptxas"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", self_check.STEP_VARIANTS, ids=str)
 def test_every_way_is_near_autograd(way: self_check.StepVariant, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(self_check, "STEP_VARIANTS", [way])

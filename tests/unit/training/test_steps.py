@@ -322,6 +322,7 @@ def test_what_is_not_finite_shows(name: str, value: float, fused: bool, where: s
     engine.zero_grad()
 
 
+@pytest.mark.slow
 def test_fewer_threads_than_were_asked_for_lose_no_token() -> None:
     code = """
 import torch

@@ -71,6 +71,7 @@ WHOLE = [
 """Few, for a step takes the interpreter a second: every shape clipped, and one with a limit far off and with none."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("products", "fused", "limit", "shape"), WHOLE, ids=str)
 def test_whole_steps_are_the_reference_s(products: str, fused: bool, limit: float, shape: Shape) -> None:
     settings = {"max_grad_norm": limit, "weight_decay": 0.1}
@@ -98,6 +99,7 @@ def test_whole_steps_are_the_reference_s(products: str, fused: bool, limit: floa
         torch.testing.assert_close(two.state_dict()[key], value, rtol=1e-2, atol=1e-6, msg=key)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("products", ["sparse", "dense"])
 def test_products_in_bfloat16_are_near(products: str) -> None:
     shape = (30, 33, 47, 5, 3)
@@ -114,6 +116,7 @@ def test_products_in_bfloat16_are_near(products: str) -> None:
         assert torch.equal(copy, weights.detach().bfloat16())
 
 
+@pytest.mark.slow
 def test_micro_batches_add_up_to_one_batch() -> None:
     shape = (24, 12, 30, 3, 5)
     (_, one), (_, two) = make(shape, fused=False), make(shape, fused=False)
@@ -126,6 +129,7 @@ def test_micro_batches_add_up_to_one_batch() -> None:
     assert two.norm_bound() >= float(one.optimizer_step(0.0)) * 0.9999
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("fused", "half"), [(True, True), (False, False)])
 def test_state_goes_on_to_the_bit(fused: bool, half: bool) -> None:
     shape = (20, 12, 30, 3, 4)
@@ -143,6 +147,7 @@ def test_state_goes_on_to_the_bit(fused: bool, half: bool) -> None:
         assert torch.equal(dict(later.named_parameters())[key], p), key
 
 
+@pytest.mark.slow
 def test_a_latent_that_does_not_fire_is_left_alone() -> None:
     shape = (20, 12, 40, 4, 0)
     coder, engine = make(shape, weight_decay=0.1)
@@ -161,6 +166,7 @@ def test_a_latent_that_does_not_fire_is_left_alone() -> None:
             assert torch.equal((rows == old).reshape(40, -1).all(dim=1), fired == 0), key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fused", [True, False])
 def test_what_is_not_finite_changes_no_weight(fused: bool) -> None:
     shape = (20, 12, 30, 3, 0)
@@ -176,6 +182,7 @@ def test_what_is_not_finite_changes_no_weight(fused: bool) -> None:
         assert torch.equal(value, before[key]), key
 
 
+@pytest.mark.slow
 def test_a_dropped_step_leaves_no_trace() -> None:
     shape = (20, 12, 30, 3, 0)
     results = []
@@ -206,6 +213,7 @@ def batch(step: int, factor: float = 1.0) -> dict[str, torch.Tensor]:
     return {"h": factor * data(12, 8, step).to(DEVICE)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("products", ["sparse", "dense"])
 def test_dead_latents_are_counted_ahead_and_trained_by_auxk(products: str) -> None:
     own, plain = trainer(products=products), trainer("reference")
@@ -284,6 +292,7 @@ def test_a_step_that_asks_would_fail(ask: Any, monkeypatch: pytest.MonkeyPatch) 
         own.train_step(lambda micro: {"h": x})
 
 
+@pytest.mark.slow
 def test_a_step_with_a_spike_is_left_out_without_waiting() -> None:
     """As the reference does it, which waits."""
     own, plain = trainer(auxk=0.0), trainer("reference", auxk=0.0)
@@ -304,6 +313,7 @@ def test_a_step_with_a_spike_is_left_out_without_waiting() -> None:
         torch.testing.assert_close(state[name], expected[name].detach(), rtol=2e-2, atol=1e-5, msg=name)
 
 
+@pytest.mark.slow
 def test_behind_a_spike_that_stops_the_run_weights_stay() -> None:
     own = trainer(halts=True, auxk=0.0)
     for step in range(5):
