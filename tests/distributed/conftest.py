@@ -1,30 +1,69 @@
-"""Real process groups: saetrain under torchrun, and what its runs leave behind."""
+"""Real process groups: the ranks of a run as forked processes or under torchrun, and what its runs leave on disk."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 
-STEPS = 50
+from tests.processes import ForkedCommand
+
+STEPS = 30
 SIZES = (
     "--k 4 --num_latents 64 --ctx_len 32 --eval_tokens 400 --assess false --log_every 1 --compute_dtype float32 "
     "--buffer_tokens 2048 --dead_window_tokens 600"
 )
-ENDS_S = 60
-"""Seconds in which the others must end when one process is gone."""
+PEER_EXIT_S = 60
+"""Seconds in which the other ranks must exit after one rank is gone."""
+
+
+class Pollable(Protocol):
+    """A process, or several."""
+
+    def poll(self) -> int | None:
+        """Return the exit code, or None while it runs."""
+
+
+class Ranks:
+    """The processes of one run, by rank."""
+
+    def __init__(self, commands: list[ForkedCommand]) -> None:
+        self.commands = commands
+
+    def poll(self) -> int | None:
+        """Return the largest exit code, or None while a rank runs."""
+        codes = [command.poll() for command in self.commands]
+        return None if None in codes else max(code for code in codes if code is not None)
+
+    def send_signal(self, number: signal.Signals) -> None:
+        """Send a signal to every rank."""
+        for command in self.commands:
+            command.send_signal(number)
+
+    def finish(self, code: int | None = 0, timeout_s: float = 300) -> str:
+        """Wait for all ranks, check each exit code (None: any but 0), and return their outputs, rank 0 first."""
+        deadline = time.monotonic() + timeout_s
+        codes = [command.wait(max(deadline - time.monotonic(), 1)) for command in self.commands]
+        output = self.read_output()
+        assert all(found == code if code is not None else found for found in codes), (codes, output)
+        return output
+
+    def read_output(self) -> str:
+        """Return what the ranks have printed, rank 0 first."""
+        return "".join(command.read_output() for command in self.commands)
 
 
 class Launcher:
@@ -32,42 +71,41 @@ class Launcher:
 
     def __init__(self, folder: Path, cache: Path) -> None:
         self.folder, self.home = folder, folder
-        self.environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(cache)}
+        self.environment = {"OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(cache)}
+
+    def _words(self, name: str, words: Sequence[str]) -> list[str]:
+        # The last value of a repeated flag counts.
+        return [*words[:2], *SIZES.split(), *words[2:], "--save_dir", str(self.folder), "--run_name", name]
 
     def start(
-        self,
-        processes: int,
-        name: str,
-        words: Sequence[str],
-        *,
-        restarts: int = 0,
-        program: Sequence[str] = (),
-        agent: Sequence[str] = (),
-    ) -> subprocess.Popen[str]:
-        """``processes`` of them; one runs without torchrun.
+        self, n_ranks: int, name: str, words: Sequence[str], prepare: Callable[[], object] | None = None
+    ) -> Ranks:
+        """Start the ranks as another launcher than torchrun would; ``prepare`` is called in each of them."""
+        port = str(free_port())
+        commands = []
+        for rank in range(n_ranks):
+            environment = dict(self.environment)
+            if n_ranks > 1:
+                numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": n_ranks, "LOCAL_WORLD_SIZE": n_ranks}
+                environment |= {key: str(value) for key, value in numbers.items()}
+                environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            commands.append(ForkedCommand(self._words(name, words), environment, self.home, prepare))
+        return Ranks(commands)
 
-        ``program`` stands in the place of ``-m saetrain``, ``agent`` in that of torchrun's own words.
-        """
-        # Of a flag that is given twice the last one counts.
-        run = [*(program or ("-m", "saetrain")), *words[:2], *SIZES.split(), *words[2:]]
-        run += ["--save_dir", str(self.folder), "--run_name", name]
-        launch = ["-m", "torch.distributed.run", *(agent or ("--standalone", "--nproc_per_node", str(processes)))]
-        command = [sys.executable, *(launch if processes > 1 else ())]
-        if restarts:
-            command += ["--max_restarts", str(restarts), "--monitor_interval", "0.1"]
-        # torchrun takes a program's file as it is, Python its own words.
+    def start_torchrun(
+        self, name: str, words: Sequence[str], arguments: Sequence[str], program: Sequence[str] = ("-m", "saetrain")
+    ) -> subprocess.Popen[str]:
+        """Start ``torchrun ARGUMENTS PROGRAM WORDS``."""
+        command = [sys.executable, "-m", "torch.distributed.run", *arguments, *program, *self._words(name, words)]
+        environment = {**os.environ, **self.environment}
+        pipe = subprocess.PIPE
         return subprocess.Popen(
-            [*command, *run],
-            cwd=self.home,
-            env=self.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
+            command, cwd=self.home, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True
         )
 
-    def run(self, processes: int, name: str, words: Sequence[str]) -> Path:
-        """Start and wait for the end; gives the run's folder."""
-        ended(self.start(processes, name, words), 0)
+    def run(self, n_ranks: int, name: str, words: Sequence[str]) -> Path:
+        """Start the ranks, wait for them, and return the run directory."""
+        self.start(n_ranks, name, words).finish()
         return self.folder / name
 
 
@@ -88,19 +126,19 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def ended(process: subprocess.Popen[str], code: int | None, within: float = 300) -> str:
-    """What the process printed; ``code`` None: any but 0."""
+def finish_torchrun(process: subprocess.Popen[str], code: int | None, timeout_s: float = 300) -> str:
+    """Wait for torchrun, check its exit code (None: any but 0), and return the output."""
     try:
-        output, _ = process.communicate(timeout=within)
+        output, _ = process.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:
         process.kill()
-        raise AssertionError(f"not at an end within {within} s: {process.communicate()[0]}") from None
+        raise AssertionError(f"still running after {timeout_s} s: {process.communicate()[0]}") from None
     assert process.returncode == code if code is not None else process.returncode, output
     return output
 
 
-def workers(process: subprocess.Popen[str]) -> dict[int, psutil.Process]:
-    """{rank: process} of a torchrun."""
+def torchrun_workers(process: subprocess.Popen[str]) -> dict[int, psutil.Process]:
+    """Return {rank: process} of a torchrun."""
     children = psutil.Process(process.pid).children()
     return {int(child.environ()["RANK"]): child for child in children if "RANK" in child.environ()}
 
@@ -112,9 +150,10 @@ def steps_done(run: Path) -> int:
     return int(json.loads(lines[-1])["step"]) if lines else 0
 
 
-def wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> None:
+def wait_for_step(process: Pollable, run: Path, step: int) -> None:
+    """Wait until the metrics file of ``run`` contains ``step``."""
     while steps_done(run) < step:
-        assert process.poll() is None, process.communicate()[0]
+        assert process.poll() is None, "the run ended early"
         time.sleep(0.005)
 
 

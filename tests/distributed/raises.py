@@ -1,26 +1,33 @@
-"""saetrain, but one step raises on rank 1 (RAISES_AT), and checkpoints take their time (SAVES_IN seconds)."""
+"""Faults for tests: one step raises on rank 1 (RAISES_AT), and writing a checkpoint takes SAVES_IN seconds."""
+
+from __future__ import annotations
 
 import os
 import time
+from typing import Any
 
-import saetrain.runs.train.loop as session
 from saetrain.cli import main
+from saetrain.runs.train import loop
 from saetrain.training.trainer import SaeState
 
-take_step, save = SaeState.forward_backward, session.save_checkpoint
+
+def install_faults() -> None:
+    """Install the faults that the environment names in this process."""
+    forward_backward, save_checkpoint = SaeState.forward_backward, loop.save_checkpoint
+
+    def raise_at_step(self: SaeState, batch: Any, progress: Any) -> None:
+        if os.environ["RANK"] == "1" and progress.step == int(os.environ.get("RAISES_AT", "-1")):
+            raise ValueError("made to fail")
+        forward_backward(self, batch, progress)
+
+    def save_slowly(*arguments: Any) -> Any:
+        time.sleep(float(os.environ.get("SAVES_IN", "0")))
+        return save_checkpoint(*arguments)
+
+    SaeState.forward_backward = raise_at_step  # type: ignore[method-assign]
+    loop.save_checkpoint = save_slowly
 
 
-def micro_step(self, batch, progress):  # type: ignore[no-untyped-def]
-    if os.environ["RANK"] == "1" and progress.step == int(os.environ.get("RAISES_AT", "-1")):
-        raise ValueError("made to fail")
-    take_step(self, batch, progress)
-
-
-def save_checkpoint(*arguments):  # type: ignore[no-untyped-def]
-    time.sleep(float(os.environ.get("SAVES_IN", "0")))
-    return save(*arguments)
-
-
-SaeState.forward_backward = micro_step
-session.save_checkpoint = save_checkpoint
-main()
+if __name__ == "__main__":
+    install_faults()
+    main()

@@ -1,11 +1,10 @@
-"""One process is killed, stuck, or raises: the others end and say why, and the run can go on."""
+"""One rank is killed, stuck, or raises: the other ranks exit with the reason, and the run can be resumed."""
 
 from __future__ import annotations
 
 import json
 import re
 import signal
-import subprocess
 import time
 from pathlib import Path
 
@@ -13,18 +12,20 @@ import pytest
 
 from saetrain.training.checkpoint import find_damage, list_checkpoints
 from tests.distributed.conftest import (
-    ENDS_S,
+    PEER_EXIT_S,
     Launcher,
     bits,
-    ended,
+    finish_torchrun,
     free_port,
     records,
     same_run,
     steps_done,
+    torchrun_workers,
     wait_for_step,
     weights,
-    workers,
 )
+from tests.distributed.raises import install_faults
+from tests.processes import finish
 
 LONG = 3000
 WORDS = ["--layers", "1", "--kernels", "native", "--save_every", "40"]
@@ -36,61 +37,56 @@ def words(tiny_bert: str, topics_jsonl: str) -> list[str]:
 
 
 def tokens(steps: int) -> list[str]:
-    """Of steps of 4 sequences."""
+    """Return the flag for this many steps of 4 sequences."""
     return ["--max_tokens", str(steps * 4 * 32)]
 
 
-def whole(run: Path) -> None:
-    """Nothing half-written is left."""
+def check_interrupted_run(run: Path) -> None:
+    """Check that every checkpoint is intact and that no SAE was saved."""
     checkpoints = list_checkpoints(run / "checkpoints")
     assert checkpoints
     assert all(find_damage(path) is None for path in checkpoints)
     assert not (run / "sae").exists()
 
 
-def test_a_killed_rank_is_named_and_torchrun_goes_on(launcher: Launcher, words: list[str]) -> None:
+def test_a_killed_rank_is_named_and_torchrun_restarts_it(launcher: Launcher, words: list[str]) -> None:
     words = [*words, *tokens(300), "--batch_size", "2"]
     untouched = launcher.run(2, "untouched", words)
-    process = launcher.start(2, "killed", words, restarts=2)
+    arguments = ["--standalone", "--nproc_per_node", "2", "--max_restarts", "2", "--monitor_interval", "0.1"]
+    process = launcher.start_torchrun("killed", words, arguments)
     wait_for_step(process, launcher.folder / "killed", 90)
-    workers(process)[1].kill()
-    output = ended(process, 0)
+    torchrun_workers(process)[1].kill()
+    output = finish_torchrun(process, 0)
     assert re.search(r"rank 1 has not answered for .* last phase was .*, step \d+", output), output
     assert "resumed from" in output
     assert bits(launcher.folder / "killed") == bits(untouched)
 
 
 def test_a_stuck_rank_is_named(launcher: Launcher, words: list[str]) -> None:
-    process = launcher.start(2, "stuck", [*words, *tokens(LONG), "--batch_size", "2"])
-    wait_for_step(process, launcher.folder / "stuck", 50)
-    workers(process)[1].send_signal(signal.SIGSTOP)
+    ranks = launcher.start(2, "stuck", [*words, *tokens(LONG), "--batch_size", "2"])
+    wait_for_step(ranks, launcher.folder / "stuck", 50)
+    ranks.commands[1].send_signal(signal.SIGSTOP)
     begun = time.monotonic()
-    output = ended(process, None, ENDS_S + 30)
-    said = output[: output.index("rank 1 has not answered")]
-    assert "saetrain: rank 0: error: " in said
-    # torchrun waits for half a minute before it kills what does not end by itself.
-    assert time.monotonic() - begun < ENDS_S + 5
-    whole(launcher.folder / "stuck")
+    output = finish(ranks.commands[0], None, PEER_EXIT_S + 30)
+    assert "saetrain: rank 0: error: rank 1 has not answered" in output
+    assert time.monotonic() - begun < PEER_EXIT_S + 5
+    check_interrupted_run(launcher.folder / "stuck")
 
 
-def test_an_error_of_one_rank_ends_all(launcher: Launcher, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_one_rank_ends_all(launcher: Launcher, words: list[str]) -> None:
     launcher.environment["RAISES_AT"] = "60"
-    program = [str(Path(__file__).with_name("raises.py"))]
-    begun = time.monotonic()
-    output = ended(
-        launcher.start(2, "raising", [*words, *tokens(LONG), "--batch_size", "2"], program=program), None, ENDS_S + 30
-    )
+    ranks = launcher.start(2, "raising", [*words, *tokens(LONG), "--batch_size", "2"], install_faults)
+    output = ranks.finish(None, PEER_EXIT_S + 30)
     assert "ValueError: made to fail" in output
     assert "rank 0: error: rank 1 failed in training, step 61: ValueError: made to fail" in output, output
-    assert time.monotonic() - begun < ENDS_S + 30
-    whole(launcher.folder / "raising")
+    check_interrupted_run(launcher.folder / "raising")
 
 
 def test_a_data_set_that_fails_on_one_rank_ends_all(launcher: Launcher, tiny_bert: str, tmp_path: Path) -> None:
-    """Two hosts, each with a copy of the text on its own disk, one of them damaged."""
+    """Two hosts, each with a copy of the text on its own disk; one copy is damaged."""
     launcher.environment |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     launcher.environment |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-    processes = []
+    hosts = []
     for host in range(2):
         launcher.home = tmp_path / f"host{host}"
         launcher.home.mkdir()
@@ -99,8 +95,8 @@ def test_a_data_set_that_fails_on_one_rank_ends_all(launcher: Launcher, tiny_ber
             rows[250] = rows[250][:20]
         (launcher.home / "text.jsonl").write_text("\n".join(rows) + "\n")
         launcher.environment |= {"RANK": str(host)}
-        processes.append(launcher.start(1, "run", [tiny_bert, "text.jsonl", *WORDS, *tokens(20), "--batch_size", "2"]))
-    first, second = [ended(process, 2, ENDS_S) for process in processes]
+        hosts.append(launcher.start(1, "run", [tiny_bert, "text.jsonl", *WORDS, *tokens(20), "--batch_size", "2"]))
+    first, second = [host.finish(2, PEER_EXIT_S) for host in hosts]
     assert "text.jsonl, line 251: is not valid JSON" in second
     assert (
         "rank 0: error: rank 1 failed in reading and tokenizing the data set: data set 'text.jsonl' could not" in first
@@ -109,19 +105,19 @@ def test_a_data_set_that_fails_on_one_rank_ends_all(launcher: Launcher, tiny_ber
     assert not (launcher.folder / "run").exists()
 
 
-def test_sigterm_saves_and_other_numbers_of_processes_go_on(launcher: Launcher, words: list[str]) -> None:
+def test_sigterm_saves_and_another_number_of_processes_resumes(launcher: Launcher, words: list[str]) -> None:
     words = [*words, *tokens(300)]
     one = launcher.run(1, "one", [*words, "--batch_size", "4"])
     run = launcher.folder / "moved"
     output = ""
     for world, until in ((4, 60), (2, 150), (4, None)):
-        process = launcher.start(world, "moved", [*words, "--batch_size", "1", *(["--resume"] if until != 60 else [])])
+        ranks = launcher.start(world, "moved", [*words, "--batch_size", "1", *(["--resume"] if until != 60 else [])])
         if until is None:
-            ended(process, 0)
+            ranks.finish()
             break
-        wait_for_step(process, run, until)
-        stop_all(process)
-        output = ended(process, 0)
+        wait_for_step(ranks, run, until)
+        ranks.send_signal(signal.SIGTERM)
+        output = ranks.finish()
         assert "stopped by SIGTERM after step" in output
         assert "everything is saved" in output
         assert steps_done(run) < 300
@@ -131,53 +127,50 @@ def test_sigterm_saves_and_other_numbers_of_processes_go_on(launcher: Launcher, 
     assert [line["step"] for line in records(run) if line["kind"] == "train"] == list(range(1, 301))
 
 
-def stop_all(process: subprocess.Popen[str]) -> None:
-    for worker in workers(process).values():
-        worker.send_signal(signal.SIGTERM)
-
-
 @pytest.mark.parametrize("how", ["Ctrl-C", "SIGTERM to torchrun"])
 def test_a_stop_waits_for_a_slow_checkpoint(launcher: Launcher, words: list[str], how: str) -> None:
     launcher.environment["SAVES_IN"] = "4"
-    program = [str(Path(__file__).with_name("raises.py"))]
     words = [*words, *tokens(LONG), "--batch_size", "2", "--save_every", "1000000"]
-    process = launcher.start(2, "slow", words, program=program)
     run = launcher.folder / "slow"
-    wait_for_step(process, run, 50)
     if how == "Ctrl-C":
-        for worker in workers(process).values():
-            worker.send_signal(signal.SIGINT)
+        ranks = launcher.start(2, "slow", words, install_faults)
+        wait_for_step(ranks, run, 50)
+        ranks.send_signal(signal.SIGINT)
+        output = ranks.finish(None, PEER_EXIT_S)
     else:
+        program = [str(Path(__file__).with_name("raises.py"))]
+        process = launcher.start_torchrun("slow", words, ["--standalone", "--nproc_per_node", "2"], program)
+        wait_for_step(process, run, 50)
         process.terminate()
-    output = ended(process, None, ENDS_S)
+        output = finish_torchrun(process, None, PEER_EXIT_S)
     assert f"stopped by {'SIGINT' if how == 'Ctrl-C' else 'SIGTERM'} after step" in output, output
     assert "error" not in output[: output.index("stopped by")]
     assert int(list_checkpoints(run / "checkpoints")[-1].name[5:]) == steps_done(run)
-    whole(run)
+    check_interrupted_run(run)
 
 
-def test_several_hosts_start_anew(launcher: Launcher, words: list[str], tmp_path: Path) -> None:
-    """Of two agents only that of the killed process counts the restart."""
+def test_several_hosts_restart(launcher: Launcher, words: list[str], tmp_path: Path) -> None:
+    """Of two torchruns, only that of the killed process counts the restart."""
     words = [*words, *tokens(400), "--batch_size", "2", "--overwrite"]
-    meeting = ["--nnodes", "2", "--rdzv_backend", "c10d", "--rdzv_id", "anew", "--nproc_per_node", "1"]
-    meeting += ["--max_restarts", "2", "--monitor_interval", "0.1", "--rdzv_endpoint", f"127.0.0.1:{free_port()}"]
-    agents = [launcher.start(2, "anew", words, agent=meeting) for _ in range(2)]
-    run = launcher.folder / "anew"
+    arguments = ["--nnodes", "2", "--rdzv_backend", "c10d", "--rdzv_id", "restart", "--nproc_per_node", "1"]
+    arguments += ["--max_restarts", "2", "--monitor_interval", "0.1", "--rdzv_endpoint", f"127.0.0.1:{free_port()}"]
+    agents = [launcher.start_torchrun("run", words, arguments) for _ in range(2)]
+    run = launcher.folder / "run"
     wait_for_step(agents[0], run, 90)
-    ((number, worker),) = workers(agents[1]).items()
+    ((number, worker),) = torchrun_workers(agents[1]).items()
     worker.kill()
-    outputs = [ended(agent, 0) for agent in agents]
+    outputs = [finish_torchrun(agent, 0) for agent in agents]
     assert any(f"rank {number} has not answered" in output for output in outputs), outputs
     assert any("resumed from" in output for output in outputs), outputs
     assert steps_done(run) == 400
 
 
-def test_steps_that_can_t_be_dealt_out(launcher: Launcher, words: list[str]) -> None:
+def test_a_number_of_processes_that_does_not_divide_a_step_is_refused(launcher: Launcher, words: list[str]) -> None:
     words = [*words, *tokens(4)]
     launcher.run(2, "run", [*words, "--batch_size", "2"])
-    refused = ended(launcher.start(3, "run", [*words, "--batch_size", "2", "--resume"]), None)
+    refused = launcher.start(3, "run", [*words, "--batch_size", "2", "--resume"]).finish(None)
     assert "steps of 4 sequences (2 x 1 micro-batches x 2 processes) can't be split evenly over 3" in refused
-    refused = ended(launcher.start(1, "run", [*words, "--batch_size", "3", "--resume"]), 2)
+    refused = launcher.start(1, "run", [*words, "--batch_size", "3", "--resume"]).finish(2)
     assert "--batch_size is 3 now and was 2" in refused
     assert "the number of processes is 1 now and was 2" in refused
     assert weights(launcher.folder / "run")
@@ -189,14 +182,19 @@ def test_a_spike_on_one_rank_ends_all_with_one_message(
 ) -> None:
     words = [tiny_bert, topics_jsonl, "--layers", "0", "1", "--parallel", parallel, "--batch_size", "2"]
     words += ["--lr", "1e30", "--max_grad_norm", "0", *tokens(200)]
-    output = ended(launcher.start(2, "spiking", words), None)
+    if parallel == "data":
+        # torchrun's store outlives rank 0, so that rank 1 learns that rank 0 has reported the spike.
+        process = launcher.start_torchrun("spiking", words, ["--standalone", "--nproc_per_node", "2"])
+        output = finish_torchrun(process, None)
+    else:
+        output = launcher.start(2, "spiking", words).finish(None)
     assert output.count("the batch's position is in") == 1, output
     place = json.loads((launcher.folder / "spiking" / "spike.json").read_text())
     assert len(place["shards"]) == 16
 
 
 def test_processes_must_agree(launcher: Launcher, words: list[str]) -> None:
-    processes, port = [], str(free_port())
+    starts, port = [], str(free_port())
     for number, k in enumerate(("3", "5")):
         launcher.environment |= {
             "RANK": str(number),
@@ -204,13 +202,14 @@ def test_processes_must_agree(launcher: Launcher, words: list[str]) -> None:
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": port,
         }
-        more = [*tokens(4), "--batch_size", "2", "--config", config(launcher, k)]
-        processes.append(launcher.start(1, "differing", [*words, *more]))
-    outputs = [ended(process, 2, 120) for process in processes]
+        more = [*tokens(4), "--batch_size", "2", "--config", write_config(launcher, k)]
+        starts.append(launcher.start(1, "differing", [*words, *more]))
+    outputs = [start.finish(2, 120) for start in starts]
     assert any("--lr is " in output and "on rank 1 and" in output for output in outputs), outputs
 
 
-def config(launcher: Launcher, rate: str) -> str:
+def write_config(launcher: Launcher, rate: str) -> str:
+    """Write a settings file with another learning rate."""
     path = launcher.folder / f"{rate}.yaml"
     path.write_text(f"lr: 0.00{rate}\n")
     return str(path)
@@ -229,11 +228,11 @@ def config(launcher: Launcher, rate: str) -> str:
 )
 def test_a_broken_launch(launcher: Launcher, words: list[str], variables: dict[str, str], message: str) -> None:
     launcher.environment |= variables
-    output = ended(launcher.start(1, "run", words), 2, 60)
+    output = launcher.start(1, "run", words).finish(2, 60)
     assert message in output
     assert "Traceback" not in output
 
 
 def test_too_few_shards(launcher: Launcher, words: list[str]) -> None:
-    output = ended(launcher.start(2, "run", [*words, *tokens(4), "--batch_size", "2", "--data_shards", "1"]), None)
+    output = launcher.start(2, "run", [*words, *tokens(4), "--batch_size", "2", "--data_shards", "1"]).finish(None)
     assert "--data_shards 1: fewer than the 2 processes" in output
