@@ -37,7 +37,7 @@ format: $(VENV)/installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# SAEBench asks for older releases of half of this; the functions that the tests call run on these.
+# SAEBench pins older versions of these packages. The functions that the tests call work with the pinned ones too.
 $(INTEROP)/installed: pyproject.toml constraints.txt
 	test -x $(INTEROP)/bin/python || $(PYTHON) -m venv $(INTEROP)
 	$(INTEROP)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch

@@ -9,7 +9,7 @@
 #   EXPANSION_FACTOR  number of latents as a multiple of the activation width
 #   NUM_LATENTS       number of latents, instead of EXPANSION_FACTOR
 #   BATCH_SIZE        sequences per micro-batch, over all processes (default: 4)
-#   GRAD_ACC_STEPS    micro-batchs per optimizer step, over all processes (default: 1)
+#   GRAD_ACC_STEPS    micro-batches per optimizer step, over all processes (default: 1)
 #   CTX_LEN           tokens per sequence
 #   LR                peak learning rate (default: auto)
 #   LOG_TO_WANDB      true also logs to Weights & Biases
@@ -90,7 +90,7 @@ share() {
   whole_number BATCH_SIZE
   whole_number GRAD_ACC_STEPS
   local common=$GRAD_ACC_STEPS rest=$1 next
-  # Greatest common divisor: divide the micro-batchs first, so that micro-batches stay as large as possible.
+  # Greatest common divisor: divide the micro-batches first, so that micro-batches stay as large as possible.
   while ((rest)); do next=$((common % rest)) common=$rest rest=$next; done
   if ((BATCH_SIZE * common % $1)); then
     refuse "BATCH_SIZE=$BATCH_SIZE times GRAD_ACC_STEPS=$GRAD_ACC_STEPS can't be divided evenly among $1 processes"

@@ -101,7 +101,8 @@ def _run_command(words: list[str]) -> None:
 
 def _print_help(words: list[str]) -> None:
     """Print the short help, or every flag for ``--help all``."""
-    if "all" in words:
+    position = next(number for number, word in enumerate(words) if word in ("-h", "--help"))
+    if words[position + 1 : position + 2] == ["all"]:
         parse_train(["--help"])
     print(SHORT_HELP, end="")
 

@@ -171,7 +171,7 @@ OPTIMIZERS: dict[str, Callable[[list[Tensor]], torch.optim.Optimizer]] = {"adam"
 
 
 class Optimizer:
-    """A torch optimizer that keeps the decoder rows at unit norm.
+    """Wraps a torch optimizer and keeps the decoder rows at unit norm.
 
     The order is: project, clip, step, renormalize. The projection needs unit rows, and clipping after it uses the norm
     of the gradient that is applied. ``project`` removes the part of the decoder's gradient that is parallel to its

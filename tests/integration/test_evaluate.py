@@ -358,7 +358,7 @@ def test_out_of_memory_says_what_to_lower(
     def full(*arguments: object) -> None:
         raise error
 
-    for place in ("score.model_outputs", "nulls.PCA.__call__", "score.SparsitySums.add"):
+    for place in ("score.model_outputs", "baselines.PCA.__call__", "score.SparsitySums.add"):
         with monkeypatch.context() as patch:
             patch.setattr(f"saetrain.evaluation.{place}", full)
             said = refused(capsys, str(causal_run), *QUICK.split(), "--model_batch_tokens", "512")

@@ -160,7 +160,7 @@ def tokenize_rows(
         ) from error
     if not len(tokenized):
         raise SaetrainError(
-            f"the data set holds no text: {len(rows)} rows, all empty in column {'+'.join(column.columns)}"
+            f"the data set contains no text: {len(rows)} rows, all empty in column {'+'.join(column.columns)}"
         )
     return tokenized
 

@@ -1,4 +1,4 @@
-"""Logs of metrics: sinks behind one interface. ``metrics.jsonl`` is always written and is the reference."""
+"""Logs of metrics: sinks with one interface. ``metrics.jsonl`` is always written and is the reference."""
 
 from __future__ import annotations
 

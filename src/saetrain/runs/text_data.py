@@ -37,7 +37,7 @@ from saetrain.logs.console import log_rank0
 
 MAX_HELD_OUT_ROWS = 20_000
 FINGERPRINT_BLOCKS = 8
-"""Blocks at the beginning of a stream whose hash tells a resumed run whether the stream has changed."""
+"""Blocks at the beginning of a stream whose hash shows a resumed run whether the stream has changed."""
 
 
 @dataclass(frozen=True)

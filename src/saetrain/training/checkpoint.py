@@ -45,7 +45,9 @@ class CheckpointSettings:
         if self.save_every < 1:
             raise SaetrainError(f"--save_every {self.save_every}: must be at least 1")
         if self.resume and self.overwrite:
-            raise SaetrainError("--resume and --overwrite can't be given together: choose one")
+            raise SaetrainError(
+                "--resume and --overwrite can't be given together: one keeps the run, the other deletes it"
+            )
         if self.run_name is not None and (not self.run_name or Path(self.run_name).name != self.run_name):
             raise SaetrainError(f"--run_name {self.run_name!r}: must be a plain folder name without '/'")
 

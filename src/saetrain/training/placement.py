@@ -18,7 +18,7 @@ class ParallelSettings:
     """Several processes: how they share the work."""
 
     parallel: Literal["auto", "data", "hookpoints"] = "auto"
-    """`data`: a process trains all SAEs on a part of the batch; `hookpoints`: some SAEs on all of it."""
+    """`data`: split the batch over the processes; `hookpoints`: split the SAEs; `auto`: what sends fewer bytes."""
 
 
 @dataclass(frozen=True)

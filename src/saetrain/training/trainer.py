@@ -39,7 +39,7 @@ class TrainSettings:
     grad_acc_steps: int = 1
     """Micro-batches per optimizer step."""
     loss_fn: Literal["mse", "fvu", "ce", "kl"] = "mse"
-    """`mse`, `fvu`: reconstruction error in two units. `ce`, `kl`: the model's loss with the SAE spliced in."""
+    """`mse`, `fvu`: reconstruction error; `ce`, `kl`: the model's loss with the SAE in it (docs/end_to_end.md)."""
     e2e_recon_weight: float = 0.0
     """With `ce` and `kl`: weight of the FVU that is added to the loss, in nats."""
     on_spike: Literal["stop", "skip"] = "stop"

@@ -1,5 +1,4 @@
-// The TopK step of a sparse autoencoder on a CPU (Gao et al., arXiv 2406.04093), in three passes that store no weight
-// gradient: top-k of each token; decode and pre-activation gradients of each token; weight updates of each latent.
+// The TopK step of a sparse autoencoder on a CPU (Gao et al., arXiv 2406.04093), in three passes: top-k of each token; decode and pre-activation gradients of each token; weight updates of each latent.
 //
 // N tokens, D width, F latents, K active latents per token. Encoder and decoder are stored as (F, D) rows in fp32, with
 // optional bf16 copies for the products. The same inputs give the same bits: there are no atomics, and sums over tokens

@@ -110,9 +110,8 @@ class TrainLoop:
                 distributed.set_phase("scoring and saving the SAEs")
                 if finished:
                     final = self.evaluate_held_out("final")
-                    targets = fold_coders(self.trainer, self.normalizers)
-                    with self.report_write_errors():
-                        save_saes(self.directory, self.context, self.trainer, targets, final, self.rank_gather)
+                    guard = self.report_write_errors
+                    save_saes(self.directory, self.context, self.trainer, self.normalizers, final, guard)
                     if self.is_rank0:
                         log_run_summary(self.directory, final)
             if finished:

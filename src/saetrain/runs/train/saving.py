@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from saetrain.activations.normalize import Normalizer
@@ -32,12 +33,16 @@ def save_saes(
     directory: Path,
     context: RunContext,
     trainer: Trainer,
-    targets: Mapping[str, EvalTarget],
+    normalizers: Mapping[str, Normalizer],
     metrics: Mapping[str, dict[str, float]],
-    rank_gather: RankGather,
+    report_write_errors: Callable[[], AbstractContextManager[None]],
 ) -> None:
-    """Write one directory per SAE below ``directory``; rank 0 writes, the other ranks send their weights."""
-    run_metadata = build_run_metadata(context, trainer)
+    """Write one directory per SAE below ``directory``; rank 0 writes, the other ranks send their weights.
+
+    Each write is done within ``report_write_errors()``.
+    """
+    run_metadata, rank_gather = build_run_metadata(context, trainer), RankGather(context)
+    targets = fold_coders(trainer, normalizers)
     weights = {name: dict(target.coder.named_parameters()) for name, target in targets.items()}
     for name, tensors in rank_gather.gather_tensors(weights, "sending SAEs").items():
         hookpoint, seed = rank_gather.names[name]
@@ -50,4 +55,5 @@ def save_saes(
             "held_out_figures": replace_non_finite(metrics[name]),
         }
         coder = TopK.from_weights(tensors, context.config.sae.k)
-        save_sae(directory / SAES_DIR / name, coder, metadata, context.config.output.save_sparsify)
+        with report_write_errors():
+            save_sae(directory / SAES_DIR / name, coder, metadata, context.config.output.save_sparsify)

@@ -20,7 +20,7 @@ class KernelSettings:
     """Kernels: implementation of the SAE's training step."""
 
     kernels: Literal["auto", "reference", "torch", "native", "triton"] = "auto"
-    """`native` (CPU), `triton` (NVIDIA): fast, adam only; `torch`: any device; `reference`: slow; `auto`: fastest."""
+    """`native` (CPU), `triton` (NVIDIA, no benchmark yet): adam only; `torch`: any device; `auto`: the fastest."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype of the SAE's matrix products; weights and sums are float32. `auto`: bfloat16 if the hardware has it."""
 

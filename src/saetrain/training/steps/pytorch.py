@@ -90,7 +90,7 @@ class TorchStep(ReferenceStep):
         residual = (code @ W_dec).float().neg_().add_(centered_ND)
         residual_copy = residual.to(self._dtype)
         grad_pre = (residual_copy @ W_dec.T).mul_(code > 0)
-        # The scale is applied last, because the product is the smallest tensor.
+        # ``loss_scale`` is applied last, because the product is the smallest tensor.
         for name, product in (("dec", code.T @ residual_copy), ("enc", grad_pre.T @ encoder_input_ND)):
             self._accumulate_grad(grads[name], product.float().mul_(-loss_scale))
         return residual, grad_pre.sum(dim=0, dtype=torch.float32) * -loss_scale
