@@ -23,7 +23,7 @@ class SavedSae:
 
 
 @dataclass(frozen=True)
-class LoadedSae:
+class LoadedSaes:
     """The SAEs below a path, {name: SAE}; ``run_dir``: the directory of their run, or None."""
 
     path: Path
@@ -40,7 +40,7 @@ class LoadedSae:
         return self.metadata.get(key)
 
 
-def load_saes(path: str) -> LoadedSae:
+def load_saes(path: str) -> LoadedSaes:
     """Load every SAE below ``path``; SaetrainError if there is none, or if one is broken."""
     folder = Path(path)
     if not folder.is_dir():
@@ -48,7 +48,7 @@ def load_saes(path: str) -> LoadedSae:
     if (folder / SAE_CONFIG).exists():
         coder, metadata = load_any_format(folder)
         name = str(metadata.get("hookpoint") or metadata.get("hook_name") or folder.name)
-        return LoadedSae(folder, {name: SavedSae(folder, coder, metadata)}, find_run_dir(folder))
+        return LoadedSaes(folder, {name: SavedSae(folder, coder, metadata)}, find_run_dir(folder))
     inside = folder / SAES_DIR if (folder / SAES_DIR).is_dir() else folder
     folders = sorted(found.parent for found in inside.rglob(SAE_CONFIG))
     if not folders:
@@ -63,7 +63,7 @@ def load_saes(path: str) -> LoadedSae:
                     f"{path}: {name} was trained on {sae.metadata.get('model')} and {next(iter(saes))} on "
                     f"{first.metadata.get('model')}; evaluate each by its own folder"
                 )
-    return LoadedSae(folder, saes, find_run_dir(folder))
+    return LoadedSaes(folder, saes, find_run_dir(folder))
 
 
 def find_run_dir(folder: Path) -> Path | None:

@@ -30,7 +30,7 @@ from saetrain.evaluation.score import (
     SaeScores,
 )
 from saetrain.logs.jsonl import replace_non_finite
-from saetrain.runs.evaluate.load_saes import LoadedSae, SavedSae
+from saetrain.runs.evaluate.load_saes import LoadedSaes, SavedSae
 from saetrain.runs.run_dir import ASSESSMENT_FILE, EVALUATION_DIR, SAES_DIR
 from saetrain.training.dead_latents import min_dead_fraction
 
@@ -82,7 +82,7 @@ class Assessment:
     """The results of an evaluation, and the folder that they are written to."""
 
     config: EvaluateConfig
-    loaded: LoadedSae
+    loaded: LoadedSaes
     model: dict[str, Any]
     texts: list[TextScores]
     verdicts: dict[str, Verdict]
@@ -93,7 +93,7 @@ class Assessment:
 
     @staticmethod
     def from_scores(
-        config: EvaluateConfig, loaded: LoadedSae, head: LMHeadModel, texts: list[TextScores], threshold: float
+        config: EvaluateConfig, loaded: LoadedSaes, head: LMHeadModel, texts: list[TextScores], threshold: float
     ) -> Assessment:
         """Judge each SAE by its scores on each text; ``threshold``: firing rate below which a latent is dead."""
         verdicts_per_text = {

@@ -18,7 +18,7 @@ from saetrain.evaluation.baselines import PCA, RandomDecoder, RunningMoments
 from saetrain.evaluation.evaluator import EvalTarget
 from saetrain.evaluation.loss_recovered import SplicePolicy, keep_all_tokens
 from saetrain.evaluation.score import Baselines, SaeScores, score_activations, score_losses
-from saetrain.runs.evaluate.load_saes import LoadedSae, load_saes
+from saetrain.runs.evaluate.load_saes import LoadedSaes, load_saes
 from saetrain.runs.evaluate.report import Assessment, TextScores, report_assessment
 from saetrain.runs.evaluate.setup import EvalContext, build_eval_context, load_run_config
 from saetrain.runs.evaluate.texts import EvalText, open_eval_texts
@@ -54,7 +54,7 @@ def evaluate_saes(config: EvaluateConfig, max_eval_tokens: int | None = None) ->
     return assessment
 
 
-def dead_threshold(config: EvaluateConfig, loaded: LoadedSae) -> float:
+def dead_threshold(config: EvaluateConfig, loaded: LoadedSaes) -> float:
     """Return the firing rate below which a latent is dead: the flag's, that of the SAE's run, or the default."""
     if config.dead_percentage_threshold is not None:
         return config.dead_percentage_threshold

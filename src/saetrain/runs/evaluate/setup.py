@@ -19,7 +19,7 @@ from saetrain.errors import SaetrainError, did_you_mean
 from saetrain.interop.saelens import resolve_module_name
 from saetrain.interop.saetrain_format import CONFIG_FILE as SAE_CONFIG
 from saetrain.logs.console import log_rank0
-from saetrain.runs.evaluate.load_saes import LoadedSae, SavedSae, find_run_dir
+from saetrain.runs.evaluate.load_saes import LoadedSaes, SavedSae, find_run_dir
 from saetrain.runs.run_dir import CONFIG_FILE
 from saetrain.runs.train.setup import check_vocabulary
 
@@ -29,7 +29,7 @@ class EvalContext:
     """Everything that scoring needs: settings, SAEs, model, hookpoints and token policy."""
 
     config: EvaluateConfig
-    loaded: LoadedSae
+    loaded: LoadedSaes
     head: LMHeadModel
     tokenizer: Any
     framing: Framing
@@ -45,7 +45,7 @@ class EvalContext:
         return requested if requested is not None else defaults[self.head.base.device.type]
 
 
-def build_eval_context(config: EvaluateConfig, loaded: LoadedSae) -> EvalContext:
+def build_eval_context(config: EvaluateConfig, loaded: LoadedSaes) -> EvalContext:
     """Load the model with its head, and resolve hookpoints and token policy.
 
     Raises SaetrainError if the model or a flag does not match the SAEs.
@@ -86,7 +86,7 @@ def build_eval_context(config: EvaluateConfig, loaded: LoadedSae) -> EvalContext
     return EvalContext(config, loaded, head, tokenizer, framing, hookpoints, extractor, special, first)
 
 
-def _require_model(config: EvaluateConfig, loaded: LoadedSae, name: str, base: ModelSettings) -> None:
+def _require_model(config: EvaluateConfig, loaded: LoadedSaes, name: str, base: ModelSettings) -> None:
     """Raise a SaetrainError that mentions --model if the model that the SAE's metadata name cannot be loaded."""
     try:
         load_config(name, base)
@@ -97,7 +97,7 @@ def _require_model(config: EvaluateConfig, loaded: LoadedSae, name: str, base: M
         raise SaetrainError(f"{error} ({named} names this model; if it has moved, pass --model)") from error
 
 
-def _require_weights(head: LMHeadModel, loaded: LoadedSae) -> None:
+def _require_weights(head: LMHeadModel, loaded: LoadedSaes) -> None:
     expected, found = loaded.get_metadata("model_weights_sha256"), hash_model_weights(head.base)
     if expected is not None and found != expected:
         raise SaetrainError(
@@ -106,7 +106,7 @@ def _require_weights(head: LMHeadModel, loaded: LoadedSae) -> None:
         )
 
 
-def _resolve_hookpoint(config: EvaluateConfig, head: LMHeadModel, loaded: LoadedSae, sae: SavedSae) -> str:
+def _resolve_hookpoint(config: EvaluateConfig, head: LMHeadModel, loaded: LoadedSaes, sae: SavedSae) -> str:
     """Return the module whose output the SAE takes; SaetrainError if it is unknown or --hookpoint contradicts it."""
     names = [name for name, _ in head.base.module.named_modules() if name]
     named = [str(sae.metadata[key]) for key in ("hookpoint", "hook_name") if sae.metadata.get(key)]
@@ -143,7 +143,7 @@ def _translate_hook_name(name: str | None, head: LMHeadModel) -> str | None:
     return f"{blocks}.{layer}" if 0 <= layer < len(layers) else None
 
 
-def _resolve_token_policy(config: EvaluateConfig, loaded: LoadedSae) -> tuple[bool, bool]:
+def _resolve_token_policy(config: EvaluateConfig, loaded: LoadedSaes) -> tuple[bool, bool]:
     """Return (exclude special tokens, exclude position 0): the SAE's own policy unless a flag overrides it."""
 
     def resolve_flag(flag: str, key: str) -> bool:
@@ -154,7 +154,7 @@ def _resolve_token_policy(config: EvaluateConfig, loaded: LoadedSae) -> tuple[bo
     )
 
 
-def _resolve_ctx_len(config: EvaluateConfig, loaded: LoadedSae, head: LMHeadModel) -> int:
+def _resolve_ctx_len(config: EvaluateConfig, loaded: LoadedSaes, head: LMHeadModel) -> int:
     max_len = head.base.max_positions
     wanted = config.ctx_len or loaded.get_metadata("ctx_len") or min(DEFAULT_CTX_LEN, max_len or DEFAULT_CTX_LEN)
     if max_len is not None and wanted > max_len:
@@ -162,7 +162,7 @@ def _resolve_ctx_len(config: EvaluateConfig, loaded: LoadedSae, head: LMHeadMode
     return int(wanted)
 
 
-def _match_trained_bos(loaded: LoadedSae, tokenizer: Any, framing: Framing) -> Framing:
+def _match_trained_bos(loaded: LoadedSaes, tokenizer: Any, framing: Framing) -> Framing:
     """Add or remove the BOS token as in the SAE's training, which other libraries decide without the tokenizer."""
     wanted = loaded.get_metadata("prepend_bos")
     if not framing.causal or wanted is None or wanted == (framing.bos is not None):
@@ -181,7 +181,7 @@ def _match_trained_bos(loaded: LoadedSae, tokenizer: Any, framing: Framing) -> F
     return dataclasses.replace(framing, bos=bos, eos=None if framing.eos == bos else framing.eos)
 
 
-def load_run_config(loaded: LoadedSae) -> RunConfig:
+def load_run_config(loaded: LoadedSaes) -> RunConfig:
     """Return the settings of the run that the SAEs belong to."""
     assert loaded.run_dir is not None
     return _read_run_config(loaded.run_dir)
