@@ -1,4 +1,4 @@
-"""Steps by Triton's kernels are the reference's: whole steps, added-up micro-batches, clipping, AuxK, resume."""
+"""Triton steps equal the reference: whole steps, sums of micro-batches, clipping, AuxK, resume, loss spikes."""
 
 from __future__ import annotations
 
@@ -20,10 +20,22 @@ from saetrain.training.steps.triton import TritonStep
 from saetrain.training.trainer import SaeState, Trainer, TrainSettings
 from saetrain.types import StepContext
 from tests.unit.ops.conftest import DEVICE
-from tests.unit.training.test_steps import data, progress, reference, relative
+from tests.unit.training.step_checks import (
+    Batch,
+    Shape,
+    build_reference,
+    check_discarded_step,
+    check_latents_that_do_not_fire,
+    check_resume,
+    check_whole_steps,
+    make_batch,
+    make_coder,
+    make_data,
+    relative_error,
+    take_step,
+)
 
-Shape = tuple[int, int, int, int, int]
-SHAPES: list[Shape] = [(17, 7, 16, 16, 3), (1, 8, 16, 1, 0), (30, 33, 47, 5, 0), (20, 12, 60, 3, 7)]
+SHAPES: list[Shape] = [(17, 7, 16, 16, 3), (1, 8, 16, 1, 0), (12, 33, 23, 5, 0), (10, 12, 30, 3, 5)]
 
 
 @pytest.fixture(autouse=True)
@@ -35,83 +47,72 @@ def _short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
 def make(
     shape: Shape,
     *,
-    half: bool = False,
-    fused: bool = True,
-    by: str = "triton",
-    products: str = "sparse",
+    use_bf16: bool = False,
+    no_accumulation: bool = True,
+    name: str = "triton",
+    products: Any = "sparse",
     **settings: object,
 ) -> tuple[TopK, Any]:
-    _, width, latents, k, _ = shape
-    coder = TopK(width, latents, k, auxk_alpha=1 / 32, seed=1)
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        coder.b_enc.copy_(torch.randn(latents, generator=generator) * 0.3)
-        coder.b_dec.copy_(torch.randn(width, generator=generator) * 0.3)
-    coder.to(DEVICE)
+    coder = make_coder(shape).to(DEVICE)
     optim = OptimSettings(**settings)  # type: ignore[arg-type]
-    if by == "reference":
-        return coder, reference(coder, optim)
-    return coder, TritonStep(coder, optim, use_bf16=half, no_accumulation=fused, products=products)  # type: ignore[arg-type]
+    if name == "reference":
+        return coder, build_reference(coder, optim)
+    return coder, TritonStep(coder, optim, use_bf16=use_bf16, no_accumulation=no_accumulation, products=products)
 
 
-def here(about: StepContext) -> StepContext:
-    dead = None if about.dead_mask is None else about.dead_mask.to(DEVICE)
-    most = None if dead is None else int(dead.sum()) + 2
-    return StepContext(
-        about.step, about.n_tokens, dead, about.data_variance.to(DEVICE), about.residual_variance.to(DEVICE), most
-    )
+def move_batch(batch: Batch) -> Batch:
+    """Move a batch to the device, and bound the number of its dead latents as the trainer does."""
+    x, context = batch
+    dead = None if context.dead_mask is None else context.dead_mask.to(DEVICE)
+    max_dead = None if dead is None else int(dead.sum()) + 2
+    variances = context.data_variance.to(DEVICE), context.residual_variance.to(DEVICE)
+    return x.to(DEVICE), StepContext(context.step, context.n_tokens, dead, *variances, max_dead)
 
 
-WHOLE = [
-    *[("sparse", fused, 0.01, shape) for fused in (True, False) for shape in SHAPES],
-    *[("sparse", fused, limit, SHAPES[0]) for fused in (True, False) for limit in (1.0, 0.0)],
-    *[("dense", fused, limit, SHAPES[3]) for fused in (True, False) for limit in (0.01, 1.0)],
+def batches_on_device(shape: Shape, count: int) -> list[Batch]:
+    return [move_batch(make_batch(shape, step)) for step in range(count)]
+
+
+def compare_results(found: Any, expected: Any) -> None:
+    """Losses and sums of a step equal those of the reference."""
+    assert torch.equal(found.fired, expected.fired)
+    assert found.losses.keys() == expected.losses.keys()
+    for key, loss in expected.losses.items():
+        torch.testing.assert_close(found.losses[key], loss.detach(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found.residual_sum, expected.residual_sum, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(found.residual_square, expected.residual_square, rtol=1e-4, atol=1e-5)
+
+
+WHOLE_STEPS = [
+    *[("sparse", no_accumulation, 0.01, shape) for no_accumulation in (True, False) for shape in SHAPES],
+    *[("sparse", no_accumulation, limit, SHAPES[0]) for no_accumulation in (True, False) for limit in (1.0, 0.0)],
+    *[("dense", no_accumulation, limit, SHAPES[3]) for no_accumulation in (True, False) for limit in (0.01, 1.0)],
     ("dense", True, 0.01, SHAPES[1]),
 ]
-"""Few, for a step takes the interpreter a second: every shape clipped, and one with a limit far off and with none."""
+"""Few, because a step takes the interpreter a second: every shape with clipping, one with a high limit and without."""
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("products", "fused", "limit", "shape"), WHOLE, ids=str)
-def test_whole_steps_are_the_reference_s(products: str, fused: bool, limit: float, shape: Shape) -> None:
+@pytest.mark.parametrize(("products", "no_accumulation", "limit", "shape"), WHOLE_STEPS, ids=str)
+def test_whole_steps_equal_the_reference(products: str, no_accumulation: bool, limit: float, shape: Shape) -> None:
     settings = {"max_grad_norm": limit, "weight_decay": 0.1}
-    plain, one = make(shape, by="reference", **settings)
-    coder, two = make(shape, fused=fused, products=products, **settings)
-    start = {key: p.detach().clone() for key, p in plain.named_parameters()}
-    for step in range(3):
-        x, about = data(shape[0], shape[1], step).to(DEVICE), here(progress(shape, step=step))
-        expected, found = one.forward_backward(x, about), two.forward_backward(x, about)
-        assert torch.equal(found.fired, expected.fired)
-        assert found.losses.keys() == expected.losses.keys()
-        for key, loss in expected.losses.items():
-            torch.testing.assert_close(found.losses[key], loss.detach(), rtol=1e-4, atol=1e-6)
-        torch.testing.assert_close(found.residual_sum, expected.residual_sum, rtol=1e-3, atol=1e-4)
-        torch.testing.assert_close(found.residual_square, expected.residual_square, rtol=1e-4, atol=1e-5)
-        bound = two.norm_bound()
-        one.norm_bound()
-        wanted, norm = one.optimizer_step(1e-2), two.optimizer_step(1e-2)
-        torch.testing.assert_close(norm, wanted.detach(), rtol=1e-3, atol=1e-7)
-        assert bound >= float(norm) * 0.9999
-    for key, p in plain.named_parameters():
-        moved = dict(coder.named_parameters())[key].detach() - start[key]
-        assert relative(moved, p.detach() - start[key]) < 0.02, key
-    for key, value in one.state_dict().items():
-        torch.testing.assert_close(two.state_dict()[key], value, rtol=1e-2, atol=1e-6, msg=key)
+    plain = make(shape, name="reference", **settings)
+    tested = make(shape, no_accumulation=no_accumulation, products=products, **settings)
+    check_whole_steps(plain, tested, batches_on_device(shape, 2), compare_results)
+    for key, value in plain[1].state_dict().items():
+        torch.testing.assert_close(tested[1].state_dict()[key], value, rtol=1e-2, atol=1e-6, msg=key)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("products", ["sparse", "dense"])
 def test_products_in_bfloat16_are_near(products: str) -> None:
     shape = (30, 33, 47, 5, 3)
-    plain, one = make(shape, by="reference")
-    coder, two = make(shape, half=True, products=products)
+    plain, one = make(shape, name="reference")
+    coder, two = make(shape, use_bf16=True, products=products)
     start = plain.W_dec.detach().clone()
-    x, about = data(30, 33).to(DEVICE), here(progress(shape))
-    for engine in (one, two):
-        engine.forward_backward(x, about)
-        engine.norm_bound()
-        engine.optimizer_step(1e-2)
-    assert relative(coder.W_dec.detach() - start, plain.W_dec.detach() - start) < 0.3
+    for step in (one, two):
+        take_step(step, *batches_on_device(shape, 1))
+    assert relative_error(coder.W_dec.detach() - start, plain.W_dec.detach() - start) < 0.3
     for copy, weights in zip(two._bf16_weights.values(), (coder.W_enc.T, coder.W_dec), strict=True):
         assert torch.equal(copy, weights.detach().bfloat16())
 
@@ -119,62 +120,46 @@ def test_products_in_bfloat16_are_near(products: str) -> None:
 @pytest.mark.slow
 def test_micro_batches_add_up_to_one_batch() -> None:
     shape = (24, 12, 30, 3, 5)
-    (_, one), (_, two) = make(shape, fused=False), make(shape, fused=False)
-    x, about = data(24, 12).to(DEVICE), here(progress(shape))
-    one.forward_backward(x, about)
+    (_, one), (_, two) = make(shape, no_accumulation=False), make(shape, no_accumulation=False)
+    ((x, context),) = batches_on_device(shape, 1)
+    one.forward_backward(x, context)
     for part in x.chunk(3):
-        two.forward_backward(part, about)
+        two.forward_backward(part, context)
     for whole, added in zip(one.gradients()[:-1], two.gradients()[:-1], strict=True):
         torch.testing.assert_close(added, whole, rtol=1e-3, atol=1e-5)
     assert two.norm_bound() >= float(one.optimizer_step(0.0)) * 0.9999
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("fused", "half"), [(True, True), (False, False)])
-def test_state_goes_on_to_the_bit(fused: bool, half: bool) -> None:
-    shape = (20, 12, 30, 3, 4)
-    (whole, one), (later, two) = (make(shape, fused=fused, half=half) for _ in range(2))
-    for step in range(4):
-        x, about = data(20, 12, step).to(DEVICE), here(progress(shape, step=step))
-        if step == 2:
-            later.load_state_dict(whole.state_dict())
-            two.load_state_dict({key: value.clone() for key, value in one.state_dict().items()})
-        for engine in (one, two) if step >= 2 else (one,):
-            engine.forward_backward(x, about)
-            engine.norm_bound()
-            engine.optimizer_step(1e-2)
-    for key, p in whole.named_parameters():
-        assert torch.equal(dict(later.named_parameters())[key], p), key
+@pytest.mark.parametrize(("no_accumulation", "use_bf16"), [(True, True), (False, False)])
+def test_a_loaded_state_gives_the_same_bits(no_accumulation: bool, use_bf16: bool) -> None:
+    shape = (10, 12, 30, 3, 4)
+    whole, later = (make(shape, no_accumulation=no_accumulation, use_bf16=use_bf16) for _ in range(2))
+    check_resume(whole, later, batches_on_device(shape, 3), resume_at=2)
 
 
 @pytest.mark.slow
-def test_a_latent_that_does_not_fire_is_left_alone() -> None:
+def test_a_latent_that_does_not_fire_does_not_change() -> None:
     shape = (20, 12, 40, 4, 0)
-    coder, engine = make(shape, weight_decay=0.1)
-    before: dict[str, torch.Tensor] = {}
-    for step in range(3):
-        if step == 2:
-            with torch.no_grad():
-                coder.b_enc[:15] = -100.0
-            before = {key: value.clone() for key, value in {**engine.state_dict(), **coder.state_dict()}.items()}
-        fired = engine.forward_backward(data(20, 12, step).to(DEVICE), here(progress(shape))).fired
-        engine.optimizer_step(1e-2)
-    assert (fired[:15] == 0).all()
-    for key, value in {**engine.state_dict(), **coder.state_dict()}.items():
-        if not key.startswith("b_dec") and not key.endswith(".step"):
-            rows, old = (value.T, before[key].T) if key.startswith("W_enc") else (value, before[key])
-            assert torch.equal((rows == old).reshape(40, -1).all(dim=1), fired == 0), key
+    check_latents_that_do_not_fire(make(shape, weight_decay=0.1), batches_on_device(shape, 3), n_silent=15)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fused", [True, False])
-def test_what_is_not_finite_changes_no_weight(fused: bool) -> None:
+def test_a_discarded_step_changes_nothing() -> None:
     shape = (20, 12, 30, 3, 0)
-    coder, engine = make(shape, fused=fused)
-    x = data(20, 12).to(DEVICE)
+    discarded = make_data(20, 12, 9).to(DEVICE), batches_on_device(shape, 1)[0][1]
+    check_discarded_step(lambda: make(shape, no_accumulation=False), batches_on_device(shape, 1)[0], discarded)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("no_accumulation", [True, False])
+def test_what_is_not_finite_changes_no_weight(no_accumulation: bool) -> None:
+    shape = (20, 12, 30, 3, 0)
+    coder, engine = make(shape, no_accumulation=no_accumulation)
+    ((x, context),) = batches_on_device(shape, 1)
     x[3, 2] = float("nan")
     before = {key: value.clone() for key, value in coder.state_dict().items()}
-    loss = engine.forward_backward(x, here(progress(shape))).losses["recon"]
+    loss = engine.forward_backward(x, context).losses["recon"]
     assert not loss.isfinite()
     assert not engine.norm_bound().isfinite()
     engine.optimizer_step(1e-2)
@@ -182,25 +167,9 @@ def test_what_is_not_finite_changes_no_weight(fused: bool) -> None:
         assert torch.equal(value, before[key]), key
 
 
-@pytest.mark.slow
-def test_a_dropped_step_leaves_no_trace() -> None:
-    shape = (20, 12, 30, 3, 0)
-    results = []
-    for dropped in (False, True):
-        coder, engine = make(shape, fused=False)
-        if dropped:
-            engine.forward_backward(data(20, 12, 9).to(DEVICE), here(progress(shape)))
-            engine.zero_grad()
-        engine.forward_backward(data(20, 12).to(DEVICE), here(progress(shape)))
-        engine.norm_bound()
-        engine.optimizer_step(1e-2)
-        results.append(coder.W_dec.detach().clone())
-    assert torch.equal(*results)
-
-
-def trainer(by: str = "triton", *, halts: bool = False, products: str = "sparse", auxk: float = 1 / 32) -> Trainer:
+def trainer(name: str = "triton", *, halts: bool = False, products: str = "sparse", auxk: float = 1 / 32) -> Trainer:
     """A coder whose latents die within two steps, clipped at every step."""
-    coder, engine = make((12, 8, 24, 2, 0), by=by, products=products, max_grad_norm=1e-3)
+    coder, engine = make((12, 8, 24, 2, 0), name=name, products=products, max_grad_norm=1e-3)
     coder.auxk_alpha = auxk
     firing = FiringTracker(24, 20, 0.01, torch.device(DEVICE))
     about = {"data_variance": 8.0, "mse_per_fvu": 1.0, "peak_lr": 0.01, "seed": 0, "dead_bias_lr_multiplier": 2.0}
@@ -210,7 +179,7 @@ def trainer(by: str = "triton", *, halts: bool = False, products: str = "sparse"
 
 
 def batch(step: int, factor: float = 1.0) -> dict[str, torch.Tensor]:
-    return {"h": factor * data(12, 8, step).to(DEVICE)}
+    return {"h": factor * make_data(12, 8, step).to(DEVICE)}
 
 
 @pytest.mark.slow
