@@ -238,7 +238,7 @@ CASES: dict[str, tuple[Callable[[Place], list[str]], str]] = {
     "odd device": (flags("--device toaster"), "--device toaster: no such device"),
     "unwritable folder": (unwritable, "--save_dir .*: can't write to"),
     "empty file": (empty_file, "text.jsonl"),
-    "empty rows": (empty_rows, "the data set holds no text: 2 rows, all empty in column text"),
+    "empty rows": (empty_rows, "the data set contains no text: 2 rows, all empty in column text"),
     "no text column": (no_text, "no text column was found: the data set has label"),
     "one short row": (one_short_row, "too small to train on and hold text out"),
     "broken parquet": (broken_parquet, "t.parquet"),
