@@ -191,7 +191,7 @@ def test_processes_change_nothing(wordpiece: Any, topics: list[str]) -> None:
 
 
 def test_data_set_without_text_is_an_error(wordpiece: Any) -> None:
-    with pytest.raises(SaetrainError, match="holds no text: 2 rows, all empty in column text"):
+    with pytest.raises(SaetrainError, match="contains no text: 2 rows, all empty in column text"):
         tokenize(["", " \n"], wordpiece, ENCODER)
 
 
