@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
@@ -14,7 +15,10 @@ from typing import Any
 import pytest
 
 from benchmarks import quality, ranks
+from benchmarks.recipe import task_runner
+from benchmarks.recipe.activations import SITES, Site
 from benchmarks.recipe.sweep import next_rates
+from benchmarks.recipe.worker import train_and_score
 from benchmarks.report import BEGIN, END, fill_page, format_report
 from benchmarks.results_file import MAX_LINE, write_results
 from benchmarks.summary import read_rows
@@ -104,23 +108,41 @@ def test_sweep_ends_once_neighbours_are_known() -> None:
     assert next_rates({0.02: 1.0, 0.01: float("inf"), 0.04: float("inf")}, 0.5) == [], "a rate that fails is worse"
 
 
-def test_quick_comparison_of_recipes(tmp_path: Path) -> None:
+@pytest.fixture
+def small_site(monkeypatch: pytest.MonkeyPatch, tiny_bert: str, topics_jsonl: str) -> None:
+    """Let the site minilm-3 mean a small model and a short text."""
+    site = Site(lambda: Path(tiny_bert), lambda folder: Path(topics_jsonl), 3, 32)
+    monkeypatch.setitem(SITES, "minilm-3", site)
+
+
+@pytest.mark.usefixtures("small_site")
+def test_quick_comparison_of_recipes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each run is a process of its own."""
     words = ["--tools", "saetrain", "--latents", "96", "--k", "4", "--tokens", "256", "--steps", "4", "12"]
     words += ["--seeds", "1", "2", "--processes", "2"]
-    printed, results = recipe("benchmarks.recipe", tmp_path, words)
+    results = run_recipe("benchmarks.recipe.__main__", tmp_path, words, monkeypatch)
+    printed = capsys.readouterr().out
     assert len(results["runs"]) == 4
     fvu = {(run["task"]["steps"], run["task"]["seed"]): run["result"]["fvu"] for run in results["runs"]}
     assert fvu[12, 1] < fvu[4, 1] < 1
     assert fvu[12, 1] != fvu[12, 2]
     assert "| 12 | saetrain | " in printed
     assert "`--lr auto`" in printed
-    again, _ = recipe("benchmarks.recipe", tmp_path, words)
-    assert again == printed[printed.index("| steps") :], "finished tasks must not run again"
+    run_recipe("benchmarks.recipe.__main__", tmp_path, words, monkeypatch)
+    assert capsys.readouterr().out == printed[printed.index("| steps") :], "finished tasks must not run again"
 
 
-def test_quick_sweep_of_the_rule(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("small_site")
+def test_quick_sweep_of_the_rule(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The runs are in this process, because the comparison of recipes covers processes."""
+    monkeypatch.setattr(task_runner, "run_task", lambda task, activations, threads: train_and_score(activations, task))
     words = ["--sites", "minilm-3", "--latents", "96", "--k", "4", "--tokens", "256", "--steps", "12", "--batches"]
-    printed, results = recipe("benchmarks.recipe.rule", tmp_path, [*words, "--processes", "2"])
+    results = run_recipe("benchmarks.recipe.rule", tmp_path, [*words, "--processes", "1"], monkeypatch)
+    printed = capsys.readouterr().out
     rates = sorted(run["task"]["lr"] for run in results["runs"] if "lr" in run["task"])
     assert len(rates) >= 3
     assert all(b / a == pytest.approx(2) for a, b in pairwise(rates))
@@ -128,12 +150,10 @@ def test_quick_sweep_of_the_rule(tmp_path: Path) -> None:
     assert "Within 0.004 of the best fixed rate: " in printed
 
 
-def recipe(module: str, folder: Path, words: list[str]) -> tuple[str, dict[str, Any]]:
-    """(what was printed, the results file) of a comparison over few tokens."""
+def run_recipe(module: str, folder: Path, words: list[str], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Run a comparison over few tokens, and return its results file."""
     out = folder / "results.json"
-    command = [sys.executable, "-m", module, *words, "--train_tokens", "2000", "--held_out_tokens", "500"]
-    command += ["--folder", str(folder), "--out", str(out)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout, json.loads(out.read_text())
+    sizes = ["--train_tokens", "4000", "--held_out_tokens", "500"]
+    monkeypatch.setattr(sys, "argv", [module, *words, *sizes, "--folder", str(folder), "--out", str(out)])
+    importlib.import_module(module).main()
+    return json.loads(out.read_text())
