@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,10 @@ import pytest
 import torch
 
 from saetrain.cli import main
+from saetrain.data import sharded
 from saetrain.ops.cpu_features import has_fast_bf16
+from saetrain.training.trainer import SaeState
+from tests.processes import ForkedCommand, finish
 
 BASE = "--k 4 --num_latents 64 --batch_size 2 --ctx_len 32 --eval_tokens 500 --max_tokens 640 --buffer_tokens 256"
 BASE += " --assess false"
@@ -25,11 +26,10 @@ def about(out: Path) -> dict[str, Any]:
     return dict(json.loads(path.read_text())["saetrain"])
 
 
-def without_compiler(tmp_path: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """The command line where no compiler works and none of its libraries are cached."""
-    env = {**os.environ, "CXX": "false", "XDG_CACHE_HOME": str(tmp_path / "cache")}
-    command = [sys.executable, "-m", "saetrain", *words, *BASE.split(), "--save_dir", str(tmp_path / "out")]
-    return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+def run_without_compiler(tmp_path: Path, *words: str, code: int = 0) -> str:
+    """Run the command line where no compiler works and no library is cached; return the output."""
+    environment = {"CXX": "false", "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    return finish(ForkedCommand([*words, *BASE.split(), "--save_dir", str(tmp_path / "out")], environment), code)
 
 
 def test_auto_takes_the_fastest_and_says_so(
@@ -41,72 +41,80 @@ def test_auto_takes_the_fastest_and_says_so(
     assert (about(tmp_path)["kernels"], about(tmp_path)["compute_dtype"]) == ("native", dtype)
 
 
-def test_without_a_compiler_pytorch_s_are_taken_and_it_is_said(
+def test_without_a_compiler_pytorch_s_kernels_are_used_and_logged(
     tmp_path: Path, tiny_bert: str, topics_jsonl: str
 ) -> None:
-    done = without_compiler(tmp_path, tiny_bert, topics_jsonl)
-    assert done.returncode == 0, done.stderr
-    said = "--kernels auto: the C++ kernels are not used: they can't be built: "
-    said += "the compiler false (named by CXX) can't be run"
-    assert done.stderr.count(said) == 1
+    output = run_without_compiler(tmp_path, tiny_bert, topics_jsonl)
+    message = "--kernels auto: the C++ kernels are not used: they can't be built: "
+    message += "the compiler false (named by CXX) can't be run"
+    assert output.count(message) == 1
     assert about(tmp_path / "out")["kernels"] == "torch"
-    done = without_compiler(tmp_path, tiny_bert, topics_jsonl, "--kernels", "native", "--run_name", "other")
-    assert done.returncode == 2
-    assert "saetrain: error: --kernels native: they can't be built" in done.stderr
-    assert "Traceback" not in done.stderr
+    words = [tiny_bert, topics_jsonl, "--kernels", "native", "--run_name", "other"]
+    output = run_without_compiler(tmp_path, *words, code=2)
+    assert "saetrain: error: --kernels native: they can't be built" in output
+    assert "Traceback" not in output
 
 
-def test_what_was_built_is_used_without_a_compiler(tmp_path: Path, tiny_bert: str, topics_jsonl: str) -> None:
-    cache = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
-    words = [sys.executable, "-m", "saetrain", tiny_bert, topics_jsonl, *BASE.split(), "--kernels", "native"]
-    words += ["--save_dir", str(tmp_path)]
-    for name, path, built in (("first", os.environ["PATH"], 1), ("second", str(tmp_path / "empty"), 0)):
-        env = {**os.environ, **cache, "PATH": path}
-        env.pop("CXX", None)
-        done = subprocess.run([*words, "--run_name", name], env=env, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        assert done.stderr.count("building the C++ kernels (only once); they are cached in") == built
-    env = {**env, "XDG_CACHE_HOME": str(tmp_path / "other")}
-    done = subprocess.run([*words, "--run_name", "third"], env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert (
-        "no C++ compiler was found: install g++, c++ or clang++, or name a compiler in the variable CXX" in done.stderr
+def run_native(out: Path, cache: Path, model: str, text: str, code: int = 0, **environment: str) -> str:
+    """Run the native kernels with libraries cached below ``cache``; return the output."""
+    words = [model, text, *BASE.split(), "--kernels", "native", "--save_dir", str(out)]
+    return finish(ForkedCommand(words, {"CXX": "", "XDG_CACHE_HOME": str(cache), **environment}), code)
+
+
+BUILDING = "building the C++ kernels (only once); they are cached in"
+
+
+@pytest.fixture(scope="module")
+def cached_library(tmp_path_factory: pytest.TempPathFactory, tiny_bert: str, topics_jsonl: str) -> Path:
+    """Cache that contains the library after a first run."""
+    folder = tmp_path_factory.mktemp("library")
+    output = run_native(folder / "out", folder / "cache", tiny_bert, topics_jsonl)
+    assert output.count(BUILDING) == 1
+    return folder / "cache"
+
+
+def test_a_cached_library_needs_no_compiler(
+    cached_library: Path, tmp_path: Path, tiny_bert: str, topics_jsonl: str
+) -> None:
+    no_compiler = {"PATH": str(tmp_path / "empty")}
+    output = run_native(tmp_path / "out", cached_library, tiny_bert, topics_jsonl, **no_compiler)
+    assert BUILDING not in output
+    output = run_native(tmp_path / "out2", tmp_path / "other", tiny_bert, topics_jsonl, code=2, **no_compiler)
+    assert "no C++ compiler was found: install g++, c++ or clang++, or name a compiler in the variable CXX" in output
+
+
+def test_a_damaged_library_in_the_cache_is_rebuilt(
+    cached_library: Path, tmp_path: Path, tiny_bert: str, topics_jsonl: str
+) -> None:
+    cache = shutil.copytree(cached_library, tmp_path / "cache")
+    (library,) = cache.rglob("*.so")
+    library.write_bytes(b"no library")
+    run_native(tmp_path / "out", cache, tiny_bert, topics_jsonl)
+    assert about(tmp_path / "out")["kernels"] == "native"
+    assert library.read_bytes() != b"no library"
+
+
+def delay_reads_and_spoil_activations() -> None:
+    """Let every read after the first take 3 s, and make the activations of each step NaN."""
+    read, forward_backward = sharded.ShardedSequences.read, SaeState.forward_backward
+
+    def read_slowly(self: Any, shard: int, cursor: Any, tokens: int) -> Any:
+        if cursor != self.start_cursor:
+            time.sleep(3)
+        return read(self, shard, cursor, tokens)
+
+    sharded.ShardedSequences.read = read_slowly  # type: ignore[method-assign]
+    SaeState.forward_backward = lambda self, raw, progress: forward_backward(  # type: ignore[method-assign]
+        self, raw * float("nan"), progress
     )
 
 
-def test_a_damaged_library_in_the_cache_is_built_anew(tmp_path: Path, tiny_bert: str, topics_jsonl: str) -> None:
-    env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
-    command = [sys.executable, "-m", "saetrain", tiny_bert, topics_jsonl, *BASE.split(), "--save_dir"]
-    subprocess.run([*command, str(tmp_path / "one")], env=env, check=True, capture_output=True)
-    (library,) = (tmp_path / "cache").rglob("*.so")
-    library.write_bytes(b"no library")
-    done = subprocess.run([*command, str(tmp_path / "two")], env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert about(tmp_path / "two")["kernels"] == "native"
-
-
-def test_an_error_does_not_wait_for_what_is_read_ahead(tmp_path: Path, tiny_bert: str, topics_jsonl: str) -> None:
-    """A spike at the second step ends the process although the next pools' text takes a minute each to be read."""
-    code = """
-import sys, time
-import saetrain.data.sharded as loader
-from saetrain.training.trainer import SaeState
-read, count = loader.ShardedSequences.read, SaeState.forward_backward
-def slow(self, shard, cursor, tokens):
-    if cursor != self.start_cursor:
-        time.sleep(3)
-    return read(self, shard, cursor, tokens)
-loader.ShardedSequences.read = slow
-SaeState.forward_backward = lambda self, raw, progress: count(self, raw * float("nan"), progress)
-from saetrain.cli import main
-main(sys.argv[1:])
-"""
-    command = [sys.executable, "-c", code, tiny_bert, topics_jsonl, *BASE.split(), "--save_dir", str(tmp_path)]
-    started = time.monotonic()
-    command += ["--data_shards", "64", "--max_tokens", "6400"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2, done.stderr
-    assert time.monotonic() - started < 60, "64 shards of 3 s each were waited for"
+def test_an_error_does_not_wait_for_the_prefetch(tmp_path: Path, tiny_bert: str, topics_jsonl: str) -> None:
+    """A loss spike in the first step ends the process, although the text of the next pools takes minutes to read."""
+    words = [tiny_bert, topics_jsonl, *BASE.split(), "--save_dir", str(tmp_path)]
+    words += ["--data_shards", "64", "--max_tokens", "6400"]
+    process = ForkedCommand(words, prepare=delay_reads_and_spoil_activations)
+    assert "the loss of step 1 is nan" in finish(process, 2, timeout_s=60), "waited for 64 shards of 3 s each"
 
 
 @pytest.mark.parametrize(
@@ -140,11 +148,9 @@ def test_a_resumed_run_keeps_the_kernels_that_it_began_with(
     assert "kernels: reference, products in float32" in said
 
 
-def test_a_run_of_native_kernels_goes_on_without_a_compiler(tmp_path: Path, tiny_bert: str, topics_jsonl: str) -> None:
+def test_a_run_of_native_kernels_resumes_without_a_compiler(tmp_path: Path, tiny_bert: str, topics_jsonl: str) -> None:
     words = [tiny_bert, topics_jsonl, "--run_name", "run"]
     main([*words, *BASE.split(), "--save_dir", str(tmp_path / "out"), "--kernels", "native"])
-    done = without_compiler(tmp_path, *words, "--resume")
-    assert done.returncode == 2
-    assert "to resume a run that was started with native, pass --kernels torch" in done.stderr
-    done = without_compiler(tmp_path, *words, "--resume", "--kernels", "torch")
-    assert done.returncode == 0, done.stderr
+    output = run_without_compiler(tmp_path, *words, "--resume", code=2)
+    assert "to resume a run that was started with native, pass --kernels torch" in output
+    run_without_compiler(tmp_path, *words, "--resume", "--kernels", "torch")
