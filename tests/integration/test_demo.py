@@ -2,30 +2,49 @@
 
 from __future__ import annotations
 
+import importlib
 import json
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 import saetrain
+from tests.processes import ForkedCommand
 
-DEMO = Path(__file__).parents[2] / "scripts" / "demo.py"
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+SMALL = "--eval_tokens 3000 --fit_tokens 2000 --loss_tokens 0 --bootstrap 10 --buffer_tokens 4096"
 
 
-def test_demo(tmp_path: Path) -> None:
-    """One test, for the demo takes half a minute and must not run once for each check."""
-    command = [sys.executable, str(DEMO), "--folder", str(tmp_path), "--tokens", "8192", "--texts", "150"]
-    environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
+@pytest.fixture
+def demo(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script, which scores on fewer tokens and trains in a forked process."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    demo = importlib.import_module("demo")
+
+    def train(command: list[str], check: bool) -> subprocess.CompletedProcess[str]:
+        assert command[1:3] == ["-m", "saetrain"]
+        process = ForkedCommand([*command[3:], *SMALL.split()])
+        return subprocess.CompletedProcess(command, process.wait(), process.read_output())
+
+    monkeypatch.setattr(demo.subprocess, "run", train)
+    return demo
+
+
+def test_demo(
+    demo: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A single test, because the demo takes long and must not run once per check."""
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--folder", str(tmp_path), "--tokens", "8192", "--texts", "150"])
+    demo.main()
+    printed = capsys.readouterr().out
     texts_are_real_distinct_and_enough(tmp_path)
-    the_printed_command_can_be_copied(done.stdout, tmp_path)
-    figures_are_those_on_disk(done.stdout, tmp_path)
-    shown_latents_follow_the_rule(done.stdout, tmp_path)
+    the_printed_command_can_be_copied(printed, tmp_path)
+    figures_are_those_on_disk(printed, tmp_path)
+    shown_latents_follow_the_rule(printed, tmp_path)
 
 
 def texts_are_real_distinct_and_enough(folder: Path) -> None:
