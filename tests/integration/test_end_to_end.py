@@ -26,7 +26,7 @@ from tests.integration.test_resume import (
 from tests.integration.test_training import lines, train, weights
 
 TINY = "--k 4 --num_latents 64 --batch_size 4 --ctx_len 32 --eval_tokens 500 --layers 1 --assess false"
-STEPS = 160
+STEPS = 100
 SHORT = ["--max_tokens", str(STEPS * 128), "--save_every", "20"]
 SITES = {"tiny_gpt2": "h.1", "tiny_mlm": "encoder.layer.1"}
 MODELS = pytest.mark.parametrize("model", SITES)
