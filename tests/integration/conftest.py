@@ -28,6 +28,14 @@ class Place:
         path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
+@pytest.fixture(scope="session")
+def few_topics_jsonl(tmp_path_factory: pytest.TempPathFactory, topics: list[str]) -> str:
+    """A part of the texts, for runs that read a stream several times."""
+    path = tmp_path_factory.mktemp("text") / "few.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in topics[:25]))
+    return str(path)
+
+
 @pytest.fixture
 def place(tmp_path: Path, tiny_bert: str, topics_jsonl: str) -> Place:
     return Place(tmp_path, tiny_bert, topics_jsonl)

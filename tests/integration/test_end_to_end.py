@@ -86,9 +86,9 @@ RUNS = pytest.mark.parametrize(
 
 @RUNS
 def test_killed_and_resumed_it_ends_with_the_same_bits(
-    model: str, source: str, request: pytest.FixtureRequest, tmp_path: Path, topics_jsonl: str
+    model: str, source: str, request: pytest.FixtureRequest, tmp_path: Path, few_topics_jsonl: str
 ) -> None:
-    words = words_of(request.getfixturevalue(model), "1", [*source.split(), *SHORT], topics_jsonl)
+    words = words_of(request.getfixturevalue(model), "1", [*source.split(), *SHORT], few_topics_jsonl)
     whole = start(tmp_path, "whole", words)
     kill_and_resume(tmp_path, "killed", words, kills=2, seed=5, steps=STEPS)
     finish(whole)

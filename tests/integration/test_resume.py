@@ -123,9 +123,10 @@ VARIANTS = pytest.mark.parametrize(
 
 @VARIANTS
 def test_killed_at_random_moments_it_ends_with_the_same_bits(
-    model: str, layers: str, source: list[str], request: pytest.FixtureRequest, tmp_path: Path, topics_jsonl: str
+    model: str, layers: str, source: list[str], request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    words = words_of(request.getfixturevalue(model), layers, source, topics_jsonl)
+    text = request.getfixturevalue("few_topics_jsonl" if "--streaming" in source else "topics_jsonl")
+    words = words_of(request.getfixturevalue(model), layers, source, text)
     whole = start(tmp_path, "whole", words)
     kill_and_resume(tmp_path, "killed", words, kills=3, seed=len(layers), steps=STEPS)
     finish(whole)
