@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import psutil
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from tests.processes import ForkedCommand
@@ -78,10 +79,18 @@ class Launcher:
         return [*words[:2], *SIZES.split(), *words[2:], "--save_dir", str(self.folder), "--run_name", name]
 
     def start(
-        self, n_ranks: int, name: str, words: Sequence[str], prepare: Callable[[], object] | None = None
+        self,
+        n_ranks: int,
+        name: str,
+        words: Sequence[str],
+        prepare: Callable[[], object] | None = None,
+        store: dist.TCPStore | None = None,
     ) -> Ranks:
-        """Start the ranks as another launcher than torchrun would; ``prepare`` is called in each of them."""
-        port = str(free_port())
+        """Start the ranks; ``prepare`` is called in each of them.
+
+        With ``store`` the ranks use it, as they use torchrun's. Otherwise rank 0 serves the store.
+        """
+        port = str(free_port() if store is None else store.port)
         commands = []
         for rank in range(n_ranks):
             environment = dict(self.environment)
@@ -89,6 +98,7 @@ class Launcher:
                 numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": n_ranks, "LOCAL_WORLD_SIZE": n_ranks}
                 environment |= {key: str(value) for key, value in numbers.items()}
                 environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+                environment |= {} if store is None else {"TORCHELASTIC_USE_AGENT_STORE": "True"}
             commands.append(ForkedCommand(self._words(name, words), environment, self.home, prepare))
         return Ranks(commands)
 

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from saetrain.training.checkpoint import find_damage, list_checkpoints
 from tests.distributed.conftest import (
@@ -182,12 +183,9 @@ def test_a_spike_on_one_rank_ends_all_with_one_message(
 ) -> None:
     words = [tiny_bert, topics_jsonl, "--layers", "0", "1", "--parallel", parallel, "--batch_size", "2"]
     words += ["--lr", "1e30", "--max_grad_norm", "0", *tokens(200)]
-    if parallel == "data":
-        # torchrun's store outlives rank 0, so that rank 1 learns that rank 0 has reported the spike.
-        process = launcher.start_torchrun("spiking", words, ["--standalone", "--nproc_per_node", "2"])
-        output = finish_torchrun(process, None)
-    else:
-        output = launcher.start(2, "spiking", words).finish(None)
+    # This store outlives rank 0, so that rank 1 learns that rank 0 has reported the spike.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    output = launcher.start(2, "spiking", words, store=store).finish(None)
     assert output.count("the batch's position is in") == 1, output
     place = json.loads((launcher.folder / "spiking" / "spike.json").read_text())
     assert len(place["shards"]) == 16
