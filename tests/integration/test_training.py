@@ -39,8 +39,8 @@ def weights(run: Path, sae: str) -> dict[str, torch.Tensor]:
 def encoder_run(tmp_path_factory: pytest.TempPathFactory, minilm: str, topics_jsonl: str) -> Path:
     """A short run on the trained encoder over Python's documentation."""
     words = (
-        f"{minilm} {topics_jsonl} --layers 3 --k 16 --num_latents 768 --max_tokens 61440 --batch_size 8 --ctx_len 128 "
-        "--lr 4e-3 --eval_tokens 6000 --assess false --eval_every 30 --log_every 1"
+        f"{minilm} {topics_jsonl} --layers 3 --k 16 --num_latents 768 --max_tokens 30720 --batch_size 4 --ctx_len 128 "
+        "--lr 4e-3 --eval_tokens 3000 --assess false --eval_every 30 --log_every 1"
     )
     return train(tmp_path_factory.mktemp("encoder"), "run", words)
 

@@ -17,8 +17,8 @@ from tests.integration.test_resume import fingerprint, last_checkpoint, records
 from tests.integration.test_spikes import poisoned
 
 # Small, for the interpreter is slow.
-SMALL = "--k 2 --num_latents 24 --batch_size 1 --ctx_len 16 --eval_tokens 100 --buffer_tokens 64 --assess false "
-SMALL += "--max_tokens 192 --log_every 100 --compute_dtype float32 --dead_window_tokens 30 --auxk_alpha 0.03"
+SMALL = "--k 2 --num_latents 16 --batch_size 1 --ctx_len 8 --eval_tokens 100 --buffer_tokens 32 --assess false "
+SMALL += "--max_tokens 96 --log_every 100 --compute_dtype float32 --dead_window_tokens 15 --auxk_alpha 0.03"
 STEPS = 12
 HALF = ("--compute_dtype", "bfloat16")
 
