@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import traceback
 import typing
@@ -65,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _is_debug_requested(words: list[str]) -> bool:
     """Return whether --debug is given, even if another flag can't be parsed."""
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for position, word in enumerate(words):
+        following = words[position + 1] if position + 1 < len(words) else ""
         name, equals, value = word.partition("=")
         if name == "--debug":
             return (value if equals else following).lower() not in FALSE_WORDS
@@ -89,6 +91,10 @@ def _run_command(words: list[str]) -> None:
         from saetrain.runs.compare import compare_runs
 
         compare_runs(parse_compare(words[1:]))
+    elif not words:
+        if not env.rank():
+            print(SHORT_HELP, end="", file=sys.stderr)
+        raise SystemExit(2)
     elif {"-h", "--help"} & set(words):
         if not env.rank():
             _print_help(words)
@@ -111,6 +117,9 @@ def parse_train(words: Sequence[str]) -> RunConfig:
     """Parse the arguments of training; raise SaetrainError, or let tyro exit with 2, if they are not valid."""
     words = _normalize_flags(list(words), {**flag_types(), "config": str}, "saetrain --help all")
     words, path = _split_off_config(words)
+    if {"num_latents", "expansion_factor"} <= _given_flags(words):
+        # A file contains both, because the number of latents is resolved from the factor.
+        raise SaetrainError("--num_latents and --expansion_factor can't be given together: choose one")
     defaults = from_flat(_without_overridden(read_yaml(path), words), path) if path else tyro.MISSING_NONPROP
     config = tyro.cli(RunConfig, prog="saetrain", args=words, default=defaults, description=DESCRIPTION, **TYRO_OPTIONS)
     for name in ("model", "dataset"):
@@ -161,9 +170,12 @@ MUTUALLY_EXCLUSIVE = (
 
 def _without_overridden(values: dict[str, Any], words: Sequence[str]) -> dict[str, Any]:
     """Return the settings of a file without those that the flags in ``words`` replace."""
-    given = {word[2:].partition("=")[0] for word in words if word.startswith("--")}
-    replaced = {name for group in MUTUALLY_EXCLUSIVE if group & given for name in group}
+    replaced = {name for group in MUTUALLY_EXCLUSIVE if group & _given_flags(words) for name in group}
     return {name: value for name, value in values.items() if name not in replaced}
+
+
+def _given_flags(words: Sequence[str]) -> set[str]:
+    return {word[2:].partition("=")[0] for word in words if word.startswith("--")}
 
 
 def _normalize_flags(words: list[str], types_by_flag: dict[str, Any], help_command: str) -> list[str]:
@@ -192,18 +204,23 @@ def _normalize_flags(words: list[str], types_by_flag: dict[str, Any], help_comma
 
 
 def _move_positionals_first(words: list[str], types_by_flag: dict[str, Any]) -> list[str]:
-    """Move words that follow a list of numbers but are not numbers to the front, because they are positionals."""
+    """Move words that follow a list of numbers but are not numbers to the positionals at the front.
+
+    Raises SaetrainError for words such as ``1,2``, which are neither a number nor a positional.
+    """
     first: list[str] = []
     rest: list[str] = []
-    in_number_list = False
+    flag, in_number_list = None, False
     for word in words:
         if word.startswith("--"):
-            in_number_list = "=" not in word and _is_number_list(types_by_flag.get(word[2:]))
+            flag, in_number_list = word, "=" not in word and _is_number_list(types_by_flag.get(word[2:]))
             rest.append(word)
         elif in_number_list and not _is_number(word):
+            if re.fullmatch(r"[-\d.,:]+", word):
+                raise SaetrainError(f"{flag} {word}: not a number; pass numbers that are separated by spaces")
             first.append(word)
         else:
-            rest.append(word)
+            (first if flag is None else rest).append(word)
     return [*first, *rest]
 
 

@@ -49,8 +49,9 @@ class SAE:
     @torch.no_grad()
     def encode(self, x_ND: Tensor) -> Codes:
         """Return the codes of raw activations (N, D) of any float dtype; SaetrainError if the shape is wrong."""
-        if x_ND.dim() != 2 or x_ND.shape[1] != self.d_in:
-            raise SaetrainError(f"encode: expected activations of shape (N, {self.d_in}), found {tuple(x_ND.shape)}")
+        found = tuple(x_ND.shape) if isinstance(x_ND, Tensor) else f"a {type(x_ND).__name__}"
+        if not isinstance(x_ND, Tensor) or x_ND.dim() != 2 or x_ND.shape[1] != self.d_in:
+            raise SaetrainError(f"encode: expected a tensor of activations of shape (N, {self.d_in}), found {found}")
         return self.coder.encode(x_ND.to(self.coder.W_enc.device, torch.float32))
 
     @torch.no_grad()

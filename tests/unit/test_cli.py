@@ -117,6 +117,9 @@ def test_unknown_flags_suggest_the_nearest_wherever_they_stand(position: int) ->
         ("--grad_acc_steps 0", "--grad_acc_steps 0"),
         ("--k 0", "--k 0: must be at least 1"),
         ("--num_latents 0", "--num_latents 0"),
+        ("--num_latents 8 --expansion_factor 2", "--num_latents and --expansion_factor can't be given together"),
+        ("--layers 1,2", "--layers 1,2: not a number; pass numbers that are separated by spaces"),
+        ("--layers 0-5", "--layers 0-5: not a number"),
         ("--expansion_factor 0", "--expansion_factor 0"),
         ("--auxk_alpha -1", "--auxk_alpha -1.0: must not be negative"),
         ("--lr 0", "--lr 0.0: must be a positive number or auto"),
@@ -232,6 +235,18 @@ def test_a_flag_takes_the_place_of_its_rivals_in_the_file(
 def test_positionals_may_follow_a_list_of_numbers() -> None:
     config = parse_train(["--layers", "1", *BASE, "--init_seeds", "3", "4"])
     assert (config.model, config.where.layers, config.train.init_seeds) == ("bert-base-uncased", (1,), (3, 4))
+
+
+def test_positionals_keep_their_order_around_a_list_of_numbers() -> None:
+    config = parse_train(["gpt2", "--layers", "3", "wikitext", "texts.jsonl"])
+    assert (config.model, config.dataset, config.where.layers) == ("gpt2", ("wikitext", "texts.jsonl"), (3,))
+
+
+def test_without_arguments_the_usage_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.startswith("usage: saetrain MODEL DATASET")
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:

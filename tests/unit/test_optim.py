@@ -208,7 +208,10 @@ def test_the_rule_by_hand() -> None:
 
 def test_the_page_has_the_rule_of_the_code() -> None:
     page = (Path(__file__).parents[2] / "docs" / "recipe.md").read_text()
-    rule = f"{LR_RULE_BASE:g} · (F/3072)^{LR_POWER_LATENTS:g} · (k/32)^{LR_POWER_K:g} · (N/1024)^{LR_POWER_TOKENS:g} · (S/400)^{LR_POWER_STEPS:g}"
+    rule = (
+        f"{LR_RULE_BASE:g} · (F/3072)^{LR_POWER_LATENTS:g} · (k/32)^{LR_POWER_K:g} · "
+        f"(N/1024)^{LR_POWER_TOKENS:g} · (S/400)^{LR_POWER_STEPS:g}"
+    )
     assert rule in page
     assert f"linearly to zero over the last {100 * LR_DECAY_SHARE:.0f} %" in page
     assert f"| weight decay | {AUTO_WEIGHT_DECAY:g} on" in page

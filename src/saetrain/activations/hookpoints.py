@@ -19,7 +19,7 @@ class HookpointSettings:
 
     layers: Annotated[tuple[int, ...] | None, shown_default("0", "INT [INT ...]")] = None
     """Layers, counted from 0. The SAE is trained on the residual stream after each layer."""
-    layer_stride: Annotated[int | None, shown_default("1, used when given without --layers", "INT")] = None
+    layer_stride: Annotated[int | None, shown_default("none, use --layers", "INT")] = None
     """Train on every n-th layer, starting at layer 0."""
     hookpoints: Annotated[tuple[str, ...] | None, shown_default("none, use --layers", "PATTERN [PATTERN ...]")] = None
     """Patterns of module names, such as `h.*.mlp`. The SAE is trained on the output of each matching module."""

@@ -30,7 +30,7 @@ class TextColumn:
 
     def describe_choice(self) -> str:
         """Return the line for the log: the column, the reason, and how to choose another."""
-        return f"text column {' + '.join(self.columns)} ({self.reason}); choose another with --text_column"
+        return f"text column: {' + '.join(self.columns)} ({self.reason}); choose another with --text_column"
 
 
 def find_text_column(rows: datasets.Dataset, wanted: str | None) -> TextColumn:
@@ -55,13 +55,13 @@ def choose_text_column(names: list[str], sample: Rows, wanted: str | None) -> Te
                 f"--text_column {wanted}: it contains neither strings, chat messages nor token ids; "
                 f"the data set has {', '.join(names)}"
             )
-        return TextColumn(kind, (wanted,), "by name")
+        return TextColumn(kind, (wanted,), "--text_column")
     return _guess_text_column(names, sample)
 
 
 def _guess_text_column(names: list[str], sample: Rows) -> TextColumn:
     if "text" in names and _column_kind(sample["text"]) == "text":
-        return TextColumn("text", ("text",), "plain text")
+        return TextColumn("text", ("text",), "the column named text")
     for name in CHAT_COLUMNS:
         if name in names and _column_kind(sample[name]) == "chat":
             return TextColumn("chat", (name,), "chat messages")

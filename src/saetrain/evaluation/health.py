@@ -190,10 +190,10 @@ def _judge_explained_variance(
     )
     advice = baseline_remark
     if not math.isfinite(value):
-        reason = "the scored activations do not vary, or the SAE's output is not finite"
+        reason = "the evaluated activations do not vary, or the SAE's output is not finite"
         advice = "check the weights of the SAE"
     elif value < 0:
-        advice = "worse than predicting the mean: check that model, layer and scale are those of the training"
+        advice = "worse than predicting the mean: check that the SAE belongs to this model and layer, and lower the lr"
     elif status == "fail":
         # A larger k would raise an L0 that is already too high.
         settings_to_raise = "num_latents or k" if metrics["l0"].value < settings.l0_range[1] else "num_latents"
@@ -249,8 +249,8 @@ def _judge_dead(
     status = "good" if value <= settings.good_dead else "pass" if value <= settings.max_dead else "fail"
     is_unreachable = sae.min_dead_fraction > settings.max_dead
     reason = (
-        f"{value:.1%} of the latents fire on less than {sae.dead_threshold:.3g} of the {sae.n_tokens:,} tokens scored "
-        f"(--dead_percentage_threshold){_format_baselines(own_baselines, '.1%')}"
+        f"{value:.1%} of the latents fire on less than {sae.dead_threshold:.3g} of the {sae.n_tokens:,} evaluated "
+        f"tokens (--dead_percentage_threshold){_format_baselines(own_baselines, '.1%')}"
     )
     advice = (
         ""
@@ -261,8 +261,8 @@ def _judge_dead(
         reason += "; random directions are above the threshold too"
         advice += "; compare the share with its random baseline"
     if 0 < sae.n_tokens * sae.dead_threshold < 1:
-        reason += "; too few tokens were scored to distinguish so low a rate from zero"
-        advice = f"score on at least {math.ceil(1 / sae.dead_threshold):,} tokens (--eval_tokens)"
+        reason += "; too few tokens were evaluated to distinguish so low a rate from zero"
+        advice = f"evaluate on at least {math.ceil(1 / sae.dead_threshold):,} tokens (--eval_tokens)"
     if is_unreachable:
         reason += (
             f"; at this k and num_latents at least {sae.min_dead_fraction:.1%} count as dead after any training, "

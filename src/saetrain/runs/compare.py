@@ -255,7 +255,7 @@ def _parse_estimate(figure: dict[str, Any]) -> Estimate:
 def mean_tokens_per_second(path: Path) -> float | None:
     """Return the mean training speed over the lines of ``metrics.jsonl``, or None if it has none.
 
-    Each line has the rate since the previous line, so the mean over equal numbers of tokens is the harmonic mean.
+    The lines cover about equal numbers of tokens, so their mean is the harmonic mean.
     """
     if not path.exists():
         return None

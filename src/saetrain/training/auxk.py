@@ -49,14 +49,14 @@ class DeadLatents:
 def auxk_forward_backward(
     coder: TopK,
     weights: Mapping[str, Tensor],
-    centered_ND: Tensor,
+    centred_ND: Tensor,
     residual_ND: Tensor,
     dead: DeadLatents,
     progress: StepContext,
 ) -> AuxKGradients:
     """Return the weighted AuxK loss of ``dead`` and its gradients, as :meth:`TopK.losses` defines the loss.
 
-    ``weights`` {`enc`, `dec`: (F, D)} and ``centered_ND`` have the dtype of the products; ``residual_ND`` is fp32.
+    ``weights`` {`enc`, `dec`: (F, D)} and ``centred_ND`` have the dtype of the products; ``residual_ND`` is fp32.
     """
     k_aux, size = default_k_aux(coder.d_in), len(dead.rows)
     tiny = torch.finfo(torch.float32).tiny
@@ -66,7 +66,7 @@ def auxk_forward_backward(
     # Padding gets a pre-activation of -inf, so that ReLU makes its code and its gradient zero.
     is_padding = torch.arange(size, device=dead.rows.device) >= dead.count
     return compute_auxk_gradients(
-        centered_ND,
+        centred_ND,
         residual_ND,
         weights["enc"][dead.rows],
         coder.b_enc.detach()[dead.rows].masked_fill_(is_padding, -torch.inf),

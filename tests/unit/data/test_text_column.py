@@ -49,7 +49,7 @@ def test_column_is_found(columns: dict[str, list[Any]], kind: str, chosen: tuple
 
 def test_column_can_be_named() -> None:
     columns = {"text": ["a"], "other": ["b"], "number": [1], "messages": [OPENAI]}
-    assert find(columns, "other") == TextColumn("text", ("other",), "by name")
+    assert find(columns, "other") == TextColumn("text", ("other",), "--text_column")
     assert find(columns, "messages").kind == "chat"
     with pytest.raises(SaetrainError, match=r"--text_column othr: no such column\. Did you mean other\?.* number"):
         find(columns, "othr")

@@ -108,7 +108,7 @@ def test_k_is_raised_with_the_latents_where_the_code_would_be_hardly_sparse(late
 
 def test_dead_latents_name_their_null_and_what_they_were_counted_on() -> None:
     found = one("dead", dead_below_threshold=0.528, nulls={"dead_below_threshold": 0.376})
-    assert "52.8% of the latents fire on less than 0.0005 of the 20,000 tokens" in found.reason
+    assert "52.8% of the latents fire on less than 0.0005 of the 20,000 evaluated tokens" in found.reason
     assert "(random decoder 37.6%)" in found.reason
     assert "random directions are above the threshold too" in found.reason
     assert "compare the share with its random baseline" in found.advice
@@ -121,8 +121,8 @@ def test_dead_latents_name_their_null_and_what_they_were_counted_on() -> None:
 @pytest.mark.parametrize(("rate", "tokens", "few"), [(0.0005, 1999, True), (0.0005, 2000, False), (0.0, 10, False)])
 def test_too_few_tokens_for_a_rate_are_named(rate: float, tokens: int, few: bool) -> None:
     found = one("dead", dead_below_threshold=0.3, shape=replace(SHAPE, dead_threshold=rate, n_tokens=tokens))
-    assert ("too few tokens were scored" in found.reason) == few
-    assert (found.advice == "score on at least 2,000 tokens (--eval_tokens)") == few
+    assert ("too few tokens were evaluated" in found.reason) == few
+    assert (found.advice == "evaluate on at least 2,000 tokens (--eval_tokens)") == few
 
 
 @pytest.mark.parametrize(("latents", "wide"), [(384, False), (1535, False), (1536, True)])

@@ -51,7 +51,8 @@ def compiled(kernel, target, constants, launch={}, **types):
 
 for target, widths in ((90, (768, 4096)), (80, (768,))):
     for k, groups in ((64, 1024), (512, 2048)):
-        compiled(triton_topk.select_topk_kernel, target, {"K": k, "GROUPS": groups, "CAPACITY": groups, "BLOCK": triton_launch.BLOCK})
+        sizes = {"K": k, "GROUPS": groups, "CAPACITY": groups, "BLOCK": triton_launch.BLOCK}
+        compiled(triton_topk.select_topk_kernel, target, sizes)
     compiled(triton_kernels.bound_norms_kernel, target, {"BLOCK": 128})
     for width in widths:
         given = triton_launch.row_launch_options(width)
@@ -59,7 +60,8 @@ for target, widths in ((90, (768, 4096)), (80, (768,))):
         rows = triton_launch.rows_per_tile(width)
         single = {"x": "fp32", "residual": "fp32"}
         compiled(triton_kernels.compute_residuals_kernel, target, {"K": 64, "BLOCK_K": rows, **block}, given, **single)
-        compiled(triton_kernels.sum_segments_kernel, target, {"SEGMENT": triton_launch.SEGMENT_PAIRS, "BLOCK_P": rows, **block}, given)
+        segments = {"SEGMENT": triton_launch.SEGMENT_PAIRS, "BLOCK_P": rows, **block}
+        compiled(triton_kernels.sum_segments_kernel, target, segments, given)
         adam = {"BETA1": BETAS[0], "BETA2": BETAS[1], "EPS": EPS}
         ways = ((0, False, False), (1, False, True), (2, False, False), (3, True, False), (3, False, True))
         for mode, stored, extra in ways:

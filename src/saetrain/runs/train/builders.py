@@ -84,7 +84,7 @@ def measure_normalizers(run: RunContext) -> dict[str, Normalizer]:
 
 
 def _measure_on_this_rank(run: RunContext) -> dict[str, Normalizer]:
-    log_rank0("measuring centre, scale and principal axes of the activations")
+    log_rank0("measuring mean, scale and principal axes of the activations")
     sample = read_calibration_sample(run)
     normalizers = fit_normalizers(sample, run.extractor.norm_limits)
     kept = len(sample)

@@ -143,7 +143,7 @@ class TrainLoop:
         """Run all steps; return False if a signal stopped the run, after a checkpoint."""
         trainer, progress_line = self.trainer, self.progress_line
         startup_message = self.batch_source.startup_message()
-        if startup_message is not None:
+        if startup_message is not None and trainer.step < trainer.total_steps:
             log_rank0(startup_message)
         speed = Throughput(trainer.tokens_seen)
         try:
@@ -328,7 +328,7 @@ class TrainLoop:
     def evaluate_held_out(self, kind: Literal["eval", "final"]) -> dict[str, dict[str, float]]:
         """Score all SAEs on held-out text, log their metrics, and return them."""
         if kind == "final":
-            log_rank0(f"scoring on {self.config.evaluation.eval_tokens:,} held-out tokens")
+            log_rank0(f"evaluating on up to {self.config.evaluation.eval_tokens:,} held-out tokens")
         metrics = {}
         # If every rank has the same SAEs, only rank 0 scores them.
         if self.is_rank0 or self.context.placement.owners:

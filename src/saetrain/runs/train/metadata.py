@@ -68,9 +68,12 @@ def log_run_start(run: RunContext, trainer: Trainer) -> None:
     """Log what will be trained on what, and warn about settings that are probably mistakes."""
     plan, config = run.plan, run.config
     leftover_tokens = config.train.max_tokens - plan.n_tokens
-    if trainer.step:
+    if 0 < trainer.step < trainer.total_steps:
         log_rank0(f"{trainer.total_steps - trainer.step} of {trainer.total_steps} steps are left")
     count = len(sae_names(run))
+    if trainer.step == trainer.total_steps:
+        log_rank0(f"all {trainer.total_steps} steps are done; writing and evaluating the SAEs again")
+        return
     log_rank0(
         f"training {count} SAE{'s' if count > 1 else ''} for {plan.steps} steps of "
         f"{plan.tokens_per_step:,} tokens ({plan.n_tokens:,} in total; {leftover_tokens:,} of --max_tokens unused), "

@@ -102,10 +102,18 @@ def reconcile_with_checkpoint(run: RunContext, checkpoint: Checkpoint) -> RunCon
     ignorable = _ignorable_settings(run, flat, before)
     if _sequences_per_step(flat, env.world_size()) == _sequences_per_step(before, checkpoint.values["world_size"]):
         ignorable |= set(BATCH_SETTINGS)
-    changed = [
-        f"--{name} is {value} now and was {before.get(name)}"
+    differing = {
+        name
         for name, value in flat.items()
         if name not in MAY_CHANGE_ON_RESUME | ignorable | {"max_tokens"} and value != before.get(name)
+    }
+    if given["num_latents"] is None and "expansion_factor" in differing:
+        differing.discard("num_latents")
+    requested = {**before, "lr": checkpoint.values["asked_lr"]}
+    changed = [
+        f"--{name} is {_format_setting(flat[name])} now and was {_format_setting(requested.get(name))}"
+        for name in flat
+        if name in differing
     ]
     if changed and env.world_size() != checkpoint.values["world_size"]:
         changed.append(f"the number of processes is {env.world_size()} now and was {checkpoint.values['world_size']}")
@@ -120,6 +128,11 @@ def reconcile_with_checkpoint(run: RunContext, checkpoint: Checkpoint) -> RunCon
     plan = build_batch_plan(config, run.framing.ctx_len, run.plan.text_tokens)
     run.extractor.batch_tokens = config.base.resolve_batch_tokens(run.model.device)
     return dataclasses.replace(run, config=config, plan=plan)
+
+
+def _format_setting(value: Any) -> str:
+    """Return a value as it is written on the command line."""
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _format_divisors(whole: int) -> str:

@@ -45,12 +45,12 @@ class TorchStep(ReferenceStep):
         """Accumulate gradients in ``.grad``, with sparse products or, if k is large relative to F, dense ones."""
         assert objective is None, "the explicit gradients are those of the coder's own loss"
         coder = self._topk
-        centered = x_ND - coder.b_dec
-        encoder_input = centered.to(self._dtype)
+        centred = x_ND - coder.b_dec
+        encoder_input = centred.to(self._dtype)
         values, indices = sparse.encode_topk(encoder_input, self._weights["enc"], coder.b_enc, coder.k)
         loss_scale = 2 / (progress.n_tokens * progress.data_variance)
         backward = self._backward_dense if coder.num_latents <= DENSE_LIMIT * coder.k else self._backward_sparse
-        residual, grad_b_enc = backward(centered, encoder_input, values, indices, loss_scale)
+        residual, grad_b_enc = backward(centred, encoder_input, values, indices, loss_scale)
         residual_sum = residual.sum(dim=0)
         self._add_bias_gradients(grad_b_enc, residual_sum, loss_scale)
         square = torch.linalg.vector_norm(residual).square()
@@ -63,11 +63,11 @@ class TorchStep(ReferenceStep):
         return StepStats(fired, len(x_ND), losses, residual_sum, square)
 
     def _backward_sparse(
-        self, centered_ND: Tensor, encoder_input_ND: Tensor, values: Tensor, indices: Tensor, loss_scale: Tensor
+        self, centred_ND: Tensor, encoder_input_ND: Tensor, values: Tensor, indices: Tensor, loss_scale: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Add the weight gradients from sparse products; return the residual (N, D) and the gradient of ``b_enc``."""
         coder, grads, use_bf16 = self._topk, self._weight_gradients(), self._dtype != torch.float32
-        residual = centered_ND - sparse.decode(values, indices, self._weights["dec"])
+        residual = centred_ND - sparse.decode(values, indices, self._weights["dec"])
         if use_bf16 and coder.num_latents <= dense_limit(use_bf16) * coder.k:
             grad_pre = sparse.sampled_matmul_dense(residual.to(self._dtype), indices, self._weights["dec"])
         else:
@@ -77,17 +77,17 @@ class TorchStep(ReferenceStep):
         codes_csr = pairs.to_csr(values * -loss_scale, len(values))
         torch.addmm(grads["dec"], codes_csr, residual, beta=self._grad_beta, out=grads["dec"])
         grad_pre_csr = pairs.to_csr(grad_pre, len(grad_pre))
-        torch.addmm(grads["enc"], grad_pre_csr, centered_ND, beta=self._grad_beta, out=grads["enc"])
+        torch.addmm(grads["enc"], grad_pre_csr, centred_ND, beta=self._grad_beta, out=grads["enc"])
         return residual, grad_pre_csr @ grad_pre.new_ones(len(grad_pre))
 
     def _backward_dense(
-        self, centered_ND: Tensor, encoder_input_ND: Tensor, values: Tensor, indices: Tensor, loss_scale: Tensor
+        self, centred_ND: Tensor, encoder_input_ND: Tensor, values: Tensor, indices: Tensor, loss_scale: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Compute the results of :meth:`_backward_sparse` with dense products."""
         grads, W_dec = self._weight_gradients(), self._weights["dec"]
         code = encoder_input_ND.new_zeros(len(values), self._topk.num_latents)
         code.scatter_(1, indices, values.to(self._dtype))
-        residual = (code @ W_dec).float().neg_().add_(centered_ND)
+        residual = (code @ W_dec).float().neg_().add_(centred_ND)
         residual_copy = residual.to(self._dtype)
         grad_pre = (residual_copy @ W_dec.T).mul_(code > 0)
         # ``loss_scale`` is applied last, because the product is the smallest tensor.
