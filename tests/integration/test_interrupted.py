@@ -248,7 +248,7 @@ def test_settings_that_cannot_change_the_result_are_taken(
     run = copy(whole, tmp_path)
     copied = tmp_path / "renamed.jsonl"
     shutil.copy(topics_jsonl, copied)
-    words = "--log_every 7 --save_every 1000 --eval_every 3 --dead_percentage_threshold 0.2 --expansion_factor 99"
+    words = "--log_every 7 --save_every 1000 --eval_every 3 --dead_percentage_threshold 0.2"
     resume(tmp_path, tiny_bert, str(copied), *words.split(), "--split", "train[:100%]", "--text_column", "text")
     assert fingerprint(run) == fingerprint(whole)
 

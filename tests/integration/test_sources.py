@@ -195,7 +195,7 @@ def test_resume_refuses_another_stream_and_other_weights(
     assert "DATASET: its text is not" in refused(capsys, tiny_bert, str(path), "--streaming", *end)
     run(tmp_path, "m", tiny_bert, topics_jsonl, topics_jsonl)
     end[-2] = "m"
-    assert "--mix is [3.0, 1.0] now" in refused(capsys, tiny_bert, topics_jsonl, topics_jsonl, "--mix", "3", "1", *end)
+    assert "--mix is 3.0 1.0 now" in refused(capsys, tiny_bert, topics_jsonl, topics_jsonl, "--mix", "3", "1", *end)
 
 
 def test_tokenize_says_what_is_wrong(

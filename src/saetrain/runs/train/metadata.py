@@ -71,6 +71,8 @@ def log_run_start(run: RunContext, trainer: Trainer) -> None:
     if 0 < trainer.step < trainer.total_steps:
         log_rank0(f"{trainer.total_steps - trainer.step} of {trainer.total_steps} steps are left")
     count = len(sae_names(run))
+    kernels = choose_kernels(config.compute, config.optim, config.train.loss_fn, run.model.device)
+    log_rank0(f"kernels: {kernels.kernels}, products in {kernels.compute_dtype} (--kernels, --compute_dtype)")
     if trainer.step == trainer.total_steps:
         log_rank0(f"all {trainer.total_steps} steps are done; writing and evaluating the SAEs again")
         return
@@ -84,8 +86,6 @@ def log_run_start(run: RunContext, trainer: Trainer) -> None:
             f"each micro-batch has {config.train.batch_size} whole sequences, which count as {run.framing.ctx_len} "
             "tokens each towards --max_tokens, even if they are shorter"
         )
-    kernels = choose_kernels(config.compute, config.optim, config.train.loss_fn, run.model.device)
-    log_rank0(f"kernels: {kernels.kernels}, products in {kernels.compute_dtype} (--kernels, --compute_dtype)")
     if config.dead.dead_feature_threshold is not None:
         log_rank0("--dead_feature_threshold is deprecated: use --dead_window_tokens")
     widths = sorted({sae.coder.d_in for sae in trainer.saes.values() if config.sae.k >= sae.coder.d_in})
