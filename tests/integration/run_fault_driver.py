@@ -1,6 +1,7 @@
 """Run under the preloaded faults: for each system call in a run's folder, fail or die there, resume, and compare.
 
-Arguments: the library, a folder to work in, model, text, what lies in the folder before the run, and the faults.
+Arguments: the library, a folder to work in, model, text, what the folder contains before the run, n to
+take each n-th write, and the faults.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from saetrain.runs.train import loop, resume
 from saetrain.runs.train import run as run_command
 from tests.integration.test_resume import fingerprint, records
 
-LIBRARY, WORK, MODEL, TEXT, BEFORE, *FAULTS = sys.argv[1:]
+LIBRARY, WORK, MODEL, TEXT, BEFORE, STRIDE, *FAULTS = sys.argv[1:]
 WORDS = (
     f"{MODEL} {TEXT} --k 4 --num_latents 64 --batch_size 2 --ctx_len 32 --eval_tokens 200 --eval_every 4 --log_every 1 "
     "--assess false "
@@ -102,8 +103,10 @@ def chosen(calls: list[str], fault: str) -> list[int]:
         numbers = numbers[: calls.index("write /run/metrics.jsonl") + 1]
     numbers = [n for n in numbers if SECOND not in calls[n - 1]]
     if fault == "once":
-        numbers = [n for n in numbers if calls[n - 1].split()[0] in NAMES]
-    return numbers
+        return [n for n in numbers if calls[n - 1].split()[0] in NAMES]
+    # Writes and syncs follow one another, so a part of them stands for the others.
+    others = [n for n in numbers if calls[n - 1].split()[0] not in NAMES]
+    return sorted({*numbers} - {*others} | {*others[:: int(STRIDE)]})
 
 
 def build_before(whole: Path) -> tuple[Path, list[str]]:

@@ -38,6 +38,7 @@ def test_every_system_call_of_a_save_may_fail_or_be_the_last(library: Path, tmp_
     assert done.stdout.count("resumable") == 4
 
 
+@pytest.mark.parametrize("stride", [4, pytest.param(1, marks=pytest.mark.soak)])
 @pytest.mark.parametrize(
     ("before", "faults"),
     [
@@ -49,18 +50,19 @@ def test_every_system_call_of_a_save_may_fail_or_be_the_last(library: Path, tmp_
     ],
 )
 def test_every_system_call_of_a_run_may_fail_or_be_the_last(
-    before: str, faults: list[str], library: Path, tmp_path: Path, tiny_bert: str, topics: list[str]
+    before: str, faults: list[str], stride: int, library: Path, tmp_path: Path, tiny_bert: str, topics: list[str]
 ) -> None:
     """A run of 8 steps and 3 checkpoints is forked once for each system call in its folder, and meets a fault there.
 
     It is killed there, or the disk is full from then on (both at every call but those inside the second checkpoint's
     folder, which are the third's again; of a write half is done), or the call alone fails (renames, unlink, rmdir,
     mkdir). Where the folder holds something before, the calls are those of the start, for behind it the run is the
-    same. Out of reach is the rename inside safetensors, which goes past the C library.
+    same. Out of reach is the rename inside safetensors, which goes past the C library. Of the writes, each fourth is
+    taken; `make test-soak` takes all.
     """
     text = tmp_path / "text.jsonl"
     text.write_text("".join(json.dumps({"text": topic[:1500]}) + "\n" for topic in topics[:8]))
-    arguments = [str(library), str(tmp_path), tiny_bert, str(text), before, *faults]
+    arguments = [str(library), str(tmp_path), tiny_bert, str(text), before, str(stride), *faults]
     done = subprocess.run(
         [sys.executable, "-m", "tests.integration.run_fault_driver", *arguments],
         env={**os.environ, "LD_PRELOAD": str(library), "OMP_NUM_THREADS": "1"},

@@ -160,6 +160,9 @@ def current_group() -> _ProcessGroup | None:
 
 def report_failure(message: str, code: int) -> bool:
     """Report to the other ranks that this rank ends with an error; return False if another rank's error was first."""
+    if _group is not None:
+        # torchrun sends SIGTERM as soon as another rank has ended, and this rank must still print its error.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     return _group is None or _group.heartbeat.report_failure(message, code)
 
 
