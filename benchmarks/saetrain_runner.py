@@ -21,10 +21,10 @@ from saetrain.activations.normalize import Normalizer, compute_norm_limits, fit_
 from saetrain.coders.topk import TopK, TopKSettings
 from saetrain.data.packing import Sequences
 from saetrain.data.sharded import LoaderSettings, ShardedSequences
-from saetrain.optim import OptimSettings, RunSize, resolve_lr, resolve_warmup_steps
+from saetrain.optim import OptimSettings, resolve_warmup_steps
 from saetrain.runs.train.choose_step import build_train_step, choose_kernels
 from saetrain.training.dead_latents import DEFAULT_DEAD_BIAS_LIFT, DeadSettings, FiringTracker
-from saetrain.training.steps.base import KernelSettings
+from saetrain.training.steps.base import KernelSettings, StepRequest
 from saetrain.training.trainer import SaeState, Trainer, TrainSettings
 from saetrain.types import TokenKind, TokenSequence
 
@@ -57,8 +57,8 @@ def build_sae_trainer(
     coder = TopK(width, settings.resolve_num_latents(width), settings.k, settings.auxk_alpha, seed)
     optim, dead = optim or OptimSettings(), DeadSettings()
     names: Any = {"kernels": kernels, "compute_dtype": DTYPES.get(compute_dtype, compute_dtype)}
-    chosen = choose_kernels(KernelSettings(**names), optim, "mse", CPU)
-    window = dead.resolve_window(steps * tokens, coder.num_latents, coder.k)
+    chosen = choose_kernels(KernelSettings(**names), StepRequest(TopK, optim, CPU))
+    window = dead.resolve_window(steps * tokens, coder.num_latents, coder.expected_l0())
     firing = FiringTracker(coder.num_latents, window, dead.dead_percentage_threshold, CPU)
     return SaeState(
         hookpoint,
@@ -68,7 +68,7 @@ def build_sae_trainer(
         firing,
         data_variance=normalizer.scaled_variance,
         mse_per_fvu=normalizer.variance / coder.d_in,
-        peak_lr=resolve_lr(optim, RunSize(coder.num_latents, coder.k, tokens, steps)),
+        peak_lr=coder.recommended_lr(tokens, steps) if optim.lr == "auto" else optim.lr,
         seed=seed,
         dead_bias_lr_multiplier=DEFAULT_DEAD_BIAS_LIFT,
     )

@@ -17,8 +17,8 @@ from saetrain.activations.normalize import Normalizer
 from saetrain.coders.topk import TopK
 from saetrain.optim import Optimizer, OptimSettings
 from saetrain.training.dead_latents import DEFAULT_DEAD_BIAS_LIFT, DeadSettings, FiringTracker
+from saetrain.training.steps.autograd import AutogradStep
 from saetrain.training.steps.base import TrainStep
-from saetrain.training.steps.pytorch import TorchStep
 from saetrain.training.steps.self_check import StepShape
 from saetrain.training.steps.triton import TritonStep
 from saetrain.training.trainer import SaeState, Trainer, TrainSettings
@@ -108,14 +108,7 @@ def build_triton_step(coder: TopK, **options: Any) -> TrainStep:
 
 def build_torch_step(coder: TopK) -> TrainStep:
     """saetrain's PyTorch step, in bf16."""
-    settings = OptimSettings()
-    optimizer = Optimizer(
-        dict(coder.named_parameters()),
-        settings,
-        project=coder.remove_parallel_gradient,
-        renormalize=coder.renormalize_decoder,
-    )
-    return TorchStep(coder, optimizer, torch.bfloat16)
+    return AutogradStep(coder, Optimizer.for_coder(coder, OptimSettings()), torch.bfloat16)
 
 
 STEP_BUILDERS: dict[str, StepBuilder] = {

@@ -14,7 +14,6 @@ from benchmarks.recipe.worker import Reconstruct
 from benchmarks.saetrain_runner import HOOKPOINT, build_sae_trainer
 from saetrain.activations.extract import Activations
 from saetrain.activations.normalize import fit_normalizers
-from saetrain.coders.folding import fold_normalizer
 from saetrain.coders.topk import TopKSettings
 from saetrain.optim import AUTO_WEIGHT_DECAY, OptimSettings, resolve_warmup_steps
 from saetrain.runs.train.setup import CALIBRATION_TOKENS
@@ -43,7 +42,7 @@ def fit_sae(task: Task, batches: Batches) -> tuple[Reconstruct, dict[str, Any]]:
     )
     for _ in range(task.steps):
         trainer.train_step(lambda step: {HOOKPOINT: batches[step]})
-    coder = fold_normalizer(sae.coder, normalizer.mean, normalizer.scale, normalizer.axes)
+    coder = sae.coder.folded(normalizer, normalizer)
 
     def reconstruct(rows: Tensor) -> tuple[Tensor, Tensor]:
         codes = coder.encode(rows)

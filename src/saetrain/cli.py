@@ -8,6 +8,7 @@ import sys
 import traceback
 import typing
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 import tyro
@@ -15,7 +16,17 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec
 
 from saetrain import distributed
 from saetrain.cli_help import DESCRIPTION, SHORT_HELP
-from saetrain.config import CompareConfig, EvaluateConfig, RunConfig, TokenizeConfig, flag_types, from_flat, read_yaml
+from saetrain.coders import CODERS
+from saetrain.config import (
+    CompareConfig,
+    EvaluateConfig,
+    RunConfig,
+    TokenizeConfig,
+    config_class,
+    flag_types,
+    from_flat,
+    read_yaml,
+)
 from saetrain.distributed import env
 from saetrain.errors import RankFailure, SaetrainError, did_you_mean
 
@@ -115,13 +126,22 @@ def _print_help(words: list[str]) -> None:
 
 def parse_train(words: Sequence[str]) -> RunConfig:
     """Parse the arguments of training; raise SaetrainError, or let tyro exit with 2, if they are not valid."""
-    words = _normalize_flags(list(words), {**flag_types(), "config": str}, "saetrain --help all")
-    words, path = _split_off_config(words)
+    words, path = _split_off_config(list(words))
+    values = read_yaml(path) if path else {}
+    given = _find_value(words, "architecture")
+    config_type = config_class(given or values.get("architecture", "topk"), may_import=given is not None)
+    words = _normalize_flags(words, flag_types(config_type), "saetrain --help all")
     if {"num_latents", "expansion_factor"} <= _given_flags(words):
         # A file contains both, because the number of latents is resolved from the factor.
         raise SaetrainError("--num_latents and --expansion_factor can't be given together: choose one")
-    defaults = from_flat(_without_overridden(read_yaml(path), words), path) if path else tyro.MISSING_NONPROP
-    config = tyro.cli(RunConfig, prog="saetrain", args=words, default=defaults, description=DESCRIPTION, **TYRO_OPTIONS)
+    if given and values.get("architecture", given) != given:
+        raise SaetrainError(f"--architecture {given}: {path} is for architecture {values['architecture']}")
+    if given:
+        values["architecture"] = given
+    defaults = from_flat(_without_overridden(values, words), path) if path else tyro.MISSING_NONPROP
+    config = tyro.cli(
+        config_type, prog="saetrain", args=words, default=defaults, description=DESCRIPTION, **TYRO_OPTIONS
+    )
     for name in ("model", "dataset"):
         if not getattr(config, name):
             where = f" or as '{name}:' in {path}" if path else ""
@@ -168,6 +188,15 @@ MUTUALLY_EXCLUSIVE = (
 """Groups of alternative settings: a flag replaces the other settings of its group in the file."""
 
 
+def _find_value(words: Sequence[str], flag: str) -> str | None:
+    """Return the value of a flag, before the words are parsed."""
+    for position, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        if name == f"--{flag}":
+            return value if equals else words[position + 1] if position + 1 < len(words) else None
+    return None
+
+
 def _without_overridden(values: dict[str, Any], words: Sequence[str]) -> dict[str, Any]:
     """Return the settings of a file without those that the flags in ``words`` replace."""
     replaced = {name for group in MUTUALLY_EXCLUSIVE if group & _given_flags(words) for name in group}
@@ -193,7 +222,7 @@ def _normalize_flags(words: list[str], types_by_flag: dict[str, Any], help_comma
         name = name.replace("-", "_")
         if name not in known:
             suggestion = did_you_mean(name, known).replace("mean ", "mean --").replace(" or ", " or --")
-            raise SaetrainError(f"--{name}: no such flag.{suggestion} '{help_command}' lists all flags")
+            raise SaetrainError(_describe_unknown_flag(name, suggestion, help_command))
         out.append(f"--{name}{equals}{value}")
         following = words[position + 1].lower() if position + 1 < len(words) else ""
         if types_by_flag.get(name) is bool and not equals:
@@ -201,6 +230,13 @@ def _normalize_flags(words: list[str], types_by_flag: dict[str, Any], help_comma
                 continue
             out.append("true")
     return _move_positionals_first(_normalize_booleans(out, types_by_flag), types_by_flag)
+
+
+def _describe_unknown_flag(name: str, suggestion: str, help_command: str) -> str:
+    owners = [key for key, coder in CODERS.items() if name in {item.name for item in fields(coder.Settings)}]
+    if owners:
+        return f"--{name}: only --architecture {' and '.join(owners)} has this flag"
+    return f"--{name}: no such flag.{suggestion} '{help_command}' lists all flags"
 
 
 def _move_positionals_first(words: list[str], types_by_flag: dict[str, Any]) -> list[str]:

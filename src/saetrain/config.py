@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from saetrain.activations.buffer import BufferSettings
 from saetrain.activations.hookpoints import HookpointSettings
 from saetrain.activations.model import ModelSettings
 from saetrain.atomic_io import write_atomic
-from saetrain.coders.topk import TopKSettings
+from saetrain.coders import CoderSettings, SparseCoder, TopK, find_coder_class
 from saetrain.data.mixture import MixSettings
 from saetrain.data.sharded import LoaderSettings
 from saetrain.data.sources import SourceSettings
@@ -37,14 +38,16 @@ from saetrain.types import shown_default
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Train TopK sparse autoencoders on the activations of MODEL over the text of DATASET."""
+    """Train sparse autoencoders on the activations of MODEL over the text of DATASET."""
 
     model: tyro.conf.Positional[typing.Annotated[str, tyro.conf.arg(metavar="MODEL")]]
     """Hub id or local folder of a transformer."""
     dataset: tyro.conf.Positional[typing.Annotated[tuple[str, ...], tyro.conf.arg(metavar="DATASET [DATASET ...]")]]
     """Hub id, or local folder or file (parquet, jsonl, csv, txt, or tokens). --mix sets the shares of several."""
     where: HookpointSettings = field(default_factory=HookpointSettings)
-    sae: TopKSettings = field(default_factory=TopKSettings)
+    architecture: str = "topk"
+    """SAE architecture: `topk`, or your own class as package.module:Class (CONTRIBUTING.md)."""
+    sae: CoderSettings = field(default_factory=TopK.Settings)
     train: TrainSettings = field(default_factory=TrainSettings)
     optim: OptimSettings = field(default_factory=OptimSettings)
     dead: DeadSettings = field(default_factory=DeadSettings)
@@ -85,6 +88,11 @@ class RunConfig:
             )
 
     @property
+    def coder_class(self) -> type[SparseCoder]:
+        """Return the class of the architecture, which :func:`config_class` has imported."""
+        return find_coder_class(self.architecture, may_import=False)
+
+    @property
     def has_lr_rule(self) -> bool:
         """Return whether the rule of `--lr auto` was fitted to runs of this kind."""
         return self.optim.optimizer == "adam" and not self.train.end_to_end and self.finetune is None
@@ -98,6 +106,21 @@ class RunConfig:
         """Return the multiple of the learning rate by which each step raises the encoder biases of dead latents."""
         given = self.dead.dead_bias_lift
         return given if given is not None else DEFAULT_DEAD_BIAS_LIFT if self._can_raise_dead_bias else 0.0
+
+
+def config_class(architecture: str, *, may_import: bool = False) -> type[RunConfig]:
+    """Return the settings class of an architecture, whose field ``sae`` has the architecture's settings.
+
+    ``may_import``: import the module of a user's own class (:func:`saetrain.coders.find_coder_class`).
+    """
+    settings = find_coder_class(architecture, may_import=may_import).Settings
+    return _build_config_class(settings)  # type: ignore[arg-type]
+
+
+@functools.cache
+def _build_config_class(settings: Any) -> type[RunConfig]:
+    sae = ("sae", settings, field(default_factory=settings))
+    return dataclasses.make_dataclass("RunConfig", [sae], bases=(RunConfig,), frozen=True, kw_only=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,7 +222,7 @@ class CompareConfig:
             raise SaetrainError(f"--out {self.out}: must end in .json or .csv")
 
 
-def settings_sections(config: type = RunConfig) -> dict[str, type]:
+def settings_sections(config: type) -> dict[str, type]:
     """Return {field of ``config``: its settings class}."""
     hints = typing.get_type_hints(config)
     return {
@@ -215,15 +238,20 @@ POSITIONALS: dict[type, tuple[str, ...]] = {
 }
 
 
-def flag_types(config: type = RunConfig) -> dict[str, Any]:
+def flag_types(config: type) -> dict[str, Any]:
     """Return {flag without dashes: type} of all settings of ``config`` except the positionals."""
     out: dict[str, Any] = {}
     for cls in (*settings_sections(config).values(), config):
         hints = typing.get_type_hints(cls)
         out.update(
-            {item.name: hints[item.name] for item in dataclasses.fields(cls) if item.name not in settings_sections()}
+            {
+                item.name: hints[item.name]
+                for item in dataclasses.fields(cls)
+                if item.name not in settings_sections(config)
+            }
         )
-    return {name: hint for name, hint in out.items() if name not in POSITIONALS[config]}
+    positionals = next(names for cls, names in POSITIONALS.items() if issubclass(config, cls))
+    return {name: hint for name, hint in out.items() if name not in positionals}
 
 
 def to_flat(config: RunConfig) -> dict[str, Any]:
@@ -242,20 +270,21 @@ def from_flat(values: Mapping[str, Any], origin: str) -> RunConfig:
 
     Raises SaetrainError that names ``origin`` (a file) for unknown keys and for values of a wrong type.
     """
-    known = [*flag_types(), "model", "dataset"]
+    cls = config_class(values.get("architecture", RunConfig.architecture), may_import=False)
+    known = [*flag_types(cls), "model", "dataset"]
     for name in values:
         if name not in known:
             raise SaetrainError(f"{origin}: there is no setting '{name}'.{did_you_mean(str(name), known)}")
     sections: dict[str, Any] = {}
-    for section, cls in settings_sections().items():
-        names = {item.name for item in dataclasses.fields(cls)} & values.keys()
-        sections[section] = _build_settings(cls, {name: values[name] for name in names}, origin)
-    own = {item.name for item in dataclasses.fields(RunConfig)}
+    for section, settings in settings_sections(cls).items():
+        names = {item.name for item in dataclasses.fields(settings)} & values.keys()
+        sections[section] = _build_settings(settings, {name: values[name] for name in names}, origin)
+    own = {item.name for item in dataclasses.fields(cls)}
     rest = {name: values[name] for name in values if name in own}
     rest = {"model": "", "dataset": [], **rest}
     if isinstance(rest["dataset"], str):
         rest["dataset"] = [rest["dataset"]]
-    return RunConfig(**sections, **_coerce_values(RunConfig, rest, origin))
+    return cls(**sections, **_coerce_values(cls, rest, origin))
 
 
 def _build_settings(cls: type, values: Mapping[str, Any], origin: str) -> Any:

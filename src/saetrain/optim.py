@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -84,22 +84,13 @@ def recommended_lr(size: RunSize) -> float:
     )
 
 
-def resolve_lr(settings: OptimSettings, size: RunSize) -> float:
-    """Return the peak learning rate: the given value, or that of the rule."""
-    return recommended_lr(size) if settings.lr == "auto" else settings.lr
-
-
-def describe_unusual_lr(lr: float, size: RunSize) -> str | None:
-    """Return a warning about a learning rate that is far from the rule, or None."""
-    recommended = recommended_lr(size)
+def describe_unusual_lr(lr: float, recommended: float, size: str) -> str | None:
+    """Return a warning about a learning rate that is far from the rule's for a run of ``size``, or None."""
     ratio = lr / recommended
     if 1 / LR_WARNING_FACTOR <= ratio <= LR_WARNING_FACTOR:
         return None
     relation = f"{ratio:.1f} times" if ratio > 1 else f"1/{1 / ratio:.1f} of"
-    return (
-        f"--lr {lr:g} is {relation} the {recommended:.2g} that --lr auto would use for {size.num_latents} latents, "
-        f"k = {size.k} and {size.steps} steps of {size.tokens_per_step} tokens"
-    )
+    return f"--lr {lr:g} is {relation} the {recommended:.2g} that --lr auto would use for {size}"
 
 
 def describe_small_sgd_lr(lr: float) -> str | None:
@@ -199,6 +190,17 @@ class Optimizer:
                 moments = {key: torch.zeros_like(own, requires_grad=False) for key in ("exp_avg", "exp_avg_sq")}
                 self.torch_optimizer.state[own] = {"step": torch.zeros((), device=own.device), **moments}
 
+    @classmethod
+    def for_coder(cls, coder: Any, settings: OptimSettings) -> Optimizer:
+        """Return the optimizer of a coder, which obeys the coder's traits."""
+        is_unit_norm = coder.has_unit_norm_decoder
+        return cls(
+            dict(coder.named_parameters()),
+            settings,
+            project=coder.remove_parallel_gradient if is_unit_norm else lambda: None,
+            renormalize=coder.renormalize_decoder if is_unit_norm else lambda rows: None,
+        )
+
     def project_gradients(self) -> Tensor:
         """Project the gradients and return their norm before clipping."""
         # The fused optimizer runs over memory, so a gradient with other strides would update the wrong elements.
@@ -257,10 +259,9 @@ class Optimizer:
         return stored.T if stored.dim() == 2 and name in self._transposed else stored
 
     def zero_grad(self) -> None:
-        """Set the gradients to zero."""
+        """Discard the gradients."""
         for parameter in self._parameters.values():
-            if parameter.grad is not None:
-                parameter.grad.zero_()
+            parameter.grad = None
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the optimizer's tensors as ``{parameter.key: tensor}``."""

@@ -13,8 +13,8 @@ import saetrain
 ROOT = Path(saetrain.__file__).parent
 LEVELS = [
     {"errors", "types", "distributed", "atomic_io", "hub", "async_copy"},
-    {"losses", "metrics", "ops"},
-    {"data", "activations", "coders", "optim", "logs"},
+    {"losses", "metrics", "ops", "optim"},
+    {"data", "activations", "coders", "logs"},
     {"training", "evaluation", "interop"},
     {"config", "runs", "sae"},
     {"cli", "cli_help"},

@@ -16,7 +16,7 @@ import pytest
 from torch.distributed.run import get_args_parser as torchrun_parser
 
 from saetrain.cli import main
-from saetrain.config import CompareConfig, EvaluateConfig, flag_types
+from saetrain.config import CompareConfig, EvaluateConfig, config_class, flag_types
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -130,7 +130,13 @@ def test_flags_exist(page: Path) -> None:
     text = "\n".join(
         line for line in lines if not line.startswith(("pip ", "benchmarks/")) and "-m benchmarks" not in line
     )
-    known = {*flag_types(), *flag_types(EvaluateConfig), *flag_types(CompareConfig), "config", "help"}
+    known = {
+        *flag_types(config_class("topk")),
+        *flag_types(EvaluateConfig),
+        *flag_types(CompareConfig),
+        "config",
+        "help",
+    }
     known |= {action.dest for action in torchrun_parser()._actions} | {"nodes"}
     used = {flag.replace("-", "_") for flag in re.findall(r"(?<![\w-])--([a-z][\w-]*)", text)}
     assert used <= known, used - known

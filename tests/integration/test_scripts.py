@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 import saetrain
-from saetrain.config import flag_types
+from saetrain.config import config_class, flag_types
 from saetrain.training.trainer import TrainSettings
 
 ROOT = Path(__file__).parents[2]
@@ -304,5 +304,5 @@ def test_flags_of_the_scripts_exist() -> None:
     given = set()
     for script in (ROOT / "scripts").glob("*.sh"):
         given |= set(re.findall(r"(?:setting|vary|settings\+=\() ?(--\w+)", script.read_text()))
-    assert {flag[2:] for flag in given} <= set(flag_types())
+    assert {flag[2:] for flag in given} <= set(flag_types(config_class("topk")))
     assert len(given) > 10

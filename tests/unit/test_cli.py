@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from saetrain.cli import main, parse_train
-from saetrain.config import RunConfig, flag_types, from_flat, to_flat, write_yaml
+from saetrain.config import RunConfig, config_class, flag_types, from_flat, to_flat, write_yaml
 from saetrain.errors import SaetrainError
 
 BASE = ["bert-base-uncased", "wikitext"]
@@ -257,7 +257,7 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
 def test_every_setting_survives_the_flat_form() -> None:
     config = parse_train(BASE)
     assert from_flat(to_flat(config), "here") == config
-    assert set(to_flat(config)) == {*flag_types(), "model", "dataset"}
+    assert set(to_flat(config)) == {*flag_types(config_class("topk")), "model", "dataset"}
 
 
 def test_short_help_fits_on_a_screen_and_shows_real_defaults(capsys: pytest.CaptureFixture[str]) -> None:
@@ -270,7 +270,7 @@ def test_short_help_fits_on_a_screen_and_shows_real_defaults(capsys: pytest.Capt
     assert len(flags) >= 12
     for line in flags:
         name = line.split()[0].removeprefix("--")
-        assert name in {*flag_types(), "config"}, line
+        assert name in {*flag_types(config_class("topk")), "config"}, line
         default = re.search(r"\(default: (\S+)\)", line)
         if default is not None and real[name] is not None:
             assert str(real[name]).removeprefix("./").strip("[]") == default[1], line
@@ -285,9 +285,9 @@ def test_help_all_names_every_flag_and_imports_neither_transformers_nor_datasets
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    for name in flag_types():
+    for name in flag_types(config_class("topk")):
         assert f"--{name} " in done.stdout, name
-    assert done.stdout.count("(default:") >= len(flag_types())
+    assert done.stdout.count("(default:") >= len(flag_types(config_class("topk")))
 
 
 def test_errors_are_one_line_with_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,7 +25,6 @@ from saetrain.optim import (
     describe_unusual_lr,
     lr_factor,
     recommended_lr,
-    resolve_lr,
     resolve_warmup_steps,
 )
 
@@ -219,8 +218,6 @@ def test_the_page_has_the_rule_of_the_code() -> None:
 
 def test_the_rule_falls_with_width_and_length_and_rises_with_k() -> None:
     rule = recommended_lr(SIZE)
-    assert resolve_lr(OptimSettings(lr="auto"), SIZE) == rule
-    assert resolve_lr(OptimSettings(lr=0.3), SIZE) == 0.3
     assert recommended_lr(replace(SIZE, num_latents=2**16)) < rule < recommended_lr(replace(SIZE, num_latents=2**12))
     assert recommended_lr(replace(SIZE, steps=5000)) < rule < recommended_lr(replace(SIZE, steps=50))
     assert recommended_lr(replace(SIZE, k=16)) < rule < recommended_lr(replace(SIZE, k=64))
@@ -230,7 +227,7 @@ def test_the_rule_falls_with_width_and_length_and_rises_with_k() -> None:
     ("factor", "said"), [(1.0, None), (2.9, None), (3.1, "3.1 times"), (0.32, "1/3.1 of"), (50.0, "50.0 times")]
 )
 def test_rates_far_off_the_rule_are_remarked(factor: float, said: str | None) -> None:
-    remark = describe_unusual_lr(factor * recommended_lr(SIZE), SIZE)
+    remark = describe_unusual_lr(factor * recommended_lr(SIZE), recommended_lr(SIZE), "a run")
     assert (remark is None) if said is None else (remark is not None and said in remark and "--lr auto" in remark)
 
 

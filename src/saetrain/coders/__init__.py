@@ -2,7 +2,65 @@
 
 from __future__ import annotations
 
-from saetrain.coders.topk import TopK
+import importlib
+import os
+import sys
+from types import ModuleType
 
-CODERS = {"topk": TopK}
-"""Architecture name (as written in ``cfg.json``) -> class."""
+from saetrain.coders.base import CoderSettings, SparseCoder
+from saetrain.coders.topk import TopK
+from saetrain.errors import SaetrainError, did_you_mean
+
+__all__ = ["CODERS", "CoderSettings", "SparseCoder", "TopK", "architecture_name", "find_coder_class"]
+
+CODERS: dict[str, type[SparseCoder]] = {"topk": TopK}
+"""Architecture name (the value of ``--architecture``, and in ``cfg.json``) -> class."""
+
+
+def find_coder_class(name: str, *, may_import: bool) -> type[SparseCoder]:
+    """Return the class of an architecture: a name in CODERS, or ``package.module:Class``.
+
+    ``may_import``: import the module. It must be false for names that come from a file, because an import runs code;
+    then the module must have been imported before. Raises SaetrainError if there is no such class.
+    """
+    if name in CODERS:
+        return CODERS[name]
+    module_name, colon, class_name = name.partition(":")
+    if not colon:
+        raise SaetrainError(
+            f"--architecture {name}: no such architecture.{did_you_mean(name, list(CODERS))} saetrain has "
+            f"{', '.join(CODERS)}; your own class is package.module:Class"
+        )
+    module = sys.modules.get(module_name)
+    if module is None and may_import:
+        module = _import_module(name, module_name)
+    if module is None:
+        raise SaetrainError(
+            f"architecture {name}: your own code is not imported because a file names it; pass --architecture {name}, "
+            f"or import {module_name} first"
+        )
+    found = getattr(module, class_name, None)
+    if not isinstance(found, type) or not issubclass(found, SparseCoder):
+        raise SaetrainError(f"--architecture {name}: {module_name} has no class {class_name} derived from SparseCoder")
+    return found
+
+
+def _import_module(name: str, module_name: str) -> ModuleType:
+    # A console script does not search the current folder, unlike `python -m`.
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        return importlib.import_module(module_name)
+    except Exception as error:
+        raise SaetrainError(
+            f"--architecture {name}: {module_name} can't be imported: {type(error).__name__}: {error}"
+        ) from error
+
+
+def architecture_name(coder: SparseCoder) -> str:
+    """Return the architecture of a coder, as :func:`find_coder_class` takes it."""
+    cls = type(coder)
+    for name, registered in CODERS.items():
+        if registered is cls:
+            return name
+    return f"{cls.__module__}:{cls.__qualname__}"

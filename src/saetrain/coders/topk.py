@@ -5,45 +5,30 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from saetrain.coders.base import SparseCoder
+from saetrain.coders.base import CoderSettings, SparseCoder
 from saetrain.errors import SaetrainError
-from saetrain.losses import auxk_loss, reconstruction_loss
-from saetrain.ops import sparse_decode, topk_relu
-from saetrain.types import CoderOutput, Codes, StepContext, shown_default
+from saetrain.losses import auxk_loss
+from saetrain.ops import decode_codes, explicit_auxk, linear_topk, uses_plain_products
+from saetrain.optim import RunSize, recommended_lr
+from saetrain.types import Codes, Encoded, StepContext
 
 
 @dataclass(frozen=True, kw_only=True)
-class TopKSettings:
+class TopKSettings(CoderSettings):
     """SAE: size and sparsity."""
 
-    k: int = 192
-    """Active latents per token."""
-    expansion_factor: int = 32
-    """Number of latents per activation dimension."""
-    num_latents: Annotated[int | None, shown_default("width x expansion_factor", "INT")] = None
-    """Number of latents, instead of --expansion_factor."""
     auxk_alpha: float = 0.0
     """Weight of the AuxK loss, which trains dead latents to reconstruct the residual (Gao et al.: 0.03125)."""
 
     def __post_init__(self) -> None:
-        for name in ("k", "expansion_factor", "num_latents"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise SaetrainError(f"--{name} {value}: must be at least 1")
+        super().__post_init__()
         if self.auxk_alpha < 0:
             raise SaetrainError(f"--auxk_alpha {self.auxk_alpha}: must not be negative")
-
-    def resolve_num_latents(self, d_in: int) -> int:
-        """Return the number of latents for activations of width ``d_in``; raises SaetrainError if k is larger."""
-        num_latents = self.num_latents or d_in * self.expansion_factor
-        if self.k > num_latents:
-            raise SaetrainError(f"--k {self.k}: more than the {num_latents} latents")
-        return num_latents
 
 
 def default_k_aux(d_in: int) -> int:
@@ -54,10 +39,19 @@ def default_k_aux(d_in: int) -> int:
 class TopK(SparseCoder):
     """TopK coder: f = ReLU(TopK(W_enc (x - b_dec) + b_enc)), x̂ = W_dec f + b_dec."""
 
-    def __init__(self, d_in: int, num_latents: int, k: int, auxk_alpha: float = 0.0, seed: int = 0) -> None:
-        super().__init__(d_in, num_latents, seed)
+    Settings = TopKSettings
+
+    def __init__(
+        self, d_in: int, num_latents: int, k: int, auxk_alpha: float = 0.0, seed: int = 0, d_out: int | None = None
+    ) -> None:
+        super().__init__(d_in, num_latents, seed, d_out)
         assert 1 <= k <= num_latents, (k, num_latents)
         self.k, self.auxk_alpha = k, auxk_alpha
+
+    @classmethod
+    def build(cls, settings: Any, d_in: int, d_out: int | None = None, *, seed: int = 0) -> TopK:
+        """Return a coder with initial weights."""
+        return cls(d_in, settings.resolve_num_latents(d_in), settings.k, settings.auxk_alpha, seed, d_out)
 
     @classmethod
     def from_weights(cls, weights: Mapping[str, Tensor], k: int) -> TopK:
@@ -72,25 +66,49 @@ class TopK(SparseCoder):
         """Return the k largest pre-activations of each row; negative ones become zero."""
         assert x_ND.dim() == 2, tuple(x_ND.shape)
         assert x_ND.shape[1] == self.d_in, tuple(x_ND.shape)
-        pre_NF = torch.addmm(self.b_enc, x_ND - self.b_dec, self.W_enc)
-        return Codes(*topk_relu(pre_NF, self.k), self.num_latents)
+        return linear_topk(x_ND, self.W_enc.T, self.b_enc, self.k, self.b_dec if self.centres_input else None)
 
-    def losses(self, x_ND: Tensor, y_ND: Tensor, output: CoderOutput, progress: StepContext) -> dict[str, Tensor]:
+    def losses(self, y_ND: Tensor, encoded: Encoded, y_hat_ND: Tensor, ctx: StepContext) -> dict[str, Tensor]:
         """Return ``recon`` (the FVU) and, if a latent is dead and ``auxk_alpha`` is not 0, ``auxk``."""
-        n, variance = progress.n_tokens, progress.data_variance
-        terms = {"recon": reconstruction_loss(y_ND, output.reconstruction, n, variance)}
-        if self.auxk_alpha and progress.dead_mask is not None:
-            residual = (y_ND - output.reconstruction).detach()
-            terms["auxk"] = self.auxk_alpha * self._compute_auxk_loss(x_ND, residual, progress.dead_mask, progress)
+        terms = super().losses(y_ND, encoded, y_hat_ND, ctx)
+        if self.auxk_alpha and ctx.dead_mask is not None:
+            residual = (y_ND - y_hat_ND).detach()
+            terms["auxk"] = self._compute_auxk_loss(encoded.extras["x"], residual, ctx.dead_mask, ctx)
         return terms
 
-    def _compute_auxk_loss(self, x_ND: Tensor, residual_ND: Tensor, dead: Tensor, progress: StepContext) -> Tensor:
-        """Return the AuxK loss; its gradient reaches ``W_enc``, ``b_enc`` and ``W_dec``, but not ``b_dec``."""
-        dead_indices = dead.nonzero().squeeze(1)
+    def encode_train(self, x_ND: Tensor, ctx: StepContext) -> Encoded:
+        """Return the code of :meth:`encode`, and the input, which AuxK encodes with the dead latents."""
+        return Encoded(self.encode(x_ND), {"x": x_ND})
+
+    def _compute_auxk_loss(self, x_ND: Tensor, residual_ND: Tensor, dead: Tensor, ctx: StepContext) -> Tensor:
+        """Return the weighted AuxK loss; its gradient reaches ``W_enc``, ``b_enc`` and ``W_dec``, but not ``b_dec``."""
+        rows = dead.nonzero().squeeze(1)
         k_aux = default_k_aux(self.d_in)
-        k = min(k_aux, len(dead_indices))
-        pre = torch.addmm(self.b_enc[dead_indices], x_ND - self.b_dec.detach(), self.W_enc[:, dead_indices])
-        values, indices = topk_relu(pre, k)
-        estimate = sparse_decode(values, indices, self.W_dec[dead_indices])
-        dead_share = torch.tensor(min(len(dead_indices) / k_aux, 1.0), device=x_ND.device)
-        return auxk_loss(residual_ND, estimate, progress.n_tokens, progress.residual_variance, dead_share)
+        k, dead_share = min(k_aux, len(rows)), min(len(rows) / k_aux, 1.0)
+        encoder, bias, decoder = self.W_enc.T[rows], self.b_enc[rows], self.W_dec[rows]
+        centred = self.centre(x_ND).detach()
+        if not uses_plain_products():
+            tiny = torch.finfo(torch.float32).tiny
+            weight = self.auxk_alpha * dead_share / ctx.n_tokens / ctx.residual_variance.clamp_min(tiny)
+            return explicit_auxk(centred, residual_ND, encoder, bias, decoder, k=k, weight=weight)
+        estimate = decode_codes(linear_topk(centred, encoder, bias, k), decoder)
+        share = torch.tensor(dead_share, device=x_ND.device)
+        return self.auxk_alpha * auxk_loss(residual_ND, estimate, ctx.n_tokens, ctx.residual_variance, share)
+
+    @property
+    def uses_dead_latents(self) -> bool:
+        """Whether AuxK is enabled."""
+        return self.auxk_alpha > 0
+
+    @property
+    def dead_latents_advice(self) -> str | None:
+        """Advice to enable AuxK, unless it is enabled."""
+        return None if self.auxk_alpha else "pass --auxk_alpha 0.03125 to revive them"
+
+    def expected_l0(self) -> float:
+        """Return k."""
+        return float(self.k)
+
+    def recommended_lr(self, tokens_per_step: int, steps: int) -> float:
+        """Return the learning rate of the rule in docs/recipe.md."""
+        return recommended_lr(RunSize(self.num_latents, self.k, tokens_per_step, steps))

@@ -1,7 +1,13 @@
-"""Sparse products of a TopK SAE: a reference in plain PyTorch, and fast versions in PyTorch, C++ and Triton."""
+"""Sparse products of an SAE: autograd functions in PyTorch, and kernels in C++ and Triton."""
 
 from __future__ import annotations
 
-from saetrain.ops.reference import sparse_decode, topk_relu
+from saetrain.ops.functions import (
+    decode_codes,
+    explicit_auxk,
+    linear_topk,
+    plain_products,
+    uses_plain_products,
+)
 
-__all__ = ["sparse_decode", "topk_relu"]
+__all__ = ["decode_codes", "explicit_auxk", "linear_topk", "plain_products", "uses_plain_products"]

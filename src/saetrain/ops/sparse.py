@@ -131,3 +131,8 @@ def sort_pairs(indices_NK: Tensor, latents: int) -> SparsePairs:
     # bincount would synchronize with a GPU to read the largest index.
     starts.scatter_add_(0, flat + 1, torch.ones_like(flat)).cumsum_(0)
     return SparsePairs(starts, order, order.div(indices_NK.shape[1], rounding_mode="floor"))
+
+
+def next_power_of_2(number: int) -> int:
+    """Return the smallest power of two that is at least ``number``, and at least 1."""
+    return 1 << max(number - 1, 0).bit_length()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from saetrain.coders.topk import TopK, default_k_aux
 from saetrain.ops.auxk import AuxKGradients, compute_auxk_gradients
-from saetrain.ops.reference import next_power_of_2
+from saetrain.ops.sparse import next_power_of_2
 from saetrain.types import StepContext
 
 
@@ -52,7 +52,7 @@ def auxk_forward_backward(
     centred_ND: Tensor,
     residual_ND: Tensor,
     dead: DeadLatents,
-    progress: StepContext,
+    ctx: StepContext,
 ) -> AuxKGradients:
     """Return the weighted AuxK loss of ``dead`` and its gradients, as :meth:`TopK.losses` defines the loss.
 
@@ -62,7 +62,7 @@ def auxk_forward_backward(
     tiny = torch.finfo(torch.float32).tiny
     dead_share = dead.count / k_aux
     dead_share = dead_share.clamp_max(1.0) if isinstance(dead_share, Tensor) else min(dead_share, 1.0)
-    weight = coder.auxk_alpha * dead_share / progress.n_tokens
+    weight = coder.auxk_alpha * dead_share / ctx.n_tokens
     # Padding gets a pre-activation of -inf, so that ReLU makes its code and its gradient zero.
     is_padding = torch.arange(size, device=dead.rows.device) >= dead.count
     return compute_auxk_gradients(
@@ -72,5 +72,5 @@ def auxk_forward_backward(
         coder.b_enc.detach()[dead.rows].masked_fill_(is_padding, -torch.inf),
         weights["dec"][dead.rows],
         k=min(k_aux, size),
-        weight=weight / progress.residual_variance.clamp_min(tiny),
+        weight=weight / ctx.residual_variance.clamp_min(tiny),
     )

@@ -21,6 +21,8 @@ WINDOW_RUN_SHARE = 0.01
 """Share of the run's tokens in the default window."""
 WINDOW_FIRINGS = 10
 """Expected firings in the shortest default window of a latent with the mean firing rate, k / num_latents."""
+UNKNOWN_L0 = 32.0
+"""L0 that the shortest window assumes for coders that state none."""
 MIN_RATE_TOKENS = 50_000
 """Fewest tokens per block over which firing rates are measured."""
 
@@ -57,10 +59,10 @@ class DeadSettings:
                 "--dead_window_tokens and --dead_feature_threshold are the same setting: pass only --dead_window_tokens"
             )
 
-    def resolve_window(self, max_tokens: int, num_latents: int, k: int) -> int:
+    def resolve_window(self, max_tokens: int, num_latents: int, expected_l0: float | None) -> int:
         """Return the number of tokens without firing after which a latent is dead, in a run of ``max_tokens``."""
         given = self.dead_window_tokens or self.dead_feature_threshold
-        min_window = math.ceil(WINDOW_FIRINGS * num_latents / k)
+        min_window = math.ceil(WINDOW_FIRINGS * num_latents / (expected_l0 or UNKNOWN_L0))
         return given or min(MAX_WINDOW_TOKENS, max(min_window, int(max_tokens * WINDOW_RUN_SHARE)))
 
 

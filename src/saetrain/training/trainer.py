@@ -120,17 +120,18 @@ class SaeState:
             if runs_ahead
             else SpikeDetector()
         )
-        self._dead_count_bound = DeadCountBound(firing, DEVICE_LAG_STEPS) if runs_ahead and coder.auxk_alpha else None
+        needs_bound = runs_ahead and coder.uses_dead_latents
+        self._dead_count_bound = DeadCountBound(firing, DEVICE_LAG_STEPS) if needs_bound else None
         self._min_residual_variance = 1e-6 * data_variance
         self.grad_norm = torch.zeros((), device=device)
 
-    def forward_backward(self, batch: Tensor | SplicedBatch, progress: StepContext) -> None:
+    def forward_backward(self, batch: Tensor | SplicedBatch, ctx: StepContext) -> None:
         """Accumulate gradients and counts of one micro-batch of raw activations."""
         if isinstance(batch, SplicedBatch):
-            progress = replace(progress, n_tokens=batch.step_tokens)
-            stats = self.train_step.forward_backward(self.normalize_inputs(batch.raw_ND), progress, batch.objective)
+            x_ND, ctx = self.normalize_inputs(batch.raw_ND), replace(ctx, n_tokens=batch.step_tokens)
+            stats = self.train_step.forward_backward(x_ND, ctx, objective=batch.objective)
         else:
-            stats = self.train_step.forward_backward(self.normalize_inputs(batch), progress)
+            stats = self.train_step.forward_backward(self.normalize_inputs(batch), ctx)
         self.stats = stats if self.stats is None else self.stats.merge_with(stats)
 
     def add_to_buckets(self, buckets: GradientBuckets) -> None:
@@ -146,20 +147,21 @@ class SaeState:
         known_tokens = tokens if isinstance(self.train_step, DeviceStep) else None
         self.stats, self._packed_stats = self.stats.unpack_row(self._packed_stats, known_tokens), None
 
-    def build_progress(self, step: int, tokens: int) -> StepContext:
+    def build_context(self, step: int, tokens: int, total_steps: int) -> StepContext:
         """Return the inputs of the coder's loss for step ``step`` over ``tokens`` tokens."""
         bound = self._dead_count_bound
         max_dead = None if bound is None else bound.max_dead_count(tokens)
         dead = None
-        if self.coder.auxk_alpha:
+        if self.coder.uses_dead_latents:
             dead = (
                 self.firing.dead_mask_or_none() if max_dead is None else self.firing.dead_mask() if max_dead else None
             )
-        return StepContext(step, tokens, dead, self.data_variance, self.residual_variance, max_dead)
+        return StepContext(step, tokens, dead, self.data_variance, self.residual_variance, max_dead, total_steps)
 
-    def step_unless_spike(self, name: str, step: int, lr: float) -> None:
+    def step_unless_spike(self, name: str, lr: float, ctx: StepContext) -> None:
         """Apply the optimizer step, or skip it if its loss is a spike."""
         assert self.stats is not None
+        step = ctx.step + 1
         loss, bound = torch.stack(list(self.stats.losses.values())).sum(), self.train_step.norm_bound()
         if isinstance(self._spike_detector, DeviceSpikeDetector):
             assert isinstance(self.train_step, DeviceStep)
@@ -168,6 +170,7 @@ class SaeState:
             self._record_step(self.train_step.optimizer_step(lr, ok), lr, ok)
         elif self._spike_detector.check_step(name, step, float(loss), float(bound)):
             self._record_step(self.train_step.optimizer_step(lr), lr)
+            self.coder.after_step(self.stats.sums, ctx)
         else:
             self.train_step.zero_grad()
 
@@ -228,7 +231,7 @@ class SaeState:
     def state_dict(self) -> dict[str, Tensor]:
         """Return everything that training changes, as tensors, for a checkpoint."""
         return {
-            **{f"coder.{name}": value.detach() for name, value in self.coder.named_parameters()},
+            **{f"coder.{name}": value.detach() for name, value in self.coder.state_dict(keep_vars=True).items()},
             **{f"optimizer.{name}": value for name, value in self.train_step.state_dict().items()},
             **{f"firing.{name}": value for name, value in self.firing.state_dict().items()},
             "residual_variance": self.residual_variance,
@@ -244,8 +247,8 @@ class SaeState:
             if "." in name:
                 head, rest = name.split(".", 1)
                 parts[head][rest] = value
-        for name, parameter in self.coder.named_parameters():
-            parameter.copy_(parts["coder"][name])
+        for name, value in self.coder.state_dict(keep_vars=True).items():
+            value.copy_(parts["coder"][name])
         self.train_step.load_state_dict(parts["optimizer"])
         self.firing.load_state_dict(parts["firing"])
         # A run that was started with other kernels has no such entry.
@@ -295,7 +298,10 @@ class Trainer:
         while it runs. Returns the known spikes: those of this step or, if the host runs ahead of the device, those of
         the step DEVICE_LAG_STEPS before.
         """
-        progress = {name: sae.build_progress(self.step, self.tokens_per_step) for name, sae in self.saes.items()}
+        contexts = {
+            name: sae.build_context(self.step, self.tokens_per_step, self.total_steps)
+            for name, sae in self.saes.items()
+        }
         factor = lr_factor(self.step, self.total_steps, self._warmup_steps)
         for sae in self.saes.values():
             sae.stats = None
@@ -303,12 +309,12 @@ class Trainer:
         for micro in range(self.settings.grad_acc_steps):
             batch = get_micro_batch(self.step * self.settings.grad_acc_steps + micro)
             for name, sae in self.saes.items():
-                self._forward_backward(name, batch[sae.hookpoint], progress[name])
+                self._forward_backward(name, batch[sae.hookpoint], contexts[name])
                 if micro < self.settings.grad_acc_steps - 1:
                     continue
                 # Each SAE finishes its step before the next one starts, so that they can share the workspace.
                 if not self.is_data_parallel:
-                    sae.step_unless_spike(name, self.step + 1, sae.peak_lr * factor)
+                    sae.step_unless_spike(name, sae.peak_lr * factor, contexts[name])
                     continue
                 if sae is first_sae:
                     before_reduce()
@@ -319,7 +325,7 @@ class Trainer:
             buckets.wait()
             for name, sae in self.saes.items():
                 sae.unpack_reduced(self.tokens_per_step)
-                sae.step_unless_spike(name, self.step + 1, sae.peak_lr * factor)
+                sae.step_unless_spike(name, sae.peak_lr * factor, contexts[name])
         self.step += 1
         return self._pop_spikes(wait=False)
 
@@ -331,9 +337,9 @@ class Trainer:
         found = [spike for name, sae in self.saes.items() for spike in sae.pop_spikes(name, wait=wait)]
         return sorted(found, key=lambda spike: spike.step)
 
-    def _forward_backward(self, name: str, batch: Tensor | SplicedBatch, progress: StepContext) -> None:
+    def _forward_backward(self, name: str, batch: Tensor | SplicedBatch, ctx: StepContext) -> None:
         try:
-            self.saes[name].forward_backward(batch, progress)
+            self.saes[name].forward_backward(batch, ctx)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise

@@ -20,7 +20,7 @@ from saetrain.errors import SaetrainError
 from saetrain.evaluation.baselines import PCA, RandomDecoder, RunningMoments
 from saetrain.evaluation.loss_recovered import SplicePolicy, iter_lm_batches, keep_all_tokens
 from saetrain.evaluation.score import Baselines, EvalTarget, MetricResult, ScoreSettings, score_losses
-from saetrain.types import CoderOutput, Codes, StepContext, TokenSequence
+from saetrain.types import Codes, TokenSequence
 
 CAUSAL_AT, MASKED_AT, ENCODER_AT = "h.1", "encoder.layer.1", "encoder.layer.3"
 KEPT = SplicePolicy(build_token_policy(exclude_special=True, exclude_first=True))
@@ -40,11 +40,8 @@ class Given(TopK):
     def encode(self, x_ND: Tensor) -> Codes:
         return Codes(x_ND, None, self.d_in)
 
-    def decode(self, codes: Codes) -> Tensor:
+    def decode(self, codes: Codes, x_ND: Tensor | None = None) -> Tensor:
         return self.rebuild(codes.values)
-
-    def losses(self, x_ND: Tensor, y_ND: Tensor, output: CoderOutput, progress: StepContext) -> dict[str, Tensor]:
-        raise NotImplementedError
 
 
 def nulls_on(x: Tensor, coder: TopK) -> Baselines:

@@ -12,7 +12,6 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from saetrain.activations.normalize import Normalizer
 from saetrain.cli import parse_train
-from saetrain.coders.folding import fold_normalizer
 from saetrain.coders.topk import TopK
 from saetrain.data.mlm_masking import select_masked_positions
 from saetrain.errors import SaetrainError
@@ -21,7 +20,7 @@ from saetrain.runs.train.builders import build_trainer
 from saetrain.runs.train.end_to_end import SplicedBatchBuilder
 from saetrain.runs.train.setup import RunContext, prepare_run
 from saetrain.training.trainer import SaeState
-from saetrain.types import CoderOutput, Codes, TokenSequence
+from saetrain.types import Codes, TokenSequence
 
 SIZES = "--layers 1 --k 4 --num_latents 64 --batch_size 3 --grad_acc_steps 2 --ctx_len 24 --max_tokens 2880"
 SEED = 42
@@ -46,7 +45,7 @@ class Ready:
         self.sae.coder.zero_grad()
         for number in range(2):
             batch: Any = self.feed.get_micro_batch(number)[self.hookpoint]
-            self.sae.forward_backward(batch, self.sae.build_progress(0, self.trainer.tokens_per_step))
+            self.sae.forward_backward(batch, self.sae.build_context(0, self.trainer.tokens_per_step, 1))
         return {name: p.grad.clone() for name, p in self.sae.coder.named_parameters() if p.grad is not None}
 
     def sequences(self) -> list[TokenSequence]:
@@ -168,8 +167,8 @@ def terms_of(made: Ready, coder: TopK) -> dict[str, float]:
     batch: Any = made.feed.get_micro_batch(0)[made.hookpoint]
     x = made.normalizer(batch.raw_ND)
     with torch.no_grad():
-        output = CoderOutput(coder.encode(x), coder.decode(coder.encode(x)), {"recon": torch.zeros(())})
-        return {name: float(value) for name, value in batch.objective(output).items()}
+        terms = batch.objective(coder.decode(coder.encode(x)), {"recon": torch.zeros(())})
+        return {name: float(value) for name, value in terms.items()}
 
 
 @MODELS
@@ -221,7 +220,8 @@ def test_a_bfloat16_model_is_scored_in_float32(model: str, ready: Callable[..., 
     made = ready(model, "--loss_fn", "kl", "--dtype", "bfloat16")
     # Their principal axes differ, so the same SAE has other weights there.
     turn = made.normalizer.axes.T @ wide.normalizer.axes
-    same = fold_normalizer(wide.sae.coder, torch.zeros(32), 1.0, turn)
+    turned = Normalizer(torch.zeros(32), 1.0, turn, 1.0, float("inf"))
+    same = wide.sae.coder.folded(turned, turned)
     made.sae.coder.load_state_dict(same.state_dict())
     found, expected = made.gradients(), wide.gradients()
     found |= {"W_enc": turn.T @ found["W_enc"], "W_dec": found["W_dec"] @ turn, "b_dec": found["b_dec"] @ turn}

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from saetrain.coders.topk import TopK
 from saetrain.optim import Optimizer, OptimSettings
-from saetrain.training.steps.base import ReferenceStep, TrainStep
+from saetrain.training.steps.autograd import AutogradStep
+from saetrain.training.steps.base import TrainStep
 from saetrain.types import StepContext
 
 Shape = tuple[int, int, int, int, int]
@@ -18,17 +19,8 @@ Batch = tuple[Tensor, StepContext]
 CoderAndStep = tuple[TopK, TrainStep]
 
 
-def build_optimizer(coder: TopK, settings: OptimSettings) -> Optimizer:
-    return Optimizer(
-        dict(coder.named_parameters()),
-        settings,
-        project=coder.remove_parallel_gradient,
-        renormalize=coder.renormalize_decoder,
-    )
-
-
 def build_reference(coder: TopK, settings: OptimSettings, no_accumulation: bool = False) -> TrainStep:
-    return ReferenceStep(coder, build_optimizer(coder, settings))
+    return AutogradStep(coder, Optimizer.for_coder(coder, settings), is_plain=True)
 
 
 def make_coder(shape: Shape) -> TopK:

@@ -12,15 +12,14 @@ import torch
 from torch import Tensor
 
 from saetrain.coders.topk import TopK
-from saetrain.optim import OptimSettings
+from saetrain.optim import Optimizer, OptimSettings
 from saetrain.training.steps import native
+from saetrain.training.steps.autograd import AutogradStep
 from saetrain.training.steps.base import TrainStep
 from saetrain.training.steps.native import NativeStep
-from saetrain.training.steps.pytorch import TorchStep
 from tests.unit.training.step_checks import (
     CoderAndStep,
     Shape,
-    build_optimizer,
     build_reference,
     check_discarded_step,
     check_latents_that_do_not_fire,
@@ -38,7 +37,7 @@ Build = Callable[[TopK, OptimSettings, bool], TrainStep]
 
 def by_torch(use_bf16: bool) -> Build:
     dtype = torch.bfloat16 if use_bf16 else torch.float32
-    return lambda coder, settings, no_accumulation: TorchStep(coder, build_optimizer(coder, settings), dtype)
+    return lambda coder, settings, no_accumulation: AutogradStep(coder, Optimizer.for_coder(coder, settings), dtype)
 
 
 def by_native(use_bf16: bool) -> Build:
@@ -233,8 +232,6 @@ def test_rows_with_fewer_than_k_positive_values(name: str) -> None:
     with torch.no_grad():
         for each in (plain, coder):
             each.b_enc.fill_(-0.75)
-    if isinstance(two, TorchStep):
-        two._weight_copies = None
     x = make_data(20, 12).bfloat16().float()
     expected, found = one.forward_backward(x, make_context(shape)), two.forward_backward(x, make_context(shape))
     assert 0 < int(expected.fired.sum()) < 20 * 8

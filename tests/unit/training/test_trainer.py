@@ -9,7 +9,7 @@ from saetrain.coders.topk import TopK
 from saetrain.optim import Optimizer, OptimSettings, lr_factor
 from saetrain.training.dead_latents import FiringTracker
 from saetrain.training.preemption import Preempted
-from saetrain.training.steps.base import ReferenceStep
+from saetrain.training.steps.autograd import AutogradStep
 from saetrain.training.trainer import SaeState, Trainer, TrainSettings
 
 D, F, N = 6, 15, 40
@@ -17,16 +17,10 @@ D, F, N = 6, 15, 40
 
 def make(micro_steps: int = 1, *, shared: bool = False, lift: float = 0.0, auxk_alpha: float = 0.5) -> Trainer:
     coder = TopK(D, F, 2, auxk_alpha=auxk_alpha, seed=3)
-    optimizer = Optimizer(
-        dict(coder.named_parameters()),
-        OptimSettings(),
-        project=coder.remove_parallel_gradient,
-        renormalize=coder.renormalize_decoder,
-    )
-    engine = ReferenceStep(coder, optimizer)
+    step = AutogradStep(coder, Optimizer.for_coder(coder, OptimSettings()), is_plain=True)
     firing = FiringTracker(F, 30, 0.01, torch.device("cpu"))
     about = {"data_variance": float(D), "mse_per_fvu": 1.0, "peak_lr": 0.01}
-    sae = SaeState("h", coder, lambda x: x, engine, firing, **about, seed=3, dead_bias_lr_multiplier=lift)
+    sae = SaeState("h", coder, lambda x: x, step, firing, **about, seed=3, dead_bias_lr_multiplier=lift)
     settings = TrainSettings(max_tokens=100 * N, grad_acc_steps=micro_steps)
     return Trainer({"h": sae}, settings, tokens_per_step=N, warmup_steps=0, is_data_parallel=shared)
 

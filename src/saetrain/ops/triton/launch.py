@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from saetrain.ops.reference import next_power_of_2
+from saetrain.ops.sparse import next_power_of_2
 from saetrain.ops.triton import kernels as triton_kernels
 from saetrain.ops.triton import topk as triton_topk
 

@@ -11,16 +11,15 @@ from torch import Tensor
 
 from saetrain import distributed
 from saetrain.activations.normalize import Normalizer, fit_normalizers
-from saetrain.coders.folding import unfold_normalizer_
-from saetrain.coders.topk import TopK
+from saetrain.coders import SparseCoder
 from saetrain.config import RunConfig
 from saetrain.distributed import env
 from saetrain.errors import SaetrainError
 from saetrain.interop.finetune import load_for_finetune
 from saetrain.logs.console import log_rank0
-from saetrain.optim import resolve_lr, resolve_warmup_steps
-from saetrain.runs.train.choose_step import build_train_step, choose_kernels
-from saetrain.runs.train.setup import RunContext, read_calibration_sample
+from saetrain.optim import resolve_warmup_steps
+from saetrain.runs.train.choose_step import build_train_step, choose_kernels, step_request
+from saetrain.runs.train.setup import RunContext, read_calibration_sample, resolve_lr
 from saetrain.training.checkpoint import Checkpoint
 from saetrain.training.dead_latents import FiringTracker
 from saetrain.training.trainer import SaeState, Trainer
@@ -117,27 +116,24 @@ def _build_normalizers(
     return normalizers
 
 
-def build_coder(run: RunContext, hookpoint: str, normalizer: Normalizer, seed: int, *, fresh: bool) -> TopK:
+def build_coder(run: RunContext, hookpoint: str, normalizer: Normalizer, seed: int, *, fresh: bool) -> SparseCoder:
     """Return a coder with initial weights, or with those of --finetune unfolded to take normalized activations."""
-    settings, device = run.config.sae, run.model.device
-    width = len(normalizer.mean)
-    coder = TopK(width, settings.resolve_num_latents(width), settings.k, settings.auxk_alpha, seed).to(device)
+    coder = run.config.coder_class.build(run.config.sae, len(normalizer.mean), seed=seed).to(run.model.device)
     if run.config.finetune is not None and fresh:
         remark = load_for_finetune(run.config.finetune, hookpoint, coder, run.weights_sha256)
         log_rank0(f"{hookpoint}: starts from the SAE in {run.config.finetune}")
         if remark:
             log_rank0(remark)
-        unfold_normalizer_(coder, normalizer.mean, normalizer.scale, normalizer.axes)
+        coder.unfold_(normalizer, normalizer)
     return coder
 
 
-def build_sae_state(run: RunContext, hookpoint: str, coder: TopK, normalizer: Normalizer, seed: int) -> SaeState:
+def build_sae_state(run: RunContext, hookpoint: str, coder: SparseCoder, normalizer: Normalizer, seed: int) -> SaeState:
     """Return the training state of one coder."""
     config: RunConfig = run.config
     device: torch.device = run.model.device
-    lr = resolve_lr(config.optim, run.plan.run_size(coder.num_latents, coder.k))
-    kernels = choose_kernels(config.compute, config.optim, config.train.loss_fn, device)
-    window = config.dead.resolve_window(config.train.max_tokens, coder.num_latents, coder.k)
+    kernels = choose_kernels(config.compute, step_request(config, device))
+    window = config.dead.resolve_window(config.train.max_tokens, coder.num_latents, coder.expected_l0())
     return SaeState(
         hookpoint,
         coder,
@@ -148,8 +144,8 @@ def build_sae_state(run: RunContext, hookpoint: str, coder: TopK, normalizer: No
         FiringTracker(coder.num_latents, window, config.dead.dead_percentage_threshold, device),
         data_variance=normalizer.scaled_variance,
         mse_per_fvu=normalizer.variance / coder.d_in,
-        peak_lr=lr,
+        peak_lr=resolve_lr(run, coder),
         seed=seed,
-        dead_bias_lr_multiplier=config.dead_bias_lr_multiplier,
+        dead_bias_lr_multiplier=config.dead_bias_lr_multiplier if coder.lifts_dead_biases else 0.0,
         stop_on_spike=config.train.on_spike == "stop",
     )

@@ -12,7 +12,7 @@ from saetrain.distributed import env
 from saetrain.optim import resolve_warmup_steps
 from saetrain.runs.train.batches import build_batch_source
 from saetrain.runs.train.builders import sae_names
-from saetrain.runs.train.choose_step import choose_kernels
+from saetrain.runs.train.choose_step import choose_kernels, step_request
 from saetrain.runs.train.memory import (
     FP32_BYTES,
     available_memory_bytes,
@@ -33,7 +33,7 @@ def report_dry_run(run: RunContext, trainer: Trainer, normalizers: dict[str, Nor
     """Print model, SAEs, memory, disk, steps and an estimate of the time, for which a few steps are trained."""
     plan = run.plan
     _print_rank0(f"model       {run.model.name} on {run.model.device}, {run.model.dtype}")
-    kernels = choose_kernels(run.config.compute, run.config.optim, run.config.train.loss_fn, run.model.device)
+    kernels = choose_kernels(run.config.compute, step_request(run.config, run.model.device))
     _print_rank0(f"kernels     {kernels.kernels}, products in {kernels.compute_dtype}")
     for name, sae in trainer.saes.items():
         count = sum(parameter.numel() for parameter in sae.coder.parameters())

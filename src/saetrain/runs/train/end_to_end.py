@@ -27,7 +27,7 @@ from saetrain.errors import SaetrainError, is_out_of_memory
 from saetrain.losses import cross_entropy, kl_divergence
 from saetrain.training.steps.base import SplicedBatch
 from saetrain.training.trainer import TrainSettings
-from saetrain.types import CoderOutput, TokenSequence
+from saetrain.types import TokenSequence
 
 INDEX_BITS = 40
 """Low bits of a mask's seed that hold the number of the sequence."""
@@ -191,16 +191,16 @@ class SplicedBatchBuilder:
             self._head.compute_logits(lm_batch.input_ids, lm_batch.attention_mask)[lm_batch.scored_mask]
         )
 
-    def _loss_terms(self, splice: _Splice, output: CoderOutput) -> dict[str, Tensor]:
+    def _loss_terms(self, splice: _Splice, y_hat_ND: Tensor, coder_terms: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the model's loss, as a mean over the step's scored positions, and the coder's terms that are kept."""
-        rows_ND = self._normalizer.denormalize(output.reconstruction)
+        rows_ND = self._normalizer.denormalize(y_hat_ND)
         with splice_output(self._module, lambda x_BSD: replace_positions(x_BSD, splice.splice_mask, rows_ND)):
             log_probs = self._log_probs(splice.lm_batch)
         if splice.clean_log_probs is None:
             loss = cross_entropy(log_probs, splice.lm_batch.targets)
         else:
             loss = kl_divergence(splice.clean_log_probs, log_probs)
-        terms = {self._settings.loss_fn: loss / splice.n_scored, **output.losses}
+        terms = {self._settings.loss_fn: loss / splice.n_scored, **coder_terms}
         recon = terms.pop("recon")
         if self._settings.e2e_recon_weight:
             terms["recon"] = self._settings.e2e_recon_weight * recon

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from saetrain.activations.model import DTYPES
+from saetrain.coders import SparseCoder
 from saetrain.config import RunConfig
 from saetrain.distributed import env
 from saetrain.logs.console import log_rank0
-from saetrain.optim import RunSize, describe_small_sgd_lr, describe_unusual_lr, resolve_lr
+from saetrain.optim import describe_small_sgd_lr, describe_unusual_lr
 from saetrain.runs.train.builders import sae_names
-from saetrain.runs.train.choose_step import choose_kernels
+from saetrain.runs.train.choose_step import choose_kernels, step_request
 from saetrain.runs.train.setup import RunContext
 from saetrain.training.dead_latents import min_dead_fraction
 from saetrain.training.trainer import Trainer
@@ -21,7 +22,7 @@ from saetrain.training.trainer import Trainer
 def build_run_metadata(run: RunContext, trainer: Trainer) -> dict[str, Any]:
     """Return the metadata that all SAEs of the run share: model, text, token policy and training."""
     config = run.config
-    kernels = choose_kernels(config.compute, config.optim, config.train.loss_fn, run.model.device)
+    kernels = choose_kernels(config.compute, step_request(config, run.model.device))
     return {
         "model": absolute_location(config.model),
         "model_revision": run.model.revision,
@@ -71,7 +72,7 @@ def log_run_start(run: RunContext, trainer: Trainer) -> None:
     if 0 < trainer.step < trainer.total_steps:
         log_rank0(f"{trainer.total_steps - trainer.step} of {trainer.total_steps} steps are left")
     count = len(sae_names(run))
-    kernels = choose_kernels(config.compute, config.optim, config.train.loss_fn, run.model.device)
+    kernels = choose_kernels(config.compute, step_request(config, run.model.device))
     log_rank0(f"kernels: {kernels.kernels}, products in {kernels.compute_dtype} (--kernels, --compute_dtype)")
     if trainer.step == trainer.total_steps:
         log_rank0(f"all {trainer.total_steps} steps are done; writing and evaluating the SAEs again")
@@ -88,18 +89,19 @@ def log_run_start(run: RunContext, trainer: Trainer) -> None:
         )
     if config.dead.dead_feature_threshold is not None:
         log_rank0("--dead_feature_threshold is deprecated: use --dead_window_tokens")
-    widths = sorted({sae.coder.d_in for sae in trainer.saes.values() if config.sae.k >= sae.coder.d_in})
+    coders = [sae.coder for sae in trainer.saes.values()]
+    widths = sorted({coder.d_in for coder in coders if config.sae.k >= coder.d_in})
     if widths:
         log_rank0(
             f"--k {config.sae.k} is at least the activation width {widths[0]}, so the code is not sparse; lower --k"
         )
-    if not config.dead_bias_lr_multiplier and not config.sae.auxk_alpha:
-        log_rank0("dead latents stay dead in this run; pass --auxk_alpha 0.03125 to revive them")
-    for latents in sorted({sae.coder.num_latents for sae in trainer.saes.values()}):
-        remark = _describe_lr_risk(config, plan.run_size(latents, config.sae.k))
+    for coder in {coder.num_latents: coder for coder in coders}.values():
+        if not config.dead_bias_lr_multiplier and coder.dead_latents_advice:
+            log_rank0(f"dead latents stay dead in this run; {coder.dead_latents_advice}")
+        remark = _describe_lr_risk(run, coder)
         if remark:
             log_rank0(remark)
-        warn_unreachable_threshold(config.sae.k, latents, config.dead.dead_percentage_threshold)
+        warn_unreachable_threshold(coder, config.dead.dead_percentage_threshold)
 
 
 def describe_lrs(config: RunConfig, trainer: Trainer) -> str:
@@ -108,21 +110,29 @@ def describe_lrs(config: RunConfig, trainer: Trainer) -> str:
     return " and ".join(found) + (" (--lr auto)" if config.optim.lr == "auto" else "")
 
 
-def _describe_lr_risk(config: RunConfig, size: RunSize) -> str | None:
+def _describe_lr_risk(run: RunContext, coder: SparseCoder) -> str | None:
     """Return a warning about an unusual learning rate, or None."""
-    lr = resolve_lr(config.optim, size)
-    if config.optim.optimizer == "sgd":
+    lr, plan = run.config.optim.lr, run.plan
+    recommended = coder.recommended_lr(plan.tokens_per_step, plan.steps)
+    if lr == "auto":
+        return None
+    if run.config.optim.optimizer == "sgd":
         return describe_small_sgd_lr(lr)
-    return describe_unusual_lr(lr, size) if config.has_lr_rule else None
+    if recommended is None or not run.config.has_lr_rule:
+        return None
+    size = f"{coder.num_latents} latents, L0 {coder.expected_l0():g} and {plan.steps} steps of {plan.tokens_per_step}"
+    return describe_unusual_lr(lr, recommended, f"{size} tokens")
 
 
-def warn_unreachable_threshold(k: int, latents: int, threshold: float) -> None:
+def warn_unreachable_threshold(coder: SparseCoder, threshold: float) -> None:
     """Log a warning if the rate rule counts some latents as dead whatever the training does."""
-    bound = min_dead_fraction(k, latents, threshold)
-    if bound > 0:
+    l0 = coder.expected_l0()
+    bound = min_dead_fraction(l0, coder.num_latents, threshold) if l0 is not None else 0.0
+    if l0 is not None and bound > 0:
         log_rank0(
-            f"with k = {k} at most {int(k / threshold):,} of {latents:,} latents can fire on {threshold:.3%} of "
-            f"tokens, so at least {bound:.1%} count as dead by --dead_percentage_threshold whatever the training does"
+            f"with an L0 of {l0:g} at most {int(l0 / threshold):,} of {coder.num_latents:,} latents can fire on "
+            f"{threshold:.3%} of tokens, so at least {bound:.1%} count as dead by --dead_percentage_threshold whatever "
+            "the training does"
         )
 
 

@@ -22,7 +22,7 @@ from saetrain.runs.run_dir import (
 )
 from saetrain.runs.train import gather
 from saetrain.runs.train.builders import build_trainer, sae_names
-from saetrain.runs.train.choose_step import choose_kernels
+from saetrain.runs.train.choose_step import choose_kernels, step_request
 from saetrain.runs.train.dry_run import report_dry_run
 from saetrain.runs.train.loop import TrainLoop
 from saetrain.runs.train.resume import fit_batch, reconcile_with_checkpoint, require_same_run
@@ -74,8 +74,8 @@ def _choose_kernels_on_ranks(config: RunConfig) -> None:
     if device.type == "cuda" and device.index is not None:
         # Triton launches on torch's current device, whatever device its inputs are on.
         torch.cuda.set_device(device)
-    arguments = (config.compute, config.optim, config.train.loss_fn, device)
-    chosen = distributed.local_rank0_first("building the kernels", lambda: choose_kernels(*arguments))
+    request = step_request(config, device)
+    chosen = distributed.local_rank0_first("building the kernels", lambda: choose_kernels(config.compute, request))
     gather.require_equal_on_ranks({"the type of --device": device.type})
     gather.require_equal_on_ranks({"--kernels": chosen.kernels, "--compute_dtype": chosen.compute_dtype})
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 from saetrain.activations.normalize import Normalizer
-from saetrain.coders.folding import fold_normalizer
-from saetrain.coders.topk import TopK
 from saetrain.evaluation.evaluator import EvalTarget
 from saetrain.interop.saetrain_format import save_sae
 from saetrain.logs.jsonl import replace_non_finite
@@ -24,7 +23,7 @@ def fold_coders(trainer: Trainer, normalizers: Mapping[str, Normalizer]) -> dict
     targets = {}
     for name, sae in trainer.saes.items():
         inputs = normalizers[sae.hookpoint]
-        coder = fold_normalizer(sae.coder, inputs.mean, inputs.scale, inputs.axes)
+        coder = sae.coder.folded(inputs, inputs).for_inference()
         targets[name] = EvalTarget(sae.hookpoint, coder, inputs.mean)
     return targets
 
@@ -43,7 +42,7 @@ def save_saes(
     """
     run_metadata, rank_gather = build_run_metadata(context, trainer), RankGather(context)
     targets = fold_coders(trainer, normalizers)
-    weights = {name: dict(target.coder.named_parameters()) for name, target in targets.items()}
+    weights = {name: target.coder.state_dict() for name, target in targets.items()}
     for name, tensors in rank_gather.gather_tensors(weights, "sending SAEs").items():
         hookpoint, seed = rank_gather.names[name]
         metadata = {
@@ -54,6 +53,10 @@ def save_saes(
             "norm_limit": context.extractor.norm_limits.get(hookpoint),
             "held_out_figures": replace_non_finite(metrics[name]),
         }
-        coder = TopK.from_weights(tensors, context.config.sae.k)
+        # A rank builds the coders of other ranks, whose initial weights are then replaced.
+        width, latents = tensors["W_dec"].shape[1], tensors["W_dec"].shape[0]
+        settings = dataclasses.replace(context.config.sae, num_latents=latents)
+        coder = context.config.coder_class.build(settings, width).for_inference()
+        coder.load_state_dict(tensors)
         with report_write_errors():
             save_sae(directory / SAES_DIR / name, coder, metadata, context.config.output.save_sparsify)

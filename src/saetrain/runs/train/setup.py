@@ -19,6 +19,7 @@ from saetrain.activations.hookpoints import resolve_hookpoints
 from saetrain.activations.lm_head import LMHeadModel
 from saetrain.activations.model import DTYPES, BaseModel, hash_model_weights, load_model
 from saetrain.activations.normalize import compute_norm_limits
+from saetrain.coders import SparseCoder
 from saetrain.config import RunConfig
 from saetrain.data.packing import Sequences
 from saetrain.data.sharded import ShardedSource
@@ -27,9 +28,9 @@ from saetrain.data.tokenize import DEFAULT_CTX_LEN, Framing, load_tokenizer
 from saetrain.distributed import env
 from saetrain.errors import SaetrainError
 from saetrain.logs.console import log_rank0
-from saetrain.optim import RunSize, resolve_lr, resolve_warmup_steps
+from saetrain.optim import resolve_warmup_steps
 from saetrain.runs.text_data import load_text
-from saetrain.runs.train.choose_step import choose_kernels
+from saetrain.runs.train.choose_step import choose_kernels, step_request
 from saetrain.runs.train.end_to_end import load_lm_head_model, require_mask_token, require_one_hookpoint
 from saetrain.runs.train.memory import check_memory, count_sae_parameters
 from saetrain.training.placement import Placement, SaeCost, plan_placement
@@ -55,10 +56,6 @@ class BatchPlan:
     def n_tokens(self) -> int:
         """Number of activations that the run trains on."""
         return self.steps * self.tokens_per_step
-
-    def run_size(self, num_latents: int, k: int) -> RunSize:
-        """Return the inputs of the rule for --lr auto."""
-        return RunSize(num_latents, k, self.tokens_per_step, self.steps)
 
     @property
     def train_tokens(self) -> int | None:
@@ -276,6 +273,17 @@ def held_out_batches(run: RunContext) -> Iterator[dict[str, Tensor]]:
                 yield batch.values
 
 
+def resolve_lr(run: RunContext, coder: SparseCoder) -> float:
+    """Return the peak learning rate: the given value, or that of the coder's rule."""
+    lr = run.config.optim.lr
+    if lr != "auto":
+        return lr
+    recommended = coder.recommended_lr(run.plan.tokens_per_step, run.plan.steps)
+    if recommended is None:
+        raise SaetrainError(f"--lr auto: --architecture {run.config.architecture} has no rule; pass a number")
+    return recommended
+
+
 def resolve_config(run: RunContext) -> RunConfig:
     """Return the settings with all resolved values filled in, for ``config.yaml``."""
     config, where = run.config, run.config.where
@@ -291,9 +299,10 @@ def resolve_config(run: RunContext) -> RunConfig:
     if len(latents) == 1:
         (count,) = latents
         sae = dataclasses.replace(sae, num_latents=count)
-        optim = dataclasses.replace(optim, lr=resolve_lr(optim, run.plan.run_size(count, sae.k)))
+        coder = config.coder_class.build(sae, 1)
+        optim = dataclasses.replace(optim, lr=resolve_lr(run, coder))
         if dead.dead_feature_threshold is None:
-            window = dead.resolve_window(config.train.max_tokens, count, sae.k)
+            window = dead.resolve_window(config.train.max_tokens, count, coder.expected_l0())
             dead = dataclasses.replace(dead, dead_window_tokens=window)
     columns = run.text_metadata["text_columns"]
     column = columns[0] if len(columns) == 1 else config.source.text_column
@@ -304,7 +313,7 @@ def resolve_config(run: RunContext) -> RunConfig:
         tokens=dataclasses.replace(config.tokens, ctx_len=run.framing.ctx_len),
         sae=sae,
         optim=optim,
-        compute=choose_kernels(config.compute, config.optim, config.train.loss_fn, run.model.device),
+        compute=choose_kernels(config.compute, step_request(config, run.model.device)),
         source=dataclasses.replace(config.source, text_column=column),
         base=dataclasses.replace(
             config.base,

@@ -1,18 +1,18 @@
-"""Training step of one coder (forward, gradients, update): base class, settings, and the reference with autograd."""
+"""Training step of one coder (forward, gradients, update): interface, settings and statistics."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from saetrain.coders.base import SparseCoder
-from saetrain.optim import Optimizer, to_memory_order
-from saetrain.types import CoderOutput, StepContext
+from saetrain.optim import OptimSettings
+from saetrain.types import StepContext
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +25,21 @@ class KernelSettings:
     """Dtype of the SAE's matrix products; weights and sums are float32. `auto`: bfloat16 if the hardware has it."""
 
 
-Objective = Callable[[CoderOutput], dict[str, Tensor]]
-"""Function from a coder's output to named, weighted loss terms of a micro-batch, which replace the coder's own."""
+Objective = Callable[[Tensor, dict[str, Tensor]], dict[str, Tensor]]
+"""Function from a reconstruction (N, D) and the coder's loss terms to the loss terms of the micro-batch."""
+
+
+@dataclass(frozen=True)
+class StepRequest:
+    """What a training step must support: the class of the coder, its optimizer, its loss and its device."""
+
+    coder_class: type[SparseCoder]
+    optim: OptimSettings
+    device: torch.device
+    end_to_end: bool = False
+    """Whether the loss is computed on the model's outputs."""
+    y_is_x: bool = True
+    """Whether the coder reconstructs its input."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +68,8 @@ class StepStats:
     losses: dict[str, Tensor]
     residual_sum: Tensor
     residual_square: Tensor
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    """Sums over tokens that the coder's ``after_step`` needs."""
 
     def merge_with(self, other: StepStats) -> StepStats:
         """Return the statistics of both micro-batches together."""
@@ -64,11 +79,12 @@ class StepStats:
             {name: loss + other.losses[name] for name, loss in self.losses.items()},
             self.residual_sum + other.residual_sum,
             self.residual_square + other.residual_square,
+            {name: value + other.sums[name] for name, value in self.sums.items()},
         )
 
     def pack_row(self) -> Tensor:
         """Return all values as one float64 row, which can be summed over ranks; counts stay exact."""
-        parts = [self.fired, self.residual_sum, self.residual_square, *self.losses.values()]
+        parts = [self.fired, self.residual_sum, *self.sums.values(), self.residual_square, *self.losses.values()]
         row = [part.reshape(-1).double() for part in parts]
         return torch.cat([*row, row[0].new_full((1,), self.tokens)])
 
@@ -78,7 +94,8 @@ class StepStats:
         ``tokens`` is the number of tokens in ``row``, if the host knows it.
         """
         latents, width = len(self.fired), len(self.residual_sum)
-        fired, residual_sum, rest = row.split([latents, width, len(row) - latents - width])
+        sizes = [value.numel() for value in self.sums.values()]
+        fired, residual_sum, *sums, rest = row.split([latents, width, *sizes, len(row) - latents - width - sum(sizes)])
         square, *losses, count = rest.unbind()
         return StepStats(
             fired.long(),
@@ -86,6 +103,10 @@ class StepStats:
             {name: loss.float() for name, loss in zip(self.losses, losses, strict=True)},
             residual_sum.float(),
             square.float(),
+            {
+                name: total.to(value.dtype).view_as(value)
+                for (name, value), total in zip(self.sums.items(), sums, strict=True)
+            },
         )
 
 
@@ -107,9 +128,28 @@ def build_adam_state(moments: Mapping[str, Tensor], step: Tensor) -> dict[str, T
 class TrainStep(ABC):
     """Training step of one coder; gradients accumulate until :meth:`optimizer_step` or :meth:`zero_grad`."""
 
+    @classmethod
     @abstractmethod
-    def forward_backward(self, x_ND: Tensor, progress: StepContext, objective: Objective | None = None) -> StepStats:
-        """Accumulate the gradients of a micro-batch of coder inputs; only the reference supports ``objective``."""
+    def unsupported(cls, request: StepRequest) -> str | None:
+        """Return why the step can't serve ``request``, or None if it can."""
+
+    @classmethod
+    @abstractmethod
+    def build(cls, coder: Any, optim: OptimSettings, kernels: KernelSettings, *, no_accumulation: bool) -> TrainStep:
+        """Return the step of ``coder``; `auto` must be resolved in ``kernels``.
+
+        ``no_accumulation``: each step has one micro-batch on one rank, so its gradients are not added to others.
+        """
+
+    @abstractmethod
+    def forward_backward(
+        self, x_ND: Tensor, ctx: StepContext, y_ND: Tensor | None = None, objective: Objective | None = None
+    ) -> StepStats:
+        """Accumulate the gradients of a micro-batch of coder inputs (N, D_in).
+
+        ``y_ND`` (N, D_out): what the coder reconstructs; None: its input. ``objective``: loss terms that replace the
+        coder's own.
+        """
 
     @abstractmethod
     def gradients(self) -> list[Tensor]:
@@ -146,55 +186,3 @@ class DeviceStep(TrainStep):
     @abstractmethod
     def optimizer_step(self, lr: float, ok: Tensor | None = None) -> Tensor:
         """Update the parameters if ``ok`` (a bool on the device) is true; return the norm of the projected gradient."""
-
-
-class ReferenceStep(TrainStep):
-    """Reference: any coder, any device, gradients from autograd, any optimizer."""
-
-    def __init__(self, coder: SparseCoder, optimizer: Optimizer) -> None:
-        self._coder, self._optimizer = coder, optimizer
-        self._norm = torch.zeros(())
-
-    def forward_backward(self, x_ND: Tensor, progress: StepContext, objective: Objective | None = None) -> StepStats:
-        """Accumulate the gradients of a micro-batch with autograd."""
-        output = self._coder(x_ND, x_ND, progress)
-        if objective is not None:
-            output.losses = objective(output)
-        output.total_loss().backward()
-        with torch.no_grad():
-            residual = x_ND - output.reconstruction
-            losses = {name: loss.detach() for name, loss in output.losses.items()}
-            return StepStats(
-                fired=output.codes.firing_counts(),
-                tokens=len(x_ND),
-                losses=losses,
-                residual_sum=residual.sum(dim=0),
-                residual_square=residual.pow(2).sum(),
-            )
-
-    def gradients(self) -> list[Tensor]:
-        """Return contiguous views of the gradients of all parameters."""
-        return [to_memory_order(p.grad) for p in self._coder.parameters() if p.grad is not None]
-
-    def norm_bound(self) -> float:
-        """Project the accumulated gradients and return their exact norm."""
-        self._norm = self._optimizer.project_gradients()
-        return float(self._norm)
-
-    def optimizer_step(self, lr: float) -> Tensor:
-        """Update the parameters with the torch optimizer; return the norm of the projected gradient."""
-        self._optimizer.step(lr, self._norm)
-        self.zero_grad()
-        return self._norm
-
-    def zero_grad(self) -> None:
-        """Set the gradients to zero."""
-        self._optimizer.zero_grad()
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return the state of the torch optimizer."""
-        return self._optimizer.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Load the state of the torch optimizer."""
-        self._optimizer.load_state_dict(state)

@@ -14,7 +14,14 @@ from saetrain.ops.cpu_features import dense_limit
 from saetrain.ops.native import bindings as native
 from saetrain.optim import BETAS, ENCODER_LR_RATIO, EPS, OptimSettings
 from saetrain.training.auxk import DeadLatents, auxk_forward_backward
-from saetrain.training.steps.base import Objective, StepStats, TrainStep, build_adam_state
+from saetrain.training.steps.base import (
+    KernelSettings,
+    Objective,
+    StepRequest,
+    StepStats,
+    TrainStep,
+    build_adam_state,
+)
 from saetrain.types import StepContext
 
 BOUND_MARGIN, BOUND_MARGIN_BF16 = 1.001, 1.01
@@ -94,11 +101,36 @@ class NativeStep(TrainStep):
         self._norm_bound = 0.0
         self._norm_bound_sum = torch.zeros(1, dtype=torch.double)
 
-    def forward_backward(self, x_ND: Tensor, progress: StepContext, objective: Objective | None = None) -> StepStats:
+    @classmethod
+    def unsupported(cls, request: StepRequest) -> str | None:
+        """Return why the C++ kernels cannot be used, or None."""
+        if request.end_to_end:
+            return "they support only the SAE's own loss, but --loss_fn ce and kl need gradients through the model"
+        if request.coder_class is not TopK or not request.y_is_x:
+            return "they support only TopK SAEs"
+        if request.optim.optimizer != "adam":
+            return f"they support only --optimizer adam, not {request.optim.optimizer}"
+        if request.device.type != "cpu":
+            return f"they run on a CPU, not on {request.device}"
+        try:
+            native.load_library()
+        except OSError as error:
+            return f"they can't be built: {error}"
+        return None
+
+    @classmethod
+    def build(cls, coder: TopK, optim: OptimSettings, kernels: KernelSettings, *, no_accumulation: bool) -> NativeStep:
+        """Return the step of ``coder``."""
+        return cls(coder, optim, use_bf16=kernels.compute_dtype == "bfloat16", no_accumulation=no_accumulation)
+
+    def forward_backward(
+        self, x_ND: Tensor, ctx: StepContext, y_ND: Tensor | None = None, objective: Objective | None = None
+    ) -> StepStats:
         """Compute code, residual and pre-activation gradients; with accumulation also the weight gradients."""
+        assert y_ND is None, "the explicit gradients are those of an SAE"
         assert objective is None, "the explicit gradients are those of the coder's own loss"
         coder = self._coder
-        loss_scale = 2 / (progress.n_tokens * float(progress.data_variance))
+        loss_scale = 2 / (ctx.n_tokens * float(ctx.data_variance))
         step, work = self._prepare_step(x_ND.contiguous(), loss_scale)
         native.center_inputs(step, work["x_enc"], work["x_norms"])
         native.encode_topk(
@@ -110,8 +142,8 @@ class NativeStep(TrainStep):
             native.compute_residuals_dense(step, self._weights["dec"], work["residual_copy"], work.dense, work.pre)
         losses = {"recon": (work["residual_square"] * (loss_scale / 2)).float()[0]}
         self._extra_norm = 0.0
-        if coder.auxk_alpha and progress.dead_mask is not None:
-            losses["auxk"] = self._add_auxk(progress)
+        if coder.auxk_alpha and ctx.dead_mask is not None:
+            losses["auxk"] = self._add_auxk(ctx)
         if not self._no_accumulation:
             self._run_latent_pass(native.ADD if self._has_gradients else native.STORE)
             self._has_gradients = True
@@ -164,12 +196,12 @@ class NativeStep(TrainStep):
         )
         return self._step, self._workspace
 
-    def _add_auxk(self, progress: StepContext) -> Tensor:
+    def _add_auxk(self, ctx: StepContext) -> Tensor:
         """Pass AuxK's gradient rows of the dead latents to the kernels; return the weighted loss."""
-        assert progress.dead_mask is not None
+        assert ctx.dead_mask is not None
         step, work = self._current_step()
-        dead = DeadLatents.from_mask(progress.dead_mask)
-        grads = auxk_forward_backward(self._coder, self._weights, work["x_enc"], work["residual"], dead, progress)
+        dead = DeadLatents.from_mask(ctx.dead_mask)
+        grads = auxk_forward_backward(self._coder, self._weights, work["x_enc"], work["residual"], dead, ctx)
         rows = dead.inverse_index(self._coder.num_latents)
         extra = {"extra_row": rows, "extra_enc": grads.W_enc, "extra_dec": grads.W_dec, "extra_b": grads.b_enc}
         self._live_tensors.update(extra)

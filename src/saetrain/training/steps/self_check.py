@@ -14,7 +14,8 @@ from torch import Tensor
 from saetrain.coders.topk import TopK
 from saetrain.ops.triton import kernels as triton_kernels
 from saetrain.optim import Optimizer, OptimSettings
-from saetrain.training.steps.base import ReferenceStep, TrainStep
+from saetrain.training.steps.autograd import AutogradStep
+from saetrain.training.steps.base import TrainStep
 from saetrain.training.steps.triton import TritonStep
 from saetrain.types import StepContext
 
@@ -113,13 +114,7 @@ def _build_settings(limit: float) -> OptimSettings:
 
 def _reference_builder(limit: float) -> Callable[[TopK], TrainStep]:
     def build_step(coder: TopK) -> TrainStep:
-        optimizer = Optimizer(
-            dict(coder.named_parameters()),
-            _build_settings(limit),
-            project=coder.remove_parallel_gradient,
-            renormalize=coder.renormalize_decoder,
-        )
-        return ReferenceStep(coder, optimizer)
+        return AutogradStep(coder, Optimizer.for_coder(coder, _build_settings(limit)), is_plain=True)
 
     return build_step
 
@@ -150,11 +145,9 @@ def _run_steps(
     for step in range(STEPS_ON_GPU if device.type == "cuda" else STEPS_ON_CPU):
         x = torch.randn(shape.tokens, shape.width, generator=generator).to(device)
         mask = dead.to(device) if step == AUXK_STEP else None
-        progress = StepContext(
-            step, shape.tokens, mask, variance, variance, None if mask is None else shape.latents // 3
-        )
+        ctx = StepContext(step, shape.tokens, mask, variance, variance, None if mask is None else shape.latents // 3)
         for part in x.chunk(n_micro_batches):
-            train_step.forward_backward(part, progress)
+            train_step.forward_backward(part, ctx)
         train_step.norm_bound()
         train_step.optimizer_step(1e-3)
     moments = {name: value for name, value in train_step.state_dict().items() if name.endswith("exp_avg")}

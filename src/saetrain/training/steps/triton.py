@@ -5,6 +5,7 @@ Weight gradients are stored only for gradient accumulation and with dense produc
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -18,7 +19,14 @@ from saetrain.ops.triton import kernels as triton_kernels
 from saetrain.ops.triton import launch as triton_launch
 from saetrain.optim import BETAS, ENCODER_LR_RATIO, EPS, OptimSettings
 from saetrain.training.auxk import DeadLatents, auxk_forward_backward
-from saetrain.training.steps.base import DeviceStep, Objective, StepStats, build_adam_state
+from saetrain.training.steps.base import (
+    DeviceStep,
+    KernelSettings,
+    Objective,
+    StepRequest,
+    StepStats,
+    build_adam_state,
+)
 from saetrain.types import StepContext
 
 BOUND_MARGIN = 1.01
@@ -103,8 +111,32 @@ class TritonStep(DeviceStep):
         self._count, self._lr = zeros((), dtype=torch.float64), zeros((), dtype=torch.float64)
         self._true = zeros((), dtype=torch.bool).logical_not()
         self._step_grads: StepGrads | None = None
-        self._progress: StepContext | None = None
+        self._ctx: StepContext | None = None
         self._is_empty, self._replays_graph = True, False
+
+    @classmethod
+    def unsupported(cls, request: StepRequest) -> str | None:
+        """Return why the Triton kernels cannot be used, or None."""
+        if request.end_to_end:
+            return "they support only the SAE's own loss, but --loss_fn ce and kl need gradients through the model"
+        if request.coder_class is not TopK or not request.y_is_x:
+            return "they support only TopK SAEs"
+        if request.optim.optimizer != "adam":
+            return f"they support only --optimizer adam, not {request.optim.optimizer}"
+        # Triton's interpreter, which the tests use, runs on a CPU.
+        if request.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            return f"they run on a GPU, not on {request.device}"
+        if request.device.type != "cuda":
+            return None
+        from saetrain.training.steps.self_check import find_kernel_problem
+
+        # The check takes seconds at the first start on a machine, because an untested compiler or GPU may be wrong.
+        return find_kernel_problem(request.device)
+
+    @classmethod
+    def build(cls, coder: TopK, optim: OptimSettings, kernels: KernelSettings, *, no_accumulation: bool) -> TritonStep:
+        """Return the step of ``coder``."""
+        return cls(coder, optim, use_bf16=kernels.compute_dtype == "bfloat16", no_accumulation=no_accumulation)
 
     @property
     def _weights(self) -> Mapping[str, Tensor]:
@@ -112,27 +144,30 @@ class TritonStep(DeviceStep):
         return self._bf16_weights or self._W
 
     @torch.no_grad()
-    def forward_backward(self, x_ND: Tensor, progress: StepContext, objective: Objective | None = None) -> StepStats:
+    def forward_backward(
+        self, x_ND: Tensor, ctx: StepContext, y_ND: Tensor | None = None, objective: Objective | None = None
+    ) -> StepStats:
         """Compute code, residual and pre-activation gradients; with accumulation also the weight gradients."""
+        assert y_ND is None, "the explicit gradients are those of an SAE"
         assert objective is None, "the explicit gradients are those of the coder's own loss"
-        self._progress, x_ND = progress, x_ND.contiguous()
-        self._replays_graph = self._can_replay_graph(x_ND, progress)
-        inputs = x_ND, progress.data_variance
+        self._ctx, x_ND = ctx, x_ND.contiguous()
+        self._replays_graph = self._can_replay_graph(x_ND, ctx)
+        inputs = x_ND, ctx.data_variance
         computed = (
             self._graphed_compute(self._compute_step, *inputs) if self._replays_graph else self._compute_step(*inputs)
         )
         self._step_grads = computed.step_grads
-        if self._coder.auxk_alpha and progress.dead_mask is not None:
-            self._add_auxk(computed, progress)
+        if self._coder.auxk_alpha and ctx.dead_mask is not None:
+            self._add_auxk(computed, ctx)
         self._accumulate_step(computed)
         return computed.stats
 
-    def _can_replay_graph(self, x_ND: Tensor, progress: StepContext) -> bool:
+    def _can_replay_graph(self, x_ND: Tensor, ctx: StepContext) -> bool:
         """Return whether every step launches the same kernels, as far as the host knows without synchronizing."""
         if (
             not self._no_accumulation
             or not x_ND.is_cuda
-            or progress.dead_mask is not None
+            or ctx.dead_mask is not None
             or not self._graphed_compute.accepts_shape(x_ND)
         ):
             return False
@@ -143,12 +178,12 @@ class TritonStep(DeviceStep):
         )
 
     def _compute_step(self, x_ND: Tensor, variance: Tensor) -> ComputedStep:
-        assert self._progress is not None
+        assert self._ctx is not None
         coder, weights = self._coder, self._weights
         centred = x_ND - self._b["dec"]
         encoder_input = centred.to(weights["enc"].dtype)
         values, indices = triton_launch.encode_topk(encoder_input, weights["enc"], self._b["enc"], coder.k)
-        loss_scale = 2 / (self._progress.n_tokens * variance)
+        loss_scale = 2 / (self._ctx.n_tokens * variance)
         backward = self._backward_dense if self._use_dense else self._backward_sparse
         step_grads, residual, g_b_enc, square, fired = backward(centred, encoder_input, values, indices, loss_scale)
         residual_sum = residual.sum(dim=0)
@@ -195,13 +230,13 @@ class TritonStep(DeviceStep):
         square = torch.stack([each.square().sum() for each in (*grads.values(), g_b_enc)]).sum()
         return StepGrads(encoder_input, loss_scale, residual, grads=grads), residual, g_b_enc, square, active.sum(dim=0)
 
-    def _add_auxk(self, computed: ComputedStep, progress: StepContext) -> None:
+    def _add_auxk(self, computed: ComputedStep, ctx: StepContext) -> None:
         """Add AuxK's loss and its gradient rows to the results."""
-        assert progress.dead_mask is not None
+        assert ctx.dead_mask is not None
         step_grads, latents = computed.step_grads, self._coder.num_latents
-        max_dead = latents if progress.max_n_dead is None else progress.max_n_dead
-        dead = DeadLatents.from_bounded_mask(max_dead, progress.dead_mask)
-        aux = auxk_forward_backward(self._coder, self._weights, step_grads.x, computed.residual, dead, progress)
+        max_dead = latents if ctx.max_n_dead is None else ctx.max_n_dead
+        dead = DeadLatents.from_bounded_mask(max_dead, ctx.dead_mask)
+        aux = auxk_forward_backward(self._coder, self._weights, step_grads.x, computed.residual, dead, ctx)
         computed.stats.losses["auxk"] = aux.loss
         index = dead.inverse_index(latents)
         computed.g_b_enc += _scatter_rows(aux.b_enc, index)

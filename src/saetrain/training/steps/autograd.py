@@ -1,0 +1,99 @@
+"""Training step of any coder with gradients from autograd: any device, any optimizer, no compiler."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from saetrain.coders.base import SparseCoder
+from saetrain.ops import plain_products
+from saetrain.optim import Optimizer, OptimSettings, to_memory_order
+from saetrain.training.steps.base import KernelSettings, Objective, StepRequest, StepStats, TrainStep
+from saetrain.types import StepContext
+
+# These warnings are about sparse tensors being in beta; tests compare the sparse products with the plain ones.
+warnings.filterwarnings("ignore", message="Sparse (CSR tensor support|invariant checks)")
+
+
+class AutogradStep(TrainStep):
+    """Training step of one coder.
+
+    ``dtype``: dtype of the products; sums and weights are fp32. ``is_plain``: use only PyTorch's own operations, which
+    are slow, as the reference of the other steps.
+    """
+
+    def __init__(
+        self, coder: SparseCoder, optimizer: Optimizer, dtype: torch.dtype = torch.float32, *, is_plain: bool = False
+    ) -> None:
+        self._coder, self._optimizer, self._dtype, self._is_plain = coder, optimizer, dtype, is_plain
+        self._norm = torch.zeros(())
+
+    @classmethod
+    def unsupported(cls, request: StepRequest) -> str | None:
+        """Return None, because autograd supports every coder."""
+        return None
+
+    @classmethod
+    def build(
+        cls, coder: SparseCoder, optim: OptimSettings, kernels: KernelSettings, *, no_accumulation: bool
+    ) -> AutogradStep:
+        """Return the step of ``coder``."""
+        dtype = torch.bfloat16 if kernels.compute_dtype == "bfloat16" else torch.float32
+        return cls(coder, Optimizer.for_coder(coder, optim), dtype, is_plain=kernels.kernels == "reference")
+
+    def forward_backward(
+        self, x_ND: Tensor, ctx: StepContext, y_ND: Tensor | None = None, objective: Objective | None = None
+    ) -> StepStats:
+        """Accumulate the gradients of a micro-batch."""
+        coder, y_ND = self._coder, x_ND if y_ND is None else y_ND
+        products = plain_products() if self._is_plain else nullcontext()
+        use_autocast = self._dtype != torch.float32
+        with products, torch.autocast(x_ND.device.type, dtype=self._dtype, enabled=use_autocast):
+            encoded = coder.encode_train(x_ND, ctx)
+            y_hat_ND = coder.decode(encoded.codes, x_ND)
+            losses = coder.losses(y_ND, encoded, y_hat_ND, ctx)
+            if objective is not None:
+                losses = objective(y_hat_ND, losses)
+            total = torch.stack(list(losses.values())).sum()
+        total.backward()
+        with torch.no_grad():
+            residual = y_ND - y_hat_ND
+            return StepStats(
+                fired=encoded.codes.firing_counts(),
+                tokens=len(x_ND),
+                losses={name: loss.detach() for name, loss in losses.items()},
+                residual_sum=residual.sum(dim=0),
+                residual_square=torch.linalg.vector_norm(residual).square(),
+                sums={name: value.detach() for name, value in encoded.sums.items()},
+            )
+
+    def gradients(self) -> list[Tensor]:
+        """Return contiguous views of the gradients of all parameters."""
+        return [to_memory_order(p.grad) for p in self._coder.parameters() if p.grad is not None]
+
+    def norm_bound(self) -> float:
+        """Project the accumulated gradients and return their exact norm."""
+        self._norm = self._optimizer.project_gradients()
+        return float(self._norm)
+
+    def optimizer_step(self, lr: float) -> Tensor:
+        """Update the parameters; return the norm of the projected gradient."""
+        self._optimizer.step(lr, self._norm)
+        self.zero_grad()
+        return self._norm
+
+    def zero_grad(self) -> None:
+        """Discard the gradients; the next backward pass allocates new ones instead of adding to zeros."""
+        self._optimizer.zero_grad()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the state of the torch optimizer."""
+        return self._optimizer.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Load the state of the torch optimizer."""
+        self._optimizer.load_state_dict(state)
