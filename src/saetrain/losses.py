@@ -8,7 +8,7 @@ from torch import Tensor
 
 def squared_error(x_ND: Tensor, reconstruction_ND: Tensor) -> Tensor:
     """Return Σ over tokens and dimensions of (x - x̂)², a scalar."""
-    return (x_ND - reconstruction_ND).pow(2).sum()
+    return torch.nn.functional.mse_loss(reconstruction_ND, x_ND, reduction="sum")
 
 
 def reconstruction_loss(x_ND: Tensor, reconstruction_ND: Tensor, n_tokens: int, data_variance: Tensor) -> Tensor:

@@ -137,7 +137,8 @@ class _SparseDecode(torch.autograd.Function):
         ctx.cache = cache
         if _is_dense(len(W), values.shape[1]):
             return (_scatter_codes(values.to(product_W.dtype), indices, len(W)) @ product_W).float()
-        return sparse.decode(values, indices, product_W)
+        # A weight without a gradient makes embedding_bag skip what only its own backward pass needs.
+        return sparse.decode(values.detach(), indices, product_W.detach())
 
     @staticmethod
     @torch.autograd.function.once_differentiable
