@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+from saetrain import distributed
 from saetrain.activations.normalize import Normalizer
 from saetrain.coders.folding import fold_normalizer
 from saetrain.coders.topk import TopK
@@ -55,5 +56,6 @@ def save_saes(
             "held_out_figures": replace_non_finite(metrics[name]),
         }
         coder = TopK.from_weights(tensors, context.config.sae.k)
+        distributed.record_progress()
         with report_write_errors():
             save_sae(directory / SAES_DIR / name, coder, metadata, context.config.output.save_sparsify)
