@@ -1,23 +1,34 @@
-"""Faults for tests: one step raises on rank 1 (RAISES_AT), and writing a checkpoint takes SAVES_IN seconds."""
+"""Faults for tests: steps that raise or hang, text that never arrives, a slow model, and slow checkpoints."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import time
 from typing import Any
 
+from saetrain.activations.extract import ActivationExtractor
 from saetrain.cli import main
+from saetrain.data.sharded import ShardedSequences
+from saetrain.distributed import env
 from saetrain.runs.train import loop
 from saetrain.training.trainer import SaeState
 
 
 def install_faults() -> None:
-    """Install the faults that the environment names in this process."""
+    """Install the faults that the environment names in this process.
+
+    On rank 1, step RAISES_AT raises, and step HANGS_AT hangs unless torchrun has restarted the run. Writing a
+    checkpoint takes SAVES_IN seconds.
+    """
     forward_backward, save_checkpoint = SaeState.forward_backward, loop.save_checkpoint
 
     def raise_at_step(self: SaeState, batch: Any, progress: Any) -> None:
         if os.environ["RANK"] == "1" and progress.step == int(os.environ.get("RAISES_AT", "-1")):
             raise ValueError("made to fail")
+        hangs = os.environ["RANK"] == "1" and progress.step == int(os.environ.get("HANGS_AT", "-1"))
+        if hangs and not env.restart_count():
+            wait_for_device()
         forward_backward(self, batch, progress)
 
     def save_slowly(*arguments: Any) -> Any:
@@ -26,6 +37,49 @@ def install_faults() -> None:
 
     SaeState.forward_backward = raise_at_step  # type: ignore[method-assign]
     loop.save_checkpoint = save_slowly
+
+
+def wait_for_device() -> None:
+    """Hang."""
+    time.sleep(1000)
+
+
+def install_dead_file_server() -> None:
+    """Let rank 0 wait forever for the text of its second pools, which another thread reads."""
+    read = ShardedSequences.read
+
+    def read_from_dead_server(self: ShardedSequences, shard: int, cursor: Any, tokens: int) -> Any:
+        if os.environ["RANK"] == "0" and cursor != self.start_cursor:
+            time.sleep(1000)
+        return read(self, shard, cursor, tokens)
+
+    ShardedSequences.read = read_from_dead_server  # type: ignore[method-assign]
+
+
+def install_lock_holder() -> None:
+    """Let step 50 of rank 1 call C code that never returns and holds Python's lock."""
+    forward_backward = SaeState.forward_backward
+
+    def hold_python_lock(self: SaeState, batch: Any, progress: Any) -> None:
+        if os.environ["RANK"] == "1" and progress.step == 50:
+            ctypes.PyDLL(None).sleep(1000)
+        forward_backward(self, batch, progress)
+
+    SaeState.forward_backward = hold_python_lock  # type: ignore[method-assign]
+
+
+def install_slow_model() -> None:
+    """Let each of the first 15 model batches of rank 1 take a second."""
+    capture, n_batches = ActivationExtractor._capture_activations, 0
+
+    def capture_slowly(self: ActivationExtractor, *inputs: Any) -> Any:
+        nonlocal n_batches
+        n_batches += 1
+        if os.environ["RANK"] == "1" and n_batches <= 15:
+            time.sleep(1)
+        return capture(self, *inputs)
+
+    ActivationExtractor._capture_activations = capture_slowly  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

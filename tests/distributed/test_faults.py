@@ -25,7 +25,12 @@ from tests.distributed.conftest import (
     wait_for_step,
     weights,
 )
-from tests.distributed.raises import install_faults
+from tests.distributed.raises import (
+    install_dead_file_server,
+    install_faults,
+    install_lock_holder,
+    install_slow_model,
+)
 from tests.processes import finish
 
 LONG = 3000
@@ -72,6 +77,49 @@ def test_a_stuck_rank_is_named(launcher: Launcher, words: list[str]) -> None:
     assert "saetrain: rank 0: error: rank 1 has not answered" in output
     assert time.monotonic() - begun < PEER_EXIT_S + 5
     check_interrupted_run(launcher.folder / "stuck")
+
+
+def test_a_rank_that_waits_forever_for_text_is_named(launcher: Launcher, words: list[str]) -> None:
+    """Rank 0 serves the store, and its main thread waits for the thread that reads."""
+    launcher.environment["SAETRAIN_PROGRESS_TIMEOUT_MINUTES"] = "0.1"
+    ranks = launcher.start(2, "stalled", [*words, *tokens(LONG), "--batch_size", "2"], install_dead_file_server)
+    ranks.finish(1, PEER_EXIT_S)
+    first, second = (command.read_output() for command in ranks.commands)
+    failure = r"error: rank 0 failed in training, step \d+: no progress for \d+ s, and the limit is 6 s .*result \("
+    assert re.search(f"saetrain: rank 0: {failure}", first), first
+    assert re.search(f"saetrain: rank 1: {failure}", second), second
+    assert first.count("in read_from_dead_server") == 1, first
+    assert "read_from_dead_server" not in second
+
+
+def test_torchrun_restarts_a_rank_that_makes_no_progress(launcher: Launcher, words: list[str]) -> None:
+    launcher.environment |= {"SAETRAIN_PROGRESS_TIMEOUT_MINUTES": "0.1", "HANGS_AT": "90"}
+    words = [*words, *tokens(150), "--batch_size", "2"]
+    arguments = ["--standalone", "--nproc_per_node", "2", "--max_restarts", "1", "--monitor_interval", "0.1"]
+    program = [str(Path(__file__).with_name("raises.py"))]
+    output = finish_torchrun(launcher.start_torchrun("stalled", words, arguments, program), 0)
+    failure = r"error: rank 1 failed in training, step 91: no progress for .* innermost first: wait_for_device \("
+    for rank in range(2):
+        assert re.search(f"rank {rank}: {failure}", output), output
+    assert output.count("in wait_for_device\n") == 1, output
+    assert "resumed from" in output
+    assert steps_done(launcher.folder / "stalled") == 150
+
+
+def test_a_rank_that_holds_pythons_lock_prints_its_stacks(launcher: Launcher, words: list[str]) -> None:
+    ranks = launcher.start(2, "locked", [*words, *tokens(LONG), "--batch_size", "2"], install_lock_holder)
+    output = finish(ranks.commands[0], 1, PEER_EXIT_S + 30)
+    assert "saetrain: rank 0: error: rank 1 has not answered" in output
+    assert "in hold_python_lock" in ranks.commands[1].read_output()
+
+
+def test_a_slow_rank_is_no_failure(launcher: Launcher, words: list[str]) -> None:
+    """Rank 0 waits for rank 1 for longer than the limit."""
+    launcher.environment["SAETRAIN_PROGRESS_TIMEOUT_MINUTES"] = "0.1"
+    words = [*words, *tokens(50), "--batch_size", "2", "--model_batch_tokens", "32"]
+    output = launcher.start(2, "slow", words, install_slow_model).finish()
+    assert records(launcher.folder / "slow")[0]["rank0/waiting"] > 0.5
+    assert "no progress" not in output
 
 
 def test_an_error_of_one_rank_ends_all(launcher: Launcher, words: list[str]) -> None:
@@ -221,6 +269,11 @@ def write_config(launcher: Launcher, rate: str) -> str:
         (
             {"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29515"},
             "environment variable RANK=2: must be below WORLD_SIZE=2",
+        ),
+        (
+            {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29515"}
+            | {"SAETRAIN_PROGRESS_TIMEOUT_MINUTES": "soon"},
+            "environment variable SAETRAIN_PROGRESS_TIMEOUT_MINUTES=soon: must be a number of minutes",
         ),
     ],
 )

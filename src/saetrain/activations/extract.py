@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from saetrain import distributed
 from saetrain.activations.capture import ActivationCapture, batch_by_length, pad_batch
 from saetrain.async_copy import PendingCopy, copy_to_device_async
 from saetrain.errors import SaetrainError, is_out_of_memory
@@ -150,6 +151,7 @@ class ActivationExtractor:
         for numbers in batch_by_length(sequences, self.batch_tokens):
             if self.before_batch is not None:
                 self.before_batch()
+            distributed.record_progress()
             chosen = [sequences[number] for number in numbers]
             yield chosen, self._capture_activations(*pad_batch(chosen, self.capture.model.device))
 

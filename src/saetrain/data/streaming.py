@@ -21,6 +21,7 @@ from saetrain.data.packing import TokenTable, build_sequences, build_token_table
 from saetrain.data.sharded import NO_KEPT_TOKEN, LoaderSettings, ShardedSource
 from saetrain.data.text_column import Rows
 from saetrain.data.tokenize import Framing
+from saetrain.distributed import record_progress
 from saetrain.errors import SaetrainError
 from saetrain.types import Cursor, TokenSequence
 
@@ -68,6 +69,7 @@ class StreamedRows:
                     if row.get(BAD_ROW_COLUMN):
                         self._count_bad_row(row_number, row[BAD_ROW_COLUMN])
                     row_number, failures = row_number + 1, 0
+                    record_progress()
                     yield row
                 return
             except SaetrainError:

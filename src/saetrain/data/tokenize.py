@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 
 from saetrain.data.text_column import Rows, TextColumn, build_renderer
+from saetrain.distributed import record_progress
 from saetrain.errors import SaetrainError
 from saetrain.hub import load_cached_or_fetch
 from saetrain.types import shown_default
@@ -180,6 +181,7 @@ def build_row_encoder(column: TextColumn, tokenizer: Any, framing: Framing) -> C
     special_ids = set() if literal else set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
 
     def encode_rows(batch: Rows, indices: list[int]) -> Rows:
+        record_progress()
         if literal:
             _require_strings(batch, column, indices)
         texts = render(batch)
@@ -311,6 +313,7 @@ def _build_ids_encoder(name: str, tokenizer: Any, framing: Framing) -> Callable[
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id != tokenizer.eos_token_id else None
 
     def encode_rows(batch: Rows, indices: list[int]) -> Rows:
+        record_progress()
         out: Rows = {"ids": [], "special": [], "doc": [], "text_hash": []}
         for position, (index, row) in enumerate(zip(indices, batch[name], strict=True)):
             ids = np.asarray(row or [], dtype=np.int64)

@@ -79,11 +79,11 @@ def broadcast_from_rank0(value: Any, phase_name: str) -> Any:
 def local_rank0_first(phase_name: str, func: Callable[[], Any]) -> Any:
     """Call ``func`` on one process per host first, so that the other processes find its files in the cache."""
     if local_rank() == 0:
-        with phase(phase_name):
+        with phase(phase_name, is_loading=True):
             out = func()
     barrier(f"waiting for local rank 0: {phase_name}")
     if local_rank() != 0:
-        with phase(phase_name):
+        with phase(phase_name, is_loading=True):
             out = func()
     return out
 

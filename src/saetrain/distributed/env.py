@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import os
 
 from saetrain.errors import RankFailure, SaetrainError
 
 REQUIRED_ENV_VARS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+PROGRESS_TIMEOUT_VARIABLE = "SAETRAIN_PROGRESS_TIMEOUT_MINUTES"
+PROGRESS_TIMEOUT_MINUTES = 60.0
+"""Minutes without progress after which one of several ranks counts as stuck."""
 
 
 def world_size() -> int:
@@ -39,6 +43,21 @@ def _read_int_env(name: str, default: int) -> int:
 def restart_count() -> int:
     """Return how often torchrun has restarted the processes of this host after a failure."""
     return _read_int_env("TORCHELASTIC_RESTART_COUNT", 0)
+
+
+def progress_timeout_s() -> float:
+    """Return the seconds without progress after which a rank counts as stuck, or infinity if this is switched off."""
+    text = os.environ.get(PROGRESS_TIMEOUT_VARIABLE) or str(PROGRESS_TIMEOUT_MINUTES)
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = math.nan
+    if not minutes >= 0:
+        raise SaetrainError(
+            f"environment variable {PROGRESS_TIMEOUT_VARIABLE}={text}: must be a number of minutes, or 0 to wait "
+            "without a limit"
+        )
+    return 60 * minutes or math.inf
 
 
 def should_print_error(error: RankFailure) -> bool:

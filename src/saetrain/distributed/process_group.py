@@ -66,6 +66,7 @@ def init_process_group() -> None:
     if world_size() == 1 or _group is not None:
         return
     env.require_rendezvous_env()
+    timeout_s = env.progress_timeout_s()
     try:
         store, launch_id, is_restart = rendezvous(RENDEZVOUS_TIMEOUT_MINUTES)
         timeout = datetime.timedelta(minutes=RENDEZVOUS_TIMEOUT_MINUTES)
@@ -79,7 +80,8 @@ def init_process_group() -> None:
             f"rank {rank()}: rendezvous of {world_size()} processes at {address} failed: "
             f"{str(error).splitlines()[0]}; start every process with the same MASTER_ADDR and MASTER_PORT"
         ) from error
-    heartbeat = Heartbeat(dist.PrefixStore(f"{launch_id}/heartbeat", heartbeat_store), rank(), world_size())
+    prefix_store = dist.PrefixStore(f"{launch_id}/heartbeat", heartbeat_store)
+    heartbeat = Heartbeat(prefix_store, rank(), world_size(), timeout_s)
     control_group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=COLLECTIVE_TIMEOUT_DAYS))
     _group = _ProcessGroup(heartbeat, control_group, control_group)
     restarts = torch.tensor(int(is_restart))
@@ -180,7 +182,7 @@ def exit_now(code: int) -> None:
 
 
 def on_peer_failure(callback: Callable[[], None]) -> None:
-    """Call ``callback`` before the heartbeat ends this process because another rank failed."""
+    """Call ``callback`` before the heartbeat ends this process, because another rank failed or this one is stuck."""
     if _group is not None:
         _group.heartbeat.on_exit = callback
 
@@ -191,20 +193,29 @@ def set_progress(progress: str) -> None:
         _group.heartbeat.set_progress(progress)
 
 
-def set_phase(name: str) -> None:
-    """Set the phase of this rank for the messages of the other ranks."""
+def record_progress() -> None:
+    """Record that this rank makes progress, in work that takes long within one phase."""
     if _group is not None:
-        _group.heartbeat.set_phase(name)
+        _group.heartbeat.record_progress()
+
+
+def set_phase(name: str, *, is_loading: bool = False) -> None:
+    """Set the phase of this rank for the messages of the other ranks.
+
+    ``is_loading``: libraries download or read whole files, so the phase may last long without recorded progress.
+    """
+    if _group is not None:
+        _group.heartbeat.set_phase(name, is_loading)
 
 
 @contextlib.contextmanager
-def phase(name: str) -> Iterator[None]:
-    """Set the phase of this rank for the block, for the messages of the other ranks."""
-    previous = _group.heartbeat.set_phase(name) if _group is not None else ""
+def phase(name: str, *, is_loading: bool = False) -> Iterator[None]:
+    """Set the phase of this rank for the block, as :func:`set_phase`."""
+    previous = _group.heartbeat.set_phase(name, is_loading) if _group is not None else ("", False)
     yield
     # After an error the phase is kept, because it names the place of the error.
     if _group is not None:
-        _group.heartbeat.set_phase(previous)
+        _group.heartbeat.set_phase(*previous)
 
 
 def comm_stats() -> CommStats:
@@ -214,11 +225,13 @@ def comm_stats() -> CommStats:
 
 @contextlib.contextmanager
 def track_wait(group: _ProcessGroup) -> Iterator[None]:
-    """Count the time of the block as waiting, and raise a RankFailure if a collective fails."""
+    """Count the block as a collective and its time as waiting; raise a RankFailure if the collective fails."""
     start_s = time.perf_counter()
+    group.heartbeat.enter_collective()
     try:
         yield
     except RuntimeError as error:
         raise group.heartbeat.explain_broken_collective(error) from error
     finally:
+        group.heartbeat.leave_collective()
         group.comm_stats.waited_s += time.perf_counter() - start_s

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from saetrain.coders.base import SparseCoder
+from saetrain.distributed import record_progress
 from saetrain.errors import SaetrainError
 from saetrain.evaluation.geometry import geometry_metrics
 from saetrain.evaluation.reconstruction import ReconstructionSums
@@ -66,6 +67,7 @@ def evaluate_coders(
     for batch in batches:
         count = min(max_tokens - n_tokens, len(next(iter(batch.values()))))
         for name, target in targets.items():
+            record_progress()
             for x in batch[target.hookpoint][:count].split(CHUNK_TOKENS):
                 codes = target.coder.encode(x.float())
                 sums[name][0].add(x, target.coder.decode(codes))

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from saetrain.atomic_io import fsync_dir, hash_file, write_json
+from saetrain.distributed import record_progress
 from saetrain.errors import SaetrainError
 from saetrain.types import shown_default
 
@@ -81,6 +82,7 @@ def save_checkpoint(
         temporary.mkdir()
         names = {}
         for number, (name, content) in enumerate(tensors.items()):
+            record_progress()
             names[name] = f"sae_{number:03d}.safetensors"
             save_file({key: value.contiguous() for key, value in content.items()}, temporary / names[name])
         write_json(temporary / "state.json", {"format": FORMAT_VERSION, **values, "step": step, "files": names})

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from saetrain.coders.base import SparseCoder
-from saetrain.distributed import GradientBuckets
+from saetrain.distributed import GradientBuckets, record_progress
 from saetrain.errors import SaetrainError, is_out_of_memory
 from saetrain.optim import lr_factor
 from saetrain.training.dead_latents import DeadCountBound, FiringTracker
@@ -309,6 +309,7 @@ class Trainer:
         for micro in range(self.settings.grad_acc_steps):
             batch = get_micro_batch(self.step * self.settings.grad_acc_steps + micro)
             for name, sae in self.saes.items():
+                record_progress()
                 self._forward_backward(name, batch[sae.hookpoint], contexts[name])
                 if micro < self.settings.grad_acc_steps - 1:
                     continue

@@ -70,7 +70,10 @@ def is_data_parallel(run: RunContext) -> bool:
 
 def measure_normalizers(run: RunContext) -> dict[str, Normalizer]:
     """Return {hookpoint: normalizer}, measured on the first training tokens; all ranks use those of rank 0."""
-    normalizers = _measure_on_this_rank(run) if env.rank() == 0 else {}
+    normalizers: dict[str, Normalizer] = {}
+    if env.rank() == 0:
+        with distributed.phase(MEASURING_PHASE):
+            normalizers = _measure_on_this_rank(run)
     constants = distributed.broadcast_from_rank0(
         {name: value.scalar_constants() for name, value in normalizers.items()}, MEASURING_PHASE
     )

@@ -40,7 +40,7 @@ def train_saes(config: RunConfig) -> None:
     # The choice precedes anything slow, because it may fail.
     _choose_kernels_on_ranks(config)
     config = resume_if_restarted(config)
-    distributed.set_phase("loading model and text")
+    distributed.set_phase("loading model and text", is_loading=True)
     if config.dry_run:
         context = prepare_run(config)
         report_dry_run(context, *build_trainer(context, None))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+from saetrain import distributed
 from saetrain.activations.normalize import Normalizer
 from saetrain.evaluation.evaluator import EvalTarget
 from saetrain.interop.saetrain_format import save_sae
@@ -58,5 +59,6 @@ def save_saes(
         settings = dataclasses.replace(context.config.sae, num_latents=latents)
         coder = context.config.coder_class.build(settings, width).for_inference()
         coder.load_state_dict(tensors)
+        distributed.record_progress()
         with report_write_errors():
             save_sae(directory / SAES_DIR / name, coder, metadata, context.config.output.save_sparsify)
