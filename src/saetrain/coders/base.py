@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,10 @@ class SparseCoder(nn.Module, ABC):
     ``W_dec`` times ENCODER_INIT_NORM.
     """
 
+    Settings: ClassVar[type]
+    """Settings of the architecture, a frozen dataclass; ``num_latents`` is one of them."""
+    saved_settings: ClassVar[tuple[str, ...]] = ()
+    """Settings that determine the codes; a saved SAE stores the attributes of these names."""
     auxk_alpha: float = 0.0
     """Weight of the loss over dead latents; 0 for coders without one."""
 
@@ -40,6 +45,11 @@ class SparseCoder(nn.Module, ABC):
         self.W_enc = nn.Parameter((ENCODER_INIT_NORM * directions).T)
         self.b_enc = nn.Parameter(torch.zeros(num_latents))
         self.b_dec = nn.Parameter(torch.zeros(d_in))
+
+    @classmethod
+    @abstractmethod
+    def build(cls, settings: Any, d_in: int, d_out: int, *, seed: int = 0) -> SparseCoder:
+        """Return a coder of width ``d_in`` -> ``d_out`` with initial weights."""
 
     @abstractmethod
     def encode(self, x_ND: Tensor) -> Codes:

@@ -54,10 +54,19 @@ def default_k_aux(d_in: int) -> int:
 class TopK(SparseCoder):
     """TopK coder: f = ReLU(TopK(W_enc (x - b_dec) + b_enc)), x̂ = W_dec f + b_dec."""
 
+    Settings = TopKSettings
+    saved_settings = ("k",)
+
     def __init__(self, d_in: int, num_latents: int, k: int, auxk_alpha: float = 0.0, seed: int = 0) -> None:
         super().__init__(d_in, num_latents, seed)
         assert 1 <= k <= num_latents, (k, num_latents)
         self.k, self.auxk_alpha = k, auxk_alpha
+
+    @classmethod
+    def build(cls, settings: TopKSettings, d_in: int, d_out: int, *, seed: int = 0) -> TopK:
+        """Return a coder with initial weights; SaetrainError if k is larger than the number of latents."""
+        assert d_out == d_in, (d_in, d_out)
+        return cls(d_in, settings.resolve_num_latents(d_in), settings.k, settings.auxk_alpha, seed)
 
     @classmethod
     def from_weights(cls, weights: Mapping[str, Tensor], k: int) -> TopK:
