@@ -16,7 +16,7 @@ from saetrain.coders.topk import TopK
 from saetrain.config import RunConfig
 from saetrain.distributed import env
 from saetrain.errors import SaetrainError
-from saetrain.interop.finetune import load_for_finetune
+from saetrain.interop.finetune import initialize_from_sae
 from saetrain.logs.console import log_rank0
 from saetrain.optim import resolve_lr, resolve_warmup_steps
 from saetrain.runs.train.choose_step import build_train_step, choose_kernels
@@ -123,7 +123,8 @@ def build_coder(run: RunContext, hookpoint: str, normalizer: Normalizer, seed: i
     width = len(normalizer.mean)
     coder = TopK(width, settings.resolve_num_latents(width), settings.k, settings.auxk_alpha, seed).to(device)
     if run.config.finetune is not None and fresh:
-        remark = load_for_finetune(run.config.finetune, hookpoint, coder, run.weights_sha256)
+        modules = [name for name, _ in run.model.module.named_modules()]
+        remark = initialize_from_sae(coder, run.config.finetune, hookpoint, modules, run.weights_sha256)
         log_rank0(f"{hookpoint}: starts from the SAE in {run.config.finetune}")
         if remark:
             log_rank0(remark)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -10,7 +11,9 @@ from saetrain.activations.normalize import Normalizer
 from saetrain.coders.folding import fold_normalizer
 from saetrain.coders.topk import TopK
 from saetrain.evaluation.evaluator import EvalTarget
-from saetrain.interop.saetrain_format import save_sae
+from saetrain.interop import sparsify
+from saetrain.interop.formats import save_sae
+from saetrain.logs.console import log_rank0
 from saetrain.logs.jsonl import replace_non_finite
 from saetrain.runs.run_dir import SAES_DIR
 from saetrain.runs.train.gather import RankGather
@@ -43,17 +46,20 @@ def save_saes(
     """
     run_metadata, rank_gather = build_run_metadata(context, trainer), RankGather(context)
     targets = fold_coders(trainer, normalizers)
+    skip_files = () if context.config.output.save_sparsify else (sparsify.WEIGHTS_FILE,)
     weights = {name: dict(target.coder.named_parameters()) for name, target in targets.items()}
     for name, tensors in rank_gather.gather_tensors(weights, "sending SAEs").items():
         hookpoint, seed = rank_gather.names[name]
-        metadata = {
-            **run_metadata,
-            "hookpoint": hookpoint,
-            "hook_name": hook_name(context, hookpoint),
-            "init_seed": seed,
-            "norm_limit": context.extractor.norm_limits.get(hookpoint),
-            "held_out_figures": replace_non_finite(metrics[name]),
-        }
+        metadata = dataclasses.replace(
+            run_metadata,
+            hookpoint=hookpoint,
+            hook_name=hook_name(context, hookpoint),
+            init_seed=seed,
+            norm_limit=context.extractor.norm_limits.get(hookpoint),
+            held_out_figures=replace_non_finite(metrics[name]),
+        )
         coder = TopK.from_weights(tensors, context.config.sae.k)
         with report_write_errors():
-            save_sae(directory / SAES_DIR / name, coder, metadata, context.config.output.save_sparsify)
+            skipped = save_sae(directory / SAES_DIR / name, coder, metadata, skip_files)
+        for format_name, reason in skipped.items():
+            log_rank0(f"{name}: not saved for {format_name}: {reason}")
