@@ -178,7 +178,7 @@ def show_latents(folder: Path, rows: list[dict[str, str]]) -> None:
     sae = saetrain.load(folder)
     codes = sae.encode_text([row["text"] for row in rows])
     tokens = sum(int(code.kept.sum()) for code in codes)
-    print(f"Searched {len(rows):,} texts of test.jsonl: {tokens:,} tokens, at most {sae.metadata['ctx_len']} per text.")
+    print(f"Searched {len(rows):,} texts of test.jsonl: {tokens:,} tokens, at most {sae.metadata.ctx_len} per text.")
     print(f"Candidates fire on {MIN_FIRINGS} to {MAX_FIRINGS} of these tokens, in at least {SHOWN_TEXTS} texts.")
     print("The latents are selected by the rules below, not by hand. Strength is the mean of the shown activations.")
     context = FiringContexts(rows, codes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,11 +13,13 @@ import torch
 from torch import Tensor
 
 from saetrain.activations.capture import ActivationCapture, batch_by_length, pad_batch
-from saetrain.activations.model import BaseModel, ModelSettings, hash_model_weights, load_model
-from saetrain.coders.topk import TopK
+from saetrain.activations.model import BaseModel, ModelSettings, load_model
+from saetrain.coders.base import SparseCoder
 from saetrain.data.tokenize import Framing, load_tokenizer
 from saetrain.errors import SaetrainError
-from saetrain.interop.saetrain_format import load_sae
+from saetrain.interop.formats import load_sae
+from saetrain.interop.metadata import SaeMetadata
+from saetrain.interop.saetrain_format import describe_coder
 from saetrain.types import Codes, TokenKind, TokenSequence
 
 MODEL_BATCH_TOKENS = 4096
@@ -42,9 +45,9 @@ class SAE:
     ``metadata``: what the SAE was trained on (model, hookpoint, data set, token policy, held-out metrics).
     """
 
-    def __init__(self, coder: TopK, metadata: dict[str, Any], path: Path) -> None:
+    def __init__(self, coder: SparseCoder, metadata: SaeMetadata, path: Path) -> None:
         self.coder, self.metadata, self.path = coder, metadata, path
-        self.d_in, self.num_latents, self.k = coder.d_in, coder.num_latents, coder.k
+        self.d_in, self.num_latents = coder.d_in, coder.num_latents
 
     @torch.no_grad()
     def encode(self, x_ND: Tensor) -> Codes:
@@ -62,8 +65,8 @@ class SAE:
         return self.coder.decode(codes)
 
     def __repr__(self) -> str:
-        site = f"{self.metadata['hookpoint']} of {self.metadata['model']}"
-        return f"SAE(k={self.k}, num_latents={self.num_latents}, d_in={self.d_in}, {site})"
+        described = ", ".join(f"{name}={value}" for name, value in describe_coder(self.coder).items())
+        return f"SAE({described}, {self.metadata.hookpoint} of {self.metadata.model})"
 
     def encode_text(self, texts: str | list[str]) -> list[TokenCodes]:
         """Run the model that the SAE was trained on over ``texts``, and encode every token.
@@ -78,7 +81,7 @@ class SAE:
         out: dict[int, TokenCodes] = {}
         for numbers in batch_by_length(sequences, MODEL_BATCH_TOKENS):
             ids, mask = pad_batch([sequences[n] for n in numbers], model.device)
-            x_ND = capture(ids, mask)[self.metadata["hookpoint"]][mask.bool()].float()
+            x_ND = capture(ids, mask)[capture.hookpoints[0]][mask.bool()].float()
             codes, start = self.encode(x_ND), 0
             for number in numbers:
                 sequence, offsets = tokenized[number]
@@ -95,22 +98,20 @@ class SAE:
     @cached_property
     def _loaded_model(self) -> tuple[BaseModel, Any, ActivationCapture, Framing]:
         metadata = self.metadata
-        settings = ModelSettings(
-            revision=metadata["model_revision"], dtype=metadata["model_dtype"], device=self._device_name()
-        )
-        model = load_model(metadata["model"], settings)
-        expected, found = metadata["model_weights_sha256"], hash_model_weights(model)
-        if expected is not None and found != expected:
+        model_name, hookpoint, ctx_len, causal = metadata.model, metadata.hookpoint, metadata.ctx_len, metadata.causal
+        if model_name is None or hookpoint is None or ctx_len is None or causal is None:
             raise SaetrainError(
-                f"model {metadata['model']}: its weights are not those that the SAE in {self.path} was trained on "
-                f"(SHA-256 {str(found)[:12]}…, expected {expected[:12]}…)"
+                f"encode_text: the metadata of the SAE in {self.path} do not describe its model and text completely; "
+                "compute the activations yourself and pass them to encode"
             )
-        tokenizer = load_tokenizer(metadata["model"], metadata["model_revision"], trust_remote_code=False)
-        framing = Framing.from_tokenizer(tokenizer, metadata["causal"], metadata["ctx_len"])
-        return model, tokenizer, ActivationCapture(model, [metadata["hookpoint"]]), framing
-
-    def _device_name(self) -> str:
-        return str(self.coder.W_enc.device)
+        settings = ModelSettings(
+            revision=metadata.model_revision, dtype=metadata.model_dtype, device=str(self.coder.W_enc.device)
+        )
+        model = load_model(model_name, settings)
+        metadata.require_model(model, self.path)
+        tokenizer = load_tokenizer(model_name, metadata.model_revision, trust_remote_code=False)
+        framing = Framing.from_tokenizer(tokenizer, causal, ctx_len)
+        return model, tokenizer, ActivationCapture(model, [hookpoint]), framing
 
     def _tokenize_text(self, text: str, tokenizer: Any, framing: Framing) -> tuple[TokenSequence, np.ndarray]:
         encoded = tokenizer(
@@ -132,16 +133,19 @@ class SAE:
     def _keep_mask(self, sequence: TokenSequence, x_SD: Tensor) -> np.ndarray:
         metadata = self.metadata
         excluded = np.uint8(
-            metadata["exclude_special_tokens"] * TokenKind.SPECIAL | metadata["exclude_sinks"] * TokenKind.FIRST
+            metadata.exclude_special_tokens * TokenKind.SPECIAL | metadata.exclude_sinks * TokenKind.FIRST
         )
         kept = (sequence.kind & excluded) == 0
-        if metadata.get("norm_limit") is not None:
-            kept &= (x_SD.norm(dim=1) <= metadata["norm_limit"]).cpu().numpy()
+        if metadata.norm_limit is not None:
+            kept &= (x_SD.norm(dim=1) <= metadata.norm_limit).cpu().numpy()
         return np.asarray(kept)
 
 
-def load(path: str | Path, device: str = "cpu") -> SAE:
-    """Load the SAE in directory ``path`` (``…/sae/<hookpoint>``); SaetrainError if it is missing or broken."""
+def load(path: str | Path, device: str = "cpu", classes: Iterable[type[SparseCoder]] = ()) -> SAE:
+    """Load the SAE in directory ``path`` (``…/sae/<hookpoint>``), in the format of saetrain, SAELens or sparsify.
+
+    ``classes``: your own architectures, which the SAE may have. Raises SaetrainError if the SAE is missing or broken.
+    """
     folder = Path(path)
-    coder, metadata = load_sae(folder)
+    coder, metadata = load_sae(folder, classes)
     return SAE(coder.to(device), metadata, folder)

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from saetrain import cli
-from saetrain.interop.saetrain_format import load_sae
+from saetrain.interop.formats import load_sae
 from saetrain.runs.train import loop, resume
 from saetrain.runs.train import run as run_command
 from tests.integration.test_resume import fingerprint, records

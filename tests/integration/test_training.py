@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -127,7 +128,7 @@ def test_saved_sae_equals_the_trained_one_on_real_data(encoder_run: Path, topics
     x = capture(batch["input_ids"], batch["attention_mask"])["encoder.layer.3"].flatten(0, 1)
     inner = (x - mean) / scale @ axes
     pre = (inner - raw["coder.b_dec"]) @ raw["coder.W_enc"] + raw["coder.b_enc"]
-    values, indices = pre.topk(sae.k, dim=1)
+    values, indices = pre.topk(sae.coder.k, dim=1)
     code = torch.zeros_like(pre).scatter(1, indices, values.relu())
     estimate = (code @ raw["coder.W_dec"] + raw["coder.b_dec"]) @ axes.T * scale + mean
     assert (sae.decode(sae.encode(x)) - estimate).abs().max() < 1e-5 * x.pow(2).mean().sqrt() * 10
@@ -151,7 +152,7 @@ def test_encode_text_runs_the_model_it_was_trained_on(encoder_run: Path) -> None
 
 def test_encode_text_refuses_another_model(encoder_run: Path, tmp_path: Path, tiny_bert: str) -> None:
     sae = saetrain.load(encoder_run / "sae" / "encoder.layer.3")
-    sae.metadata["model"] = tiny_bert
+    sae.metadata = dataclasses.replace(sae.metadata, model=tiny_bert)
     with pytest.raises(saetrain.SaetrainError, match="not those that the SAE"):
         sae.encode_text(["text"])
 

@@ -10,7 +10,9 @@ import torch
 
 import saetrain
 from saetrain.cli import main
-from saetrain.interop.saetrain_format import load_sae
+from saetrain.coders.topk import TopK
+from saetrain.interop.formats import load_sae, save_sae
+from saetrain.interop.metadata import SaeMetadata
 
 pytestmark = pytest.mark.interop
 
@@ -66,6 +68,19 @@ def test_sparsify_finds_all_hookpoints_of_the_folder(trained: Path) -> None:
     from sparsify import SparseCoder
 
     assert sorted(SparseCoder.load_many(str(trained), local=True)) == ["encoder.layer.1", "encoder.layer.3"]
+
+
+def test_other_libraries_refuse_what_they_cannot_hold(tmp_path: Path) -> None:
+    """A folder with the tensors of another architecture must not be loaded as a different SAE."""
+    from sae_lens import SAE
+    from sparsify import SparseCoder
+
+    coder = TopK(16, 64, 4)
+    coder.register_buffer("threshold", torch.zeros(64))
+    assert save_sae(tmp_path, coder, SaeMetadata(model="m")).keys() == {"SAELens", "sparsify"}
+    for load in (SAE.load_from_disk, SparseCoder.load_from_disk):
+        with pytest.raises((KeyError, TypeError, ValueError, FileNotFoundError)):
+            load(str(tmp_path))
 
 
 def test_further_seeds_lie_in_folders_of_their_own(trained: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 from saetrain.cli import main
 from saetrain.config import EvaluateConfig
 from saetrain.evaluation.score import ScoreSettings
-from saetrain.interop.saetrain_format import save_sae
+from saetrain.interop.formats import save_sae
 from saetrain.runs.evaluate.load_saes import load_saes
 from saetrain.runs.evaluate.run import (
     EvalContext,
@@ -99,7 +99,7 @@ def fewer_than_k_fire(setting: EvalContext, text: EvalText) -> None:
     batches = (batch for group in text.iter_groups(text.indices) for batch in setting.extractor.iterate_labelled(group))
     x = torch.cat([batch.values["h.2"] for batch in batches])
     sae.coder.b_enc -= sae.coder.encode(x).values.flatten()[:100_000].quantile(0.2)
-    save_sae(sae.folder, sae.coder, {name: value for name, value in sae.metadata.items() if name != "format"})
+    save_sae(sae.folder, sae.coder, sae.metadata)
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import torch
 
 from saetrain.coders.topk import TopK
 from saetrain.errors import SaetrainError
+from saetrain.interop.metadata import SaeMetadata
 from saetrain.sae import SAE
 
 
@@ -17,6 +18,6 @@ from saetrain.sae import SAE
     [([1, 2], "found a list"), (torch.zeros(4), r"found \(4,\)"), (torch.zeros(2, 5), r"found \(2, 5\)")],
 )
 def test_encode_names_the_expected_shape(activations: torch.Tensor, found: str) -> None:
-    sae = SAE(TopK(4, 8, 2, 0.0, 42), {"hookpoint": "h.0", "model": "gpt2"}, Path("sae"))
+    sae = SAE(TopK(4, 8, 2, 0.0, 42), SaeMetadata(hookpoint="h.0", model="gpt2"), Path("sae"))
     with pytest.raises(SaetrainError, match=r"expected a tensor of activations of shape \(N, 4\), " + found):
         sae.encode(activations)

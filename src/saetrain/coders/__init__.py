@@ -57,10 +57,6 @@ def _import_module(name: str, module_name: str) -> ModuleType:
         ) from error
 
 
-def architecture_name(coder: SparseCoder) -> str:
-    """Return the architecture of a coder, as :func:`find_coder_class` takes it."""
-    cls = type(coder)
-    for name, registered in CODERS.items():
-        if registered is cls:
-            return name
-    return f"{cls.__module__}:{cls.__qualname__}"
+def architecture_name(cls: type[SparseCoder]) -> str:
+    """Return the name of an architecture, as :func:`find_coder_class` takes it."""
+    return next((name for name, known in CODERS.items() if known is cls), f"{cls.__module__}:{cls.__qualname__}")

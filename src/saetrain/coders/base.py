@@ -66,13 +66,15 @@ class SparseCoder(nn.Module, ABC):
     """Whether Adam leaves latents that did not fire in a step unchanged (docs/recipe.md)."""
     lifts_dead_biases: ClassVar[bool] = True
     """Whether each step raises the encoder bias of dead latents (--dead_bias_lift)."""
+    saved_settings: ClassVar[tuple[str, ...]] = ()
+    """Settings that determine the codes; a saved SAE stores the attributes of these names."""
 
     def __init__(self, d_in: int, num_latents: int, seed: int = 0, d_out: int | None = None) -> None:
         super().__init__()
         assert d_in > 0, d_in
         assert num_latents > 0, num_latents
         self.d_in, self.d_out, self.num_latents = d_in, d_in if d_out is None else d_out, num_latents
-        self.centres_input = d_out is None
+        self.is_sae = d_out is None
         generator = torch.Generator().manual_seed(seed)
         decoder = _draw_unit_rows(num_latents, self.d_out, generator)
         encoder = decoder if self.d_out == d_in else _draw_unit_rows(num_latents, d_in, generator)
@@ -148,7 +150,7 @@ class SparseCoder(nn.Module, ABC):
         out.W_enc = nn.Parameter(W_enc if ratio == 1 else ratio * W_enc)
         out.W_dec = nn.Parameter(self.W_dec @ outputs.axes.T)
         out.b_enc = nn.Parameter(self.b_enc * outputs.scale)
-        if not self.centres_input:
+        if not self.is_sae:
             out.b_enc.sub_(inputs.mean @ out.W_enc)
         out.b_dec = nn.Parameter(outputs.axes @ self.b_dec * outputs.scale + outputs.mean)
         return out.requires_grad_(False)
@@ -156,7 +158,7 @@ class SparseCoder(nn.Module, ABC):
     @torch.no_grad()
     def unfold_(self, inputs: Affine, outputs: Affine) -> None:
         """Undo :meth:`folded` in place: a coder of raw activations becomes a coder of normalized activations."""
-        if not self.centres_input:
+        if not self.is_sae:
             self.b_enc.add_(inputs.mean @ self.W_enc)
         self.W_enc.copy_(inputs.axes.T @ self.W_enc)
         if outputs.scale != inputs.scale:
@@ -173,7 +175,7 @@ class SparseCoder(nn.Module, ABC):
         """Return the input of the encoder's product: x - b_dec for an SAE, else x."""
         assert x_ND.dim() == 2, tuple(x_ND.shape)
         assert x_ND.shape[1] == self.d_in, tuple(x_ND.shape)
-        return x_ND - self.b_dec if self.centres_input else x_ND
+        return x_ND - self.b_dec if self.is_sae else x_ND
 
     @torch.no_grad()
     def remove_parallel_gradient(self) -> None:

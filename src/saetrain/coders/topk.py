@@ -40,6 +40,7 @@ class TopK(SparseCoder):
     """TopK coder: f = ReLU(TopK(W_enc (x - b_dec) + b_enc)), x̂ = W_dec f + b_dec."""
 
     Settings = TopKSettings
+    saved_settings = ("k",)
 
     def __init__(
         self, d_in: int, num_latents: int, k: int, auxk_alpha: float = 0.0, seed: int = 0, d_out: int | None = None
@@ -66,7 +67,7 @@ class TopK(SparseCoder):
         """Return the k largest pre-activations of each row; negative ones become zero."""
         assert x_ND.dim() == 2, tuple(x_ND.shape)
         assert x_ND.shape[1] == self.d_in, tuple(x_ND.shape)
-        return linear_topk(x_ND, self.W_enc.T, self.b_enc, self.k, self.b_dec if self.centres_input else None)
+        return linear_topk(x_ND, self.W_enc.T, self.b_enc, self.k, self.b_dec if self.is_sae else None)
 
     def losses(self, y_ND: Tensor, encoded: Encoded, y_hat_ND: Tensor, ctx: StepContext) -> dict[str, Tensor]:
         """Return ``recon`` (the FVU) and, if a latent is dead and ``auxk_alpha`` is not 0, ``auxk``."""

@@ -3,25 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
+from safetensors.torch import save_file
 
+from saetrain.coders.base import SparseCoder
 from saetrain.coders.topk import TopK
-from saetrain.interop.schema import require_tensor_shapes
+from saetrain.errors import SaetrainError
+from saetrain.interop.metadata import SaeMetadata
+from saetrain.interop.schema import SAE_CONFIG_FILE, describe_misfit, read_tensors, restore_coder
 
+NAME = "SAELens"
 WEIGHTS_FILE = "sae_weights.safetensors"
-DIM_LETTERS = {"W_dec": "FD", "W_enc": "DF", "b_enc": "F", "b_dec": "D"}
-"""Dimensions of each tensor: D activation width, F latents."""
+TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec")
 SAELENS_VERSION = "6.54.12"
 """Version written to the files: the one whose loader was tested. SAELens needs a version to read them as format 6."""
+METADATA_KEYS = {
+    "model": "model_name",
+    "hook_name": "hook_name",
+    "hookpoint": "hf_hook_name",
+    "dataset": "dataset_path",
+    "ctx_len": "context_size",
+    "prepend_bos": "prepend_bos",
+    "exclude_special_tokens": "exclude_special_tokens",
+}
+"""Field of SaeMetadata -> key of the entry ``metadata``."""
 
 
-def build_config(coder: TopK, metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the keys of ``cfg.json`` that SAELens reads.
+def unsupported(coder: SparseCoder) -> str | None:
+    """Return why SAELens cannot load a coder, or None if it can."""
+    return describe_misfit(coder, TopK, TENSORS)
 
-    ``metadata`` names the model, hookpoint, data set and context of the SAE, with the keys of saetrain's own metadata.
-    """
+
+def build_config(coder: SparseCoder, metadata: SaeMetadata) -> dict[str, Any]:
+    """Return the keys of ``cfg.json`` that SAELens reads."""
+    assert isinstance(coder, TopK), type(coder)
     return {
         "architecture": "topk",
         "d_in": coder.d_in,
@@ -35,38 +53,44 @@ def build_config(coder: TopK, metadata: Mapping[str, Any]) -> dict[str, Any]:
         "rescale_acts_by_decoder_norm": False,
         "metadata": {
             "sae_lens_version": SAELENS_VERSION,
-            "model_name": metadata.get("model"),
-            "hook_name": metadata.get("hook_name"),
-            "hf_hook_name": metadata.get("hookpoint"),
-            "dataset_path": metadata.get("dataset"),
-            "context_size": metadata.get("ctx_len"),
-            "prepend_bos": metadata.get("prepend_bos", False),
-            "exclude_special_tokens": metadata.get("exclude_special_tokens", True),
+            **{key: getattr(metadata, field) for field, key in METADATA_KEYS.items()},
         },
     }
 
 
-def export_tensors(coder: TopK) -> dict[str, Tensor]:
-    """Return the tensors of the file: ``W_enc`` (D, F), ``b_enc`` (F,), ``W_dec`` (F, D), ``b_dec`` (D,)."""
-    return {name: value.detach().cpu().contiguous() for name, value in coder.named_parameters()}
+def write_weights(path: Path, coder: SparseCoder) -> None:
+    """Write all parameters and buffers by name: ``W_enc`` (D, F), ``b_enc`` (F,), ``W_dec`` (F, D), ``b_dec`` (D,)."""
+    save_file({name: value.cpu().contiguous() for name, value in coder.state_dict().items()}, path)
 
 
-def import_tensors(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Convert the tensors of a SAELens file to our layout.
+def read_sae(
+    folder: Path, config: Mapping[str, Any], coders: Mapping[str, type[SparseCoder]]
+) -> tuple[SparseCoder, SaeMetadata] | None:
+    """Return (coder of raw activations, metadata), or None if ``folder`` contains no weights of SAELens.
 
-    Raises:
-        ValueError: if the SAE is not TopK, does not take raw activations, or has tensors of the wrong shape.
+    Raises SaetrainError if the SAE is damaged, is not TopK, or does not take raw activations.
     """
+    if not (folder / WEIGHTS_FILE).exists():
+        return None
     if config.get("architecture") != "topk":
-        raise ValueError(f"its architecture is {config.get('architecture')!r}; only 'topk' is supported")
+        raise SaetrainError(f"{folder}: its architecture is {config.get('architecture')!r}; only 'topk' is supported")
     for key in ("normalize_activations", "reshape_activations"):
         if config.get(key, "none") != "none":
-            raise ValueError(f"its {key} is {config[key]!r}; only 'none' is supported")
-    require_tensor_shapes(weights, DIM_LETTERS)
-    out = {name: weights[name].clone() for name in DIM_LETTERS}
+            raise SaetrainError(f"{folder}: its {key} is {config[key]!r}; only 'none' is supported")
+    weights = read_tensors(folder / WEIGHTS_FILE)
+    num_latents, width = weights["W_dec"].shape
+    coder = restore_coder(folder, WEIGHTS_FILE, TopK, config, weights, (width, width, num_latents))
     if not config.get("apply_b_dec_to_input", True):
-        out["b_enc"] += out["b_dec"] @ out["W_enc"]
-    return out
+        coder.b_enc.add_(coder.b_dec @ coder.W_enc)
+    if config.get("rescale_acts_by_decoder_norm"):
+        norms = coder.W_dec.norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
+        coder.W_enc.mul_(norms)
+        coder.b_enc.mul_(norms)
+        coder.W_dec.div_(norms.unsqueeze(1))
+    entry = dict(config.get("metadata") or {})
+    if isinstance(entry.get("exclude_special_tokens"), list):  # ids of tokens
+        entry["exclude_special_tokens"] = True
+    return coder, SaeMetadata.from_entry(folder / SAE_CONFIG_FILE, "metadata", entry, METADATA_KEYS)
 
 
 def resolve_module_name(name: str, modules: Collection[str]) -> str | None:

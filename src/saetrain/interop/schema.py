@@ -1,96 +1,133 @@
-"""Validation of ``cfg.json`` (types of its entries) and of the weights (shapes and dtypes)."""
+"""Reading of an SAE's folder: ``cfg.json`` with the types of its entries, and tensors with their shapes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import json
+import types
+import typing
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
+from saetrain.activations.model import DTYPES, Dtype
+from saetrain.coders.base import SparseCoder
 from saetrain.errors import SaetrainError
 
+SAE_CONFIG_FILE = "cfg.json"
+PositiveInt = Annotated[int, "positive"]
 # type() instead of isinstance() for numbers, because bool is a subclass of int.
-TYPE_CHECKS: dict[str, Callable[[Any], bool]] = {
-    "a string": lambda value: isinstance(value, str),
-    "a string or a list": lambda value: isinstance(value, (str, list)),
-    "a positive integer": lambda value: type(value) is int and value >= 1,
-    "a number": lambda value: type(value) in (int, float),
-    "true or false": lambda value: isinstance(value, bool),
-    "true, false or a list": lambda value: isinstance(value, (bool, list)),
-    "a JSON object": lambda value: isinstance(value, dict),
-}
-TOP_LEVEL_TYPES = {
-    "d_in": "a positive integer",
-    "d_sae": "a positive integer",
-    "k": "a positive integer",
-    "metadata": "a JSON object",
-    "saetrain": "a JSON object",
-}
-METADATA_TYPES = {
-    "model_name": "a string",
-    "hook_name": "a string",
-    "hf_hook_name": "a string",
-    "dataset_path": "a string or a list",
-    "context_size": "a positive integer",
-    "prepend_bos": "true or false",
-    "exclude_special_tokens": "true, false or a list",
-}
-SAETRAIN_TYPES = {
-    "model": "a string",
-    "model_revision": "a string",
-    "model_weights_sha256": "a string",
-    "hookpoint": "a string",
-    "hook_name": "a string",
-    "dataset": "a string or a list",
-    "ctx_len": "a positive integer",
-    "prepend_bos": "true or false",
-    "exclude_special_tokens": "true or false",
-    "exclude_sinks": "true or false",
-    "norm_limit": "a number",
+JSON_TYPES: dict[Any, tuple[str, Callable[[Any], bool]]] = {
+    str: ("a string", lambda value: isinstance(value, str)),
+    bool: ("true or false", lambda value: isinstance(value, bool)),
+    int: ("an integer", lambda value: type(value) is int),
+    PositiveInt: ("a positive integer", lambda value: type(value) is int and value >= 1),
+    float: ("a number", lambda value: type(value) in (int, float)),
+    list: ("a list", lambda value: isinstance(value, list)),
+    tuple: ("a list", lambda value: isinstance(value, list)),
+    dict: ("a JSON object", lambda value: isinstance(value, dict)),
+    Dtype: (" or ".join(DTYPES), lambda value: value in list(DTYPES)),
 }
 
 
-def require_entry_types(path: Path, config: Mapping[str, Any]) -> None:
-    """Raise SaetrainError unless every entry that is read is missing, null or of its type."""
-    _require_types(path, "", config, TOP_LEVEL_TYPES)
-    _require_types(path, "metadata.", config.get("metadata") or {}, METADATA_TYPES)
-    _require_types(path, "saetrain.", config.get("saetrain") or {}, SAETRAIN_TYPES)
+def read_sae_config(folder: Path) -> dict[str, Any]:
+    """Return the contents of ``cfg.json`` in ``folder``; raise SaetrainError if it is missing or invalid."""
+    path = folder / SAE_CONFIG_FILE
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        inner_folders = sorted(str(found.parent) for found in folder.glob(f"**/{SAE_CONFIG_FILE}"))[:3]
+        hint = f"; SAEs were found in {', '.join(inner_folders)}" if inner_folders else ""
+        raise SaetrainError(f"{folder}: contains no SAE (no {SAE_CONFIG_FILE}){hint}") from error
+    except OSError as error:
+        raise SaetrainError(f"{path}: can't be read: {error.strerror}") from error
+    except ValueError as error:
+        raise SaetrainError(f"{path}: is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise SaetrainError(f"{path}: must be a JSON object")
+    require_types(path, config, {"d_in": PositiveInt, "d_sae": PositiveInt, "metadata": dict, "saetrain": dict})
+    return config
 
 
-def _require_types(path: Path, prefix: str, entries: Mapping[str, Any], expected_types: Mapping[str, str]) -> None:
-    for key, expected_type in expected_types.items():
+def require_types(path: Path, entries: Mapping[str, Any], hints: Mapping[str, Any], prefix: str = "") -> None:
+    """Raise SaetrainError unless each entry is missing, null or of the type in ``hints``; items are not checked."""
+    for key, hint in hints.items():
+        is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+        options = typing.get_args(hint) if is_union else (hint,)
+        allowed = [JSON_TYPES.get(each) or JSON_TYPES.get(typing.get_origin(each)) for each in options]
+        checks = [each for each in allowed if each is not None]
         value = entries.get(key)
-        if value is not None and not TYPE_CHECKS[expected_type](value):
-            raise SaetrainError(f"{path}: {prefix}{key} must be {expected_type}, found {value!r}")
+        if value is not None and not any(is_allowed(value) for _, is_allowed in checks):
+            expected = " or ".join(dict.fromkeys(text for text, _ in checks))
+            raise SaetrainError(f"{path}: {prefix}{key} must be {expected}, found {value!r}")
 
 
-def require_tensor_shapes(
+def require_entry(path: Path, entries: Mapping[str, Any], key: str, hint: Any) -> Any:
+    """Return the entry ``key``; raise SaetrainError if it is missing, null or of another type than ``hint``."""
+    require_types(path, entries, {key: hint})
+    if entries.get(key) is None:
+        raise SaetrainError(f"{path}: has no key '{key}'")
+    return entries[key]
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a file; raise SaetrainError if it is missing or damaged, or without ``W_dec`` (F, D)."""
+    try:
+        weights: dict[str, Tensor] = load_file(path)
+    except FileNotFoundError as error:
+        raise SaetrainError(f"{path}: is missing") from error
+    except SafetensorError as error:
+        raise SaetrainError(f"{path}: is damaged or truncated: {error}") from error
+    found = tuple(weights["W_dec"].shape) if "W_dec" in weights else "nothing"
+    if len(found) != 2:
+        raise SaetrainError(f"{path}: W_dec must have shape (F, D), found {found}")
+    return weights
+
+
+def restore_coder(
+    folder: Path,
+    weights_file: str,
+    cls: type[SparseCoder],
+    entries: Mapping[str, Any],
     weights: Mapping[str, Tensor],
-    dim_letters: Mapping[str, str],
-    num_latents: int | None = None,
-    d_in: int | None = None,
-) -> None:
-    """Raise ValueError unless the tensors have consistent shapes and a floating-point dtype.
+    sizes: tuple[int, int, int],
+) -> SparseCoder:
+    """Return a coder of class ``cls`` with the settings in ``entries`` and the parameters and buffers in ``weights``.
 
-    Args:
-        weights: {name: tensor}.
-        dim_letters: {name: one letter per dimension}, F for latents and D for width; the first name has both letters.
-        num_latents: F; taken from the first tensor if None.
-        d_in: D; taken from the first tensor if None.
+    ``sizes``: width of the inputs, width of the outputs, number of latents. Raises SaetrainError if a setting is
+    missing or not allowed, or if names, shapes or kinds of the weights are not those of the class.
     """
-    sizes = {letter: size for letter, size in (("F", num_latents), ("D", d_in)) if size is not None}
-    for name, dims in dim_letters.items():
-        tensor = weights.get(name)
-        found_shape = None if tensor is None else tuple(tensor.shape)
-        if found_shape is not None and len(found_shape) == len(dims):
-            for letter, size in zip(dims, found_shape, strict=True):
-                sizes.setdefault(letter, size)
-        expected_shape = tuple(sizes.get(letter) for letter in dims)
-        if found_shape != expected_shape:
-            expected_text = str(tuple(sizes.get(letter, letter) for letter in dims)).replace("'", "")
-            raise ValueError(
-                f"{name} must have shape {expected_text}, found {'nothing' if found_shape is None else found_shape}"
-            )
-        if tensor is not None and not tensor.is_floating_point():
-            raise ValueError(f"{name} must contain floating-point numbers, found {tensor.dtype}")
+    config_path, weights_path = folder / SAE_CONFIG_FILE, folder / weights_file
+    hints, (d_in, d_out, num_latents) = typing.get_type_hints(cls.Settings), sizes
+    saved = {name: require_entry(config_path, entries, name, hints[name]) for name in cls.saved_settings}
+    saved = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
+    try:
+        # An architecture that does not save k uses it only in training.
+        settings = cls.Settings(**{"k": 1, **saved, "num_latents": num_latents})
+        is_sae = entries.get("is_sae", d_in == d_out)
+        coder = cls.build(settings, d_in, None if is_sae else d_out)
+    except SaetrainError as error:
+        raise SaetrainError(f"{config_path}: {str(error).removeprefix('--')}") from error
+    for name, value in coder.state_dict().items():
+        if name in weights and weights[name].is_floating_point() != value.is_floating_point():
+            raise SaetrainError(f"{weights_path}: {name} must have dtype {value.dtype}, found {weights[name].dtype}")
+    try:
+        coder.load_state_dict(weights)
+    except RuntimeError as error:  # one line per wrong tensor, after a heading
+        problems = "; ".join(line.strip() for line in str(error).splitlines()[1:])
+        raise SaetrainError(f"{weights_path}: its tensors are not those of {cls.__name__}: {problems}") from error
+    return coder.requires_grad_(False)
+
+
+def describe_misfit(coder: SparseCoder, cls: type[SparseCoder], tensors: Collection[str]) -> str | None:
+    """Return why a format for coders of class ``cls`` with these parameters cannot hold a coder, or None if it can."""
+    if type(coder) is not cls:
+        return f"saetrain writes only {cls.__name__} in this format"
+    unknown = sorted(coder.state_dict().keys() - set(tensors))
+    if unknown:
+        return f"it has no tensor {', '.join(unknown)}"
+    d_out = coder.W_dec.shape[1]
+    return None if d_out == coder.d_in else f"it has one width, but the coder maps width {coder.d_in} to {d_out}"

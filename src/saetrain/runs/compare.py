@@ -23,7 +23,8 @@ from saetrain.evaluation.bootstrap import Estimate
 from saetrain.evaluation.evaluator import EvalSettings
 from saetrain.evaluation.health import HealthSettings
 from saetrain.evaluation.score import ScoreSettings
-from saetrain.interop.saetrain_format import CONFIG_FILE as SAE_CONFIG
+from saetrain.interop.metadata import SaeMetadata
+from saetrain.interop.schema import SAE_CONFIG_FILE, read_sae_config
 from saetrain.logs.console import log_rank0
 from saetrain.logs.jsonl import METRICS_FILE as METRICS
 from saetrain.runs.evaluate.report import ASSESSMENT_FILE, open_console
@@ -199,9 +200,10 @@ def read_run(folder: Path, name: str) -> list[SaeRow]:
     config = folder / CONFIG_FILE
     settings = read_yaml(str(config), flag="") if config.exists() else {}
     # The batch size in the settings is per process.
-    trained = next((folder / SAES_DIR).rglob(SAE_CONFIG), None)
+    trained = next((folder / SAES_DIR).rglob(SAE_CONFIG_FILE), None)
     if settings and trained is not None:
-        settings["processes"] = _read_json(trained).get("saetrain", {}).get("processes", 1)
+        entry = read_sae_config(trained.parent).get("saetrain") or {}
+        settings["processes"] = SaeMetadata.from_entry(trained, "saetrain", entry).processes
     speed = mean_tokens_per_second(folder / METRICS)
     try:
         rows = [_build_row(name, sae, content, settings, speed) for sae in content["saes"]]

@@ -12,10 +12,12 @@ from safetensors.torch import save_file
 
 from saetrain.coders.topk import TopK
 from saetrain.errors import SaetrainError
-from saetrain.interop.finetune import load_for_finetune
-from saetrain.interop.saetrain_format import save_sae
+from saetrain.interop.finetune import initialize_from_sae
+from saetrain.interop.formats import save_sae
+from saetrain.interop.metadata import SaeMetadata
 
 D, F, K, N = 6, 20, 3, 40
+MODULES = ("wte", "h", "h.0", "h.0.attn", "h.1")
 
 
 def tensors(seed: int = 0) -> dict[str, torch.Tensor]:
@@ -47,9 +49,9 @@ def sparsify(folder: Path, weights: dict[str, torch.Tensor], **config: Any) -> P
     return folder
 
 
-def loaded(path: Path, hookpoint: str = "h.0") -> TopK:
+def loaded(path: Path, hookpoint: str = "h.0", modules: tuple[str, ...] = MODULES) -> TopK:
     coder = TopK(D, F, K, seed=9)
-    load_for_finetune(str(path), hookpoint, coder)
+    initialize_from_sae(coder, str(path), hookpoint, modules)
     return coder
 
 
@@ -82,7 +84,7 @@ def test_saelens_and_sparsify_layouts_give_the_same_sae(tmp_path: Path, x: torch
 
 def test_our_own_directory_and_a_folder_of_hookpoints(tmp_path: Path, x: torch.Tensor) -> None:
     source = loaded(saelens(tmp_path / "a", tensors()))
-    save_sae(tmp_path / "sae" / "h.0", source, {"model": "m"})
+    save_sae(tmp_path / "sae" / "h.0", source, SaeMetadata(model="m"))
     check(loaded(tmp_path / "sae"), source.decode(source.encode(x)), x)
 
 
@@ -109,7 +111,7 @@ def test_norms_that_take_part_in_the_ranking_are_moved_exactly(tmp_path: Path, x
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"k": 7}, "its k is 7, --k is 3; give --k 7"),
+        ({"k": 7}, "its k is 7, the run needs 3; give --k 7"),
         ({"architecture": "jumprelu"}, "architecture is 'jumprelu'"),
         ({"normalize_activations": "layer_norm"}, "normalize_activations is 'layer_norm'"),
     ],
@@ -147,7 +149,7 @@ def test_another_size_is_refused(tmp_path: Path) -> None:
     folder = saelens(tmp_path / "a", weights)
     for coder, message in ((TopK(D, F + 1, K), f"give --num_latents {F}"), (TopK(D + 1, F, K), "another model")):
         with pytest.raises(SaetrainError, match=message):
-            load_for_finetune(str(folder), "h.0", coder)
+            initialize_from_sae(coder, str(folder), "h.0", MODULES)
 
 
 @pytest.mark.parametrize("named", ["h.0", "transformer.h.0", "transformer.h.0.output", "h.0.output"])
@@ -158,10 +160,46 @@ def test_hookpoints_as_other_libraries_spell_them(tmp_path: Path, x: torch.Tenso
         loaded(folder, "h.1")
 
 
-def test_our_own_hookpoint_is_taken_by_its_letter(tmp_path: Path) -> None:
-    save_sae(tmp_path, loaded(saelens(tmp_path / "a", tensors())), {"hookpoint": "h.0.output"})
+def test_a_module_that_is_named_output_is_not_its_parent(tmp_path: Path) -> None:
+    """As in BERT, whose layers have a part of that name."""
+    folder = saelens(tmp_path / "a", tensors(), metadata={"hf_hook_name": "h.0.output"})
     with pytest.raises(SaetrainError, match=r"it is an SAE of h\.0\.output, the run trains h\.0"):
-        loaded(tmp_path)
+        loaded(folder, modules=(*MODULES, "h.0.output"))
+
+
+def test_an_sae_of_another_model_is_named(tmp_path: Path) -> None:
+    save_sae(tmp_path, TopK(D, F, K), SaeMetadata(hookpoint="h.0", model_weights_sha256="a" * 64))
+    coder = TopK(D, F, K)
+    assert initialize_from_sae(coder, str(tmp_path), "h.0", MODULES, "a" * 64) is None
+    warning = initialize_from_sae(coder, str(tmp_path), "h.0", MODULES, "b" * 64)
+    assert warning is not None
+    assert "trained on a model with other weights (SHA-256 aaaaaaaaaaaa…)" in warning
+
+
+class Variant(TopK):
+    """Another architecture with the same tensors."""
+
+
+def test_another_architecture_is_refused(tmp_path: Path) -> None:
+    save_sae(tmp_path, TopK(D, F, K), SaeMetadata(hookpoint="h.0"))
+    with pytest.raises(SaetrainError, match=r"its architecture is topk, the run needs tests\.unit\..*:Variant"):
+        initialize_from_sae(Variant(D, F, K), str(tmp_path), "h.0", MODULES)
+    save_sae(tmp_path, Variant(D, F, K, seed=5), SaeMetadata(hookpoint="h.0"))
+    coder = Variant(D, F, K)
+    initialize_from_sae(coder, str(tmp_path), "h.0", MODULES)
+    torch.testing.assert_close(coder.W_enc, Variant(D, F, K, seed=5).W_enc)
+
+
+def test_norms_that_differ_by_the_rounding_of_bf16_are_accepted_in_any_dtype(tmp_path: Path, x: torch.Tensor) -> None:
+    weights = tensors()
+    weights["W_dec"] = weights["W_dec"].bfloat16().float()
+    spread = weights["W_dec"].norm(dim=1)
+    assert float(spread.max() - spread.min()) > 1e-3
+    coder = loaded(saelens(tmp_path / "a", weights))
+    torch.testing.assert_close(coder.decode(coder.encode(x)), output(weights, x), rtol=1e-2, atol=3e-2)
+    weights["W_dec"] *= 1.1  # no longer a bf16 number, with the same spread
+    with pytest.raises(SaetrainError, match="would change which latents"):
+        loaded(saelens(tmp_path / "b", weights))
 
 
 def test_broken_folders_are_refused(tmp_path: Path) -> None:
@@ -176,5 +214,7 @@ def test_broken_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(SaetrainError, match="contains neither"):
         loaded(folder)
     save_file({"W_enc": torch.zeros(D, F)}, file)
-    with pytest.raises(SaetrainError, match=r"--finetune .*: W_dec must have shape \(F, D\), found nothing"):
+    with pytest.raises(
+        SaetrainError, match=r"--finetune .*sae_weights\.safetensors: W_dec must have shape \(F, D\), found nothing"
+    ):
         loaded(folder)

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from saetrain.coders.topk import TopK
 from saetrain.errors import SaetrainError
-from saetrain.interop.finetune import load_for_finetune
-from saetrain.interop.load import load_any_format
-from saetrain.interop.saetrain_format import save_sae
+from saetrain.interop.finetune import initialize_from_sae
+from saetrain.interop.formats import load_sae, save_sae
+from saetrain.interop.metadata import SaeMetadata
 
 D, F, K = 6, 20, 3
 Spoil = Callable[[Path], None]
@@ -24,7 +24,7 @@ Spoil = Callable[[Path], None]
 @pytest.fixture(params=["ours", "saelens", "sparsify"])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A small SAE in one of the three layouts."""
-    save_sae(tmp_path, TopK(D, F, K, seed=1), {"model": "m", "hookpoint": "h.0", "ctx_len": 8})
+    save_sae(tmp_path, TopK(D, F, K, seed=1), SaeMetadata(model="m", hookpoint="h.0", ctx_len=8))
     config = json.loads((tmp_path / "cfg.json").read_text())
     if request.param != "ours":
         del config["saetrain"]
@@ -34,12 +34,8 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def read(folder: Path) -> tuple[TopK, dict[str, Any]]:
-    return load_any_format(folder)
-
-
 def finetune(folder: Path) -> None:
-    load_for_finetune(str(folder), "h.0", TopK(D, F, K))
+    initialize_from_sae(TopK(D, F, K), str(folder), "h.0", ["h.0"])
 
 
 def config_with(**values: Any) -> Spoil:
@@ -50,26 +46,33 @@ def config_with(**values: Any) -> Spoil:
     return spoil
 
 
-def tensor(name: str, value: torch.Tensor) -> Spoil:
-    """In every file of weights that holds it."""
+def tensor(name: str, value: torch.Tensor, add: bool = False) -> Spoil:
+    """In every file of weights that holds it, or in all."""
 
     def spoil(folder: Path) -> None:
         for path in folder.glob("*.safetensors"):
             weights = load_file(path)
-            if name in weights:
+            if add or name in weights:
                 save_file({**weights, name: value}, path)
 
     return spoil
 
 
 def test_what_is_whole_is_read(folder: Path) -> None:
-    coder, about = read(folder)
+    coder, metadata = load_sae(folder)
     finetune(folder)
+    assert isinstance(coder, TopK)
     assert (coder.d_in, coder.num_latents, coder.k) == (D, F, K)
-    assert about.get("ctx_len") == 8
+    for name, value in TopK(D, F, K, seed=1).state_dict().items():
+        assert torch.equal(coder.state_dict()[name], value)
+        assert coder.state_dict()[name].stride() == value.stride(), "the encoder reads whole latents"
+    # sparsify stores no metadata, so its hookpoint is the folder's name.
+    sparsify = not (folder / "sae_weights.safetensors").exists()
+    assert metadata.ctx_len == (None if sparsify else 8)
+    assert metadata.hook_name == (folder.name if sparsify else None)
 
 
-@pytest.mark.parametrize("reader", [read, finetune])
+@pytest.mark.parametrize("reader", [load_sae, finetune])
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
@@ -79,18 +82,15 @@ def test_what_is_whole_is_read(folder: Path) -> None:
         (config_with(metadata="a"), r"cfg\.json: metadata must be a JSON object, found 'a'"),
         (config_with(saetrain=[1]), r"cfg\.json: saetrain must be a JSON object"),
         (config_with(d_in="8"), r"cfg\.json: d_in must be a positive integer, found '8'"),
-        (config_with(k=True), r"cfg\.json: k must be a positive integer, found True"),
-        (config_with(k=0), r"cfg\.json: k must be a positive integer, found 0"),
-        (
-            config_with(metadata={"context_size": "128"}),
-            r"cfg\.json: metadata\.context_size must be a positive integer",
-        ),
-        (config_with(metadata={"hf_hook_name": 3}), r"cfg\.json: metadata\.hf_hook_name must be a string, found 3"),
-        (config_with(metadata={"prepend_bos": "no"}), r"metadata\.prepend_bos must be true or false, found 'no'"),
-        (tensor("W_dec", torch.zeros(F)), r"W_dec must have shape \(F, D\), found \(20,\)|\(20, 6\), found \(20,\)"),
-        (tensor("W_dec", torch.zeros(F, D, 1)), r"W_dec must have shape \(.*\), found \(20, 6, 1\)"),
-        (tensor("b_dec", torch.zeros(D + 1)), r"b_dec must have shape \(6,\), found \(7,\)"),
-        (tensor("b_dec", torch.zeros(D, dtype=torch.int64)), "b_dec must contain floating-point numbers"),
+        (config_with(k=True), r"cfg\.json: k must be an integer, found True"),
+        (config_with(k=0), r"cfg\.json: k 0: must be at least 1"),
+        (config_with(k=F + 1), r"cfg\.json: k 21: more than the 20 latents"),
+        (config_with(k=None), r"cfg\.json: has no key 'k'"),
+        (tensor("W_dec", torch.zeros(F)), r"safetensors: W_dec must have shape \(F, D\), found \(20,\)"),
+        (tensor("W_dec", torch.zeros(F, D, 1)), r"safetensors: W_dec must have shape \(F, D\), found \(20, 6, 1\)"),
+        (tensor("b_dec", torch.zeros(D + 1)), r"its tensors are not those of TopK: size mismatch for b_dec: .*\[7\]"),
+        (tensor("b_dec", torch.zeros(D, dtype=torch.int64)), r"b_dec must have dtype torch.float32, found torch.int64"),
+        (tensor("extra", torch.zeros(1), add=True), r"its tensors are not those of TopK: Unexpected key.*extra"),
     ],
 )
 def test_broken_folders_are_refused(folder: Path, reader: Callable[[Path], Any], spoil: Spoil, said: str) -> None:
@@ -102,39 +102,86 @@ def test_broken_folders_are_refused(folder: Path, reader: Callable[[Path], Any],
 @pytest.mark.parametrize("value", [{}, None, {"model_name": None, "context_size": None}])
 def test_metadata_may_be_empty(folder: Path, value: Any) -> None:
     config_with(metadata=value)(folder)
-    read(folder)
+    load_sae(folder)
     finetune(folder)
 
 
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ({"context_size": "128"}, r"cfg\.json: metadata\.context_size must be a positive integer, found '128'"),
+        ({"hf_hook_name": 3}, r"cfg\.json: metadata\.hf_hook_name must be a string, found 3"),
+        ({"prepend_bos": "no"}, r"metadata\.prepend_bos must be true or false, found 'no'"),
+        ({"dataset_path": 1}, r"metadata\.dataset_path must be a string or a list, found 1"),
+    ],
+)
+def test_metadata_of_saelens_are_checked(tmp_path: Path, entry: dict[str, Any], said: str) -> None:
+    save_sae(tmp_path, TopK(D, F, K), SaeMetadata())
+    config_with(saetrain=None, metadata=entry)(tmp_path)
+    with pytest.raises(SaetrainError, match=said):
+        load_sae(tmp_path)
+
+
+def test_metadata_of_saelens_are_translated(tmp_path: Path) -> None:
+    save_sae(tmp_path, TopK(D, F, K), SaeMetadata())
+    entry = {
+        "model_name": "gpt2",
+        "hook_name": "blocks.3.hook_resid_post",
+        "hf_hook_name": "",
+        "dataset_path": "wikitext",
+        "context_size": 64,
+        "prepend_bos": True,
+        "exclude_special_tokens": [0, 1],
+    }
+    config_with(saetrain=None, metadata=entry)(tmp_path)
+    assert load_sae(tmp_path)[1] == SaeMetadata(
+        model="gpt2", hook_name="blocks.3.hook_resid_post", dataset="wikitext", ctx_len=64, prepend_bos=True
+    )
+    config_with(metadata={"exclude_special_tokens": False})(tmp_path)
+    assert load_sae(tmp_path)[1] == SaeMetadata(exclude_special_tokens=False)
+
+
+def test_the_codes_of_saelens_do_not_depend_on_how_it_stores_the_sae(tmp_path: Path) -> None:
+    """A bias that is not subtracted, and norms that take part in the ranking, are folded into the weights."""
+    coder = TopK(D, F, K, seed=1).requires_grad_(False)
+    coder.b_dec += torch.arange(D) / D
+    save_sae(tmp_path, coder, SaeMetadata())
+    x = torch.randn(50, D, generator=torch.Generator().manual_seed(2))
+    norms = torch.rand(F, generator=torch.Generator().manual_seed(3)) + 0.5
+    config_with(saetrain=None, apply_b_dec_to_input=False, rescale_acts_by_decoder_norm=True)(tmp_path)
+    tensor("W_dec", coder.W_dec * norms[:, None])(tmp_path)
+    tensor("W_enc", (coder.W_enc / norms).contiguous())(tmp_path)
+    tensor("b_enc", (coder.b_enc - coder.b_dec @ coder.W_enc) / norms)(tmp_path)
+    found, _ = load_sae(tmp_path)
+    torch.testing.assert_close(found.encode(x).to_dense(), coder.encode(x).to_dense())
+    torch.testing.assert_close(found.decode(found.encode(x)), coder.decode(coder.encode(x)))
+
+
 def test_a_bias_that_is_not_subtracted_must_fit_too(tmp_path: Path) -> None:
-    save_sae(tmp_path, TopK(D, F, K), {}, with_sparsify=False)
+    save_sae(tmp_path, TopK(D, F, K), SaeMetadata(), skip_files=["sae.safetensors"])
     config_with(saetrain=None, apply_b_dec_to_input=False)(tmp_path)
     tensor("b_dec", torch.zeros(D + 1))(tmp_path)
-    with pytest.raises(SaetrainError, match=r"b_dec must have shape \(6,\), found \(7,\)"):
-        read(tmp_path)
+    with pytest.raises(SaetrainError, match=r"size mismatch for b_dec"):
+        load_sae(tmp_path)
 
 
-def test_more_active_latents_than_there_are_are_refused(folder: Path) -> None:
-    config_with(k=F + 1)(folder)
-    with pytest.raises(SaetrainError, match=r"cfg\.json: k is 21, more than the 20 latents"):
-        read(folder)
-
-
-def test_entries_of_our_own_are_checked(tmp_path: Path) -> None:
-    save_sae(tmp_path, TopK(D, F, K), {"ctx_len": "128"})
-    config = json.loads((tmp_path / "cfg.json").read_text())
-    config["metadata"] = {}
-    (tmp_path / "cfg.json").write_text(json.dumps(config))
-    with pytest.raises(SaetrainError, match=r"cfg\.json: saetrain\.ctx_len must be a positive integer"):
-        read(tmp_path)
-    config["saetrain"] = {"format": 1}
-    config["architecture"] = ["topk"]
-    (tmp_path / "cfg.json").write_text(json.dumps(config))
-    with pytest.raises(SaetrainError, match=r"cfg\.json: architecture is \['topk'\]; this version supports topk"):
-        read(tmp_path)
-
-
-def test_whether_texts_began_with_a_bos_is_known(tmp_path: Path) -> None:
-    save_sae(tmp_path, TopK(D, F, K), {"prepend_bos": True})
-    config_with(saetrain=None)(tmp_path)
-    assert read(tmp_path)[1]["prepend_bos"] is True
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (
+            {"saetrain": {"format": 2}},
+            r"was not written by this version of saetrain \(no 'saetrain' entry of format 1\)",
+        ),
+        ({"saetrain": {}}, r"was not written by this version of saetrain"),
+        ({"architecture": ["topk"]}, r"cfg\.json: architecture is \['topk'\]; this version supports topk"),
+        ({"architecture": None}, r"cfg\.json: architecture is None; this version supports topk"),
+        ({"d_sae": None}, r"cfg\.json: has no key 'd_sae'"),
+        ({"d_sae": F + 1}, r"sae_weights\.safetensors: its tensors are not those of TopK: size mismatch"),
+        ({"saetrain": {"format": 1, "coder": [1]}}, r"cfg\.json: coder must be a JSON object, found \[1\]"),
+    ],
+)
+def test_entries_of_our_own_are_checked(tmp_path: Path, values: dict[str, Any], said: str) -> None:
+    save_sae(tmp_path, TopK(D, F, K), SaeMetadata())
+    config_with(**values)(tmp_path)
+    with pytest.raises(SaetrainError, match=said):
+        load_sae(tmp_path)

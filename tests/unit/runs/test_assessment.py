@@ -11,6 +11,7 @@ from saetrain.coders.topk import TopK
 from saetrain.evaluation.bootstrap import Estimate
 from saetrain.evaluation.health import HealthSettings
 from saetrain.evaluation.score import MetricResult, SaeScores
+from saetrain.interop.metadata import SaeMetadata
 from saetrain.runs.evaluate.load_saes import SavedSae
 from saetrain.runs.evaluate.report import TextScores, build_metrics_table, build_verdict_table, judge_sae
 
@@ -23,7 +24,9 @@ def test_the_share_that_must_be_dead_follows_from_k_not_from_what_fires(k: int, 
     scores = SaeScores(
         {name: MetricResult(Estimate(value), 1000) for name, value in VALUES.items()}, {}, {}, (0, 0, 0), 1
     )
-    found = judge_sae(SavedSae(Path(), TopK(8, 4096, k), {}), scores, 0.01, HealthSettings()).judgments["dead"]
+    found = judge_sae(SavedSae(Path(), TopK(8, 4096, k), SaeMetadata()), scores, 0.01, HealthSettings()).judgments[
+        "dead"
+    ]
     assert found.status == "fail"
     assert found.by_construction == impossible
     assert ("at this k and num_latents at least" in found.reason) == impossible
@@ -46,7 +49,7 @@ LOSSES = dict.fromkeys(("ce_clean", "ce_recovered_zero", "ce_recovered_mean", "d
 def test_tables_fit_80_columns_with_every_figure_whole(loss: dict[str, int]) -> None:
     found = scores(loss)
     texts = [TextScores(name, name == "wikitext", "", {"a": found}, 3) for name in ("wikitext", "/x/" + 40 * "n")]
-    verdict = judge_sae(SavedSae(Path(), TopK(8, 4096, 64), {}), found, 0.01, HealthSettings())
+    verdict = judge_sae(SavedSae(Path(), TopK(8, 4096, 64), SaeMetadata()), found, 0.01, HealthSettings())
     console = Console(width=80)
     with console.capture() as capture:
         console.print(build_metrics_table("title", "a", texts))

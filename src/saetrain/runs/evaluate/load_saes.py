@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from saetrain.coders.topk import TopK
 from saetrain.errors import SaetrainError
-from saetrain.interop.load import load_any_format
-from saetrain.interop.saetrain_format import CONFIG_FILE as SAE_CONFIG
+from saetrain.interop.formats import load_sae
+from saetrain.interop.metadata import SaeMetadata
+from saetrain.interop.schema import SAE_CONFIG_FILE
 from saetrain.runs.run_dir import CONFIG_FILE, SAES_DIR, is_run_dir
 
 
@@ -19,7 +19,7 @@ class SavedSae:
 
     folder: Path
     coder: TopK
-    metadata: dict[str, Any]
+    metadata: SaeMetadata
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,9 @@ class LoadedSaes:
     run_dir: Path | None
 
     @property
-    def metadata(self) -> dict[str, Any]:
+    def metadata(self) -> SaeMetadata:
         """Metadata of the first SAE; the SAEs of a run share all entries that an evaluation reads here."""
         return next(iter(self.saes.values())).metadata
-
-    def get_metadata(self, key: str) -> Any:
-        """Return an entry of :attr:`metadata`, or None if it is missing."""
-        return self.metadata.get(key)
 
 
 def load_saes(path: str) -> LoadedSaes:
@@ -45,25 +41,32 @@ def load_saes(path: str) -> LoadedSaes:
     folder = Path(path)
     if not folder.is_dir():
         raise SaetrainError(f"{path}: there is no such folder; pass a run directory or the folder of one SAE")
-    if (folder / SAE_CONFIG).exists():
-        coder, metadata = load_any_format(folder)
-        name = str(metadata.get("hookpoint") or metadata.get("hook_name") or folder.name)
-        return LoadedSaes(folder, {name: SavedSae(folder, coder, metadata)}, find_run_dir(folder))
+    if (folder / SAE_CONFIG_FILE).exists():
+        sae = _load_saved_sae(folder)
+        name = sae.metadata.hookpoint or sae.metadata.hook_name or folder.name
+        return LoadedSaes(folder, {name: sae}, find_run_dir(folder))
     inside = folder / SAES_DIR if (folder / SAES_DIR).is_dir() else folder
-    folders = sorted(found.parent for found in inside.rglob(SAE_CONFIG))
+    folders = sorted(found.parent for found in inside.rglob(SAE_CONFIG_FILE))
     if not folders:
         unfinished = "; its run is not finished: continue it with --resume" if is_run_dir(folder) else ""
-        raise SaetrainError(f"{path}: contains no SAE (no {SAE_CONFIG}){unfinished}")
-    saes = {str(found.relative_to(inside)): SavedSae(found, *load_any_format(found)) for found in folders}
-    first = next(iter(saes.values()))
+        raise SaetrainError(f"{path}: contains no SAE (no {SAE_CONFIG_FILE}){unfinished}")
+    saes = {str(found.relative_to(inside)): _load_saved_sae(found) for found in folders}
+    first_name, first = next((name, sae.metadata) for name, sae in saes.items())
     for name, sae in saes.items():
-        for key in ("model", "model_weights_sha256"):
-            if sae.metadata.get(key) != first.metadata.get(key):
-                raise SaetrainError(
-                    f"{path}: {name} was trained on {sae.metadata.get('model')} and {next(iter(saes))} on "
-                    f"{first.metadata.get('model')}; evaluate each by its own folder"
-                )
+        own = sae.metadata
+        if (own.model, own.model_weights_sha256) != (first.model, first.model_weights_sha256):
+            raise SaetrainError(
+                f"{path}: {name} was trained on {own.model} and {first_name} on {first.model}; evaluate each by its "
+                "own folder"
+            )
     return LoadedSaes(folder, saes, find_run_dir(folder))
+
+
+def _load_saved_sae(folder: Path) -> SavedSae:
+    coder, metadata = load_sae(folder)
+    # The baselines and the verdict need k.
+    assert isinstance(coder, TopK), type(coder)
+    return SavedSae(folder, coder, metadata)
 
 
 def find_run_dir(folder: Path) -> Path | None:

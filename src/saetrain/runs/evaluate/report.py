@@ -196,7 +196,7 @@ def _sae_json(sae: SavedSae, scores: SaeScores) -> dict[str, Any]:
     coder = sae.coder
     return {
         "folder": str(sae.folder.resolve()),
-        "hookpoint": sae.metadata.get("hookpoint") or sae.metadata.get("hook_name"),
+        "hookpoint": sae.metadata.hookpoint or sae.metadata.hook_name,
         "d_in": coder.d_in,
         "num_latents": coder.num_latents,
         "k": coder.k,

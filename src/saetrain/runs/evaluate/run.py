@@ -37,7 +37,7 @@ def evaluate_saes(config: EvaluateConfig, max_eval_tokens: int | None = None) ->
     loaded = load_saes(config.path)
     try:
         context = dataclasses.replace(
-            build_eval_context(config, loaded), max_eval_tokens=max_eval_tokens or loaded.get_metadata("eval_tokens")
+            build_eval_context(config, loaded), max_eval_tokens=max_eval_tokens or loaded.metadata.eval_tokens
         )
         texts, fit = open_eval_texts(context)
         baselines = fit_baselines(context, fit)

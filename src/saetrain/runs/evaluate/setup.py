@@ -11,13 +11,13 @@ from saetrain.activations.capture import ActivationCapture
 from saetrain.activations.extract import ActivationExtractor
 from saetrain.activations.hookpoints import find_blocks
 from saetrain.activations.lm_head import LMHeadModel, load_model_with_head
-from saetrain.activations.model import ModelSettings, hash_model_weights, load_config
+from saetrain.activations.model import ModelSettings, load_config
 from saetrain.config import EvaluateConfig, RunConfig, from_flat, read_yaml
 from saetrain.data.sharded import build_token_policy
 from saetrain.data.tokenize import DEFAULT_CTX_LEN, Framing, load_tokenizer
 from saetrain.errors import SaetrainError, did_you_mean
 from saetrain.interop.saelens import resolve_module_name
-from saetrain.interop.saetrain_format import CONFIG_FILE as SAE_CONFIG
+from saetrain.interop.schema import SAE_CONFIG_FILE
 from saetrain.logs.console import log_rank0
 from saetrain.runs.evaluate.load_saes import LoadedSaes, SavedSae, find_run_dir
 from saetrain.runs.run_dir import CONFIG_FILE
@@ -50,18 +50,18 @@ def build_eval_context(config: EvaluateConfig, loaded: LoadedSaes) -> EvalContex
 
     Raises SaetrainError if the model or a flag does not match the SAEs.
     """
-    name = config.model or loaded.get_metadata("model")
+    name = config.model or loaded.metadata.model
     if name is None:
         raise SaetrainError(f"{config.path}: its metadata do not name the model; pass --model")
     base = config.base
     base = dataclasses.replace(
         base,
-        dtype=base.dtype or loaded.get_metadata("model_dtype"),
-        revision=base.revision or loaded.get_metadata("model_revision"),
+        dtype=base.dtype or loaded.metadata.model_dtype,
+        revision=base.revision or loaded.metadata.model_revision,
     )
     _require_model(config, loaded, name, base)
     head = load_model_with_head(name, base)
-    _require_weights(head, loaded)
+    loaded.metadata.require_model(head.base, loaded.path)
     tokenizer = load_tokenizer(name, base.revision, base.trust_remote_code)
     check_vocabulary(head.base, len(tokenizer))
     hookpoints = {sae: _resolve_hookpoint(config, head, loaded, found) for sae, found in loaded.saes.items()}
@@ -78,7 +78,7 @@ def build_eval_context(config: EvaluateConfig, loaded: LoadedSaes) -> EvalContex
         capture, build_token_policy(special, first), base.resolve_batch_tokens(head.base.device)
     )
     if first:
-        limits = {hookpoints[sae]: found.metadata.get("norm_limit") for sae, found in loaded.saes.items()}
+        limits = {hookpoints[sae]: found.metadata.norm_limit for sae, found in loaded.saes.items()}
         extractor.norm_limits = {hookpoint: limit for hookpoint, limit in limits.items() if limit is not None}
     framing = _match_trained_bos(
         loaded, tokenizer, Framing.from_tokenizer(tokenizer, head.base.causal, _resolve_ctx_len(config, loaded, head))
@@ -93,26 +93,16 @@ def _require_model(config: EvaluateConfig, loaded: LoadedSaes, name: str, base: 
     except SaetrainError as error:
         if config.model is not None:
             raise
-        named = next(iter(loaded.saes.values())).folder / SAE_CONFIG
+        named = next(iter(loaded.saes.values())).folder / SAE_CONFIG_FILE
         raise SaetrainError(f"{error} ({named} names this model; if it has moved, pass --model)") from error
-
-
-def _require_weights(head: LMHeadModel, loaded: LoadedSaes) -> None:
-    expected, found = loaded.get_metadata("model_weights_sha256"), hash_model_weights(head.base)
-    if expected is not None and found != expected:
-        raise SaetrainError(
-            f"model {head.base.name}: its weights are not those that the SAE in {loaded.path} was trained on "
-            f"({loaded.get_metadata('model')}, SHA-256 {expected[:12]}…, found {str(found)[:12]}…)"
-        )
 
 
 def _resolve_hookpoint(config: EvaluateConfig, head: LMHeadModel, loaded: LoadedSaes, sae: SavedSae) -> str:
     """Return the module whose output the SAE takes; SaetrainError if it is unknown or --hookpoint contradicts it."""
     names = [name for name, _ in head.base.module.named_modules() if name]
-    named = [str(sae.metadata[key]) for key in ("hookpoint", "hook_name") if sae.metadata.get(key)]
-    own = resolve_module_name(sae.metadata.get("hookpoint") or "", names) or _translate_hook_name(
-        sae.metadata.get("hook_name"), head
-    )
+    metadata = sae.metadata
+    named = [name for name in (metadata.hookpoint, metadata.hook_name) if name]
+    own = resolve_module_name(metadata.hookpoint or "", names) or _translate_hook_name(metadata.hook_name, head)
     wanted = config.hookpoint or own
     if wanted is None:
         shown = " and ".join(f"'{name}'" for name in dict.fromkeys(named))
@@ -145,18 +135,16 @@ def _translate_hook_name(name: str | None, head: LMHeadModel) -> str | None:
 
 def _resolve_token_policy(config: EvaluateConfig, loaded: LoadedSaes) -> tuple[bool, bool]:
     """Return (exclude special tokens, exclude position 0): the SAE's own policy unless a flag overrides it."""
-
-    def resolve_flag(flag: str, key: str) -> bool:
-        return loaded.get_metadata(key) is not False if flag == "auto" else flag == "true"
-
-    return resolve_flag(config.exclude_special_tokens, "exclude_special_tokens"), resolve_flag(
-        config.exclude_sinks, "exclude_sinks"
+    special, first = config.exclude_special_tokens, config.exclude_sinks
+    return (
+        loaded.metadata.exclude_special_tokens if special == "auto" else special == "true",
+        loaded.metadata.exclude_sinks if first == "auto" else first == "true",
     )
 
 
 def _resolve_ctx_len(config: EvaluateConfig, loaded: LoadedSaes, head: LMHeadModel) -> int:
     max_len = head.base.max_positions
-    wanted = config.ctx_len or loaded.get_metadata("ctx_len") or min(DEFAULT_CTX_LEN, max_len or DEFAULT_CTX_LEN)
+    wanted = config.ctx_len or loaded.metadata.ctx_len or min(DEFAULT_CTX_LEN, max_len or DEFAULT_CTX_LEN)
     if max_len is not None and wanted > max_len:
         raise SaetrainError(f"--ctx_len {wanted}: {head.base.name} has positions for at most {max_len} tokens")
     return int(wanted)
@@ -164,7 +152,7 @@ def _resolve_ctx_len(config: EvaluateConfig, loaded: LoadedSaes, head: LMHeadMod
 
 def _match_trained_bos(loaded: LoadedSaes, tokenizer: Any, framing: Framing) -> Framing:
     """Add or remove the BOS token as in the SAE's training, which other libraries decide without the tokenizer."""
-    wanted = loaded.get_metadata("prepend_bos")
+    wanted = loaded.metadata.prepend_bos
     if not framing.causal or wanted is None or wanted == (framing.bos is not None):
         return framing
     if not wanted:

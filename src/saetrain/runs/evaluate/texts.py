@@ -16,7 +16,7 @@ from saetrain.data.packing import Sequences
 from saetrain.data.sources import SourceSettings
 from saetrain.data.tokenize import Framing, TokenSettings
 from saetrain.errors import SaetrainError
-from saetrain.interop.saetrain_format import CONFIG_FILE as SAE_CONFIG
+from saetrain.interop.schema import SAE_CONFIG_FILE
 from saetrain.logs.console import log_rank0
 from saetrain.runs.evaluate.setup import EvalContext, load_run_config
 from saetrain.runs.text_data import TrainingText, load_text, open_token_table, without_training_text
@@ -51,24 +51,26 @@ class EvalText:
 
 def load_training_config(context: EvalContext) -> RunConfig | None:
     """Return settings that open the SAEs' training text again, or None if the metadata do not name it."""
-    loaded = context.loaded
-    dataset, shares = loaded.get_metadata("dataset"), loaded.get_metadata("mix")
-    if dataset is None:
+    loaded, metadata = context.loaded, context.loaded.metadata
+    if metadata.dataset is None:
         return None
-    names = (dataset,) if isinstance(dataset, str) else tuple(dataset)
+    names = (metadata.dataset,) if isinstance(metadata.dataset, str) else tuple(metadata.dataset)
     if loaded.run_dir is not None:
         config = dataclasses.replace(load_run_config(loaded), dataset=names)
     else:
-        columns = loaded.get_metadata("text_columns")
-        known = {
-            key: loaded.get_metadata(key)
-            for key in ("dataset_config", "split", "eval_tokens", "streaming", "skip_bad_rows")
+        columns = metadata.text_columns or []
+        values = {
+            "model": context.head.base.name,
+            "dataset": list(names),
+            "mix": metadata.mix,
+            "dataset_config": metadata.dataset_config,
+            "split": metadata.split,
+            "text_column": columns[0] if len(columns) == 1 and isinstance(columns[0], str) else None,
+            "eval_tokens": metadata.eval_tokens,
+            "streaming": metadata.streaming,
+            "skip_bad_rows": metadata.skip_bad_rows,
         }
-        values: dict[str, Any] = {name: value for name, value in known.items() if value is not None}
-        values.update(model=context.head.base.name, dataset=list(names), mix=shares)
-        if isinstance(columns, list) and len(columns) == 1 and isinstance(columns[0], str):
-            values["text_column"] = columns[0]
-        config = from_flat(values, str(loaded.path))
+        config = from_flat({name: value for name, value in values.items() if value is not None}, str(loaded.path))
     tokens = dataclasses.replace(
         config.tokens, ctx_len=context.framing.ctx_len, exclude_special_tokens=context.exclude_special
     )
@@ -80,7 +82,7 @@ def open_eval_texts(context: EvalContext) -> tuple[list[EvalText], Iterator[Labe
     """Return (texts to score on, training data set first; activations of other tokens to fit the baselines on)."""
     config, own = context.config, load_training_config(context)
     # Without a fingerprint a change of the text would go unnoticed, and the text may be as large as the Pile.
-    known = context.loaded.get_metadata("fingerprint") is not None
+    known = context.loaded.metadata.fingerprint is not None
     text = _load_training_text(context, own) if own is not None and (config.in_sample or known) else None
     if own is None and not config.dataset:
         raise SaetrainError(f"{config.path}: its metadata do not name the training text; pass --dataset")
@@ -126,7 +128,7 @@ def _load_training_text(context: EvalContext, own: RunConfig) -> TrainingText | 
     framing = _training_framing(context)
     try:
         text = load_text(own, context.tokenizer, framing)
-        expected, found = context.loaded.get_metadata("fingerprint"), text.metadata["fingerprint"]
+        expected, found = context.loaded.metadata.fingerprint, text.metadata["fingerprint"]
         if expected is not None and expected != found:
             raise SaetrainError(
                 f"{context.config.path}: the training text has changed since the SAE was trained, so no part of it is "
@@ -136,7 +138,7 @@ def _load_training_text(context: EvalContext, own: RunConfig) -> TrainingText | 
         if context.config.in_sample:
             if "--in_sample false" in str(error):
                 raise
-            named = next(iter(context.loaded.saes.values())).folder / SAE_CONFIG
+            named = next(iter(context.loaded.saes.values())).folder / SAE_CONFIG_FILE
             raise SaetrainError(
                 f"{error} ({named} names {' + '.join(own.dataset)} as the training text; pass --dataset and "
                 "--in_sample false to score without it)"
@@ -151,8 +153,8 @@ def _training_framing(context: EvalContext) -> Framing:
 
     The text of an encoder is cut into sequences before a part is held out, the text of a decoder afterwards.
     """
-    framing, own = context.framing, context.loaded.get_metadata("ctx_len")
-    if framing.causal or context.loaded.get_metadata("fingerprint") is None or framing.ctx_len == own:
+    framing, own = context.framing, context.loaded.metadata.ctx_len
+    if framing.causal or context.loaded.metadata.fingerprint is None or own in (None, framing.ctx_len):
         return framing
     if context.config.in_sample:
         raise SaetrainError(

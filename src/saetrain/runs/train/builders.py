@@ -15,7 +15,7 @@ from saetrain.coders import SparseCoder
 from saetrain.config import RunConfig
 from saetrain.distributed import env
 from saetrain.errors import SaetrainError
-from saetrain.interop.finetune import load_for_finetune
+from saetrain.interop.finetune import initialize_from_sae
 from saetrain.logs.console import log_rank0
 from saetrain.optim import resolve_warmup_steps
 from saetrain.runs.train.choose_step import build_train_step, choose_kernels, step_request
@@ -123,7 +123,8 @@ def build_coder(run: RunContext, hookpoint: str, normalizer: Normalizer, seed: i
     """Return a coder with initial weights, or with those of --finetune unfolded to take normalized activations."""
     coder = run.config.coder_class.build(run.config.sae, len(normalizer.mean), seed=seed).to(run.model.device)
     if run.config.finetune is not None and fresh:
-        remark = load_for_finetune(run.config.finetune, hookpoint, coder, run.weights_sha256)
+        modules = [name for name, _ in run.model.module.named_modules()]
+        remark = initialize_from_sae(coder, run.config.finetune, hookpoint, modules, run.weights_sha256)
         log_rank0(f"{hookpoint}: starts from the SAE in {run.config.finetune}")
         if remark:
             log_rank0(remark)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 from saetrain.activations.model import DTYPES
 from saetrain.coders import SparseCoder
 from saetrain.config import RunConfig
 from saetrain.distributed import env
+from saetrain.interop.metadata import SaeMetadata
 from saetrain.logs.console import log_rank0
 from saetrain.optim import describe_small_sgd_lr, describe_unusual_lr
 from saetrain.runs.train.builders import sae_names
@@ -19,38 +19,37 @@ from saetrain.training.dead_latents import min_dead_fraction
 from saetrain.training.trainer import Trainer
 
 
-def build_run_metadata(run: RunContext, trainer: Trainer) -> dict[str, Any]:
+def build_run_metadata(run: RunContext, trainer: Trainer) -> SaeMetadata:
     """Return the metadata that all SAEs of the run share: model, text, token policy and training."""
     config = run.config
     kernels = choose_kernels(config.compute, step_request(config, run.model.device))
-    return {
-        "model": absolute_location(config.model),
-        "model_revision": run.model.revision,
-        "model_weights_sha256": run.weights_sha256,
-        "model_dtype": next(name for name, dtype in DTYPES.items() if dtype is run.model.dtype),
-        "dataset": absolute_location(config.dataset[0])
-        if len(config.dataset) == 1
-        else [absolute_location(n) for n in config.dataset],
-        "mix": None if len(config.dataset) == 1 else list(run.plan.shares),
-        "dataset_config": config.source.dataset_config,
-        "split": config.source.split,
-        "streaming": config.source.streaming,
-        "skip_bad_rows": config.source.skip_bad_rows,
-        "eval_tokens": config.evaluation.eval_tokens,
+    locations = [absolute_location(name) for name in config.dataset]
+    return SaeMetadata(
+        model=absolute_location(config.model),
+        model_revision=run.model.revision,
+        model_weights_sha256=run.weights_sha256,
+        model_dtype=next(name for name, dtype in DTYPES.items() if dtype is run.model.dtype),
+        dataset=locations[0] if len(locations) == 1 else locations,
+        mix=None if len(locations) == 1 else list(run.plan.shares),
+        dataset_config=config.source.dataset_config,
+        split=config.source.split,
+        streaming=config.source.streaming,
+        skip_bad_rows=config.source.skip_bad_rows,
+        eval_tokens=config.evaluation.eval_tokens,
         **run.text_metadata,
-        "ctx_len": run.framing.ctx_len,
-        "causal": run.framing.causal,
-        "prepend_bos": run.framing.bos is not None,
-        "exclude_special_tokens": config.tokens.exclude_special_tokens,
-        "exclude_sinks": config.buffer.exclude_sinks,
-        "loss_fn": config.train.loss_fn,
-        "finetuned_from": config.finetune,
-        "kernels": kernels.kernels,
-        "compute_dtype": kernels.compute_dtype,
-        "processes": env.world_size(),
-        "tokens_seen": trainer.tokens_seen,
-        "steps": trainer.step,
-    }
+        ctx_len=run.framing.ctx_len,
+        causal=run.framing.causal,
+        prepend_bos=run.framing.bos is not None,
+        exclude_special_tokens=config.tokens.exclude_special_tokens,
+        exclude_sinks=config.buffer.exclude_sinks,
+        loss_fn=config.train.loss_fn,
+        finetuned_from=config.finetune,
+        kernels=kernels.kernels,
+        compute_dtype=kernels.compute_dtype,
+        processes=env.world_size(),
+        tokens_seen=trainer.tokens_seen,
+        steps=trainer.step,
+    )
 
 
 def absolute_location(name: str) -> str:

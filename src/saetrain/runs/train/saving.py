@@ -10,7 +10,9 @@ from pathlib import Path
 from saetrain import distributed
 from saetrain.activations.normalize import Normalizer
 from saetrain.evaluation.evaluator import EvalTarget
-from saetrain.interop.saetrain_format import save_sae
+from saetrain.interop import sparsify
+from saetrain.interop.formats import save_sae
+from saetrain.logs.console import log_rank0
 from saetrain.logs.jsonl import replace_non_finite
 from saetrain.runs.run_dir import SAES_DIR
 from saetrain.runs.train.gather import RankGather
@@ -43,22 +45,25 @@ def save_saes(
     """
     run_metadata, rank_gather = build_run_metadata(context, trainer), RankGather(context)
     targets = fold_coders(trainer, normalizers)
+    skip_files = () if context.config.output.save_sparsify else (sparsify.WEIGHTS_FILE,)
     weights = {name: target.coder.state_dict() for name, target in targets.items()}
     for name, tensors in rank_gather.gather_tensors(weights, "sending SAEs").items():
         hookpoint, seed = rank_gather.names[name]
-        metadata = {
-            **run_metadata,
-            "hookpoint": hookpoint,
-            "hook_name": hook_name(context, hookpoint),
-            "init_seed": seed,
-            "norm_limit": context.extractor.norm_limits.get(hookpoint),
-            "held_out_figures": replace_non_finite(metrics[name]),
-        }
-        # A rank builds the coders of other ranks, whose initial weights are then replaced.
-        width, latents = tensors["W_dec"].shape[1], tensors["W_dec"].shape[0]
+        metadata = dataclasses.replace(
+            run_metadata,
+            hookpoint=hookpoint,
+            hook_name=hook_name(context, hookpoint),
+            init_seed=seed,
+            norm_limit=context.extractor.norm_limits.get(hookpoint),
+            held_out_figures=replace_non_finite(metrics[name]),
+        )
+        # Rank 0 builds the coders of other ranks too, and replaces their initial weights.
+        latents, width = tensors["W_dec"].shape
         settings = dataclasses.replace(context.config.sae, num_latents=latents)
         coder = context.config.coder_class.build(settings, width).for_inference()
         coder.load_state_dict(tensors)
         distributed.record_progress()
         with report_write_errors():
-            save_sae(directory / SAES_DIR / name, coder, metadata, context.config.output.save_sparsify)
+            skipped = save_sae(directory / SAES_DIR / name, coder, metadata, skip_files)
+        for format_name, reason in skipped.items():
+            log_rank0(f"{name}: not saved for {format_name}: {reason}")

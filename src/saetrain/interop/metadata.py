@@ -1,0 +1,79 @@
+"""What the entry ``saetrain`` of ``cfg.json`` records about an SAE: model, hookpoint, text, token policy, training."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from saetrain.activations.model import BaseModel, Dtype, hash_model_weights
+from saetrain.errors import SaetrainError
+from saetrain.interop.schema import PositiveInt, require_types
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaeMetadata:
+    """The metadata of a saved SAE, in the order of the file; docs/output.md describes each entry.
+
+    None means unknown: other libraries record less, and so did earlier versions. With several data sets, the entries
+    on the text are lists.
+    """
+
+    model: str | None = None
+    model_revision: str | None = None
+    model_weights_sha256: str | None = None
+    model_dtype: Dtype | None = None
+    dataset: str | list[str] | None = None
+    mix: list[float] | None = None
+    dataset_config: str | None = None
+    split: str | None = None
+    streaming: bool = False
+    skip_bad_rows: bool = False
+    eval_tokens: PositiveInt | None = None
+    text_columns: list[str] | list[list[str]] | None = None
+    held_out: str | list[str] | None = None
+    train_tokens_available: int | list[int | None] | None = None
+    fingerprint: str | list[str] | None = None
+    ctx_len: PositiveInt | None = None
+    causal: bool | None = None
+    prepend_bos: bool | None = None
+    exclude_special_tokens: bool = True
+    exclude_sinks: bool = True
+    loss_fn: str | None = None
+    finetuned_from: str | None = None
+    kernels: str | None = None
+    compute_dtype: str | None = None
+    processes: PositiveInt = 1
+    tokens_seen: int | None = None
+    steps: int | None = None
+    hookpoint: str | None = None
+    hook_name: str | None = None
+    init_seed: int | None = None
+    norm_limit: float | None = None
+    held_out_figures: dict[str, float | None] = field(default_factory=dict)
+
+    @classmethod
+    def from_entry(
+        cls, path: Path, name: str, entry: Mapping[str, Any], keys: Mapping[str, str] | None = None
+    ) -> SaeMetadata:
+        """Return the metadata in the entry ``name`` of the file ``path``; ``keys``: {field: key}, if they differ.
+
+        Missing keys get their defaults, and keys of later versions are ignored. Raises SaetrainError that names the
+        key if a value has the wrong type.
+        """
+        hints = typing.get_type_hints(cls, include_extras=True)
+        keys = keys or {field: field for field in hints}
+        require_types(path, entry, {key: hints[field] for field, key in keys.items()}, f"{name}.")
+        return cls(**{field: entry[key] for field, key in keys.items() if entry.get(key) not in (None, "")})
+
+    def require_model(self, model: BaseModel, path: Path) -> None:
+        """Raise SaetrainError if the SAE in ``path`` was trained on a model with other weights than ``model``."""
+        expected = self.model_weights_sha256
+        found = hash_model_weights(model) if expected is not None else None
+        if expected is not None and found != expected:
+            raise SaetrainError(
+                f"model {model.name}: its weights are not those that the SAE in {path} was trained on "
+                f"({self.model}, SHA-256 {expected[:12]}…, found {str(found)[:12]}…)"
+            )

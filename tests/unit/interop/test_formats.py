@@ -1,0 +1,215 @@
+"""Every coder is saved in our own format, and in those of other libraries that can hold it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+import saetrain
+from saetrain.coders.base import SparseCoder
+from saetrain.coders.topk import TopK
+from saetrain.errors import SaetrainError
+from saetrain.interop.formats import FORMATS, load_sae, save_sae
+from saetrain.interop.metadata import SaeMetadata
+from saetrain.types import CoderOutput, Codes, StepContext
+
+D, F, K = 6, 20, 3
+METADATA = SaeMetadata(model="m", hookpoint="h.0", hook_name="blocks.0.hook_resid_post", ctx_len=8, prepend_bos=True)
+
+
+@dataclass(frozen=True)
+class ThresholdSettings:
+    num_latents: int
+    groups: tuple[int, ...] = ()
+    rate: float = 1.0
+
+
+class Threshold(SparseCoder):
+    """A transcoder with a skip connection, buffers of two dtypes, and settings of two types."""
+
+    Settings = ThresholdSettings
+    saved_settings = ("groups", "rate")
+
+    def __init__(
+        self, d_in: int, d_out: int, num_latents: int, groups: tuple[int, ...], rate: float, seed: int
+    ) -> None:
+        super().__init__(d_in, num_latents, seed)
+        generator = torch.Generator().manual_seed(seed)
+        self.W_dec = nn.Parameter(torch.randn(num_latents, d_out, generator=generator))
+        self.b_dec = nn.Parameter(torch.randn(d_out, generator=generator))
+        self.W_skip = nn.Parameter(torch.randn(d_out, d_in, generator=generator))
+        self.register_buffer("threshold", torch.rand(num_latents, generator=generator))
+        self.register_buffer("steps", torch.tensor(seed, dtype=torch.int64))
+        self.groups, self.rate = groups, rate
+
+    @classmethod
+    def build(cls, settings: ThresholdSettings, d_in: int, d_out: int, *, seed: int = 0) -> Threshold:
+        return cls(d_in, d_out, settings.num_latents, settings.groups, settings.rate, seed)
+
+    def encode(self, x_ND: Tensor) -> Codes:
+        pre = x_ND @ self.W_enc + self.b_enc
+        return Codes(torch.where(pre > self.threshold, pre, 0), None, self.num_latents)
+
+    def losses(self, x_ND: Tensor, y_ND: Tensor, output: CoderOutput, progress: StepContext) -> dict[str, Tensor]:
+        return {"recon": (y_ND - output.reconstruction).square().mean()}
+
+
+def threshold() -> Threshold:
+    return Threshold(D, 4, F, (5, 15), 0.5, seed=7)
+
+
+def test_the_files_of_topk_keep_their_bytes(tmp_path: Path) -> None:
+    """As version 0.1.0 wrote them: keys and order of ``cfg.json``, and both files of weights."""
+    coder = TopK(D, F, K, seed=1)
+    assert save_sae(tmp_path, coder, METADATA) == {}
+    names = {"W_enc", "b_enc", "W_dec", "b_dec"}
+    own = {name: getattr(coder, name).detach().contiguous() for name in names}
+    assert (tmp_path / "sae_weights.safetensors").read_bytes() == save(own)
+    renamed = {"encoder.weight": own["W_enc"].T.contiguous(), "encoder.bias": own["b_enc"]}
+    expected = save({**renamed, "W_dec": own["W_dec"], "b_dec": own["b_dec"]})
+    assert (tmp_path / "sae.safetensors").read_bytes() == expected
+    text = (tmp_path / "cfg.json").read_text()
+    config = json.loads(text)
+    assert text == json.dumps(config, indent=2) + "\n"
+    entry = config.pop("saetrain")
+    assert list(config.items()) == [
+        ("activation", "topk"),
+        ("d_in", D),
+        ("num_latents", F),
+        ("expansion_factor", 3),
+        ("k", K),
+        ("normalize_decoder", True),
+        ("multi_topk", False),
+        ("skip_connection", False),
+        ("transcode", False),
+        ("architecture", "topk"),
+        ("d_sae", F),
+        ("dtype", "float32"),
+        ("device", "cpu"),
+        ("apply_b_dec_to_input", True),
+        ("normalize_activations", "none"),
+        ("reshape_activations", "none"),
+        ("rescale_acts_by_decoder_norm", False),
+        (
+            "metadata",
+            {
+                "sae_lens_version": "6.54.12",
+                "model_name": "m",
+                "hook_name": "blocks.0.hook_resid_post",
+                "hf_hook_name": "h.0",
+                "dataset_path": None,
+                "context_size": 8,
+                "prepend_bos": True,
+                "exclude_special_tokens": True,
+            },
+        ),
+    ]
+    assert list(entry)[:3] == ["format", "model", "model_revision"]
+    assert "coder" not in entry
+
+
+def test_weights_of_sparsify_may_be_omitted(tmp_path: Path) -> None:
+    save_sae(tmp_path / "both", TopK(D, F, K), METADATA)
+    for folder in ("both", "one"):  # a second save removes the file of the first
+        save_sae(tmp_path / folder, TopK(D, F, K), METADATA, skip_files=["sae.safetensors"])
+        assert sorted(path.name for path in (tmp_path / folder).iterdir()) == ["cfg.json", "sae_weights.safetensors"]
+        assert "num_latents" in json.loads((tmp_path / folder / "cfg.json").read_text())
+
+
+def test_our_own_format_holds_any_coder(tmp_path: Path) -> None:
+    save_sae(tmp_path, TopK(D, F, K), METADATA)
+    coder = threshold()
+    skipped = save_sae(tmp_path, coder, METADATA)
+    assert skipped == dict.fromkeys(("SAELens", "sparsify"), "saetrain writes only TopK in this format")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cfg.json", "sae_weights.safetensors"]
+    name = f"{__name__}:Threshold"
+    assert json.loads((tmp_path / "cfg.json").read_text())["saetrain"]["coder"] == {
+        "architecture": name, "d_in": D, "d_out": 4, "d_sae": F, "groups": [5, 15], "rate": 0.5,
+    }  # fmt: skip
+    found, metadata = load_sae(tmp_path, [Threshold])
+    assert metadata == METADATA
+    assert isinstance(found, Threshold)
+    assert (found.groups, found.rate) == ((5, 15), 0.5)
+    assert not any(parameter.requires_grad for parameter in found.parameters())
+    assert (
+        found.state_dict().keys() == coder.state_dict().keys() == load_file(tmp_path / "sae_weights.safetensors").keys()
+    )
+    for key, value in coder.state_dict().items():
+        assert torch.equal(found.state_dict()[key], value), key
+        assert found.state_dict()[key].dtype == value.dtype
+    sae = saetrain.load(tmp_path, classes=[Threshold])
+    x = torch.randn(9, D)
+    assert torch.equal(sae.decode(sae.encode(x)), coder.decode(coder.encode(x)))
+    assert repr(sae) == f"SAE(architecture={name}, d_in=6, d_out=4, d_sae=20, groups=(5, 15), rate=0.5, h.0 of m)"
+
+
+def test_a_file_does_not_choose_what_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "trap.py").write_text("class Coder: ...\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    save_sae(tmp_path / "sae", threshold(), METADATA)
+    for name in (f"{__name__}:Threshold", "trap:Coder"):
+        path = tmp_path / "sae" / "cfg.json"
+        config = json.loads(path.read_text())
+        config["saetrain"]["coder"]["architecture"] = name
+        path.write_text(json.dumps(config))
+        with pytest.raises(SaetrainError, match=rf"architecture is '{name}'; this version supports topk"):
+            load_sae(tmp_path / "sae")
+    assert "trap" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda coder: coder.register_buffer("threshold", torch.zeros(F)), "it has no tensor threshold"),
+        (
+            lambda coder: setattr(coder, "W_dec", nn.Parameter(torch.zeros(F, 4))),
+            "it has one width, but the coder maps width 6 to 4",
+        ),
+    ],
+)
+def test_the_reason_is_given(change: Any, reason: str) -> None:
+    coder = TopK(D, F, K)
+    assert [each.unsupported(coder) for each in FORMATS] == [None, None, None]
+    change(coder)
+    assert [each.unsupported(coder) for each in FORMATS] == [None, reason, reason]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        ({"d_out": 5}, "size mismatch for W_dec"),
+        ({"d_out": 0}, "d_out must be a positive integer, found 0"),
+        ({"groups": 3}, "groups must be a list, found 3"),
+        ({"rate": None}, "has no key 'rate'"),
+    ],
+)
+def test_a_wrong_setting_is_named(tmp_path: Path, spoil: dict[str, Any], said: str) -> None:
+    save_sae(tmp_path, threshold(), METADATA)
+    path = tmp_path / "cfg.json"
+    config = json.loads(path.read_text())
+    config["saetrain"]["coder"].update(spoil)
+    path.write_text(json.dumps(config))
+    with pytest.raises(SaetrainError, match=said):
+        load_sae(tmp_path, [Threshold])
+
+
+def test_saes_of_other_libraries_encode_activations_but_no_texts(tmp_path: Path) -> None:
+    coder = TopK(D, F, K, seed=1)
+    save_sae(tmp_path, coder, METADATA)
+    path = tmp_path / "cfg.json"
+    config = json.loads(path.read_text())
+    del config["saetrain"]
+    path.write_text(json.dumps(config))
+    sae, x = saetrain.load(tmp_path), torch.randn(9, D)
+    assert torch.equal(sae.encode(x).to_dense(), coder.encode(x).to_dense())
+    assert (sae.metadata.model, sae.metadata.hookpoint) == ("m", "h.0")
+    with pytest.raises(SaetrainError, match=r"encode_text: the metadata of the SAE in .* do not describe"):
+        sae.encode_text("text")
