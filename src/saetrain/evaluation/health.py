@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from saetrain.atomic_io import replace_non_finite
 from saetrain.errors import SaetrainError
 from saetrain.evaluation.bootstrap import AT_MOST_ONE, COSINE_RANGE, FRACTION_RANGE, Estimate
 
@@ -104,15 +105,7 @@ class Judgment:
 
     def as_json(self) -> dict[str, Any]:
         """Return all fields for JSON, with null for numbers that are not finite."""
-        values = asdict(self)
-        return {
-            **{name: _finite_or_none(value) if isinstance(value, float) else value for name, value in values.items()},
-            "nulls": {name: _finite_or_none(value) for name, value in self.nulls.items()},
-        }
-
-
-def _finite_or_none(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+        return {**replace_non_finite(asdict(self)), "nulls": replace_non_finite(self.nulls)}
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -82,18 +81,12 @@ class MetricResult:
     def as_json(self, formula: str) -> dict[str, Any]:
         """Return the metric as it is stored; ``formula`` names its entry in docs/metrics.md."""
         return {
-            **_estimate_as_json(self.estimate),
+            **self.estimate.as_json(),
             "count": self.count,
             "formula": formula,
-            "nulls": {name: _estimate_as_json(estimate) for name, estimate in self.baselines.items()},
+            "nulls": {name: estimate.as_json() for name, estimate in self.baselines.items()},
             **({"flag": self.flag} if self.flag else {}),
         }
-
-
-def _estimate_as_json(estimate: Estimate) -> dict[str, float | None]:
-    """Return the numbers for JSON, with null for those that are not finite."""
-    values = {"value": estimate.value, "low": estimate.low, "high": estimate.high}
-    return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
 @dataclass

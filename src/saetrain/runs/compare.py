@@ -138,7 +138,7 @@ class Comparison:
                     "sae": row.sae,
                     "verdict": row.verdict,
                     "settings": {name: row.settings.get(name) for name in self.differing_settings},
-                    "figures": {name: _estimate_as_json(estimate) for name, estimate in row.metrics.items()},
+                    "figures": {name: estimate.as_json() for name, estimate in row.metrics.items()},
                     "tokens_scored": row.judged_on[TOKENS_SCORED],
                     "loss_tokens_scored": row.judged_on[LOSS_TOKENS_SCORED],
                     "tokens_per_second": row.tokens_per_second,
@@ -390,9 +390,3 @@ def write_comparison(comparison: Comparison, path: Path) -> None:
     except OSError as error:
         raise SaetrainError(f"--out {path}: can't be written: {error.strerror}") from error
     print(f"written: {path}")
-
-
-def _estimate_as_json(estimate: Estimate) -> dict[str, float | None]:
-    """Return the estimate as JSON numbers; NaN is null."""
-    values = {"value": estimate.value, "low": estimate.low, "high": estimate.high}
-    return {name: value if value == value else None for name, value in values.items()}

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from saetrain.activations.lm_head import LMHeadModel
 from saetrain.activations.model import DTYPES
-from saetrain.atomic_io import write_json
+from saetrain.atomic_io import replace_non_finite, write_json
 from saetrain.config import EvaluateConfig
 from saetrain.errors import SaetrainError
 from saetrain.evaluation.health import HealthSettings, Judgment, SaeProperties, Verdict, judge_metrics
@@ -29,7 +29,6 @@ from saetrain.evaluation.score import (
     MetricResult,
     SaeScores,
 )
-from saetrain.logs.jsonl import replace_non_finite
 from saetrain.runs.evaluate.load_saes import LoadedSaes, SavedSae
 from saetrain.runs.run_dir import ASSESSMENT_FILE, EVALUATION_DIR, SAES_DIR
 from saetrain.training.dead_latents import min_dead_fraction

@@ -7,11 +7,11 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from saetrain.activations.normalize import Normalizer
+from saetrain.atomic_io import replace_non_finite
 from saetrain.coders.folding import fold_normalizer
 from saetrain.coders.topk import TopK
 from saetrain.evaluation.evaluator import EvalTarget
 from saetrain.interop.saetrain_format import save_sae
-from saetrain.logs.jsonl import replace_non_finite
 from saetrain.runs.run_dir import SAES_DIR
 from saetrain.runs.train.gather import RankGather
 from saetrain.runs.train.metadata import build_run_metadata, hook_name
