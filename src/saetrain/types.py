@@ -59,7 +59,7 @@ class TokenSequence:
 class Codes:
     """Sparse or dense codes of N tokens.
 
-    Sparse codes have ``values`` (N, K) fp32 >= 0 and ``indices`` (N, K) int64. An entry with value 0 is inactive,
+    Sparse codes have ``values`` (N, K) fp32 and ``indices`` (N, K) int64. An entry with value 0 is inactive,
     whatever its index. Dense codes have ``values`` (N, F), and ``indices`` is None.
     """
 
@@ -80,11 +80,11 @@ class Codes:
 
     def l0_per_token(self) -> Tensor:
         """Return the number of active latents per token, (N,) int64."""
-        return (self.values > 0).sum(dim=1)
+        return (self.values != 0).sum(dim=1)
 
     def firing_counts(self) -> Tensor:
         """Return the number of tokens on which each latent fires, (F,) int64."""
-        active = (self.values > 0).long()
+        active = (self.values != 0).long()
         if self.indices is None:
             return active.sum(dim=0)
         counts = torch.zeros(self.n_latents, dtype=torch.long, device=active.device)
