@@ -7,7 +7,7 @@ import torch
 
 from saetrain.evaluation.reconstruction import ReconstructionSums
 from saetrain.evaluation.sparsity import SparsitySums
-from saetrain.metrics import decoder_redundancy, expected_random_redundancy, top_decoder_cosines
+from saetrain.metrics import expected_random_redundancy, top_and_max_decoder_cosines
 from saetrain.types import Codes
 
 N, D = 400, 6
@@ -77,7 +77,11 @@ def test_top_cosines_in_blocks_equal_the_full_matrix() -> None:
     unit = rows / rows.norm(dim=1, keepdim=True)
     full = (unit @ unit.T)[torch.ones(53, 53).triu(1).bool()]
     for block in (7, 53, 100):
-        torch.testing.assert_close(top_decoder_cosines(rows, 20, block), full.topk(20).values)
+        torch.testing.assert_close(top_and_max_decoder_cosines(rows, 20, block)[0], full.topk(20).values)
+
+
+def decoder_redundancy(rows: torch.Tensor) -> float:
+    return float(top_and_max_decoder_cosines(rows)[0].mean())
 
 
 def test_redundancy_of_duplicates_is_one_and_small_decoders_work() -> None:
