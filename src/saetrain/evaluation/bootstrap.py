@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from saetrain.activations.mlm_masking import mix_bits
 from saetrain.atomic_io import replace_non_finite
-from saetrain.data.mlm_masking import mix_bits
 
 INTERVAL_COVERAGE = 0.95
 ValueRange = tuple[float, float]

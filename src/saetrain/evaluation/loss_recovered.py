@@ -7,57 +7,23 @@ baselines) are spliced in at the same positions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from saetrain.activations.capture import batch_by_length, pad_batch
-from saetrain.activations.lm_head import LMHeadModel, token_log_probs
+from saetrain.activations.lm_batches import LMBatch, scored_log_probs
+from saetrain.activations.lm_head import LMHeadModel
 from saetrain.activations.splice import replace_positions, splice_output
-from saetrain.data.mlm_masking import select_masked_positions
-from saetrain.errors import SaetrainError
 from saetrain.evaluation.bootstrap import AT_MOST_ONE, COSINE_RANGE, NON_NEGATIVE, DocumentSums, Formula, ValueRange
-from saetrain.types import TokenSequence
 
-MAX_LOGITS = 1 << 26
-"""Largest number of logits per batch, tokens times V; bounds the memory."""
 MIN_ABLATION_NATS = 0.05
 """Loss increase of an ablation, in nats, below which a ratio to it is mostly noise."""
 
 ReplaceFn = Callable[[Tensor], Tensor]
 """Maps activations (N, D) to their replacement."""
 CLEAN_VARIANT, SAE_VARIANT, ZERO_VARIANT, MEAN_VARIANT = "clean", "sae", "zero", "mean"
-
-
-@dataclass(frozen=True)
-class SplicePolicy:
-    """The replaced positions: those in ``keep_mask`` of a sequence, (S,) bool, with a norm up to ``norm_limit``."""
-
-    keep_mask: Callable[[TokenSequence], np.ndarray]
-    norm_limit: float = float("inf")
-
-    def splice_mask(self, x_BSD: Tensor, keep_BS: Tensor) -> Tensor:
-        """Return the mask of the replaced positions, (B, S) bool."""
-        return keep_BS & (x_BSD.float().norm(dim=-1) <= self.norm_limit)
-
-
-@dataclass(frozen=True)
-class LMBatch:
-    """A batch of B sequences for the model, with the positions that are replaced and those that are scored.
-
-    ``keep_mask`` (B, S) marks positions that may be replaced, ``scored_mask`` (B, S) the N positions whose output is
-    scored. ``targets`` (N,) are the correct tokens there, and ``doc_ids`` (N,) their documents.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    keep_mask: Tensor
-    scored_mask: Tensor
-    targets: Tensor
-    doc_ids: np.ndarray
 
 
 class LossScorer:
@@ -68,11 +34,11 @@ class LossScorer:
         head: LMHeadModel,
         hookpoint: str,
         variants: Mapping[str, ReplaceFn],
-        policy: SplicePolicy,
+        norm_limit: float,
         replicates: int,
         seed: int,
     ) -> None:
-        self._head, self._variants, self._policy = head, variants, policy
+        self._head, self._variants, self._norm_limit = head, variants, norm_limit
         self._hookpoint_module = head.base.module.get_submodule(hookpoint)
         self.token_sums = DocumentSums(replicates, seed)
         self.sequence_sums = DocumentSums(replicates, seed)
@@ -86,13 +52,13 @@ class LossScorer:
             self._add_hidden_errors(lm_batch, clean_outputs)
         else:
             self._add_losses(lm_batch, clean_outputs)
-        self.n_tokens += len(lm_batch.doc_ids)
+        self.n_tokens += len(lm_batch.target_docs)
 
     def _run_spliced(self, lm_batch: LMBatch, variant: str) -> Tensor:
         """Return the model's outputs with the activation replaced by ``variant``."""
 
         def replace_activation(x_BSD: Tensor) -> Tensor:
-            mask_BS = self._policy.splice_mask(x_BSD, lm_batch.keep_mask)
+            mask_BS = lm_batch.keep_mask & (x_BSD.float().norm(dim=-1) <= self._norm_limit)
             return replace_positions(x_BSD, mask_BS, self._variants[variant](x_BSD[mask_BS].float()))
 
         with splice_output(self._hookpoint_module, replace_activation):
@@ -108,12 +74,12 @@ class LossScorer:
             log_probs = self._run_spliced(lm_batch, name)
             terms[f"ce_{name}"] = -log_probs.gather(1, targets).squeeze(1)
             terms[f"kl_{name}"] = (clean_log_probs.exp() * (clean_log_probs - log_probs)).sum(dim=1)
-        self.token_sums.add(lm_batch.doc_ids, {name: value.cpu() for name, value in terms.items()})
+        self.token_sums.add(lm_batch.target_docs, {name: value.cpu() for name, value in terms.items()})
 
     def _add_hidden_errors(self, lm_batch: LMBatch, clean_BSD: Tensor) -> None:
         mask_BS = lm_batch.scored_mask
         clean_pooled = _mean_pool(clean_BSD, mask_BS)
-        terms = {"tokens": torch.ones(len(lm_batch.doc_ids)), "norm": clean_BSD[mask_BS].double().pow(2).sum(dim=1)}
+        terms = {"tokens": torch.ones(len(lm_batch.target_docs)), "norm": clean_BSD[mask_BS].double().pow(2).sum(dim=1)}
         first_tokens = np.cumsum([0, *mask_BS.sum(dim=1).tolist()[:-1]])
         sequence_terms = {"sequences": torch.ones(len(mask_BS))}
         for name in self._variants:
@@ -122,9 +88,9 @@ class LossScorer:
             sequence_terms[f"cosine_{name}"] = torch.cosine_similarity(
                 _mean_pool(hidden_BSD, mask_BS), clean_pooled, dim=1
             )
-        self.token_sums.add(lm_batch.doc_ids, {name: value.cpu() for name, value in terms.items()})
+        self.token_sums.add(lm_batch.target_docs, {name: value.cpu() for name, value in terms.items()})
         self.sequence_sums.add(
-            lm_batch.doc_ids[first_tokens], {name: value.cpu() for name, value in sequence_terms.items()}
+            lm_batch.target_docs[first_tokens], {name: value.cpu() for name, value in sequence_terms.items()}
         )
 
 
@@ -138,71 +104,7 @@ def model_outputs(head: LMHeadModel, lm_batch: LMBatch) -> Tensor:
     """Return the log-probabilities at the scored positions, (N, V) in fp32; without a head, the states (B, S, D)."""
     if head.kind == "none":
         return head.compute_final_hidden(lm_batch.input_ids, lm_batch.attention_mask)
-    return token_log_probs(head.compute_logits(lm_batch.input_ids, lm_batch.attention_mask)[lm_batch.scored_mask])
-
-
-def iter_lm_batches(
-    head: LMHeadModel,
-    sequences: Iterable[TokenSequence],
-    policy: SplicePolicy,
-    mask_id: int | None,
-    batch_tokens: int,
-    seed: int,
-) -> Iterator[LMBatch]:
-    """Yield batches over ``sequences`` that score next tokens (causal model) or masked tokens (masked model).
-
-    Args:
-        head: the model, which decides what is scored.
-        sequences: sequences of tokens.
-        policy: positions that are replaced.
-        mask_id: id of the mask token; required by masked models.
-        batch_tokens: largest number of tokens per batch; fewer if the logits would be too large.
-        seed: seed of the masked positions.
-
-    Raises:
-        SaetrainError: if the model is masked and ``mask_id`` is None.
-    """
-    sequences = list(sequences)
-    vocabulary = head.base.config.get_text_config().vocab_size
-    max_batch_tokens = batch_tokens if head.kind == "none" else min(batch_tokens, max(1, MAX_LOGITS // vocabulary))
-    for indices in batch_by_length(sequences, max_batch_tokens):
-        lm_batch = _build_lm_batch(head, [sequences[index] for index in indices], policy, mask_id, seed)
-        if len(lm_batch.doc_ids):
-            yield lm_batch
-
-
-def _build_lm_batch(
-    head: LMHeadModel, chosen: list[TokenSequence], policy: SplicePolicy, mask_id: int | None, seed: int
-) -> LMBatch:
-    input_ids, attention_mask = pad_batch(chosen, head.base.device)
-    keep_BS, scored_BS = np.zeros(input_ids.shape, dtype=bool), np.zeros(input_ids.shape, dtype=bool)
-    targets, docs = [], []
-    for row, sequence in enumerate(chosen):
-        keep_BS[row, : len(sequence)] = policy.keep_mask(sequence)
-        if head.kind == "causal":
-            scored_S = np.arange(len(sequence)) < len(sequence) - 1
-            row_targets, row_docs = sequence.ids[1:], sequence.doc[1:]
-        else:
-            scored_S = (
-                select_masked_positions(sequence, seed) if head.kind == "masked" else np.ones(len(sequence), dtype=bool)
-            )
-            row_targets, row_docs = sequence.ids[scored_S], sequence.doc[scored_S]
-        scored_BS[row, : len(sequence)] = scored_S
-        targets.append(row_targets)
-        docs.append(row_docs)
-    scored_mask = torch.from_numpy(scored_BS).to(input_ids.device)
-    if head.kind == "masked":
-        if mask_id is None:
-            raise SaetrainError(f"model {head.base.name}: its tokenizer has no mask token, so the loss can't be scored")
-        input_ids = input_ids.masked_fill(scored_mask, mask_id)
-    return LMBatch(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        keep_mask=torch.from_numpy(keep_BS).to(input_ids.device),
-        scored_mask=scored_mask,
-        targets=torch.from_numpy(np.concatenate(targets).astype(np.int64)).to(input_ids.device),
-        doc_ids=np.concatenate(docs),
-    )
+    return scored_log_probs(head, lm_batch)
 
 
 def loss_formulas(variant: str) -> dict[str, Formula]:
@@ -274,8 +176,3 @@ def hidden_formulas(variant: str) -> dict[str, Formula]:
 def pooled_formulas(variant: str) -> dict[str, Formula]:
     """Return the formulas of ``variant`` over sequences, for models that do not predict tokens."""
     return {"pooled_cosine": lambda sums: sums[f"cosine_{variant}"] / sums["sequences"]}
-
-
-def keep_all_tokens(sequence: TokenSequence) -> np.ndarray:
-    """Return a mask (S,) that is true everywhere, for policies that replace all positions."""
-    return np.ones(len(sequence), dtype=bool)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from saetrain.activations.extract import LabelledActivations, TokenClass
+from saetrain.activations.lm_batches import LMBatch
 from saetrain.activations.lm_head import LMHeadModel
 from saetrain.coders.base import SparseCoder
 from saetrain.errors import SaetrainError
@@ -19,10 +20,10 @@ from saetrain.evaluation.baselines import PCA, RandomDecoder
 from saetrain.evaluation.bootstrap import UNBOUNDED, DocumentSums, Estimate, Formula
 from saetrain.evaluation.evaluator import CHUNK_TOKENS, EvalTarget
 from saetrain.evaluation.geometry import geometry_metrics
-from saetrain.evaluation.loss_recovered import LossScorer, SplicePolicy, iter_lm_batches, model_outputs
+from saetrain.evaluation.loss_recovered import LossScorer, model_outputs
 from saetrain.evaluation.reconstruction import ReconstructionSums
 from saetrain.evaluation.sparsity import SparsitySums
-from saetrain.types import TokenSequence, shown_default
+from saetrain.types import shown_default
 
 RANDOM_DECODER, PCA_RECONSTRUCTION, MEAN_RECONSTRUCTION, RANDOM_DIRECTIONS = (
     "random_decoder",
@@ -218,23 +219,19 @@ def score_losses(
     targets: Mapping[str, EvalTarget],
     baselines: Mapping[str, Baselines],
     head: LMHeadModel,
-    sequence_groups: Iterable[list[TokenSequence]],
-    policies: Mapping[str, SplicePolicy],
-    mask_id: int | None,
-    batch_tokens: int,
+    batches: Iterable[LMBatch],
+    norm_limits: Mapping[str, float],
     settings: ScoreSettings,
     on_progress: Callable[[int], object] = lambda tokens: None,
 ) -> dict[str, dict[str, MetricResult]]:
-    """Return {SAE: metrics} of the model's loss with each SAE spliced in, over all groups of sequences.
+    """Return {SAE: metrics} of the model's loss with each SAE spliced in, over all ``batches``.
 
     Args:
         targets: the SAEs by name.
         baselines: the baselines of each SAE.
         head: the model.
-        sequence_groups: groups of sequences; batches are built within a group.
-        policies: {hookpoint: positions that are replaced}.
-        mask_id: id of the mask token; required by masked models.
-        batch_tokens: largest number of tokens per forward pass.
+        batches: at their kept positions the activation is replaced.
+        norm_limits: {hookpoint: largest norm of an activation that is replaced}; hookpoints may be missing.
         settings: seed and number of replicates.
         on_progress: called with the number of tokens after each batch.
     """
@@ -243,20 +240,18 @@ def score_losses(
             head,
             target.hookpoint,
             _build_variants(target.coder, baselines[name]),
-            policies[target.hookpoint],
+            norm_limits.get(target.hookpoint, float("inf")),
             settings.bootstrap,
             settings.eval_seed,
         )
         for name, target in targets.items()
     }
-    first_policy = next(iter(policies.values()))
-    for sequences in sequence_groups:
-        for lm_batch in iter_lm_batches(head, sequences, first_policy, mask_id, batch_tokens, settings.eval_seed):
-            with torch.no_grad():
-                clean_outputs = model_outputs(head, lm_batch)
-            for scorer in scorers.values():
-                scorer.add(lm_batch, clean_outputs)
-            on_progress(int(lm_batch.attention_mask.sum()))
+    for lm_batch in batches:
+        with torch.no_grad():
+            clean_outputs = model_outputs(head, lm_batch)
+        for scorer in scorers.values():
+            scorer.add(lm_batch, clean_outputs)
+        on_progress(int(lm_batch.attention_mask.sum()))
     return {name: _loss_metrics(head, scorer) for name, scorer in scorers.items()}
 
 

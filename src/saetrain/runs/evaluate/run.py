@@ -11,12 +11,13 @@ import torch
 from tqdm import tqdm
 
 from saetrain.activations.extract import LabelledActivations, TokenClass
+from saetrain.activations.lm_batches import LMBatchBuilder
 from saetrain.activations.model import resolve_device
 from saetrain.config import EvaluateConfig
+from saetrain.data.sharded import build_token_policy
 from saetrain.errors import SaetrainError, is_out_of_memory
 from saetrain.evaluation.baselines import PCA, RandomDecoder, RunningMoments
 from saetrain.evaluation.evaluator import EvalTarget
-from saetrain.evaluation.loss_recovered import SplicePolicy, keep_all_tokens
 from saetrain.evaluation.score import Baselines, SaeScores, score_activations, score_losses
 from saetrain.runs.evaluate.load_saes import LoadedSaes, load_saes
 from saetrain.runs.evaluate.report import Assessment, TextScores, report_assessment
@@ -108,25 +109,19 @@ def _add_loss_metrics(
     """Add the metrics of the model's loss to ``scores``."""
     if not text.loss_sequences:
         return
+    scoring, extractor = context.config.scoring, context.extractor
+    keep, limits = extractor.keep, extractor.norm_limits
+    if scoring.splice_positions == "all":
+        keep, limits = build_token_policy(exclude_special=False, exclude_first=False), {}
+    builder = LMBatchBuilder(context.head, keep, context.tokenizer.mask_token_id)
     indices = text.indices[: text.loss_sequences]
-    splices_all = context.config.scoring.splice_positions == "all"
-    limits = {} if splices_all else context.extractor.norm_limits
-    keep = keep_all_tokens if splices_all else context.extractor.keep
-    policies = {
-        hookpoint: SplicePolicy(keep, limits.get(hookpoint, float("inf"))) for hookpoint in context.hookpoints.values()
-    }
     n_tokens = sum(len(text.sequences[int(number)]) for number in indices)
     with tqdm(total=n_tokens, unit="tok", desc=f"{Path(text.name).name}: model loss", disable=None) as bar:
-        losses = score_losses(
-            targets,
-            baselines,
-            context.head,
-            text.iter_groups(indices),
-            policies,
-            context.tokenizer.mask_token_id,
-            context.extractor.batch_tokens,
-            context.config.scoring,
-            bar.update,
+        batches = (
+            batch
+            for group in text.iter_groups(indices)
+            for batch in builder.iterate_batches(group, extractor.batch_tokens, scoring.eval_seed)
         )
+        losses = score_losses(targets, baselines, context.head, batches, limits, scoring, bar.update)
     for name, metrics in losses.items():
         scores[name].metrics.update(metrics)
