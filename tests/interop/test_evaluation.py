@@ -80,7 +80,7 @@ def ours(tmp_path_factory: pytest.TempPathFactory, language_model: str, topics_j
     config = EvaluateConfig(
         path=str(folder), eval_tokens=6000, exclude_special_tokens="false", exclude_sinks="false", scoring=scoring
     )
-    setting = build_eval_context(config, load_saes(config.path))
+    setting = build_eval_context(config, load_saes(config.path), None)
     (text,), fit = open_eval_texts(setting)
     # The other tools take windows of one length.
     numbers = text.indices[[len(text.sequences[int(number)]) == CTX_LEN for number in text.indices]]

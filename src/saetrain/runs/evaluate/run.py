@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,13 +18,11 @@ from saetrain.errors import SaetrainError, is_out_of_memory
 from saetrain.evaluation.baselines import PCA, RandomDecoder, RunningMoments
 from saetrain.evaluation.evaluator import EvalTarget
 from saetrain.evaluation.score import Baselines, SaeScores, score_activations, score_losses
-from saetrain.runs.evaluate.load_saes import LoadedSaes, load_saes
+from saetrain.runs.evaluate.load_saes import load_saes
 from saetrain.runs.evaluate.report import Assessment, TextScores, report_assessment
-from saetrain.runs.evaluate.setup import EvalContext, build_eval_context, load_run_config
+from saetrain.runs.evaluate.setup import EvalContext, build_eval_context
 from saetrain.runs.evaluate.texts import EvalText, open_eval_texts
 from saetrain.runs.train.setup import quiet_libraries
-
-DEFAULT_DEAD_THRESHOLD = 0.0005
 
 
 def evaluate_saes(config: EvaluateConfig, max_eval_tokens: int | None = None) -> Assessment:
@@ -37,13 +34,11 @@ def evaluate_saes(config: EvaluateConfig, max_eval_tokens: int | None = None) ->
     quiet_libraries()
     loaded = load_saes(config.path)
     try:
-        context = dataclasses.replace(
-            build_eval_context(config, loaded), max_eval_tokens=max_eval_tokens or loaded.get_metadata("eval_tokens")
-        )
+        context = build_eval_context(config, loaded, max_eval_tokens)
         texts, fit = open_eval_texts(context)
         baselines = fit_baselines(context, fit)
         scores = [score_text(context, text, baselines) for text in texts]
-        assessment = Assessment.from_scores(config, loaded, context.head, scores, dead_threshold(config, loaded))
+        assessment = Assessment.from_scores(config, loaded, context.head, scores, context.dead_threshold)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -53,15 +48,6 @@ def evaluate_saes(config: EvaluateConfig, max_eval_tokens: int | None = None) ->
         ) from error
     report_assessment(assessment)
     return assessment
-
-
-def dead_threshold(config: EvaluateConfig, loaded: LoadedSaes) -> float:
-    """Return the firing rate below which a latent is dead: the flag's, that of the SAE's run, or the default."""
-    if config.dead_percentage_threshold is not None:
-        return config.dead_percentage_threshold
-    return (
-        load_run_config(loaded).dead.dead_percentage_threshold if loaded.run_dir is not None else DEFAULT_DEAD_THRESHOLD
-    )
 
 
 def fit_baselines(context: EvalContext, batches: Iterator[LabelledActivations]) -> dict[str, Baselines]:
@@ -93,8 +79,9 @@ def score_text(context: EvalContext, text: EvalText, baselines: dict[str, Baseli
         batches = (
             batch for group in text.iter_groups(text.indices) for batch in context.extractor.iterate_labelled(group)
         )
-        dead = dead_threshold(context.config, context.loaded)
-        scores = score_activations(targets, baselines, batches, dead, context.config.scoring, bar.update)
+        scores = score_activations(
+            targets, baselines, batches, context.dead_threshold, context.config.scoring, bar.update
+        )
     _add_loss_metrics(context, text, targets, baselines, scores)
     return TextScores(text.name, text.in_sample, text.description, scores, text.loss_sequences)
 
