@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -22,7 +23,7 @@ def x() -> torch.Tensor:
 def score(x: torch.Tensor, estimate: torch.Tensor, sizes: list[int] | None = None) -> dict[str, float]:
     sums = ReconstructionSums(torch.full((D,), 49.0))
     for a, b in zip(x.split(sizes or [len(x)]), estimate.split(sizes or [len(x)]), strict=True):
-        sums.add(a, b)
+        sums.add(a, b, np.zeros(len(a), dtype=np.int64))
     return sums.metric_values()
 
 
@@ -55,7 +56,7 @@ def test_figures_do_not_depend_on_the_batches(x: torch.Tensor, sizes: list[int])
 
 def test_figures_do_not_depend_on_the_centre(x: torch.Tensor) -> None:
     sums = ReconstructionSums(torch.zeros(D))
-    sums.add(x, x * 0.9)
+    sums.add(x, x * 0.9, np.arange(N))
     assert sums.metric_values() == pytest.approx(score(x, x * 0.9), rel=1e-6)
 
 
@@ -64,10 +65,10 @@ def test_sparsity_counts_the_decoded_code() -> None:
     indices = torch.tensor([[0, 1], [5, 1], [2, 3], [0, 4]])
     sums = SparsitySums(6, dead_threshold=0.4, device=torch.device("cpu"))
     for part in range(4):
-        sums.add(Codes(values[part : part + 1], indices[part : part + 1], 6))
-    figures = sums.metric_values()
+        sums.add(Codes(values[part : part + 1], indices[part : part + 1], 6), np.array([part]))
+    figures = {name: estimate.value for name, estimate in sums.metric_estimates().items()}
     assert figures["l0"] == 5 / 4
-    assert (figures["l0_p5"], figures["l0_p50"], figures["l0_p95"]) == (0, 1, 2)
+    assert sums.l0_percentiles() == {"p5": 0, "p50": 1, "p95": 2}
     assert figures["dead_never_fired"] == 3 / 6
     assert figures["dead_below_threshold"] == 4 / 6
 

@@ -20,9 +20,8 @@ from saetrain.atomic_io import write_atomic, write_json
 from saetrain.config import CompareConfig, read_yaml
 from saetrain.errors import SaetrainError
 from saetrain.evaluation.bootstrap import Estimate
-from saetrain.evaluation.evaluator import EvalSettings
+from saetrain.evaluation.evaluator import EvalSettings, ScoreSettings
 from saetrain.evaluation.health import HealthSettings
-from saetrain.evaluation.score import ScoreSettings
 from saetrain.interop.saetrain_format import CONFIG_FILE as SAE_CONFIG
 from saetrain.logs.console import log_rank0
 from saetrain.logs.jsonl import METRICS_FILE as METRICS

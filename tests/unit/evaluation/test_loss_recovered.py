@@ -18,8 +18,9 @@ from saetrain.activations.mlm_masking import select_masked_positions
 from saetrain.activations.model import ModelSettings
 from saetrain.coders.topk import TopK
 from saetrain.data.sharded import build_token_policy
-from saetrain.evaluation.baselines import PCA, RandomDecoder, RunningMoments
-from saetrain.evaluation.score import Baselines, EvalTarget, MetricResult, ScoreSettings, score_losses
+from saetrain.evaluation.baselines import Baselines, RunningMoments
+from saetrain.evaluation.evaluator import EvalTarget, MetricResult
+from saetrain.evaluation.loss_recovered import evaluate_losses
 from saetrain.types import CoderOutput, Codes, StepContext, TokenSequence
 
 CAUSAL_AT, MASKED_AT, ENCODER_AT = "h.1", "encoder.layer.1", "encoder.layer.3"
@@ -50,10 +51,7 @@ class Given(TopK):
 def nulls_on(x: Tensor, coder: TopK) -> Baselines:
     moments = RunningMoments(x.shape[1], x.device)
     moments.add(x)
-    mean = moments.compute_mean()
-    return Baselines(
-        mean, PCA(mean, moments.principal_directions(4)), RandomDecoder.from_seed(mean, coder.num_latents, 4, SEED)
-    )
+    return Baselines.from_moments(moments, coder.num_latents, 4, SEED)
 
 
 def ours(
@@ -70,8 +68,8 @@ def ours(
     builder = LMBatchBuilder(head, policy, MASK_ID)
     parts = [sequences[start::groups] for start in range(groups)]
     batches = (batch for part in parts for batch in builder.iterate_batches(part, batch_tokens, SEED))
-    target, settings = EvalTarget(hookpoint, coder, nulls.mean), ScoreSettings(bootstrap=20, eval_seed=SEED)
-    return score_losses({"sae": target}, {"sae": nulls}, head, batches, {hookpoint: norm_limit}, settings)["sae"]
+    target = EvalTarget(hookpoint, hookpoint, coder, nulls.mean, nulls)
+    return evaluate_losses({"sae": target}, head, batches, {hookpoint: norm_limit}, replicates=20, seed=SEED)["sae"]
 
 
 def values(figures: dict[str, MetricResult]) -> dict[str, float]:

@@ -16,6 +16,7 @@ from saetrain.data.packing import Sequences
 from saetrain.data.sources import SourceSettings
 from saetrain.data.tokenize import Framing, TokenSettings
 from saetrain.errors import SaetrainError
+from saetrain.evaluation.evaluator import DEFAULT_LOSS_TOKENS
 from saetrain.interop.saetrain_format import CONFIG_FILE as SAE_CONFIG
 from saetrain.logs.console import log_rank0
 from saetrain.runs.evaluate.setup import EvalContext
@@ -23,7 +24,6 @@ from saetrain.runs.text_data import TrainingText, load_text, open_token_table, w
 from saetrain.runs.train.metadata import absolute_location
 
 DEFAULT_EVAL_TOKENS = {"cpu": 50_000, "cuda": 1_000_000}
-DEFAULT_LOSS_TOKENS = {"cpu": 8_192, "cuda": 131_072}
 GROUP_SEQUENCES = 64
 """Number of sequences that are sorted by length and batched together."""
 

@@ -25,7 +25,7 @@ def fold_coders(trainer: Trainer, normalizers: Mapping[str, Normalizer]) -> dict
     for name, sae in trainer.saes.items():
         inputs = normalizers[sae.hookpoint]
         coder = fold_normalizer(sae.coder, inputs.mean, inputs.scale, inputs.axes)
-        targets[name] = EvalTarget(sae.hookpoint, coder, inputs.mean)
+        targets[name] = EvalTarget(sae.hookpoint, sae.hookpoint, coder, inputs.mean)
     return targets
 
 
