@@ -88,6 +88,6 @@ def _extract_train(run: RunContext, tokens: int) -> Tensor:
 
 
 def _extract_held_out(run: RunContext, tokens: int) -> Tensor:
-    rows = torch.cat([values.float() for batch in held_out_batches(run) for values in batch.values()])
+    rows = torch.cat([values.float() for batch in held_out_batches(run) for values in batch.values.values()])
     assert len(rows) >= tokens, (len(rows), tokens)
     return rows[:tokens].contiguous()

@@ -1,12 +1,13 @@
-"""Atomic file writes, which leave either the old or the new file after a crash, and file hashes."""
+"""Atomic file writes, which leave either the old or the new file after a crash, JSON, and file hashes."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import json
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,15 @@ def write_atomic(path: Path, content: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as indented JSON, atomically."""
+    """Write ``value`` as indented JSON, atomically; ValueError for numbers that are not finite."""
     write_atomic(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def replace_non_finite(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``values`` with None for numbers that are not finite, which JSON does not have."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()
+    }
 
 
 def hash_file(path: Path) -> str:

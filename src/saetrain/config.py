@@ -23,9 +23,8 @@ from saetrain.data.sharded import LoaderSettings
 from saetrain.data.sources import SourceSettings
 from saetrain.data.tokenize import TokenSettings
 from saetrain.errors import SaetrainError, did_you_mean
-from saetrain.evaluation.evaluator import EvalSettings
+from saetrain.evaluation.evaluator import EvalSettings, ScoreSettings
 from saetrain.evaluation.health import HealthSettings
-from saetrain.evaluation.score import ScoreSettings
 from saetrain.logs import LogSettings
 from saetrain.optim import OptimSettings
 from saetrain.training.checkpoint import CheckpointSettings

@@ -46,21 +46,10 @@ def top_and_max_decoder_cosines(W_dec_FD: Tensor, n: int = 100, block_rows: int 
     return top, row_max
 
 
-def top_decoder_cosines(W_dec_FD: Tensor, n: int = 100, block_rows: int = 2048) -> Tensor:
-    """Return the ``n`` largest cosines between two different rows, (min(n, pairs),)."""
-    return top_and_max_decoder_cosines(W_dec_FD, n, block_rows)[0]
-
-
-def decoder_redundancy(W_dec_FD: Tensor, n: int = 100) -> float:
-    """Return the mean of the ``n`` largest cosines between two decoder rows; nan with a single latent."""
-    cosines = top_decoder_cosines(W_dec_FD, n)
-    return float(cosines.mean()) if len(cosines) else float("nan")
-
-
 def expected_random_redundancy(d_in: int, num_latents: int, n: int = 100) -> float:
-    """Return the expected :func:`decoder_redundancy` of ``num_latents`` random directions in ``d_in`` dimensions.
+    """Return the expected mean of the ``n`` largest cosines between two of ``num_latents`` random directions.
 
-    The mean of the n largest of M pairs is approximated by the mean of the quantiles at 1 - (i - ½) / M.
+    ``d_in``: their width. The mean over M pairs is approximated by the mean of the quantiles at 1 - (i - ½) / M.
     """
     pairs = num_latents * (num_latents - 1) // 2
     n = min(n, pairs)

@@ -15,7 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from saetrain.cli import main
+from saetrain.coders.topk import TopK
 from saetrain.interop.formats import load_sae
+from saetrain.types import Codes
 from tests.conftest import python_topics
 
 ROOT = Path(__file__).parents[2]
@@ -351,6 +353,31 @@ def test_a_masked_model_without_a_mask_token_is_scored_without_its_loss(
     assert not any(name.startswith(("ce_", "kl")) for name in figures)
 
 
+def test_baselines_of_an_sae_that_states_no_l0_use_the_measured_one(
+    causal_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stated = evaluate(causal_run, tmp_path / "stated")["own"]["saes"]["h.2"]
+    for module in ("run", "report"):
+        monkeypatch.setattr(f"saetrain.runs.evaluate.{module}.expected_l0", lambda coder: None)
+    found = evaluate(causal_run, tmp_path / "measured")
+    measured = found["own"]["saes"]["h.2"]
+    assert (stated["k"], measured["k"]) == (8, None)
+    assert 7.5 < measured["figures"]["l0"]["value"] <= 8, "rounded it is k"
+    assert measured["figures"] == stated["figures"]
+    verdict = found["final_assessment"]["saes"]["h.2"]["metrics"]
+    assert verdict["l0"]["status"] == "fail"
+    assert not verdict["l0"]["by_construction"]
+    monkeypatch.setattr("saetrain.coders.topk.TopK.encode", encode_with_two_latents)
+    fewer = evaluate(causal_run, tmp_path / "fewer")["own"]["saes"]["h.2"]["figures"]
+    assert fewer["l0"]["nulls"]["random_decoder"]["value"] == pytest.approx(fewer["l0"]["value"]) == 2
+
+
+def encode_with_two_latents(coder: TopK, x_ND: torch.Tensor) -> Codes:
+    """The two largest pre-activations, whatever their sign."""
+    values, indices = torch.addmm(coder.b_enc, x_ND - coder.b_dec, coder.W_enc).topk(2, dim=1)
+    return Codes(values.abs(), indices, coder.num_latents)
+
+
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
 def test_out_of_memory_says_what_to_lower(
     causal_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, error: Exception
@@ -358,7 +385,7 @@ def test_out_of_memory_says_what_to_lower(
     def full(*arguments: object) -> None:
         raise error
 
-    for place in ("score.model_outputs", "baselines.PCA.__call__", "score.SparsitySums.add"):
+    for place in ("loss_recovered.scored_log_probs", "baselines.PCA.__call__", "evaluator.SparsitySums.add"):
         with monkeypatch.context() as patch:
             patch.setattr(f"saetrain.evaluation.{place}", full)
             said = refused(capsys, str(causal_run), *QUICK.split(), "--model_batch_tokens", "512")
@@ -369,7 +396,7 @@ def test_another_runtime_error_is_not_hidden(causal_run: Path, monkeypatch: pyte
     def broken(*arguments: object) -> None:
         raise RuntimeError("something else")
 
-    monkeypatch.setattr("saetrain.evaluation.score.model_outputs", broken)
+    monkeypatch.setattr("saetrain.evaluation.loss_recovered.scored_log_probs", broken)
     with pytest.raises(RuntimeError, match="something else"):
         main(["evaluate", str(causal_run), *QUICK.split()])
 

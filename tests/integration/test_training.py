@@ -105,7 +105,9 @@ def test_figures_agree_with_an_independent_computation(encoder_run: Path) -> Non
     reported = about["held_out_figures"]
     prepared = prepare_run(parse_train([about["model"], about["dataset"], *settings_of(encoder_run)]))
     read_calibration_sample(prepared)
-    ours = np.concatenate([batch["encoder.layer.3"].numpy() for batch in held_out_batches(prepared)]).astype(np.float64)
+    ours = np.concatenate([batch.values["encoder.layer.3"].numpy() for batch in held_out_batches(prepared)]).astype(
+        np.float64
+    )
     ours = ours[: int(reported["tokens"])]
     fvu, l0 = independent_figures(folder, ours)
     assert fvu == pytest.approx(reported["fvu"], abs=1e-4)
@@ -246,9 +248,9 @@ def test_the_commands_of_the_readme_run_as_they_stand(
 
 def test_special_tokens_and_sinks_are_left_out_by_default(tmp_path: Path, minilm: str, topics_jsonl: str) -> None:
     base = [minilm, topics_jsonl, "--layers", "3", "--ctx_len", "64", "--model_batch_tokens", "4096"]
-    kept = next(iter(held_out_batches(prepare_run(parse_train(base)))))["encoder.layer.3"]
+    kept = next(iter(held_out_batches(prepare_run(parse_train(base)))))
     everything = next(iter(held_out_batches(prepare_run(parse_train([*base, "--exclude_special_tokens", "false"])))))
-    assert len(everything["encoder.layer.3"]) == len(kept) + 2 * 64, "one CLS and one SEP in each of 64 sequences"
+    assert len(everything.doc) == len(kept.doc) + 2 * 64, "one CLS and one SEP in each of 64 sequences"
 
 
 def test_wandb_offline_takes_the_figures(

@@ -13,14 +13,14 @@ import torch
 
 from saetrain.cli import main
 from saetrain.config import EvaluateConfig
-from saetrain.evaluation.score import ScoreSettings
+from saetrain.evaluation.evaluator import ScoreSettings
 from saetrain.interop.formats import save_sae
 from saetrain.runs.evaluate.load_saes import load_saes
 from saetrain.runs.evaluate.run import (
     EvalContext,
     EvalText,
     build_eval_context,
-    fit_baselines,
+    fit_targets,
     open_eval_texts,
     score_text,
 )
@@ -80,13 +80,13 @@ def ours(tmp_path_factory: pytest.TempPathFactory, language_model: str, topics_j
     config = EvaluateConfig(
         path=str(folder), eval_tokens=6000, exclude_special_tokens="false", exclude_sinks="false", scoring=scoring
     )
-    setting = build_eval_context(config, load_saes(config.path))
+    setting = build_eval_context(config, load_saes(config.path), None)
     (text,), fit = open_eval_texts(setting)
     # The other tools take windows of one length.
     numbers = text.indices[[len(text.sequences[int(number)]) == CTX_LEN for number in text.indices]]
     text = dataclasses.replace(text, indices=numbers)
     fewer_than_k_fire(setting, text)
-    scores = score_text(setting, text, fit_baselines(setting, fit)).scores["h.2"]
+    scores = score_text(setting, text, fit_targets(setting, fit)).scores["h.2"]
     windows = torch.stack([torch.from_numpy(text.sequences[int(number)].ids).long() for number in numbers])
     assert scores.metrics["explained_variance"].count == windows.numel()
     assert scores.metrics["ce_clean"].count == windows[:, 1:].numel()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from saetrain.evaluation.reconstruction import ReconstructionSums
 from saetrain.evaluation.sparsity import SparsitySums
-from saetrain.metrics import decoder_redundancy, expected_random_redundancy, top_decoder_cosines
+from saetrain.metrics import expected_random_redundancy, top_and_max_decoder_cosines
 from saetrain.types import Codes
 
 N, D = 400, 6
@@ -22,7 +23,7 @@ def x() -> torch.Tensor:
 def score(x: torch.Tensor, estimate: torch.Tensor, sizes: list[int] | None = None) -> dict[str, float]:
     sums = ReconstructionSums(torch.full((D,), 49.0))
     for a, b in zip(x.split(sizes or [len(x)]), estimate.split(sizes or [len(x)]), strict=True):
-        sums.add(a, b)
+        sums.add(a, b, np.zeros(len(a), dtype=np.int64))
     return sums.metric_values()
 
 
@@ -55,7 +56,7 @@ def test_figures_do_not_depend_on_the_batches(x: torch.Tensor, sizes: list[int])
 
 def test_figures_do_not_depend_on_the_centre(x: torch.Tensor) -> None:
     sums = ReconstructionSums(torch.zeros(D))
-    sums.add(x, x * 0.9)
+    sums.add(x, x * 0.9, np.arange(N))
     assert sums.metric_values() == pytest.approx(score(x, x * 0.9), rel=1e-6)
 
 
@@ -64,10 +65,10 @@ def test_sparsity_counts_the_decoded_code() -> None:
     indices = torch.tensor([[0, 1], [5, 1], [2, 3], [0, 4]])
     sums = SparsitySums(6, dead_threshold=0.4, device=torch.device("cpu"))
     for part in range(4):
-        sums.add(Codes(values[part : part + 1], indices[part : part + 1], 6))
-    figures = sums.metric_values()
+        sums.add(Codes(values[part : part + 1], indices[part : part + 1], 6), np.array([part]))
+    figures = {name: estimate.value for name, estimate in sums.metric_estimates().items()}
     assert figures["l0"] == 5 / 4
-    assert (figures["l0_p5"], figures["l0_p50"], figures["l0_p95"]) == (0, 1, 2)
+    assert sums.l0_percentiles() == {"p5": 0, "p50": 1, "p95": 2}
     assert figures["dead_never_fired"] == 3 / 6
     assert figures["dead_below_threshold"] == 4 / 6
 
@@ -77,7 +78,11 @@ def test_top_cosines_in_blocks_equal_the_full_matrix() -> None:
     unit = rows / rows.norm(dim=1, keepdim=True)
     full = (unit @ unit.T)[torch.ones(53, 53).triu(1).bool()]
     for block in (7, 53, 100):
-        torch.testing.assert_close(top_decoder_cosines(rows, 20, block), full.topk(20).values)
+        torch.testing.assert_close(top_and_max_decoder_cosines(rows, 20, block)[0], full.topk(20).values)
+
+
+def decoder_redundancy(rows: torch.Tensor) -> float:
+    return float(top_and_max_decoder_cosines(rows)[0].mean())
 
 
 def test_redundancy_of_duplicates_is_one_and_small_decoders_work() -> None:

@@ -106,9 +106,9 @@ class TopK(SparseCoder):
         """Advice to enable AuxK, unless it is enabled."""
         return None if self.auxk_alpha else "pass --auxk_alpha 0.03125 to revive them"
 
-    def expected_l0(self) -> float:
+    def expected_l0(self) -> int:
         """Return k."""
-        return float(self.k)
+        return self.k
 
     def recommended_lr(self, tokens_per_step: int, steps: int) -> float:
         """Return the learning rate of the rule in docs/recipe.md."""

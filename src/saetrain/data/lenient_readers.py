@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO, Any
 
-from saetrain.data.text_column import TextColumn, choose_text_column, matches_kind
+from saetrain.data.text_column import SAMPLE_ROWS, TextColumn, choose_text_column, matches_kind
 from saetrain.errors import SaetrainError
 
 CACHE_FORMAT_VERSION = 1
@@ -21,7 +21,6 @@ CACHE_FORMAT_VERSION = 1
 BAD_ROW_COLUMN = "bad_row"
 """Column with the description of what is wrong with a row; empty for good rows."""
 LONE_SURROGATE = "half of a surrogate pair, which UTF-8 can't encode"
-SAMPLE_ROWS = 64
 
 
 @dataclass(frozen=True)

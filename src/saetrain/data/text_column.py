@@ -15,6 +15,7 @@ CHAT_COLUMNS = ("messages", "conversations", "conversation")
 PROMPT_COLUMNS = ("instruction", "input", "output")
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "bing": "assistant", "chatgpt": "assistant"}
 SAMPLE_ROWS = 64
+"""Number of rows from which the text column is chosen."""
 
 Rows = dict[str, list[Any]]
 

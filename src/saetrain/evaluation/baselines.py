@@ -1,4 +1,4 @@
-"""Baselines for the metrics of an SAE: PCA of rank k and a random decoder of the same shape."""
+"""Baselines for the metrics of a coder: the mean, PCA with as many numbers per token, and a random decoder."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from torch import Tensor
 
 from saetrain.types import Codes
 
+RANDOM_DECODER, PCA_RECONSTRUCTION, MEAN_RECONSTRUCTION = "random_decoder", "pca", "mean"
+"""Names of the baselines."""
 MAX_GATHERED_ELEMENTS = 1 << 24
 """Largest number of decoder elements that least squares gathers at once; bounds its memory."""
 RIDGE = 1e-5
-"""Added to the diagonal of the Gram matrix, because the k directions may be nearly dependent if k is near D."""
+"""Added to the diagonal of the Gram matrix, because about D selected directions may be nearly dependent."""
 
 
 class RunningMoments:
@@ -56,38 +58,38 @@ class PCA:
 
 @dataclass(frozen=True)
 class RandomDecoder:
-    """An untrained SAE: select the k directions with the largest inner product with x - m, then fit least squares.
+    """An untrained SAE: select the l0 directions with the largest inner product with x - m, then fit least squares.
 
     ``mean`` m has shape (D,), ``directions`` has shape (F, D) and rows of unit norm.
     """
 
     mean: Tensor
     directions: Tensor
-    k: int
+    l0: int
 
     @staticmethod
-    def from_seed(mean: Tensor, num_latents: int, k: int, seed: int) -> RandomDecoder:
+    def from_seed(mean: Tensor, num_latents: int, l0: int, seed: int) -> RandomDecoder:
         """Draw ``num_latents`` directions from ``seed``, uniformly on the unit sphere."""
         generator = torch.Generator().manual_seed(seed)
         directions = torch.randn(num_latents, len(mean), generator=generator)
-        return RandomDecoder(mean, torch.nn.functional.normalize(directions, dim=1).to(mean.device), k)
+        return RandomDecoder(mean, torch.nn.functional.normalize(directions, dim=1).to(mean.device), l0)
 
     def encode(self, x_ND: Tensor) -> Codes:
-        """Return the k selected directions per token, with their inner products (negative ones as 0)."""
-        values, indices = ((x_ND - self.mean) @ self.directions.T).topk(self.k, dim=1)
+        """Return the selected directions per token, with their inner products (negative ones as 0)."""
+        values, indices = ((x_ND - self.mean) @ self.directions.T).topk(self.l0, dim=1)
         return Codes(values.relu(), indices, len(self.directions))
 
     def decode(self, codes: Codes, x_ND: Tensor) -> Tensor:
         """Return the least-squares reconstruction of ``x_ND`` from the directions that ``codes`` select, (N, D)."""
         assert codes.indices is not None, "the codes of a random decoder are sparse"
-        chunk_tokens = max(1, MAX_GATHERED_ELEMENTS // (self.k * len(self.mean)))
+        chunk_tokens = max(1, MAX_GATHERED_ELEMENTS // (self.l0 * len(self.mean)))
         chunks = zip(codes.indices.split(chunk_tokens), (x_ND - self.mean).split(chunk_tokens), strict=True)
         return torch.cat([self.mean + self._fit_least_squares(indices, x) for indices, x in chunks])
 
     def _fit_least_squares(self, indices: Tensor, x: Tensor) -> Tensor:
         rows = self.directions[indices]
         if rows.shape[1] > rows.shape[2]:
-            # With k > D the k x k Gram matrix is singular, so the D x D one is solved instead.
+            # With l0 > D the l0 x l0 Gram matrix is singular, so the D x D one is solved instead.
             gram = rows.transpose(1, 2) @ rows
             return x - RIDGE * _solve_ridge(gram, x.unsqueeze(2)).squeeze(2)
         weights = _solve_ridge(rows @ rows.transpose(1, 2), rows @ x.unsqueeze(2))
@@ -96,6 +98,22 @@ class RandomDecoder:
     def __call__(self, x_ND: Tensor) -> Tensor:
         """Return the reconstruction of ``x_ND``, (N, D)."""
         return self.decode(self.encode(x_ND), x_ND)
+
+
+@dataclass(frozen=True)
+class Baselines:
+    """The baselines of a coder; ``mean`` (D,) is the mean of the training tokens."""
+
+    mean: Tensor
+    pca: PCA
+    random_decoder: RandomDecoder
+
+    @staticmethod
+    def from_moments(moments: RunningMoments, num_latents: int, l0: float, seed: int) -> Baselines:
+        """Build the baselines of a coder with ``num_latents`` latents, of which ``l0`` are active per token."""
+        mean, n_active = moments.compute_mean(), min(max(1, round(l0)), num_latents)
+        random_decoder = RandomDecoder.from_seed(mean, num_latents, n_active, seed)
+        return Baselines(mean, PCA(mean, moments.principal_directions(n_active)), random_decoder)
 
 
 def _solve_ridge(gram: Tensor, right_side: Tensor) -> Tensor:

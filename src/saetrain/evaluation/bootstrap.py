@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from saetrain.data.mlm_masking import mix_bits
+from saetrain.activations.mlm_masking import mix_bits
+from saetrain.atomic_io import replace_non_finite
 
 INTERVAL_COVERAGE = 0.95
 ValueRange = tuple[float, float]
@@ -35,6 +37,10 @@ class Estimate:
     value: float
     low: float = math.nan
     high: float = math.nan
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the three numbers for JSON, with null for those that are not finite."""
+        return replace_non_finite(asdict(self))
 
 
 def draw_poisson_weights(docs: np.ndarray, replicates: int, seed: int) -> np.ndarray:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -12,18 +14,23 @@ LATENTS_PER_BLOCK = 4096
 
 
 @torch.no_grad()
-def geometry_metrics(W_enc_DF: Tensor, W_dec_FD: Tensor) -> dict[str, float]:
-    """Return the cosines between decoder rows and between encoder and decoder per latent, with random baselines."""
-    num_latents, d_in = W_dec_FD.shape
+def geometry_metrics(W_enc_DF: Tensor, W_dec_FD: Tensor) -> dict[str, tuple[float, float]]:
+    """Return {metric: (value, expected value for random directions)} of the cosines between latents.
+
+    The cosine between encoder and decoder is nan if their widths D differ.
+    """
+    num_latents, d_out = W_dec_FD.shape
     top_cosines, max_cosines = top_and_max_decoder_cosines(W_dec_FD)
-    return {
-        "decoder_redundancy_top100": float(top_cosines.mean()) if len(top_cosines) else float("nan"),
-        "decoder_redundancy_top100_random": expected_random_redundancy(d_in, num_latents),
-        "decoder_max_cosine": float(max_cosines.mean()) if num_latents > 1 else float("nan"),
-        "decoder_max_cosine_random": expected_random_max_cosine(d_in, num_latents),
-        "encoder_decoder_cosine": float(torch.cosine_similarity(W_enc_DF.T, W_dec_FD, dim=1).mean()),
-        "encoder_decoder_cosine_random": _random_encoder_cosine(W_enc_DF),
+    max_cosine = float(max_cosines.mean()) if num_latents > 1 else math.nan
+    out = {
+        "decoder_redundancy_top100": (float(top_cosines.mean()), expected_random_redundancy(d_out, num_latents)),
+        "decoder_max_cosine": (max_cosine, expected_random_max_cosine(d_out, num_latents)),
+        "encoder_decoder_cosine": (math.nan, math.nan),
     }
+    if len(W_enc_DF) == d_out:
+        encoder_cosine = float(torch.cosine_similarity(W_enc_DF.T, W_dec_FD, dim=1).mean())
+        out["encoder_decoder_cosine"] = encoder_cosine, _random_encoder_cosine(W_enc_DF)
+    return out
 
 
 def _random_encoder_cosine(W_enc_DF: Tensor) -> float:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from saetrain.atomic_io import replace_non_finite
 from saetrain.errors import SaetrainError
 from saetrain.evaluation.bootstrap import AT_MOST_ONE, COSINE_RANGE, FRACTION_RANGE, Estimate
 
@@ -71,8 +72,8 @@ class SaeProperties:
 
     d_in: int
     num_latents: int
-    k: int | None
-    """Largest possible L0; None if the coder is not TopK."""
+    expected_l0: float | None
+    """L0 that the SAE's settings fix, which is also the largest possible; None if they fix none."""
     min_dead_fraction: float
     """Smallest share of latents that count as dead by ``dead_threshold`` after any training."""
     dead_threshold: float
@@ -104,15 +105,7 @@ class Judgment:
 
     def as_json(self) -> dict[str, Any]:
         """Return all fields for JSON, with null for numbers that are not finite."""
-        values = asdict(self)
-        return {
-            **{name: _finite_or_none(value) if isinstance(value, float) else value for name, value in values.items()},
-            "nulls": {name: _finite_or_none(value) for name, value in self.nulls.items()},
-        }
-
-
-def _finite_or_none(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+        return {**replace_non_finite(asdict(self)), "nulls": replace_non_finite(self.nulls)}
 
 
 @dataclass(frozen=True)
@@ -219,11 +212,11 @@ def _judge_l0(metrics: Mapping[str, Estimate], sae: SaeProperties, settings: Hea
     estimate, (low, high) = metrics["l0"], settings.l0_range
     l0_fraction = estimate.value / sae.num_latents
     is_in_range = low <= estimate.value <= high
-    # With TopK, L0 is at most k.
-    is_unreachable = sae.k is not None and not is_in_range and (sae.k < low or estimate.value > high)
+    fixed = sae.expected_l0
+    is_unreachable = fixed is not None and not is_in_range and (fixed < low or estimate.value > high)
     reason = f"{estimate.value:.1f} of {sae.num_latents:,} latents are active per token ({l0_fraction:.1%})"
     if is_unreachable:
-        reason += f"; L0 is set by k = {sae.k}, so no training can bring it into the range"
+        reason += f"; L0 is set by k = {fixed:g}, so no training can bring it into the range"
     advice = ""
     if estimate.value < low:
         # Raising k alone would make the code barely sparse if there are few latents.

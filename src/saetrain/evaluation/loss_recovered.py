@@ -7,125 +7,159 @@ baselines) are spliced in at the same positions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from saetrain.activations.capture import batch_by_length, pad_batch
-from saetrain.activations.lm_head import LMHeadModel, token_log_probs
+from saetrain.activations.lm_batches import LMBatch, scored_log_probs
+from saetrain.activations.lm_head import LMHeadModel
 from saetrain.activations.splice import replace_positions, splice_output
-from saetrain.data.mlm_masking import select_masked_positions
-from saetrain.errors import SaetrainError
-from saetrain.evaluation.bootstrap import AT_MOST_ONE, COSINE_RANGE, NON_NEGATIVE, DocumentSums, Formula, ValueRange
-from saetrain.types import TokenSequence
+from saetrain.evaluation.baselines import PCA_RECONSTRUCTION, RANDOM_DECODER
+from saetrain.evaluation.bootstrap import (
+    AT_MOST_ONE,
+    COSINE_RANGE,
+    NON_NEGATIVE,
+    UNBOUNDED,
+    DocumentSums,
+    Formula,
+    ValueRange,
+)
+from saetrain.evaluation.evaluator import EvalTarget, MetricResult
 
-MAX_LOGITS = 1 << 26
-"""Largest number of logits per batch, tokens times V; bounds the memory."""
 MIN_ABLATION_NATS = 0.05
 """Loss increase of an ablation, in nats, below which a ratio to it is mostly noise."""
 
 ReplaceFn = Callable[[Tensor], Tensor]
 """Maps activations (N, D) to their replacement."""
 CLEAN_VARIANT, SAE_VARIANT, ZERO_VARIANT, MEAN_VARIANT = "clean", "sae", "zero", "mean"
+BASELINE_VARIANTS = (RANDOM_DECODER, PCA_RECONSTRUCTION, MEAN_VARIANT)
 
 
-@dataclass(frozen=True)
-class SplicePolicy:
-    """The replaced positions: those in ``keep_mask`` of a sequence, (S,) bool, with a norm up to ``norm_limit``."""
+@torch.no_grad()
+def evaluate_losses(
+    targets: Mapping[str, EvalTarget],
+    head: LMHeadModel,
+    batches: Iterable[LMBatch],
+    norm_limits: Mapping[str, float],
+    replicates: int,
+    seed: int,
+    on_progress: Callable[[int], object] = lambda tokens: None,
+) -> dict[str, dict[str, MetricResult]]:
+    """Return {SAE: metrics} of the model's loss over ``batches`` with each SAE spliced in.
 
-    keep_mask: Callable[[TokenSequence], np.ndarray]
-    norm_limit: float = float("inf")
-
-    def splice_mask(self, x_BSD: Tensor, keep_BS: Tensor) -> Tensor:
-        """Return the mask of the replaced positions, (B, S) bool."""
-        return keep_BS & (x_BSD.float().norm(dim=-1) <= self.norm_limit)
-
-
-@dataclass(frozen=True)
-class LMBatch:
-    """A batch of B sequences for the model, with the positions that are replaced and those that are scored.
-
-    ``keep_mask`` (B, S) marks positions that may be replaced, ``scored_mask`` (B, S) the N positions whose output is
-    scored. ``targets`` (N,) are the correct tokens there, and ``doc_ids`` (N,) their documents.
+    Args:
+        targets: the SAEs by name, each with baselines and with y = x.
+        head: the model.
+        batches: at their kept positions the activation is replaced.
+        norm_limits: {hookpoint: largest norm of an activation that is replaced}; hookpoints may be missing.
+        replicates: number of resamplings of the documents per interval.
+        seed: seed of the resamplings.
+        on_progress: called with the number of tokens after each batch.
     """
+    sums = {name: _LossSums(head, target, norm_limits, replicates, seed) for name, target in targets.items()}
+    for batch in batches:
+        clean_outputs = _run_model(head, batch)
+        for each in sums.values():
+            each.add(batch, clean_outputs)
+        on_progress(int(batch.attention_mask.sum()))
+    return {name: each.collect_metrics() for name, each in sums.items()}
 
-    input_ids: Tensor
-    attention_mask: Tensor
-    keep_mask: Tensor
-    scored_mask: Tensor
-    targets: Tensor
-    doc_ids: np.ndarray
+
+def _run_model(head: LMHeadModel, batch: LMBatch) -> Tensor:
+    """Return the log-probabilities at the scored positions, (m, V) in fp32; without a head, the states (B, S, D)."""
+    if head.kind == "none":
+        return head.compute_final_hidden(batch.input_ids, batch.attention_mask)
+    return scored_log_probs(head, batch)
 
 
-class LossScorer:
-    """Scores variants {name: replacement} of the activation at one hookpoint; sums are kept per document."""
+class _LossSums:
+    """Sums over documents of the losses of each variant of the activation at the hookpoint of one SAE."""
 
     def __init__(
-        self,
-        head: LMHeadModel,
-        hookpoint: str,
-        variants: Mapping[str, ReplaceFn],
-        policy: SplicePolicy,
-        replicates: int,
-        seed: int,
+        self, head: LMHeadModel, target: EvalTarget, norm_limits: Mapping[str, float], replicates: int, seed: int
     ) -> None:
-        self._head, self._variants, self._policy = head, variants, policy
-        self._hookpoint_module = head.base.module.get_submodule(hookpoint)
-        self.token_sums = DocumentSums(replicates, seed)
-        self.sequence_sums = DocumentSums(replicates, seed)
+        coder, baselines = target.coder, target.baselines
+        assert baselines is not None, "the loss is scored with baselines"
+        assert target.x_hookpoint == target.y_hookpoint, "the input of the coder is what is replaced"
+        self._head = head
+        self._variants: dict[str, ReplaceFn] = {
+            SAE_VARIANT: lambda x: coder.decode(coder.encode(x), x),
+            ZERO_VARIANT: torch.zeros_like,
+            MEAN_VARIANT: baselines.mean.expand_as,
+            RANDOM_DECODER: baselines.random_decoder,
+            PCA_RECONSTRUCTION: baselines.pca,
+        }
+        self._hookpoint_module = head.base.module.get_submodule(target.y_hookpoint)
+        self._norm_limit = norm_limits.get(target.y_hookpoint, float("inf"))
+        self._token_sums = DocumentSums(replicates, seed)
+        self._sequence_sums = DocumentSums(replicates, seed)
         """Sums over sequences instead of tokens, for pooled outputs."""
-        self.n_tokens = 0
+        self._n_tokens = self._n_sequences = 0
 
-    @torch.no_grad()
-    def add(self, lm_batch: LMBatch, clean_outputs: Tensor) -> None:
-        """Add a batch; ``clean_outputs`` is the result of :func:`model_outputs` without a splice."""
+    def add(self, batch: LMBatch, clean_outputs: Tensor) -> None:
+        """Add a batch; ``clean_outputs`` is the result of :func:`_run_model` without a splice."""
         if self._head.kind == "none":
-            self._add_hidden_errors(lm_batch, clean_outputs)
+            self._add_hidden_errors(batch, clean_outputs)
         else:
-            self._add_losses(lm_batch, clean_outputs)
-        self.n_tokens += len(lm_batch.doc_ids)
+            self._add_losses(batch, clean_outputs)
+        self._n_tokens += len(batch.targets)
+        self._n_sequences += len(batch.input_ids)
 
-    def _run_spliced(self, lm_batch: LMBatch, variant: str) -> Tensor:
+    def _run_spliced(self, batch: LMBatch, variant: str) -> Tensor:
         """Return the model's outputs with the activation replaced by ``variant``."""
 
         def replace_activation(x_BSD: Tensor) -> Tensor:
-            mask_BS = self._policy.splice_mask(x_BSD, lm_batch.keep_mask)
+            mask_BS = batch.keep_mask & (x_BSD.float().norm(dim=-1) <= self._norm_limit)
             return replace_positions(x_BSD, mask_BS, self._variants[variant](x_BSD[mask_BS].float()))
 
         with splice_output(self._hookpoint_module, replace_activation):
-            return model_outputs(self._head, lm_batch)
+            return _run_model(self._head, batch)
 
-    def _add_losses(self, lm_batch: LMBatch, clean_log_probs: Tensor) -> None:
-        targets = lm_batch.targets.unsqueeze(1)
+    def _add_losses(self, batch: LMBatch, clean_log_probs: Tensor) -> None:
+        targets = batch.targets.unsqueeze(1)
         terms = {
             "tokens": torch.ones(len(targets)),
             f"ce_{CLEAN_VARIANT}": -clean_log_probs.gather(1, targets).squeeze(1),
         }
         for name in self._variants:
-            log_probs = self._run_spliced(lm_batch, name)
+            log_probs = self._run_spliced(batch, name)
             terms[f"ce_{name}"] = -log_probs.gather(1, targets).squeeze(1)
             terms[f"kl_{name}"] = (clean_log_probs.exp() * (clean_log_probs - log_probs)).sum(dim=1)
-        self.token_sums.add(lm_batch.doc_ids, {name: value.cpu() for name, value in terms.items()})
+        self._token_sums.add(batch.target_docs, {name: value.cpu() for name, value in terms.items()})
 
-    def _add_hidden_errors(self, lm_batch: LMBatch, clean_BSD: Tensor) -> None:
-        mask_BS = lm_batch.scored_mask
+    def _add_hidden_errors(self, batch: LMBatch, clean_BSD: Tensor) -> None:
+        mask_BS = batch.scored_mask
         clean_pooled = _mean_pool(clean_BSD, mask_BS)
-        terms = {"tokens": torch.ones(len(lm_batch.doc_ids)), "norm": clean_BSD[mask_BS].double().pow(2).sum(dim=1)}
+        terms = {"tokens": torch.ones(len(batch.targets)), "norm": clean_BSD[mask_BS].double().pow(2).sum(dim=1)}
         first_tokens = np.cumsum([0, *mask_BS.sum(dim=1).tolist()[:-1]])
         sequence_terms = {"sequences": torch.ones(len(mask_BS))}
         for name in self._variants:
-            hidden_BSD = self._run_spliced(lm_batch, name)
+            hidden_BSD = self._run_spliced(batch, name)
             terms[f"error_{name}"] = (hidden_BSD[mask_BS].double() - clean_BSD[mask_BS].double()).pow(2).sum(dim=1)
             sequence_terms[f"cosine_{name}"] = torch.cosine_similarity(
                 _mean_pool(hidden_BSD, mask_BS), clean_pooled, dim=1
             )
-        self.token_sums.add(lm_batch.doc_ids, {name: value.cpu() for name, value in terms.items()})
-        self.sequence_sums.add(
-            lm_batch.doc_ids[first_tokens], {name: value.cpu() for name, value in sequence_terms.items()}
+        self._token_sums.add(batch.target_docs, {name: value.cpu() for name, value in terms.items()})
+        self._sequence_sums.add(
+            batch.target_docs[first_tokens], {name: value.cpu() for name, value in sequence_terms.items()}
         )
+
+    def collect_metrics(self) -> dict[str, MetricResult]:
+        """Return the metrics, each with its baselines; none without a batch."""
+        if not self._n_tokens:
+            return {}
+        if self._head.kind == "none":
+            return {
+                **_estimate_with_baselines(self._token_sums, hidden_formulas, self._n_tokens),
+                **_estimate_with_baselines(self._sequence_sums, pooled_formulas, self._n_sequences),
+            }
+        model_metrics = {
+            name: MetricResult(self._token_sums.estimate_metric(formula, METRIC_RANGES[name]), self._n_tokens)
+            for name, formula in MODEL_FORMULAS.items()
+        }
+        return {**model_metrics, **_estimate_with_baselines(self._token_sums, loss_formulas, self._n_tokens)}
 
 
 def _mean_pool(hidden_BSD: Tensor, mask_BS: Tensor) -> Tensor:
@@ -134,75 +168,23 @@ def _mean_pool(hidden_BSD: Tensor, mask_BS: Tensor) -> Tensor:
     return (hidden_BSD.double() * weights).sum(dim=1) / weights.sum(dim=1)
 
 
-def model_outputs(head: LMHeadModel, lm_batch: LMBatch) -> Tensor:
-    """Return the log-probabilities at the scored positions, (N, V) in fp32; without a head, the states (B, S, D)."""
-    if head.kind == "none":
-        return head.compute_final_hidden(lm_batch.input_ids, lm_batch.attention_mask)
-    return token_log_probs(head.compute_logits(lm_batch.input_ids, lm_batch.attention_mask)[lm_batch.scored_mask])
+def _estimate_with_baselines(
+    sums: DocumentSums, formulas: Callable[[str], dict[str, Formula]], count: int
+) -> dict[str, MetricResult]:
+    """Return each metric of the SAE with its baselines; that of the mean is the ablation by the mean."""
+    out = {}
+    for name in formulas(SAE_VARIANT):
+        estimates = {
+            variant: sums.estimate_metric(formulas(variant)[name], METRIC_RANGES.get(name, UNBOUNDED))
+            for variant in (SAE_VARIANT, *BASELINE_VARIANTS)
+        }
+        flag = "small denominator" if has_small_denominator(sums.full_sums, name) else ""
+        out[name] = MetricResult(estimates.pop(SAE_VARIANT), count, estimates, flag)
+    return out
 
 
-def iter_lm_batches(
-    head: LMHeadModel,
-    sequences: Iterable[TokenSequence],
-    policy: SplicePolicy,
-    mask_id: int | None,
-    batch_tokens: int,
-    seed: int,
-) -> Iterator[LMBatch]:
-    """Yield batches over ``sequences`` that score next tokens (causal model) or masked tokens (masked model).
-
-    Args:
-        head: the model, which decides what is scored.
-        sequences: sequences of tokens.
-        policy: positions that are replaced.
-        mask_id: id of the mask token; required by masked models.
-        batch_tokens: largest number of tokens per batch; fewer if the logits would be too large.
-        seed: seed of the masked positions.
-
-    Raises:
-        SaetrainError: if the model is masked and ``mask_id`` is None.
-    """
-    sequences = list(sequences)
-    vocabulary = head.base.config.get_text_config().vocab_size
-    max_batch_tokens = batch_tokens if head.kind == "none" else min(batch_tokens, max(1, MAX_LOGITS // vocabulary))
-    for indices in batch_by_length(sequences, max_batch_tokens):
-        lm_batch = _build_lm_batch(head, [sequences[index] for index in indices], policy, mask_id, seed)
-        if len(lm_batch.doc_ids):
-            yield lm_batch
-
-
-def _build_lm_batch(
-    head: LMHeadModel, chosen: list[TokenSequence], policy: SplicePolicy, mask_id: int | None, seed: int
-) -> LMBatch:
-    input_ids, attention_mask = pad_batch(chosen, head.base.device)
-    keep_BS, scored_BS = np.zeros(input_ids.shape, dtype=bool), np.zeros(input_ids.shape, dtype=bool)
-    targets, docs = [], []
-    for row, sequence in enumerate(chosen):
-        keep_BS[row, : len(sequence)] = policy.keep_mask(sequence)
-        if head.kind == "causal":
-            scored_S = np.arange(len(sequence)) < len(sequence) - 1
-            row_targets, row_docs = sequence.ids[1:], sequence.doc[1:]
-        else:
-            scored_S = (
-                select_masked_positions(sequence, seed) if head.kind == "masked" else np.ones(len(sequence), dtype=bool)
-            )
-            row_targets, row_docs = sequence.ids[scored_S], sequence.doc[scored_S]
-        scored_BS[row, : len(sequence)] = scored_S
-        targets.append(row_targets)
-        docs.append(row_docs)
-    scored_mask = torch.from_numpy(scored_BS).to(input_ids.device)
-    if head.kind == "masked":
-        if mask_id is None:
-            raise SaetrainError(f"model {head.base.name}: its tokenizer has no mask token, so the loss can't be scored")
-        input_ids = input_ids.masked_fill(scored_mask, mask_id)
-    return LMBatch(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        keep_mask=torch.from_numpy(keep_BS).to(input_ids.device),
-        scored_mask=scored_mask,
-        targets=torch.from_numpy(np.concatenate(targets).astype(np.int64)).to(input_ids.device),
-        doc_ids=np.concatenate(docs),
-    )
+def _mean_per_token(name: str) -> Formula:
+    return lambda sums: sums[name] / sums["tokens"]
 
 
 def loss_formulas(variant: str) -> dict[str, Formula]:
@@ -210,22 +192,14 @@ def loss_formulas(variant: str) -> dict[str, Formula]:
 
     Loss recovered is relative to two ablations, which replace the activation by zero and by the mean.
     """
-
-    def mean_per_token(name: str) -> Formula:
-        return lambda sums: sums[name] / sums["tokens"]
-
-    ce, kl, clean = (
-        mean_per_token(f"ce_{variant}"),
-        mean_per_token(f"kl_{variant}"),
-        mean_per_token(f"ce_{CLEAN_VARIANT}"),
-    )
+    ce, kl, clean = (_mean_per_token(name) for name in (f"ce_{variant}", f"kl_{variant}", f"ce_{CLEAN_VARIANT}"))
 
     def ce_recovered(ablation: str) -> Formula:
-        ablated_ce = mean_per_token(f"ce_{ablation}")
+        ablated_ce = _mean_per_token(f"ce_{ablation}")
         return lambda sums: (ablated_ce(sums) - ce(sums)) / (ablated_ce(sums) - clean(sums))
 
     def kl_recovered(ablation: str) -> Formula:
-        ablated_kl = mean_per_token(f"kl_{ablation}")
+        ablated_kl = _mean_per_token(f"kl_{ablation}")
         return lambda sums: 1 - kl(sums) / ablated_kl(sums)
 
     return {
@@ -239,13 +213,7 @@ def loss_formulas(variant: str) -> dict[str, Formula]:
     }
 
 
-MODEL_FORMULAS: dict[str, Formula] = {
-    "ce_clean": lambda sums: sums[f"ce_{CLEAN_VARIANT}"] / sums["tokens"],
-    "ce_zero": lambda sums: sums[f"ce_{ZERO_VARIANT}"] / sums["tokens"],
-    "ce_mean": lambda sums: sums[f"ce_{MEAN_VARIANT}"] / sums["tokens"],
-    "kl_zero": lambda sums: sums[f"kl_{ZERO_VARIANT}"] / sums["tokens"],
-    "kl_mean": lambda sums: sums[f"kl_{MEAN_VARIANT}"] / sums["tokens"],
-}
+MODEL_FORMULAS = {name: _mean_per_token(name) for name in ("ce_clean", "ce_zero", "ce_mean", "kl_zero", "kl_mean")}
 """Formulas of the model without an SAE: clean and ablated."""
 METRIC_RANGES: dict[str, ValueRange] = {
     **dict.fromkeys((*MODEL_FORMULAS, "ce_spliced", "kl", "final_hidden_error"), NON_NEGATIVE),
@@ -274,8 +242,3 @@ def hidden_formulas(variant: str) -> dict[str, Formula]:
 def pooled_formulas(variant: str) -> dict[str, Formula]:
     """Return the formulas of ``variant`` over sequences, for models that do not predict tokens."""
     return {"pooled_cosine": lambda sums: sums[f"cosine_{variant}"] / sums["sequences"]}
-
-
-def keep_all_tokens(sequence: TokenSequence) -> np.ndarray:
-    """Return a mask (S,) that is true everywhere, for policies that replace all positions."""
-    return np.ones(len(sequence), dtype=bool)

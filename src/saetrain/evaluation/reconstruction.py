@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -55,29 +57,30 @@ class ReconstructionSums:
         self.n_tokens = 0
 
     @torch.no_grad()
-    def add(self, x_ND: Tensor, reconstruction_ND: Tensor, docs: np.ndarray | None = None) -> None:
+    def add(self, y_ND: Tensor, reconstruction_ND: Tensor, docs: np.ndarray) -> None:
         """Add a batch: activations and reconstructions (N, D), and the document id of each token, (N,)."""
-        if not len(x_ND):
+        if not len(y_ND):
             return
-        x, x_hat = x_ND.double(), reconstruction_ND.double()
-        shift = x - self._centre
+        y, y_hat = y_ND.double(), reconstruction_ND.double()
+        shift = y - self._centre
         terms = {
-            "tokens": torch.ones(len(x), device=x.device),
+            "tokens": torch.ones(len(y), device=y.device),
             "shift": shift,
             "square": shift.pow(2).sum(dim=1),
-            "residual": (x - x_hat).pow(2).sum(dim=1),
-            "cosine": torch.cosine_similarity(x, x_hat, dim=1),
-            "norm_ratio": x_hat.norm(dim=1) / x.norm(dim=1).clamp_min(torch.finfo(torch.float64).tiny),
-            "inner": (x * x_hat).sum(dim=1),
-            "norm_square": x_hat.pow(2).sum(dim=1),
+            "residual": (y - y_hat).pow(2).sum(dim=1),
+            "cosine": torch.cosine_similarity(y, y_hat, dim=1),
+            "norm_ratio": y_hat.norm(dim=1) / y.norm(dim=1).clamp_min(torch.finfo(torch.float64).tiny),
+            "inner": (y * y_hat).sum(dim=1),
+            "norm_square": y_hat.pow(2).sum(dim=1),
         }
-        self._sums.add(np.zeros(len(x), dtype=np.int64) if docs is None else docs, terms)
-        self.n_tokens += len(x)
+        self._sums.add(docs, terms)
+        self.n_tokens += len(y)
 
-    def merged_with(self, others: list[ReconstructionSums]) -> ReconstructionSums:
-        """Return the sums of ``self`` and ``others`` together, without replicates."""
-        merged = ReconstructionSums(self._centre)
-        for part in (self, *others):
+    @staticmethod
+    def merge(parts: Sequence[ReconstructionSums]) -> ReconstructionSums:
+        """Return the sums of ``parts`` with one centre together, without replicates."""
+        merged = ReconstructionSums(parts[0]._centre)
+        for part in parts:
             if part.n_tokens:
                 merged._sums.add_document_sums(
                     np.zeros(1, dtype=np.int64),

@@ -14,6 +14,8 @@ from saetrain.types import Codes
 
 DOCUMENTS_PER_BLOCK = 64
 """Documents whose counts are in memory at once; bounds the counts (documents, F)."""
+L0_PERCENTILES = {"p5": 0.05, "p50": 0.5, "p95": 0.95}
+"""Shares of the tokens by the names of the percentiles of L0."""
 LOG10_DENSITY_EDGES = tuple(-6 + 0.5 * step for step in range(13))
 """Edges of the density histogram: log10 of the share of tokens on which a latent fires."""
 
@@ -47,37 +49,28 @@ class SparsitySums:
         self._firing_counts = torch.zeros(num_latents, dtype=torch.long, device=device)
         self.n_tokens = 0
 
-    def add(self, codes: Codes, docs: np.ndarray | None = None) -> None:
-        """Add the codes of N tokens; ``docs`` (N,) contains their document ids, and is required with replicates."""
-        count = codes.values.shape[0]
-        if not count:
+    def add(self, codes: Codes, docs: np.ndarray) -> None:
+        """Add the codes of N tokens; ``docs`` (N,) contains their document ids."""
+        if not len(docs):
             return
         self._firing_counts += codes.firing_counts()
         self._l0_counts += torch.bincount(codes.l0_per_token(), minlength=len(self._l0_counts))
-        self.n_tokens += count
+        self.n_tokens += len(docs)
         if self._replicates:
-            assert docs is not None, "replicates need documents"
             self._add_replicates(codes, docs)
 
     def _add_replicates(self, codes: Codes, docs: np.ndarray) -> None:
-        documents, document_of = np.unique(docs, return_inverse=True)
-        lengths = torch.from_numpy(np.bincount(document_of))
+        documents, document_of, lengths = np.unique(docs, return_inverse=True, return_counts=True)
+        device, ends = self._firing_counts.device, np.cumsum(lengths)
+        by_document = codes.select_tokens(torch.from_numpy(np.argsort(document_of, kind="stable")).to(device))
         for start in range(0, len(documents), DOCUMENTS_PER_BLOCK):
-            token_rows = np.flatnonzero((document_of >= start) & (document_of < start + DOCUMENTS_PER_BLOCK))
-            block = documents[start : start + DOCUMENTS_PER_BLOCK]
-            rows = torch.from_numpy(token_rows).to(codes.values.device)
-            doc_indices = torch.from_numpy(document_of[token_rows] - start).to(rows.device)
-            fired = self._firings_per_document(codes.select_tokens(rows), doc_indices, len(block))
-            tokens = lengths[start : start + DOCUMENTS_PER_BLOCK].to(rows.device)
-            self._sums.add_document_sums(block, {"fired": fired, "tokens": tokens})
-
-    def _firings_per_document(self, codes: Codes, doc_indices: Tensor, n_documents: int) -> Tensor:
-        """Return the number of tokens on which each latent fires in each document, (documents, F)."""
-        if codes.indices is None:
-            out = torch.zeros(n_documents, self._num_latents, device=doc_indices.device)
-            return out.index_add_(0, doc_indices, (codes.values > 0).float())
-        flat = (doc_indices.unsqueeze(1) * self._num_latents + codes.indices)[codes.values > 0]
-        return torch.bincount(flat, minlength=n_documents * self._num_latents).view(n_documents, self._num_latents)
+            block = slice(start, start + DOCUMENTS_PER_BLOCK)
+            fired = [
+                by_document.select_tokens(slice(end - length, end)).firing_counts()
+                for end, length in zip(ends[block], lengths[block], strict=True)
+            ]
+            tokens = torch.from_numpy(lengths[block]).to(device)
+            self._sums.add_document_sums(documents[block], {"fired": torch.stack(fired), "tokens": tokens})
 
     def metric_formulas(self) -> dict[str, Formula]:
         """Return the formula of each metric."""
@@ -96,7 +89,7 @@ class SparsitySums:
         # The integer counts are exact for any number of tokens, fp32 sums are not.
         exact_sums = {
             "fired": self._firing_counts.double(),
-            "tokens": torch.tensor(float(max(self.n_tokens, 1)), dtype=torch.float64),
+            "tokens": self._firing_counts.new_tensor(max(self.n_tokens, 1)).double(),
         }
         self._sums.full_sums = exact_sums
         out = {
@@ -107,21 +100,10 @@ class SparsitySums:
         out["l0_share"] = Estimate(*(value / self._num_latents for value in (l0.value, l0.low, l0.high)))
         return out
 
-    def metric_values(self) -> dict[str, float]:
-        """Return the metrics without their intervals, and the 5th, 50th and 95th percentile of L0 over tokens."""
-        low, middle, high = self.l0_percentiles()
-        values = {name: estimate.value for name, estimate in self.metric_estimates().items()}
-        return {**values, "l0_p5": low, "l0_p50": middle, "l0_p95": high}
-
-    def l0_percentiles(self) -> tuple[int, int, int]:
-        """Return the 5th, 50th and 95th percentile of L0 over tokens."""
-        low, middle, high = (self._l0_percentile(fraction) for fraction in (0.05, 0.5, 0.95))
-        return low, middle, high
-
-    def _l0_percentile(self, fraction: float) -> int:
-        """Return the smallest L0 that at least ``fraction`` of the tokens do not exceed."""
+    def l0_percentiles(self) -> dict[str, int]:
+        """Return for each of ``L0_PERCENTILES`` the smallest L0 that its share of the tokens does not exceed."""
         cumulative_counts = self._l0_counts.cumsum(0)
-        return int((cumulative_counts < fraction * self.n_tokens).sum())
+        return {name: int((cumulative_counts < share * self.n_tokens).sum()) for name, share in L0_PERCENTILES.items()}
 
     def density_histogram(self) -> dict[str, Any]:
         """Return the histogram of latents over log10 of their firing density.

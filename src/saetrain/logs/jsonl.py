@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import math
 import os
-from collections.abc import Mapping
 from pathlib import Path
 
-from saetrain.atomic_io import fsync_dir, write_atomic
+from saetrain.atomic_io import fsync_dir, replace_non_finite, write_atomic
 from saetrain.logs.base import FINAL_KINDS, MetricsRecord, RunInfo, Sink
 from saetrain.logs.console import log_rank0
 
@@ -67,11 +65,6 @@ def _set_aside_metrics(path: Path) -> None:
     os.replace(path, old)
     fsync_dir(path.parent)
     log_rank0(f"the metrics of the earlier start are kept in {old}")
-
-
-def replace_non_finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
-    """Return the metrics with None for values that are not finite."""
-    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 
 def _lines_up_to_step(text: str, step: int) -> list[str]:

@@ -20,9 +20,8 @@ from saetrain.atomic_io import write_atomic, write_json
 from saetrain.config import CompareConfig, read_yaml
 from saetrain.errors import SaetrainError
 from saetrain.evaluation.bootstrap import Estimate
-from saetrain.evaluation.evaluator import EvalSettings
+from saetrain.evaluation.evaluator import EvalSettings, ScoreSettings
 from saetrain.evaluation.health import HealthSettings
-from saetrain.evaluation.score import ScoreSettings
 from saetrain.interop.metadata import SaeMetadata
 from saetrain.interop.schema import SAE_CONFIG_FILE, read_sae_config
 from saetrain.logs.console import log_rank0
@@ -139,7 +138,7 @@ class Comparison:
                     "sae": row.sae,
                     "verdict": row.verdict,
                     "settings": {name: row.settings.get(name) for name in self.differing_settings},
-                    "figures": {name: _estimate_as_json(estimate) for name, estimate in row.metrics.items()},
+                    "figures": {name: estimate.as_json() for name, estimate in row.metrics.items()},
                     "tokens_scored": row.judged_on[TOKENS_SCORED],
                     "loss_tokens_scored": row.judged_on[LOSS_TOKENS_SCORED],
                     "tokens_per_second": row.tokens_per_second,
@@ -392,9 +391,3 @@ def write_comparison(comparison: Comparison, path: Path) -> None:
     except OSError as error:
         raise SaetrainError(f"--out {path}: can't be written: {error.strerror}") from error
     print(f"written: {path}")
-
-
-def _estimate_as_json(estimate: Estimate) -> dict[str, float | None]:
-    """Return the estimate as JSON numbers; NaN is null."""
-    values = {"value": estimate.value, "low": estimate.low, "high": estimate.high}
-    return {name: value if value == value else None for name, value in values.items()}

@@ -74,19 +74,19 @@ def test_its_directions_are_uniform_of_unit_norm_and_the_seeds(x: torch.Tensor) 
 
 
 @pytest.mark.parametrize(
-    ("d_in", "num_latents", "k"),
+    ("d_in", "num_latents", "l0"),
     [(24, 200, 24), (24, 200, 25), (24, 24, 24), (24, 4096, 2000), (4, 4096, 2048), (2, 64, 64), (1, 8, 3), (1, 1, 1)],
 )
 def test_as_many_directions_as_dimensions_rebuild_everything(
-    x: torch.Tensor, d_in: int, num_latents: int, k: int
+    x: torch.Tensor, d_in: int, num_latents: int, l0: int
 ) -> None:
     part = x[:60, :d_in].contiguous()
-    decoder = RandomDecoder.from_seed(part.mean(dim=0), num_latents, k, seed=0)
+    decoder = RandomDecoder.from_seed(part.mean(dim=0), num_latents, l0, seed=0)
     ours = decoder(part)
     assert torch.isfinite(ours).all()
     spread = (part - decoder.mean).norm()
     # As many random directions as dimensions may be nearly dependent, and the ridge then keeps something back.
-    assert float((ours - part).norm() / spread) < (0.2 if k == d_in else 0.01)
+    assert float((ours - part).norm() / spread) < (0.2 if l0 == d_in else 0.01)
 
 
 def test_no_token_gives_no_reconstruction(x: torch.Tensor) -> None:

@@ -14,7 +14,9 @@ from saetrain.errors import SaetrainError
 from saetrain.evaluation.bootstrap import Estimate
 from saetrain.evaluation.health import HealthSettings, Judgment, SaeProperties, Verdict, judge_metrics
 
-SHAPE = SaeProperties(d_in=384, num_latents=4096, k=64, min_dead_fraction=0.0, dead_threshold=0.0005, n_tokens=20_000)
+SHAPE = SaeProperties(
+    d_in=384, num_latents=4096, expected_l0=64, min_dead_fraction=0.0, dead_threshold=0.0005, n_tokens=20_000
+)
 HEALTHY = {
     "explained_variance": 0.8,
     "l0": 63.0,
@@ -103,7 +105,7 @@ def test_a_larger_k_is_advised_only_where_l0_may_rise(l0: float, raised: bool) -
 
 @pytest.mark.parametrize(("latents", "advice"), [(128, "raise k and num_latents"), (512, "raise k")])
 def test_k_is_raised_with_the_latents_where_the_code_would_be_hardly_sparse(latents: int, advice: str) -> None:
-    assert one("l0", l0=8.0, shape=replace(SHAPE, num_latents=latents, k=8)).advice == advice
+    assert one("l0", l0=8.0, shape=replace(SHAPE, num_latents=latents, expected_l0=8)).advice == advice
 
 
 def test_dead_latents_name_their_null_and_what_they_were_counted_on() -> None:
@@ -146,7 +148,7 @@ def test_near_copies_are_usual_only_in_a_wide_sae(latents: int, wide: bool) -> N
     ],
 )
 def test_l0(l0: float, k: int | None, status: str, impossible: bool, advice: str) -> None:
-    found = one("l0", l0=l0, shape=replace(SHAPE, num_latents=40_960, k=k))
+    found = one("l0", l0=l0, shape=replace(SHAPE, num_latents=40_960, expected_l0=k))
     assert (found.status, found.by_construction) == (status, impossible)
     assert found.advice == advice
     assert (f"L0 is set by k = {k}" in found.reason) == impossible

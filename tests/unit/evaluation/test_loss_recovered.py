@@ -11,20 +11,21 @@ import pytest
 import torch
 from torch import Tensor
 
+from saetrain.activations.extract import TokenPolicy
+from saetrain.activations.lm_batches import LMBatchBuilder
 from saetrain.activations.lm_head import LMHeadModel, load_model_with_head
+from saetrain.activations.mlm_masking import select_masked_positions
 from saetrain.activations.model import ModelSettings
 from saetrain.coders.topk import TopK
-from saetrain.data.mlm_masking import select_masked_positions
 from saetrain.data.sharded import build_token_policy
-from saetrain.errors import SaetrainError
-from saetrain.evaluation.baselines import PCA, RandomDecoder, RunningMoments
-from saetrain.evaluation.loss_recovered import SplicePolicy, iter_lm_batches, keep_all_tokens
-from saetrain.evaluation.score import Baselines, EvalTarget, MetricResult, ScoreSettings, score_losses
+from saetrain.evaluation.baselines import Baselines, RunningMoments
+from saetrain.evaluation.evaluator import EvalTarget, MetricResult
+from saetrain.evaluation.loss_recovered import evaluate_losses
 from saetrain.types import Codes, TokenSequence
 
 CAUSAL_AT, MASKED_AT, ENCODER_AT = "h.1", "encoder.layer.1", "encoder.layer.3"
-KEPT = SplicePolicy(build_token_policy(exclude_special=True, exclude_first=True))
-ALL = SplicePolicy(keep_all_tokens)
+KEPT = build_token_policy(exclude_special=True, exclude_first=True)
+ALL = build_token_policy(exclude_special=False, exclude_first=False)
 MASK_ID = 103
 SEED = 5
 Activations = Callable[[LMHeadModel, list[TokenSequence], str], Tensor]
@@ -47,10 +48,7 @@ class Given(TopK):
 def nulls_on(x: Tensor, coder: TopK) -> Baselines:
     moments = RunningMoments(x.shape[1], x.device)
     moments.add(x)
-    mean = moments.compute_mean()
-    return Baselines(
-        mean, PCA(mean, moments.principal_directions(4)), RandomDecoder.from_seed(mean, coder.num_latents, 4, SEED)
-    )
+    return Baselines.from_moments(moments, coder.num_latents, 4, SEED)
 
 
 def ours(
@@ -59,16 +57,16 @@ def ours(
     coder: TopK,
     nulls: Baselines,
     hookpoint: str,
-    policy: SplicePolicy = KEPT,
+    policy: TokenPolicy = KEPT,
     batch_tokens: int = 256,
     groups: int = 1,
+    norm_limit: float = float("inf"),
 ) -> dict[str, MetricResult]:
+    builder = LMBatchBuilder(head, policy, MASK_ID)
     parts = [sequences[start::groups] for start in range(groups)]
-    figures = score_losses(
-        {"sae": EvalTarget(hookpoint, coder, nulls.mean)}, {"sae": nulls}, head, parts, {hookpoint: policy}, MASK_ID,
-        batch_tokens, ScoreSettings(bootstrap=20, eval_seed=SEED),
-    )  # fmt: skip
-    return figures["sae"]
+    batches = (batch for part in parts for batch in builder.iterate_batches(part, batch_tokens, SEED))
+    target = EvalTarget(hookpoint, hookpoint, coder, nulls.mean, nulls)
+    return evaluate_losses({"sae": target}, head, batches, {hookpoint: norm_limit}, replicates=20, seed=SEED)["sae"]
 
 
 def values(figures: dict[str, MetricResult]) -> dict[str, float]:
@@ -82,13 +80,14 @@ class ByHand:
     head: LMHeadModel
     hookpoint: str
     variants: dict[str, Callable[[Tensor], Tensor]]
-    policy: SplicePolicy
+    policy: TokenPolicy
+    norm_limit: float = float("inf")
 
     def outputs(self, ids: Tensor, keep: np.ndarray, rebuild: Callable[[Tensor], Tensor] | None, of: Any) -> Any:
         def hook(module: Any, inputs: Any, output: Any) -> Any:
             x = (output[0] if isinstance(output, tuple) else output).clone()
             for position in range(x.shape[1]):
-                if keep[position] and float(x[0, position].norm()) <= self.policy.norm_limit:
+                if keep[position] and float(x[0, position].norm()) <= self.norm_limit:
                     x[0, position] = rebuild(x[0, position].unsqueeze(0))[0] if rebuild else x[0, position]
             return (x, *output[1:]) if isinstance(output, tuple) else x
 
@@ -111,7 +110,7 @@ class ByHand:
                     ids[at] = MASK_ID
             if not pairs:
                 continue
-            keep = self.policy.keep_mask(sequence)
+            keep = self.policy(sequence)
             run = {
                 name: self.outputs(ids, keep, rebuild, self.head.module).logits[0].double().softmax(dim=-1)
                 for name, rebuild in (("clean", None), *self.variants.items())
@@ -173,7 +172,7 @@ def test_losses_equal_plain_loops(
     model: str,
     text: str,
     hookpoint: str,
-    policy: SplicePolicy,
+    policy: TokenPolicy,
     request: pytest.FixtureRequest,
     activations: Activations,
 ) -> None:
@@ -201,8 +200,7 @@ def test_the_policies_replace_different_positions(
     nulls = nulls_on(x, coder)
     everywhere = values(ours(gpt2_head, packed, coder, nulls, CAUSAL_AT, ALL))
     kept = values(ours(gpt2_head, packed, coder, nulls, CAUSAL_AT, KEPT))
-    nowhere = SplicePolicy(keep_all_tokens, norm_limit=0.0)
-    untouched = values(ours(gpt2_head, packed, coder, nulls, CAUSAL_AT, nowhere))
+    untouched = values(ours(gpt2_head, packed, coder, nulls, CAUSAL_AT, ALL, norm_limit=0.0))
     assert everywhere["ce_clean"] == kept["ce_clean"] == untouched["ce_clean"]
     assert abs(everywhere["ce_spliced"] - kept["ce_spliced"]) > 1e-4
     assert untouched["ce_spliced"] == untouched["ce_clean"]
@@ -214,11 +212,10 @@ def test_positions_above_the_norm_limit_stay_as_they_are(
 ) -> None:
     x = activations(gpt2_head, packed, CAUSAL_AT)
     limit = float(x.norm(dim=1).median())
-    policy = SplicePolicy(keep_all_tokens, limit)
     coder = coder_near(x)
     nulls = nulls_on(x, coder)
-    wanted = expected(ByHand(gpt2_head, CAUSAL_AT, variants(coder, nulls), policy), packed)
-    got = values(ours(gpt2_head, packed, coder, nulls, CAUSAL_AT, policy))
+    wanted = expected(ByHand(gpt2_head, CAUSAL_AT, variants(coder, nulls), ALL, limit), packed)
+    got = values(ours(gpt2_head, packed, coder, nulls, CAUSAL_AT, ALL, norm_limit=limit))
     everywhere = values(ours(gpt2_head, packed, coder, nulls, CAUSAL_AT, ALL))
     assert got["ce_spliced"] == pytest.approx(wanted["ce_spliced"], abs=1e-5)
     assert abs(got["ce_spliced"] - everywhere["ce_spliced"]) > 1e-3
@@ -280,7 +277,7 @@ def test_hidden_states_and_pooled_output_equal_plain_loops(
     for name, rebuild in hand.variants.items():
         error, norm, cosines = 0.0, 0.0, []
         for sequence in single:
-            ids, keep = torch.from_numpy(sequence.ids.astype(np.int64)), KEPT.keep_mask(sequence)
+            ids, keep = torch.from_numpy(sequence.ids.astype(np.int64)), KEPT(sequence)
             clean = hand.outputs(ids, keep, None, encoder_head.base.module).last_hidden_state[0].double()
             other = hand.outputs(ids, keep, rebuild, encoder_head.base.module).last_hidden_state[0].double()
             for a, b in zip(clean, other, strict=True):
@@ -318,21 +315,3 @@ def test_an_ablation_that_costs_nothing_is_flagged(tiny_gpt2: str, packed: list[
     assert figures["kl_zero"].estimate.value < 0.05
     assert figures["kl_recovered_zero"].flag == "small denominator"
     assert figures["ce_spliced"].flag == ""
-
-
-def test_a_model_without_a_mask_token_is_refused_by_name(mlm_head: LMHeadModel, single: list[TokenSequence]) -> None:
-    with pytest.raises(SaetrainError, match="its tokenizer has no mask token"):
-        list(iter_lm_batches(mlm_head, single, KEPT, None, 100, 0))
-
-
-def test_only_next_tokens_and_masked_tokens_are_asked_for(
-    gpt2_head: LMHeadModel, packed: list[TokenSequence], mlm_head: LMHeadModel, single: list[TokenSequence]
-) -> None:
-    asked = list(iter_lm_batches(gpt2_head, packed, KEPT, None, 100, 0))
-    assert sum(len(question.doc_ids) for question in asked) == sum(len(sequence) - 1 for sequence in packed)
-    docs = np.sort(np.concatenate([question.doc_ids for question in asked]))
-    assert (docs == np.sort(np.concatenate([sequence.doc[1:] for sequence in packed]))).all(), "the target's document"
-    for question in iter_lm_batches(mlm_head, single, KEPT, MASK_ID, 100, SEED):
-        assert (question.input_ids[question.scored_mask] == MASK_ID).all()
-        assert not (question.targets == MASK_ID).any()
-        assert not (question.scored_mask & (question.attention_mask == 0)).any()

@@ -95,7 +95,7 @@ def test_parts_add_up(data: tuple[torch.Tensor, torch.Tensor, np.ndarray]) -> No
     first, second, empty = (ReconstructionSums(torch.full((D,), 29.0), replicates=5) for _ in range(3))
     first.add(x[:100], estimate[:100], docs[:100])
     second.add(x[100:], estimate[100:], docs[100:])
-    together = first.merged_with([second, empty])
+    together = ReconstructionSums.merge([first, second, empty])
     assert together.n_tokens == N
     assert together.metric_values() == pytest.approx(
         by_hand(x.double().numpy(), estimate.double().numpy(), np.ones(N)), rel=1e-9
@@ -105,5 +105,5 @@ def test_parts_add_up(data: tuple[torch.Tensor, torch.Tensor, np.ndarray]) -> No
 
 def test_tokens_that_do_not_vary_have_no_explained_variance() -> None:
     sums = ReconstructionSums(torch.ones(D))
-    sums.add(torch.ones(5, D), torch.ones(5, D))
+    sums.add(torch.ones(5, D), torch.ones(5, D), np.arange(5))
     assert np.isnan(sums.metric_values()["explained_variance"])

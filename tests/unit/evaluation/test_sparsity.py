@@ -54,6 +54,10 @@ def by_hand(active: np.ndarray, weights: np.ndarray) -> dict[str, float]:
     }
 
 
+def values_of(sums: SparsitySums) -> dict[str, float]:
+    return {name: estimate.value for name, estimate in sums.metric_estimates().items()}
+
+
 @pytest.mark.parametrize("dense", [False, True])
 def test_figures_and_replicates_equal_brute_force(code: Codes, docs: np.ndarray, dense: bool) -> None:
     active = (code.to_dense() > 0).numpy()
@@ -63,12 +67,12 @@ def test_figures_and_replicates_equal_brute_force(code: Codes, docs: np.ndarray,
         sums.add(Codes(part.to_dense(), None, F) if dense else part, docs[rows])
     wanted = by_hand(active, np.ones(N))
     assert len(set(wanted.values())) >= 5, "the figures are told apart"
-    got = sums.metric_values()
+    got = values_of(sums)
     assert {name: got[name] for name in wanted} == pytest.approx(wanted, rel=1e-12)
     assert got["l0_share"] == pytest.approx(wanted["l0"] / F)
     counts = np.sort(active.sum(axis=1))
-    for share, name in ((0.05, "l0_p5"), (0.5, "l0_p50"), (0.95, "l0_p95")):
-        assert got[name] == counts[math.ceil(share * N) - 1]
+    for share, name in ((0.05, "p5"), (0.5, "p50"), (0.95, "p95")):
+        assert sums.l0_percentiles()[name] == counts[math.ceil(share * N) - 1]
     weights = draw_poisson_weights(docs, 12, seed=7)
     drawn = [by_hand(active, weights[replicate]) for replicate in range(12)]
     for name, found in sums.metric_estimates().items():
@@ -82,8 +86,8 @@ def test_figures_and_replicates_equal_brute_force(code: Codes, docs: np.ndarray,
 def test_a_percentile_is_the_least_l0_that_so_many_tokens_do_not_exceed() -> None:
     """Of 20 tokens with 1 to 20 active latents, exactly 1, 10 and 19 have no more than 1, 10 and 19."""
     sums = SparsitySums(20, THRESHOLD, CPU)
-    sums.add(Codes(torch.ones(20, 20).tril(), None, 20))
-    assert sums.l0_percentiles() == (1, 10, 19)
+    sums.add(Codes(torch.ones(20, 20).tril(), None, 20), np.zeros(20, dtype=np.int64))
+    assert sums.l0_percentiles() == {"p5": 1, "p50": 10, "p95": 19}
 
 
 def test_batches_and_their_order_change_nothing(code: Codes, docs: np.ndarray) -> None:
@@ -92,14 +96,15 @@ def test_batches_and_their_order_change_nothing(code: Codes, docs: np.ndarray) -
     parts = SparsitySums(F, THRESHOLD, CPU, replicates=20)
     for rows in np.array_split(np.arange(N)[::-1].copy(), 33):
         parts.add(code.select_tokens(torch.from_numpy(rows)), docs[rows])
-    assert parts.metric_values() == whole.metric_values()
+    assert values_of(parts) == values_of(whole)
+    assert parts.l0_percentiles() == whole.l0_percentiles()
     assert parts.metric_estimates() == whole.metric_estimates()
     assert parts.density_histogram() == whole.density_histogram()
 
 
 def test_the_histogram_counts_every_latent_once(code: Codes) -> None:
     sums = SparsitySums(F, THRESHOLD, CPU)
-    sums.add(code)
+    sums.add(code, np.zeros(N, dtype=np.int64))
     rates = (code.to_dense() > 0).double().mean(dim=0).numpy()
     found = sums.density_histogram()
     edges = found["edges_log10"]

@@ -9,8 +9,8 @@ from rich.console import Console
 
 from saetrain.coders.topk import TopK
 from saetrain.evaluation.bootstrap import Estimate
+from saetrain.evaluation.evaluator import MetricResult, SaeScores
 from saetrain.evaluation.health import HealthSettings
-from saetrain.evaluation.score import MetricResult, SaeScores
 from saetrain.interop.metadata import SaeMetadata
 from saetrain.runs.evaluate.load_saes import SavedSae
 from saetrain.runs.evaluate.report import TextScores, build_metrics_table, build_verdict_table, judge_sae
@@ -21,9 +21,7 @@ VALUES = {"explained_variance": 0.8, "l0": 20.0, "dead_below_threshold": 0.6, "d
 @pytest.mark.parametrize(("k", "impossible"), [(64, False), (20, True)])
 def test_the_share_that_must_be_dead_follows_from_k_not_from_what_fires(k: int, impossible: bool) -> None:
     """With 4096 latents and a rate of 0.01, 41 active ones a token keep all alive, which k = 64 allows."""
-    scores = SaeScores(
-        {name: MetricResult(Estimate(value), 1000) for name, value in VALUES.items()}, {}, {}, (0, 0, 0), 1
-    )
+    scores = SaeScores({name: MetricResult(Estimate(value), 1000) for name, value in VALUES.items()}, {}, {}, {}, 1)
     found = judge_sae(SavedSae(Path(), TopK(8, 4096, k), SaeMetadata()), scores, 0.01, HealthSettings()).judgments[
         "dead"
     ]
@@ -39,7 +37,7 @@ def scores(loss: dict[str, int]) -> SaeScores:
     figures = {name: MetricResult(Estimate(-0.5, -1.123, -0.456), count, nulls) for name, count in counts.items()}
     if "ce_recovered_zero" in figures:
         figures["ce_recovered_zero"] = MetricResult(Estimate(-0.5, -1.123, -0.456), 4064, nulls, "small denominator")
-    return SaeScores(figures, {}, {}, (0, 0, 0), 9)
+    return SaeScores(figures, {}, {}, {}, 9)
 
 
 LOSSES = dict.fromkeys(("ce_clean", "ce_recovered_zero", "ce_recovered_mean", "delta_ce"), 4064)

@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
+from saetrain.activations.mlm_masking import select_masked_positions
 from saetrain.activations.normalize import Normalizer
 from saetrain.cli import parse_train
 from saetrain.coders.topk import TopK
-from saetrain.data.mlm_masking import select_masked_positions
 from saetrain.errors import SaetrainError
 from saetrain.runs.train.batches import SequenceBatches, build_batch_source
 from saetrain.runs.train.builders import build_trainer
-from saetrain.runs.train.end_to_end import SplicedBatchBuilder
 from saetrain.runs.train.setup import RunContext, prepare_run
 from saetrain.training.trainer import SaeState
 from saetrain.types import Codes, TokenSequence
@@ -238,10 +237,10 @@ def test_no_memory_for_the_model_is_said_with_what_to_lower(
 ) -> None:
     made = ready("tiny_gpt2", "--loss_fn", "kl")
 
-    def fail(self: SplicedBatchBuilder, lm_batch: Any) -> Tensor:
+    def fail(head: Any, lm_batch: Any) -> Tensor:
         raise MemoryError
 
-    monkeypatch.setattr(SplicedBatchBuilder, "_log_probs", fail)
+    monkeypatch.setattr("saetrain.runs.train.end_to_end.scored_log_probs", fail)
     with pytest.raises(SaetrainError, match="while the model read 3 x 24 tokens: lower --batch_size from 3 to 1"):
         made.feed.get_micro_batch(0)
 

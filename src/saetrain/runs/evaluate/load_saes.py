@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from saetrain.coders.topk import TopK
+from saetrain.coders import SparseCoder
 from saetrain.errors import SaetrainError
 from saetrain.interop.formats import load_sae
 from saetrain.interop.metadata import SaeMetadata
@@ -18,7 +18,7 @@ class SavedSae:
     """A saved SAE: its coder, which takes raw activations, and its metadata."""
 
     folder: Path
-    coder: TopK
+    coder: SparseCoder
     metadata: SaeMetadata
 
 
@@ -64,8 +64,6 @@ def load_saes(path: str) -> LoadedSaes:
 
 def _load_saved_sae(folder: Path) -> SavedSae:
     coder, metadata = load_sae(folder)
-    # The baselines and the verdict need k.
-    assert isinstance(coder, TopK), type(coder)
     return SavedSae(folder, coder, metadata)
 
 

@@ -15,22 +15,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from saetrain.activations.lm_head import LMHeadModel
 from saetrain.activations.model import DTYPES
-from saetrain.atomic_io import write_json
+from saetrain.atomic_io import replace_non_finite, write_json
 from saetrain.config import EvaluateConfig
 from saetrain.errors import SaetrainError
+from saetrain.evaluation.baselines import MEAN_RECONSTRUCTION, PCA_RECONSTRUCTION, RANDOM_DECODER
+from saetrain.evaluation.evaluator import RANDOM_DIRECTIONS, MetricResult, SaeScores
 from saetrain.evaluation.health import HealthSettings, Judgment, SaeProperties, Verdict, judge_metrics
-from saetrain.evaluation.score import (
-    MEAN_RECONSTRUCTION,
-    PCA_RECONSTRUCTION,
-    RANDOM_DECODER,
-    RANDOM_DIRECTIONS,
-    MetricResult,
-    SaeScores,
-)
-from saetrain.logs.jsonl import replace_non_finite
 from saetrain.runs.evaluate.load_saes import LoadedSaes, SavedSae
+from saetrain.runs.evaluate.setup import EvalContext
 from saetrain.runs.run_dir import ASSESSMENT_FILE, EVALUATION_DIR, SAES_DIR
 from saetrain.training.dead_latents import min_dead_fraction
 
@@ -85,19 +78,16 @@ class Assessment:
     loaded: LoadedSaes
     model: dict[str, Any]
     texts: list[TextScores]
-    verdicts: dict[str, Verdict]
-    """Per SAE, the verdict on the first text."""
-    other_verdicts: dict[str, list[Verdict]]
-    """Per SAE, the verdicts on the other texts."""
+    verdicts: dict[str, list[Verdict]]
+    """Per SAE, the verdict on each text; the first one counts."""
     folder: Path
 
     @staticmethod
-    def from_scores(
-        config: EvaluateConfig, loaded: LoadedSaes, head: LMHeadModel, texts: list[TextScores], threshold: float
-    ) -> Assessment:
-        """Judge each SAE by its scores on each text; ``threshold``: firing rate below which a latent is dead."""
-        verdicts_per_text = {
-            name: [judge_sae(sae, text.scores[name], threshold, config.health) for text in texts]
+    def from_scores(context: EvalContext, texts: list[TextScores]) -> Assessment:
+        """Judge each SAE by its scores on each text."""
+        config, loaded, head = context.config, context.loaded, context.head
+        verdicts = {
+            name: [judge_sae(sae, text.scores[name], context.dead_threshold, config.health) for text in texts]
             for name, sae in loaded.saes.items()
         }
         model = {
@@ -108,11 +98,7 @@ class Assessment:
         }
         whole_run = loaded.run_dir is not None and loaded.path.resolve() in (loaded.run_dir, loaded.run_dir / SAES_DIR)
         default_folder = loaded.run_dir if whole_run and loaded.run_dir is not None else loaded.path
-        verdicts = {name: each[0] for name, each in verdicts_per_text.items()}
-        other_verdicts = {name: each[1:] for name, each in verdicts_per_text.items()}
-        return Assessment(
-            config, loaded, model, texts, verdicts, other_verdicts, Path(config.out) if config.out else default_folder
-        )
+        return Assessment(config, loaded, model, texts, verdicts, Path(config.out) if config.out else default_folder)
 
     def to_log_record(self) -> dict[str, dict[str, float]]:
         """Return {SAE: verdict and metrics on the first text} for the logs."""
@@ -123,7 +109,7 @@ class Assessment:
                 "health_metrics": len(verdict.judgments),
                 **{figure: scored.estimate.value for figure, scored in first[name].metrics.items()},
             }
-            for name, verdict in self.verdicts.items()
+            for name, (verdict, *_) in self.verdicts.items()
         }
 
     def write_files(self) -> list[Path]:
@@ -152,7 +138,7 @@ class Assessment:
             "thresholds": dataclasses.asdict(self.config.health),
             "saes": {
                 name: {**verdict.as_json(), "figures": headline_metrics(first.scores[name])}
-                for name, verdict in self.verdicts.items()
+                for name, (verdict, *_) in self.verdicts.items()
             },
             "evaluations": [f"{EVALUATION_DIR}/{name}" for name in names],
         }
@@ -178,11 +164,11 @@ def judge_sae(sae: SavedSae, scores: SaeScores, threshold: float, settings: Heal
         name: {BASELINE_NAMES[baseline]: estimate.value for baseline, estimate in figure.baselines.items()}
         for name, figure in scores.metrics.items()
     }
-    coder = sae.coder
-    bound = min_dead_fraction(coder.k, coder.num_latents, threshold)
+    coder, l0 = sae.coder, sae.coder.expected_l0()
+    bound = min_dead_fraction(l0, coder.num_latents, threshold) if l0 is not None else 0.0
     tokens = scores.metrics["dead_below_threshold"].count
     return judge_metrics(
-        estimates, baselines, SaeProperties(coder.d_in, coder.num_latents, coder.k, bound, threshold, tokens), settings
+        estimates, baselines, SaeProperties(coder.d_in, coder.num_latents, l0, bound, threshold, tokens), settings
     )
 
 
@@ -199,11 +185,11 @@ def _sae_json(sae: SavedSae, scores: SaeScores) -> dict[str, Any]:
         "hookpoint": sae.metadata.hookpoint or sae.metadata.hook_name,
         "d_in": coder.d_in,
         "num_latents": coder.num_latents,
-        "k": coder.k,
+        "k": coder.expected_l0(),
         "documents": scores.n_documents,
         "figures": {name: figure.as_json(name) for name, figure in scores.metrics.items()},
         "classes": {name: replace_non_finite(figures) for name, figures in scores.metrics_by_class.items()},
-        "l0_percentiles": dict(zip(("p5", "p50", "p95"), scores.l0_percentiles, strict=True)),
+        "l0_percentiles": scores.l0_percentiles,
         "density": scores.density_histogram,
     }
 
@@ -238,15 +224,17 @@ def open_console() -> Console:
 def report_assessment(assessment: Assessment) -> None:
     """Print the tables, then write the files, so that a write error loses no metrics."""
     console = open_console()
-    for name, verdict in assessment.verdicts.items():
-        coder = assessment.loaded.saes[name].coder
-        title = f"{name}: k = {coder.k}, {coder.num_latents:,} latents, width {coder.d_in}"
+    for name, verdicts in assessment.verdicts.items():
+        coder, verdict = assessment.loaded.saes[name].coder, verdicts[0]
+        l0 = coder.expected_l0()
+        size = f"k = {l0:g}, " if l0 is not None else ""
+        title = f"{name}: {size}{coder.num_latents:,} latents, width {coder.d_in}"
         console.print(build_metrics_table(title, name, assessment.texts))
         console.print(build_verdict_table(verdict, f"health on {assessment.texts[0]}"))
         for metric, judgment in verdict.judgments.items():
             advice = f"; {judgment.advice}" if judgment.advice else ""
             console.print(Text(f"  {metric}: {judgment.reason}{advice}"))
-        each = zip((verdict, *assessment.other_verdicts[name]), assessment.texts, strict=True)
+        each = zip(verdicts, assessment.texts, strict=True)
         console.print(Text(f"verdict {', '.join(f'{found} on {text}' for found, text in each)}", style="bold"))
     console.print(Text(f"written: {', '.join(map(str, assessment.write_files()))}"))
 

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from saetrain.activations.extract import LabelledActivations, TokenClass
+from saetrain.activations.lm_batches import LMBatchBuilder
 from saetrain.activations.model import resolve_device
 from saetrain.config import EvaluateConfig
+from saetrain.data.sharded import build_token_policy
 from saetrain.errors import SaetrainError, is_out_of_memory
-from saetrain.evaluation.baselines import PCA, RandomDecoder, RunningMoments
-from saetrain.evaluation.evaluator import EvalTarget
-from saetrain.evaluation.loss_recovered import SplicePolicy, keep_all_tokens
-from saetrain.evaluation.score import Baselines, SaeScores, score_activations, score_losses
-from saetrain.runs.evaluate.load_saes import LoadedSaes, load_saes
+from saetrain.evaluation.baselines import Baselines, RunningMoments
+from saetrain.evaluation.evaluator import CHUNK_TOKENS, EvalTarget, SaeScores, evaluate_coders
+from saetrain.evaluation.loss_recovered import evaluate_losses
+from saetrain.runs.evaluate.load_saes import load_saes
 from saetrain.runs.evaluate.report import Assessment, TextScores, report_assessment
-from saetrain.runs.evaluate.setup import EvalContext, build_eval_context, load_run_config
+from saetrain.runs.evaluate.setup import EvalContext, build_eval_context
 from saetrain.runs.evaluate.texts import EvalText, open_eval_texts
 from saetrain.runs.train.setup import quiet_libraries
-
-DEFAULT_DEAD_THRESHOLD = 0.0005
 
 
 def evaluate_saes(config: EvaluateConfig, max_eval_tokens: int | None = None) -> Assessment:
@@ -36,13 +35,10 @@ def evaluate_saes(config: EvaluateConfig, max_eval_tokens: int | None = None) ->
     quiet_libraries()
     loaded = load_saes(config.path)
     try:
-        context = dataclasses.replace(
-            build_eval_context(config, loaded), max_eval_tokens=max_eval_tokens or loaded.metadata.eval_tokens
-        )
-        texts, fit = open_eval_texts(context)
-        baselines = fit_baselines(context, fit)
-        scores = [score_text(context, text, baselines) for text in texts]
-        assessment = Assessment.from_scores(config, loaded, context.head, scores, dead_threshold(config, loaded))
+        context = build_eval_context(config, loaded, max_eval_tokens)
+        texts, fit_batches = open_eval_texts(context)
+        targets = fit_targets(context, fit_batches)
+        scores = [score_text(context, text, targets) for text in texts]
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -50,83 +46,78 @@ def evaluate_saes(config: EvaluateConfig, max_eval_tokens: int | None = None) ->
         raise SaetrainError(
             f"out of memory while scoring: lower --model_batch_tokens from {tokens} to {max(1, tokens // 2)}"
         ) from error
+    assessment = Assessment.from_scores(context, scores)
     report_assessment(assessment)
     return assessment
 
 
-def dead_threshold(config: EvaluateConfig, loaded: LoadedSaes) -> float:
-    """Return the firing rate below which a latent is dead: the flag's, that of the SAE's run, or the default."""
-    if config.dead_percentage_threshold is not None:
-        return config.dead_percentage_threshold
-    return (
-        load_run_config(loaded).dead.dead_percentage_threshold if loaded.run_dir is not None else DEFAULT_DEAD_THRESHOLD
-    )
-
-
-def fit_baselines(context: EvalContext, batches: Iterator[LabelledActivations]) -> dict[str, Baselines]:
-    """Return {SAE: baselines}, fitted on activations of training tokens."""
-    device = context.head.base.device
+@torch.no_grad()
+def fit_targets(context: EvalContext, batches: Iterable[LabelledActivations]) -> dict[str, EvalTarget]:
+    """Return {SAE: evaluation target}, with baselines that are fitted on activations of training tokens."""
+    device, seed = context.head.base.device, context.config.scoring.eval_seed
+    coders = {name: found.coder.to(device) for name, found in context.loaded.saes.items()}
     moments = {name: RunningMoments(width, device) for name, width in context.extractor.capture.widths.items()}
+    n_active = {name: 0 for name, coder in coders.items() if coder.expected_l0() is None}
     for batch in batches:
-        kept = torch.from_numpy(np.flatnonzero(batch.token_class == TokenClass.KEPT)).to(device)
-        for name, value in batch.values.items():
-            moments[name].add(value[kept].float())
-    out = {}
-    for sae, found in context.loaded.saes.items():
-        found.coder.to(device)
-        moment = moments[context.hookpoints[sae]]
-        mean, k = moment.compute_mean(), found.coder.k
-        random = RandomDecoder.from_seed(mean, found.coder.num_latents, k, context.config.scoring.eval_seed)
-        out[sae] = Baselines(mean, PCA(mean, moment.principal_directions(k)), random)
-    return out
+        rows = torch.from_numpy(np.flatnonzero(batch.token_class == TokenClass.KEPT)).to(device)
+        kept = {hookpoint: value[rows].float() for hookpoint, value in batch.values.items()}
+        for hookpoint, x_ND in kept.items():
+            moments[hookpoint].add(x_ND)
+        for name in n_active:
+            for x_ND in kept[context.hookpoints[name]].split(CHUNK_TOKENS):
+                n_active[name] += int(coders[name].encode(x_ND).l0_per_token().sum())
+    targets = {}
+    for name, coder in coders.items():
+        hookpoint, l0 = context.hookpoints[name], coder.expected_l0()
+        moment = moments[hookpoint]
+        l0 = l0 if l0 is not None else n_active[name] / max(moment.n_tokens, 1)
+        baselines = Baselines.from_moments(moment, coder.num_latents, l0, seed)
+        targets[name] = EvalTarget(hookpoint, hookpoint, coder, baselines.mean, baselines)
+    return targets
 
 
-def score_text(context: EvalContext, text: EvalText, baselines: dict[str, Baselines]) -> TextScores:
+def score_text(context: EvalContext, text: EvalText, targets: dict[str, EvalTarget]) -> TextScores:
     """Return all metrics of all SAEs on one text."""
-    targets = {
-        name: EvalTarget(context.hookpoints[name], found.coder, baselines[name].mean)
-        for name, found in context.loaded.saes.items()
-    }
-    n_tokens = sum(len(text.sequences[int(number)]) for number in text.indices)
-    with tqdm(total=n_tokens, unit="tok", desc=f"{Path(text.name).name}: activations", disable=None) as bar:
-        batches = (
-            batch for group in text.iter_groups(text.indices) for batch in context.extractor.iterate_labelled(group)
+    scoring, extractor = context.config.scoring, context.extractor
+    with _progress_bar(text, text.indices, "activations") as bar:
+        batches = (batch for group in text.iter_groups(text.indices) for batch in extractor.iterate_labelled(group))
+        scores = evaluate_coders(
+            targets,
+            batches,
+            context.dead_threshold,
+            replicates=scoring.bootstrap,
+            seed=scoring.eval_seed,
+            on_progress=bar.update,
         )
-        dead = dead_threshold(context.config, context.loaded)
-        scores = score_activations(targets, baselines, batches, dead, context.config.scoring, bar.update)
-    _add_loss_metrics(context, text, targets, baselines, scores)
+    if text.loss_sequences:
+        _add_loss_metrics(context, text, targets, scores)
     return TextScores(text.name, text.in_sample, text.description, scores, text.loss_sequences)
 
 
 def _add_loss_metrics(
-    context: EvalContext,
-    text: EvalText,
-    targets: dict[str, EvalTarget],
-    baselines: dict[str, Baselines],
-    scores: dict[str, SaeScores],
+    context: EvalContext, text: EvalText, targets: dict[str, EvalTarget], scores: dict[str, SaeScores]
 ) -> None:
     """Add the metrics of the model's loss to ``scores``."""
-    if not text.loss_sequences:
-        return
+    scoring, extractor = context.config.scoring, context.extractor
+    keep, limits = extractor.keep, extractor.norm_limits
+    if scoring.splice_positions == "all":
+        keep, limits = build_token_policy(exclude_special=False, exclude_first=False), {}
+    builder = LMBatchBuilder(context.head, keep, context.tokenizer.mask_token_id)
     indices = text.indices[: text.loss_sequences]
-    splices_all = context.config.scoring.splice_positions == "all"
-    limits = {} if splices_all else context.extractor.norm_limits
-    keep = keep_all_tokens if splices_all else context.extractor.keep
-    policies = {
-        hookpoint: SplicePolicy(keep, limits.get(hookpoint, float("inf"))) for hookpoint in context.hookpoints.values()
-    }
-    n_tokens = sum(len(text.sequences[int(number)]) for number in indices)
-    with tqdm(total=n_tokens, unit="tok", desc=f"{Path(text.name).name}: model loss", disable=None) as bar:
-        losses = score_losses(
-            targets,
-            baselines,
-            context.head,
-            text.iter_groups(indices),
-            policies,
-            context.tokenizer.mask_token_id,
-            context.extractor.batch_tokens,
-            context.config.scoring,
-            bar.update,
+    with _progress_bar(text, indices, "model loss") as bar:
+        batches = (
+            batch
+            for group in text.iter_groups(indices)
+            for batch in builder.iterate_batches(group, extractor.batch_tokens, scoring.eval_seed)
+        )
+        losses = evaluate_losses(
+            targets, context.head, batches, limits, scoring.bootstrap, scoring.eval_seed, bar.update
         )
     for name, metrics in losses.items():
         scores[name].metrics.update(metrics)
+
+
+def _progress_bar(text: EvalText, indices: np.ndarray, what: str) -> tqdm[NoReturn]:
+    """Return a progress bar over the tokens of the sequences at ``indices``."""
+    n_tokens = sum(len(text.sequences[int(number)]) for number in indices)
+    return tqdm(total=n_tokens, unit="tok", desc=f"{Path(text.name).name}: {what}", disable=None)

@@ -22,6 +22,7 @@ from saetrain.logs.console import log_rank0
 from saetrain.runs.evaluate.load_saes import LoadedSaes, SavedSae, find_run_dir
 from saetrain.runs.run_dir import CONFIG_FILE
 from saetrain.runs.train.setup import check_vocabulary
+from saetrain.training.dead_latents import DeadSettings
 
 
 @dataclass(frozen=True)
@@ -38,15 +39,20 @@ class EvalContext:
     extractor: ActivationExtractor
     exclude_special: bool
     exclude_first: bool
-    max_eval_tokens: int | None = None
+    run_config: RunConfig | None
+    """Settings of the run that the SAEs belong to."""
+    dead_threshold: float
+    """Firing rate below which a latent is dead."""
+    max_eval_tokens: int | None
+    """Tokens per data set without --eval_tokens; None: the default for the device."""
 
     def token_budget(self, requested: int | None, defaults: dict[str, int]) -> int:
         """Return ``requested`` tokens, or the default for the device if it is None."""
         return requested if requested is not None else defaults[self.head.base.device.type]
 
 
-def build_eval_context(config: EvaluateConfig, loaded: LoadedSaes) -> EvalContext:
-    """Load the model with its head, and resolve hookpoints and token policy.
+def build_eval_context(config: EvaluateConfig, loaded: LoadedSaes, max_eval_tokens: int | None) -> EvalContext:
+    """Load the model with its head, and resolve hookpoints, token policy and defaults of the SAEs' run.
 
     Raises SaetrainError if the model or a flag does not match the SAEs.
     """
@@ -83,7 +89,28 @@ def build_eval_context(config: EvaluateConfig, loaded: LoadedSaes) -> EvalContex
     framing = _match_trained_bos(
         loaded, tokenizer, Framing.from_tokenizer(tokenizer, head.base.causal, _resolve_ctx_len(config, loaded, head))
     )
-    return EvalContext(config, loaded, head, tokenizer, framing, hookpoints, extractor, special, first)
+    run_config = read_run_config(loaded.run_dir) if loaded.run_dir is not None else None
+    return EvalContext(
+        config=config,
+        loaded=loaded,
+        head=head,
+        tokenizer=tokenizer,
+        framing=framing,
+        hookpoints=hookpoints,
+        extractor=extractor,
+        exclude_special=special,
+        exclude_first=first,
+        run_config=run_config,
+        dead_threshold=_resolve_dead_threshold(config, run_config),
+        max_eval_tokens=max_eval_tokens or loaded.metadata.eval_tokens,
+    )
+
+
+def _resolve_dead_threshold(config: EvaluateConfig, run_config: RunConfig | None) -> float:
+    """Return the firing rate below which a latent is dead: the flag's, that of the SAE's run, or the default."""
+    if config.dead_percentage_threshold is not None:
+        return config.dead_percentage_threshold
+    return (run_config.dead if run_config is not None else DeadSettings()).dead_percentage_threshold
 
 
 def _require_model(config: EvaluateConfig, loaded: LoadedSaes, name: str, base: ModelSettings) -> None:
@@ -169,13 +196,8 @@ def _match_trained_bos(loaded: LoadedSaes, tokenizer: Any, framing: Framing) -> 
     return dataclasses.replace(framing, bos=bos, eos=None if framing.eos == bos else framing.eos)
 
 
-def load_run_config(loaded: LoadedSaes) -> RunConfig:
-    """Return the settings of the run that the SAEs belong to."""
-    assert loaded.run_dir is not None
-    return _read_run_config(loaded.run_dir)
-
-
-def _read_run_config(run: Path) -> RunConfig:
+def read_run_config(run: Path) -> RunConfig:
+    """Return the settings of the run in directory ``run``; SaetrainError if they can't be read."""
     path = str(run / CONFIG_FILE)
     return from_flat(read_yaml(path, flag=""), path)
 
@@ -185,5 +207,5 @@ def defaults_from_run(path: str) -> EvaluateConfig | None:
     run = find_run_dir(Path(path))
     if run is None:
         return None
-    config = _read_run_config(run)
+    config = read_run_config(run)
     return EvaluateConfig(path=path, scoring=config.scoring, health=config.health)

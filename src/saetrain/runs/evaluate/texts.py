@@ -16,14 +16,14 @@ from saetrain.data.packing import Sequences
 from saetrain.data.sources import SourceSettings
 from saetrain.data.tokenize import Framing, TokenSettings
 from saetrain.errors import SaetrainError
+from saetrain.evaluation.evaluator import DEFAULT_LOSS_TOKENS
 from saetrain.interop.schema import SAE_CONFIG_FILE
 from saetrain.logs.console import log_rank0
-from saetrain.runs.evaluate.setup import EvalContext, load_run_config
+from saetrain.runs.evaluate.setup import EvalContext
 from saetrain.runs.text_data import TrainingText, load_text, open_token_table, without_training_text
 from saetrain.runs.train.metadata import absolute_location
 
 DEFAULT_EVAL_TOKENS = {"cpu": 50_000, "cuda": 1_000_000}
-DEFAULT_LOSS_TOKENS = {"cpu": 8_192, "cuda": 131_072}
 GROUP_SEQUENCES = 64
 """Number of sequences that are sorted by length and batched together."""
 
@@ -55,8 +55,8 @@ def load_training_config(context: EvalContext) -> RunConfig | None:
     if metadata.dataset is None:
         return None
     names = (metadata.dataset,) if isinstance(metadata.dataset, str) else tuple(metadata.dataset)
-    if loaded.run_dir is not None:
-        config = dataclasses.replace(load_run_config(loaded), dataset=names)
+    if context.run_config is not None:
+        config = dataclasses.replace(context.run_config, dataset=names)
     else:
         columns = metadata.text_columns or []
         values = {
@@ -216,7 +216,7 @@ def n_sequences_for(context: EvalContext, sequences: Sequences, order: np.ndarra
 
 def _with_loss_sequences(context: EvalContext, text: EvalText) -> EvalText:
     """Return ``text`` with the sequences for the model's loss; SaetrainError if it has fewer than --loss_tokens."""
-    requested, run = context.config.scoring.loss_tokens, context.loaded.run_dir
+    requested, run = context.config.scoring.loss_tokens, context.run_config
     if requested != 0 and context.head.kind == "masked" and context.tokenizer.mask_token_id is None:
         log_rank0("the model's loss is not scored: its tokenizer has no mask token")
         return text
@@ -225,7 +225,7 @@ def _with_loss_sequences(context: EvalContext, text: EvalText) -> EvalText:
     )
     if requested is not None and held < requested:
         # The run's own --loss_tokens was set before the length of the text was known, so it only causes a log line.
-        if run is None or requested != load_run_config(context.loaded).scoring.loss_tokens:
+        if run is None or requested != run.scoring.loss_tokens:
             raise SaetrainError(
                 f"--loss_tokens {requested}: only {held:,} tokens of data set {text.name} are scored "
                 f"({text.description}); lower it, omit the flag, or raise --eval_tokens"

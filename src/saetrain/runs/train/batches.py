@@ -9,14 +9,18 @@ from torch import Tensor
 
 from saetrain import distributed
 from saetrain.activations.buffer import ShuffleBuffer
+from saetrain.activations.lm_batches import LMBatch, LMBatchBuilder
 from saetrain.activations.normalize import Normalizer
 from saetrain.activations.sequence_sampler import SequenceSampler
 from saetrain.distributed import env
-from saetrain.runs.train.end_to_end import LMBatch, LMBatchBuilder, SplicedBatchBuilder
+from saetrain.runs.train.end_to_end import SplicedBatchBuilder
 from saetrain.runs.train.setup import RunContext
 from saetrain.training.trainer import MicroBatch
 
 BatchSourceState = dict[str, list[int]]
+
+SEQUENCE_NUMBER_BITS = 40
+"""Low bits of a mask's seed that hold the number of the sequence in the run."""
 
 
 class BatchSource(ABC):
@@ -146,8 +150,7 @@ class SequenceBatches(BatchSource):
         assert run.head is not None
         self._run, self._settings = run, run.config.train
         self._sampler = SequenceSampler(run.train_source, owned, run.train_source.n_shards)
-        seed = run.config.loader.shuffle_seed
-        self._build_lm_batch = LMBatchBuilder(run.head, run.extractor.keep, run.tokenizer.mask_token_id, seed)
+        self._lm_batches = LMBatchBuilder(run.head, run.extractor.keep, run.tokenizer.mask_token_id)
         (normalizer,) = normalizers.values()
         self._spliced_batches = SplicedBatchBuilder(run.head, run.extractor, normalizer, self._settings)
         self._step_lm_batches: list[LMBatch] = []
@@ -180,7 +183,11 @@ class SequenceBatches(BatchSource):
     def _read_lm_batch(self, number: int) -> LMBatch:
         share = self._settings.batch_size * env.world_size()
         last = self._run.plan.steps * self._settings.grad_acc_steps * share
-        return self._build_lm_batch(self._sampler.take_sequences(number * share, share, last))
+        indexed = self._sampler.take_sequences(number * share, share, last)
+        # The number of the sequence in the run gives each pass over the text other masks.
+        first_seed = self._run.config.loader.shuffle_seed << SEQUENCE_NUMBER_BITS
+        seeds = [(first_seed + each.index) % (1 << 64) for each in indexed]
+        return self._lm_batches.build_batch([each.sequence for each in indexed], seeds)
 
     def state_dict(self) -> BatchSourceState:
         """Return the position of the sequence sampler."""

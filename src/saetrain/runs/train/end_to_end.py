@@ -6,31 +6,23 @@ important features with end-to-end sparse dictionary learning, arXiv 2405.12241.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from saetrain.activations.capture import pad_batch
 from saetrain.activations.extract import ActivationExtractor
-from saetrain.activations.lm_head import LMHeadModel, load_model_with_head, token_log_probs
+from saetrain.activations.lm_batches import LMBatch, scored_log_probs
+from saetrain.activations.lm_head import LMHeadModel, load_model_with_head
 from saetrain.activations.normalize import Normalizer
-from saetrain.activations.sequence_sampler import IndexedSequence
 from saetrain.activations.splice import replace_positions, splice_output
 from saetrain.config import RunConfig
-from saetrain.data.mlm_masking import select_masked_positions
 from saetrain.errors import SaetrainError, is_out_of_memory
 from saetrain.losses import cross_entropy, kl_divergence
 from saetrain.training.steps.base import SplicedBatch
 from saetrain.training.trainer import TrainSettings
-from saetrain.types import TokenSequence
-
-INDEX_BITS = 40
-"""Low bits of a mask's seed that hold the number of the sequence."""
 
 
 def load_lm_head_model(config: RunConfig) -> LMHeadModel:
@@ -64,69 +56,6 @@ def require_mask_token(config: RunConfig, head: LMHeadModel, tokenizer: Any) -> 
 
 
 @dataclass(frozen=True)
-class LMBatch:
-    """A micro-batch for the model: its inputs, and the positions to score with their targets.
-
-    ``input_ids``, ``attention_mask``: (B, S) int64; ``keep_mask``: (B, S) bool, positions that the token policy trains
-    on; ``doc_ids``: (n,), data set rows of those positions; ``scored_mask``: (B, S) bool, positions whose output is
-    scored; ``targets``: (m,) int64, the correct tokens there.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    keep_mask: Tensor
-    doc_ids: np.ndarray
-    scored_mask: Tensor
-    targets: Tensor
-
-
-class LMBatchBuilder:
-    """Builds an :class:`LMBatch` from sequences; ``mask_id``: the tokenizer's mask token; ``seed``: for the masks."""
-
-    def __init__(
-        self, head: LMHeadModel, keep: Callable[[TokenSequence], np.ndarray], mask_id: int | None, seed: int
-    ) -> None:
-        self._head, self._keep, self._mask_id, self._seed = head, keep, mask_id, seed
-
-    def __call__(self, indexed: list[IndexedSequence]) -> LMBatch:
-        """Return one batch of the sequences, padded to the longest."""
-        chosen = [each.sequence for each in indexed]
-        ids, mask = pad_batch(chosen, self._head.base.device)
-        scored_rows = [self._scored_positions(each) for each in indexed]
-        kept = [self._keep(sequence) for sequence in chosen]
-        scored = torch.from_numpy(_pad_rows(scored_rows, ids.shape[1])).to(ids.device)
-        # A causal model predicts the token after the position, a masked model the token at the position.
-        shift = int(self._head.kind == "causal")
-        targets = [s.ids[np.flatnonzero(where) + shift] for s, where in zip(chosen, scored_rows, strict=True)]
-        if self._head.kind == "masked":
-            assert self._mask_id is not None
-            ids = ids.masked_fill(scored, self._mask_id)
-        return LMBatch(
-            input_ids=ids,
-            attention_mask=mask,
-            keep_mask=torch.from_numpy(_pad_rows(kept, ids.shape[1])).to(ids.device),
-            doc_ids=np.concatenate([s.doc[where] for s, where in zip(chosen, kept, strict=True)]),
-            scored_mask=scored,
-            targets=torch.from_numpy(np.concatenate(targets).astype(np.int64)).to(ids.device),
-        )
-
-    def _scored_positions(self, indexed: IndexedSequence) -> np.ndarray:
-        """Return (S,) bool; the sequence's number in the run seeds the mask, so each pass has other masks."""
-        if self._head.kind == "causal":
-            return np.arange(len(indexed.sequence)) < len(indexed.sequence) - 1
-        seed = (self._seed << INDEX_BITS) + indexed.index
-        return select_masked_positions(indexed.sequence, seed % (1 << 64))
-
-
-def _pad_rows(rows: list[np.ndarray], length: int) -> np.ndarray:
-    """Return the rows as (B, S) bool, padded with False."""
-    out = np.zeros((len(rows), length), dtype=bool)
-    for number, row in enumerate(rows):
-        out[number, : len(row)] = row
-    return out
-
-
-@dataclass(frozen=True)
 class _Splice:
     """A batch with the clean model's output (m, V); ``splice_mask``: (B, S) bool, positions that are replaced."""
 
@@ -154,7 +83,7 @@ class SplicedBatchBuilder:
         """
         x_BSD, clean_log_probs = self._run_clean_model(lm_batch)
         raw_ND = x_BSD[lm_batch.keep_mask]
-        within_limits = self._extractor.mask_within_limits({self._hookpoint: raw_ND}, lm_batch.doc_ids)
+        within_limits = self._extractor.mask_within_limits({self._hookpoint: raw_ND}, lm_batch.kept_docs)
         within_limits_N = torch.from_numpy(within_limits).to(x_BSD.device)
         splice_mask = lm_batch.keep_mask.clone()
         splice_mask[lm_batch.keep_mask] = within_limits_N
@@ -174,7 +103,7 @@ class SplicedBatchBuilder:
                 return x_BSD
 
             with splice_output(self._module, record_activation):
-                log_probs = self._log_probs(lm_batch)
+                log_probs = scored_log_probs(self._head, lm_batch)
             return seen[0], log_probs
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
@@ -185,17 +114,11 @@ class SplicedBatchBuilder:
                 f"{self._settings.suggest_smaller_batch()}"
             ) from error
 
-    def _log_probs(self, lm_batch: LMBatch) -> Tensor:
-        """Return log-probabilities (m, V) in fp32 at the scored positions."""
-        return token_log_probs(
-            self._head.compute_logits(lm_batch.input_ids, lm_batch.attention_mask)[lm_batch.scored_mask]
-        )
-
     def _loss_terms(self, splice: _Splice, y_hat_ND: Tensor, coder_terms: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the model's loss, as a mean over the step's scored positions, and the coder's terms that are kept."""
         rows_ND = self._normalizer.denormalize(y_hat_ND)
         with splice_output(self._module, lambda x_BSD: replace_positions(x_BSD, splice.splice_mask, rows_ND)):
-            log_probs = self._log_probs(splice.lm_batch)
+            log_probs = scored_log_probs(self._head, splice.lm_batch)
         if splice.clean_log_probs is None:
             loss = cross_entropy(log_probs, splice.lm_batch.targets)
         else:

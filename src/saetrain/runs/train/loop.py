@@ -333,12 +333,13 @@ class TrainLoop:
         # If every rank has the same SAEs, only rank 0 scores them.
         if self.is_rank0 or self.context.placement.owners:
             with distributed.phase("scoring"):
-                metrics = evaluate_coders(
+                scores = evaluate_coders(
                     fold_coders(self.trainer, self.normalizers),
                     held_out_batches(self.context),
-                    self.config.evaluation.eval_tokens,
                     self.config.dead.dead_percentage_threshold,
+                    self.config.evaluation.eval_tokens,
                 )
+            metrics = {name: found.to_log_record() for name, found in scores.items()}
         metrics = self.rank_gather.gather_entries(metrics)
         with self.report_write_errors():
             self.log.write(MetricsRecord(kind, self.trainer.step, self.trainer.tokens_seen, {}, metrics))

@@ -12,8 +12,8 @@ from saetrain.config import RunConfig, from_flat, to_flat
 from saetrain.data.tokenize import hash_json, tokenizer_identity
 from saetrain.distributed import env
 from saetrain.errors import SaetrainError
+from saetrain.evaluation.evaluator import ScoreSettings
 from saetrain.evaluation.health import HealthSettings
-from saetrain.evaluation.score import ScoreSettings
 from saetrain.logs.console import log_rank0
 from saetrain.optim import LR_DECAY_SHARE
 from saetrain.runs.train import gather

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from saetrain import distributed
 from saetrain.activations.normalize import Normalizer
+from saetrain.atomic_io import replace_non_finite
 from saetrain.evaluation.evaluator import EvalTarget
 from saetrain.interop import sparsify
 from saetrain.interop.formats import save_sae
 from saetrain.logs.console import log_rank0
-from saetrain.logs.jsonl import replace_non_finite
 from saetrain.runs.run_dir import SAES_DIR
 from saetrain.runs.train.gather import RankGather
 from saetrain.runs.train.metadata import build_run_metadata, hook_name
@@ -27,7 +27,7 @@ def fold_coders(trainer: Trainer, normalizers: Mapping[str, Normalizer]) -> dict
     for name, sae in trainer.saes.items():
         inputs = normalizers[sae.hookpoint]
         coder = sae.coder.folded(inputs, inputs).for_inference()
-        targets[name] = EvalTarget(sae.hookpoint, coder, inputs.mean)
+        targets[name] = EvalTarget(sae.hookpoint, sae.hookpoint, coder, inputs.mean)
     return targets
 
 

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import numpy as np
 
 from saetrain import distributed
 from saetrain.activations.capture import ActivationCapture
-from saetrain.activations.extract import ActivationExtractor
+from saetrain.activations.extract import ActivationExtractor, LabelledActivations, TokenClass
 from saetrain.activations.hookpoints import resolve_hookpoints
 from saetrain.activations.lm_head import LMHeadModel
 from saetrain.activations.model import DTYPES, BaseModel, hash_model_weights, load_model
@@ -263,14 +263,14 @@ def read_calibration_sample(run: RunContext) -> Any:
     return sample
 
 
-def held_out_batches(run: RunContext) -> Iterator[dict[str, Tensor]]:
-    """Yield raw activations {hookpoint: (N, D)} of the held-out sequences, in a fixed shuffled order."""
+def held_out_batches(run: RunContext) -> Iterator[LabelledActivations]:
+    """Yield raw activations of the kept tokens of the held-out sequences, in a fixed shuffled order."""
     order = run.held_out.shuffled_order(run.config.loader.shuffle_seed)
     for start in range(0, len(order), EVAL_BATCH_SEQUENCES):
         sequences = [run.held_out[int(number)] for number in order[start : start + EVAL_BATCH_SEQUENCES]]
         for batch in run.extractor.iterate_batches(sequences):
             if len(batch):
-                yield batch.values
+                yield LabelledActivations(batch.values, batch.doc, np.full(len(batch), TokenClass.KEPT, np.uint8))
 
 
 def resolve_lr(run: RunContext, coder: SparseCoder) -> float:

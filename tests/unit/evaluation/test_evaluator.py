@@ -1,4 +1,4 @@
-"""All figures of an SAE on activations, against formulas over the tokens of each class."""
+"""All figures of a coder on activations, against formulas over the tokens of each class."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ import pytest
 import torch
 
 from saetrain.activations.extract import LabelledActivations, TokenClass
+from saetrain.coders.base import SparseCoder
 from saetrain.coders.topk import TopK
 from saetrain.errors import SaetrainError
-from saetrain.evaluation.baselines import PCA, RandomDecoder, RunningMoments
-from saetrain.evaluation.score import Baselines, EvalTarget, SaeScores, ScoreSettings, score_activations
+from saetrain.evaluation.baselines import Baselines, RunningMoments
+from saetrain.evaluation.evaluator import EvalTarget, SaeScores, ScoreSettings, evaluate_coders
+from saetrain.types import Codes
 
 N, D, F, K, AT = 3000, 16, 96, 5, "layers.0"
-SETTINGS = ScoreSettings(bootstrap=25)
+REPLICATES = 25
 THRESHOLD = 0.02
 
 
@@ -39,13 +41,12 @@ def tokens() -> LabelledActivations:
 def nulls_of(x: torch.Tensor) -> Baselines:
     moments = RunningMoments(D, x.device)
     moments.add(x + 0.05)
-    mean = moments.compute_mean()
-    return Baselines(mean, PCA(mean, moments.principal_directions(K)), RandomDecoder.from_seed(mean, F, K, 0))
+    return Baselines.from_moments(moments, F, K, seed=0)
 
 
 def run(coder: TopK, nulls: Baselines, batches: list[LabelledActivations]) -> SaeScores:
-    subjects = {"sae": EvalTarget(AT, coder, nulls.mean)}
-    return score_activations(subjects, {"sae": nulls}, batches, THRESHOLD, SETTINGS)["sae"]
+    targets = {"sae": EvalTarget(AT, AT, coder, nulls.mean, nulls)}
+    return evaluate_coders(targets, batches, THRESHOLD, replicates=REPLICATES)["sae"]
 
 
 def pieces(tokens: LabelledActivations, order: np.ndarray, parts: int) -> list[LabelledActivations]:
@@ -139,6 +140,73 @@ def test_text_without_a_token_that_counts(coder: TopK, tokens: LabelledActivatio
     assert scores.metrics["l0"].count == 0
     assert scores.metrics_by_class["special"]["tokens"] == N
     assert scores.metrics["explained_variance"].as_json("x")["value"] is None
+
+
+def test_without_baselines_and_replicates_the_values_are_the_same(coder: TopK, tokens: LabelledActivations) -> None:
+    """As while training: no intervals, no baselines but the expected ones of geometry, and only the first tokens."""
+    first = 1700
+    part = LabelledActivations({AT: tokens.values[AT][:first]}, tokens.doc[:first], tokens.token_class[:first])
+    nulls = nulls_of(tokens.values[AT])
+    full = run(coder, nulls, [part])
+    target = EvalTarget(AT, AT, coder, nulls.mean)
+    seen: list[int] = []
+    quick = evaluate_coders(
+        {"sae": target}, pieces(tokens, np.arange(N), 2), THRESHOLD, max_tokens=first, on_progress=seen.append
+    )["sae"]
+    assert seen == [1500, 200]
+    record = quick.to_log_record()
+    assert record["tokens"] == full.metrics["fvu"].count == int((part.token_class == TokenClass.KEPT).sum())
+    for name, figure in full.metrics.items():
+        assert record[name] == pytest.approx(figure.estimate.value, rel=1e-6), name
+        assert np.isnan(quick.metrics[name].estimate.low)
+        assert set(quick.metrics[name].baselines) == set(figure.baselines) & {"random_directions"}
+    assert (
+        record["decoder_max_cosine_random"] == full.metrics["decoder_max_cosine"].baselines["random_directions"].value
+    )
+    assert (record["l0_p5"], record["l0_p95"]) == (full.l0_percentiles["p5"], full.l0_percentiles["p95"])
+    for name, figures in full.metrics_by_class.items():
+        assert quick.metrics_by_class[name] == pytest.approx(figures), name
+
+
+class Transcoder(SparseCoder):
+    """x (N, D) -> dense code with negative values -> y (N, D_OUT), with its own bias for the input."""
+
+    def __init__(self, d_in: int, d_out: int) -> None:
+        super().__init__(d_in, F, seed=2, d_out=d_out)
+        self.W_dec = torch.nn.Parameter(torch.randn(F, d_out, generator=torch.Generator().manual_seed(3)) * 0.1)
+        self.b_dec = torch.nn.Parameter(torch.linspace(-1, 1, d_out))
+
+    def encode(self, x_ND: torch.Tensor) -> Codes:
+        pre = x_ND @ self.W_enc
+        return Codes(pre.where(pre.abs() > 1.2, 0), None, F)
+
+
+def test_a_transcoder_is_compared_with_its_target_and_counted_by_its_input(tokens: LabelledActivations) -> None:
+    d_out = 7
+    x = tokens.values[AT]
+    y = torch.randn(N, d_out, generator=torch.Generator().manual_seed(4)) + x[:, :d_out]
+    coder = Transcoder(D, d_out).requires_grad_(False)
+    batch = LabelledActivations({AT: x, "mlp": y}, tokens.doc, tokens.token_class)
+    kept = torch.from_numpy(tokens.token_class == TokenClass.KEPT)
+    moments = RunningMoments(d_out, y.device)
+    moments.add(y[kept])
+    nulls = Baselines.from_moments(moments, F, 5.4, seed=0)
+    target = EvalTarget(AT, "mlp", coder, nulls.mean, nulls)
+    figures = evaluate_coders({"transcoder": target}, [batch], THRESHOLD, replicates=REPLICATES)["transcoder"].metrics
+    code = x[kept] @ coder.W_enc
+    code[code.abs() <= 1.2] = 0
+    wanted = explained(y[kept], code @ coder.W_dec + coder.b_dec)
+    assert figures["explained_variance"].estimate.value == pytest.approx(wanted, abs=1e-5)
+    assert figures["explained_variance"].baselines["pca"].value == pytest.approx(explained(y[kept], nulls.pca(y[kept])))
+    assert (code < 0).any(), "an active latent may be negative"
+    active = (code != 0).double()
+    assert 1 < float(active.sum(dim=1).mean()) < F / 2
+    assert figures["l0"].estimate.value == pytest.approx(float(active.sum(dim=1).mean()))
+    assert figures["l0"].estimate.low < figures["l0"].estimate.value < figures["l0"].estimate.high
+    assert figures["l0"].baselines["random_decoder"].value <= 5, "rounded"
+    assert figures["alive"].estimate.value == pytest.approx(float((active.sum(dim=0) > 0).double().mean()))
+    assert np.isnan(figures["encoder_decoder_cosine"].estimate.value), "the widths differ"
+    assert 0 < figures["decoder_max_cosine"].estimate.value < 1
 
 
 @pytest.mark.parametrize(

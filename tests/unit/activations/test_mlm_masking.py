@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from saetrain.data.mlm_masking import mix_bits, select_masked_positions
+from saetrain.activations.mlm_masking import mix_bits, select_masked_positions
 from saetrain.types import TokenKind, TokenSequence
 
 
