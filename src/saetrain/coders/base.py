@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +28,14 @@ class SparseCoder(nn.Module, ABC):
 
     auxk_alpha: float = 0.0
     """Weight of the loss over dead latents; 0 for coders without one."""
+    encoder_parameters: ClassVar[frozenset[str]] = frozenset({"W_enc", "b_enc"})
+    """Parameters with the encoder's learning rate; the matrices among them decay."""
+    latent_dims: ClassVar[Mapping[str, int]] = {"W_enc": 1, "b_enc": 0, "W_dec": 0}
+    """{parameter with one entry per latent: dimension of the latents}."""
+    updates_idle_latents: bool = False
+    """Whether Adam also updates latents that have no gradient in a step."""
+    has_unit_norm_decoder: bool = True
+    """Whether training keeps the rows of ``W_dec`` at unit norm."""
 
     def __init__(self, d_in: int, num_latents: int, seed: int = 0) -> None:
         super().__init__()

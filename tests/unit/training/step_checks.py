@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from saetrain.coders.topk import TopK
-from saetrain.optim import Optimizer, OptimSettings
+from saetrain.optim import OptimSettings
 from saetrain.training.steps.base import ReferenceStep, TrainStep
 from saetrain.types import StepContext
 
@@ -18,17 +18,8 @@ Batch = tuple[Tensor, StepContext]
 CoderAndStep = tuple[TopK, TrainStep]
 
 
-def build_optimizer(coder: TopK, settings: OptimSettings) -> Optimizer:
-    return Optimizer(
-        dict(coder.named_parameters()),
-        settings,
-        project=coder.remove_parallel_gradient,
-        renormalize=coder.renormalize_decoder,
-    )
-
-
 def build_reference(coder: TopK, settings: OptimSettings, no_accumulation: bool = False) -> TrainStep:
-    return ReferenceStep(coder, build_optimizer(coder, settings))
+    return ReferenceStep(coder, settings)
 
 
 def make_coder(shape: Shape) -> TopK:

@@ -20,7 +20,6 @@ from saetrain.training.steps.pytorch import TorchStep
 from tests.unit.training.step_checks import (
     CoderAndStep,
     Shape,
-    build_optimizer,
     build_reference,
     check_discarded_step,
     check_latents_that_do_not_fire,
@@ -38,7 +37,7 @@ Build = Callable[[TopK, OptimSettings, bool], TrainStep]
 
 def by_torch(use_bf16: bool) -> Build:
     dtype = torch.bfloat16 if use_bf16 else torch.float32
-    return lambda coder, settings, no_accumulation: TorchStep(coder, build_optimizer(coder, settings), dtype)
+    return lambda coder, settings, no_accumulation: TorchStep(coder, settings, dtype)
 
 
 def by_native(use_bf16: bool) -> Build:

@@ -15,7 +15,7 @@ from saetrain.errors import SaetrainError
 from saetrain.logs.console import log_rank0
 from saetrain.ops.cpu_features import has_fast_bf16
 from saetrain.ops.native import bindings as native
-from saetrain.optim import Optimizer, OptimSettings
+from saetrain.optim import OptimSettings
 from saetrain.training.steps.base import KernelSettings, ReferenceStep, TrainStep
 from saetrain.training.steps.native import NativeStep
 from saetrain.training.steps.pytorch import TorchStep
@@ -104,12 +104,6 @@ def build_train_step(coder: TopK, kernels: KernelSettings, optim: OptimSettings,
         from saetrain.training.steps.triton import TritonStep
 
         return TritonStep(coder, optim, use_bf16=bf16, no_accumulation=no_accumulation)
-    optimizer = Optimizer(
-        dict(coder.named_parameters()),
-        optim,
-        project=coder.remove_parallel_gradient,
-        renormalize=coder.renormalize_decoder,
-    )
     if kernels.kernels == "torch":
-        return TorchStep(coder, optimizer, torch.bfloat16 if bf16 else torch.float32)
-    return ReferenceStep(coder, optimizer)
+        return TorchStep(coder, optim, torch.bfloat16 if bf16 else torch.float32)
+    return ReferenceStep(coder, optim)

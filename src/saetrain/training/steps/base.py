@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from saetrain.coders.base import SparseCoder
-from saetrain.optim import Optimizer, to_memory_order
+from saetrain.optim import (
+    LazyAdam,
+    OptimSettings,
+    build_optimizer,
+    load_named_state,
+    named_state,
+    to_memory_order,
+)
 from saetrain.types import CoderOutput, StepContext
 
 
@@ -151,8 +158,14 @@ class DeviceStep(TrainStep):
 class ReferenceStep(TrainStep):
     """Reference: any coder, any device, gradients from autograd, any optimizer."""
 
-    def __init__(self, coder: SparseCoder, optimizer: Optimizer) -> None:
-        self._coder, self._optimizer = coder, optimizer
+    def __init__(self, coder: SparseCoder, settings: OptimSettings) -> None:
+        self._coder, self._max_grad_norm = coder, settings.max_grad_norm
+        self._optimizer = build_optimizer(
+            dict(coder.named_parameters()),
+            settings,
+            encoder_parameters=coder.encoder_parameters,
+            latent_dims={} if coder.updates_idle_latents else coder.latent_dims,
+        )
         self._norm = torch.zeros(())
 
     def forward_backward(self, x_ND: Tensor, progress: StepContext, objective: Objective | None = None) -> StepStats:
@@ -178,23 +191,34 @@ class ReferenceStep(TrainStep):
 
     def norm_bound(self) -> float:
         """Project the accumulated gradients and return their exact norm."""
-        self._norm = self._optimizer.project_gradients()
+        if self._coder.has_unit_norm_decoder:
+            self._coder.remove_parallel_gradient()
+        self._norm = torch.nn.utils.get_total_norm([p.grad for p in self._coder.parameters() if p.grad is not None])
         return float(self._norm)
 
     def optimizer_step(self, lr: float) -> Tensor:
-        """Update the parameters with the torch optimizer; return the norm of the projected gradient."""
-        self._optimizer.step(lr, self._norm)
+        """Clip, update the parameters and renormalize the decoder; return the norm of the projected gradient."""
+        # Scaling by 1 would read and write all gradients without effect.
+        if 0 < self._max_grad_norm < float(self._norm):
+            torch.nn.utils.clip_grads_with_norm_(self._coder.parameters(), self._max_grad_norm, self._norm)
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._optimizer.step()
+        if self._coder.has_unit_norm_decoder:
+            # None means all latents.
+            updated = self._optimizer.updated_latents if isinstance(self._optimizer, LazyAdam) else None
+            self._coder.renormalize_decoder(updated)
         self.zero_grad()
         return self._norm
 
     def zero_grad(self) -> None:
         """Set the gradients to zero."""
-        self._optimizer.zero_grad()
+        self._optimizer.zero_grad(set_to_none=False)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the state of the torch optimizer."""
-        return self._optimizer.state_dict()
+        return named_state(self._optimizer)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Load the state of the torch optimizer."""
-        self._optimizer.load_state_dict(state)
+        load_named_state(self._optimizer, state)

@@ -11,7 +11,7 @@ from torch import Tensor
 from saetrain.coders.topk import TopK
 from saetrain.ops import sparse
 from saetrain.ops.cpu_features import DENSE_LIMIT, dense_limit
-from saetrain.optim import Optimizer
+from saetrain.optim import OptimSettings
 from saetrain.training.auxk import DeadLatents, auxk_forward_backward
 from saetrain.training.steps.base import Objective, ReferenceStep, StepStats
 from saetrain.types import StepContext
@@ -23,8 +23,8 @@ warnings.filterwarnings("ignore", message="Sparse (CSR tensor support|invariant 
 class TorchStep(ReferenceStep):
     """Training step of one TopK coder; ``dtype`` is the dtype of the products, sums and weights are fp32."""
 
-    def __init__(self, coder: TopK, optimizer: Optimizer, dtype: torch.dtype) -> None:
-        super().__init__(coder, optimizer)
+    def __init__(self, coder: TopK, settings: OptimSettings, dtype: torch.dtype) -> None:
+        super().__init__(coder, settings)
         self._topk, self._dtype = coder, dtype
         for parameter in coder.parameters():
             parameter.grad = torch.zeros_like(parameter)

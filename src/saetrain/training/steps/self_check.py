@@ -13,7 +13,7 @@ from torch import Tensor
 
 from saetrain.coders.topk import TopK
 from saetrain.ops.triton import kernels as triton_kernels
-from saetrain.optim import Optimizer, OptimSettings
+from saetrain.optim import OptimSettings
 from saetrain.training.steps.base import ReferenceStep, TrainStep
 from saetrain.training.steps.triton import TritonStep
 from saetrain.types import StepContext
@@ -112,16 +112,7 @@ def _build_settings(limit: float) -> OptimSettings:
 
 
 def _reference_builder(limit: float) -> Callable[[TopK], TrainStep]:
-    def build_step(coder: TopK) -> TrainStep:
-        optimizer = Optimizer(
-            dict(coder.named_parameters()),
-            _build_settings(limit),
-            project=coder.remove_parallel_gradient,
-            renormalize=coder.renormalize_decoder,
-        )
-        return ReferenceStep(coder, optimizer)
-
-    return build_step
+    return lambda coder: ReferenceStep(coder, _build_settings(limit))
 
 
 def _triton_builder(variant: StepVariant, *, use_cuda_graphs: bool) -> Callable[[TopK], TrainStep]:
