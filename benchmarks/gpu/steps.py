@@ -15,7 +15,7 @@ from benchmarks.inputs import BATCHES, SEED, STEPS, make_activations
 from benchmarks.peers import sparsify_gpu
 from saetrain.activations.normalize import Normalizer
 from saetrain.coders.topk import TopK
-from saetrain.optim import Optimizer, OptimSettings
+from saetrain.optim import OptimSettings
 from saetrain.training.dead_latents import DEFAULT_DEAD_BIAS_LIFT, DeadSettings, FiringTracker
 from saetrain.training.steps.autograd import AutogradStep
 from saetrain.training.steps.base import TrainStep
@@ -108,7 +108,7 @@ def build_triton_step(coder: TopK, **options: Any) -> TrainStep:
 
 def build_torch_step(coder: TopK) -> TrainStep:
     """saetrain's PyTorch step, in bf16."""
-    return AutogradStep(coder, Optimizer.for_coder(coder, OptimSettings()), torch.bfloat16)
+    return AutogradStep(coder, OptimSettings(), torch.bfloat16)
 
 
 STEP_BUILDERS: dict[str, StepBuilder] = {

@@ -7,12 +7,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from benchmarks import saetrain_runner
-from saetrain import optim
 from saetrain.activations.normalize import Normalizer
 from saetrain.coders import base
+from saetrain.optim import build, schedule
 from saetrain.training.steps import native
 
 
@@ -27,18 +26,14 @@ def _set_constants(*values: tuple[Any, str, Any]) -> Callable[[], None]:
     return switch_off
 
 
-def _list_all_latents(self: optim.Optimizer) -> Tensor:
-    return torch.arange(len(self._parameters["b_enc"]))
-
-
 AXES, IDLE, DECAY = "principal axes", "idle latents not updated", "weight decay"
 COMPONENTS: dict[str, Callable[[], None]] = {
     AXES: _set_constants(),
-    IDLE: _set_constants((optim.Optimizer, "_active_latents", _list_all_latents)),
+    IDLE: _set_constants((base.SparseCoder, "updates_idle_latents", True)),
     "encoder starts at 0.3": _set_constants((base, "ENCODER_INIT_NORM", 1.0)),
-    "Adam's betas": _set_constants((native, "BETAS", (0.9, 0.999)), (optim, "BETAS", (0.9, 0.999))),
-    "encoder at half the rate": _set_constants((native, "ENCODER_LR_RATIO", 1.0), (optim, "ENCODER_LR_RATIO", 1.0)),
-    "decay over 80 %": _set_constants((optim, "LR_DECAY_SHARE", 0.2)),
+    "Adam's betas": _set_constants((native, "BETAS", (0.9, 0.999)), (build, "BETAS", (0.9, 0.999))),
+    "encoder at half the rate": _set_constants((native, "ENCODER_LR_RATIO", 1.0), (build, "ENCODER_LR_RATIO", 1.0)),
+    "decay over 80 %": _set_constants((schedule, "LR_DECAY_SHARE", 0.2)),
     DECAY: _set_constants(),
     "lift of dead latents": _set_constants((saetrain_runner, "DEFAULT_DEAD_BIAS_LIFT", 0.0)),
 }

@@ -229,28 +229,20 @@ def settings_sections(config: type) -> dict[str, type]:
     }
 
 
-POSITIONALS: dict[type, tuple[str, ...]] = {
-    RunConfig: ("model", "dataset"),
-    TokenizeConfig: ("model", "dataset", "out"),
-    EvaluateConfig: ("path",),
-    CompareConfig: ("runs",),
-}
+def setting_types(config: type = RunConfig) -> dict[str, Any]:
+    """Return {setting: type} of all settings of ``config``, as in a settings file."""
+    sections, out = settings_sections(config), {}
+    for cls in (*sections.values(), config):
+        hints = typing.get_type_hints(cls)
+        out.update({item.name: hints[item.name] for item in dataclasses.fields(cls) if item.name not in sections})
+    return out
 
 
 def flag_types(config: type) -> dict[str, Any]:
     """Return {flag without dashes: type} of all settings of ``config`` except the positionals."""
-    out: dict[str, Any] = {}
-    for cls in (*settings_sections(config).values(), config):
-        hints = typing.get_type_hints(cls)
-        out.update(
-            {
-                item.name: hints[item.name]
-                for item in dataclasses.fields(cls)
-                if item.name not in settings_sections(config)
-            }
-        )
-    positionals = next(names for cls, names in POSITIONALS.items() if issubclass(config, cls))
-    return {name: hint for name, hint in out.items() if name not in positionals}
+    hints = typing.get_type_hints(config, include_extras=True)
+    positionals = {name for name, hint in hints.items() if tyro.conf.Positional in typing.get_args(hint)}
+    return {name: hint for name, hint in setting_types(config).items() if name not in positionals}
 
 
 def to_flat(config: RunConfig) -> dict[str, Any]:
@@ -264,83 +256,52 @@ def to_flat(config: RunConfig) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in out.items()}
 
 
-def from_flat(values: Mapping[str, Any], origin: str) -> RunConfig:
-    """Return the settings in ``values``, with defaults for the rest.
+def from_flat(values: Mapping[str, Any], origin: str, config: type[RunConfig] = RunConfig) -> RunConfig:
+    """Return the settings in ``values`` as a ``config``, with defaults for the rest.
 
     Raises SaetrainError that names ``origin`` (a file) for unknown keys and for values of a wrong type.
     """
-    cls = config_class(values.get("architecture", RunConfig.architecture), may_import=False)
-    known = [*flag_types(cls), "model", "dataset"]
+    config = config_class(values.get("architecture", RunConfig.architecture))
+    types = setting_types(config)
     for name in values:
-        if name not in known:
-            raise SaetrainError(f"{origin}: there is no setting '{name}'.{did_you_mean(str(name), known)}")
+        if name not in types:
+            raise SaetrainError(f"{origin}: there is no setting '{name}'.{did_you_mean(str(name), types)}")
+    # The command line may add the model and the data set.
+    rest: dict[str, Any] = {"model": "", "dataset": ()}
+    rest |= {name: _convert_value(value, types[name], f"{origin}: {name}") for name, value in values.items()}
     sections: dict[str, Any] = {}
-    for section, settings in settings_sections(cls).items():
-        names = {item.name for item in dataclasses.fields(settings)} & values.keys()
-        sections[section] = _build_settings(settings, {name: values[name] for name in names}, origin)
-    own = {item.name for item in dataclasses.fields(cls)}
-    rest = {name: values[name] for name in values if name in own}
-    rest = {"model": "", "dataset": [], **rest}
-    if isinstance(rest["dataset"], str):
-        rest["dataset"] = [rest["dataset"]]
-    return cls(**sections, **_coerce_values(cls, rest, origin))
+    for section, cls in settings_sections(config).items():
+        names = [item.name for item in dataclasses.fields(cls) if item.name in rest]
+        sections[section] = cls(**{name: rest.pop(name) for name in names})
+    return config(**sections, **rest)
 
 
-def _build_settings(cls: type, values: Mapping[str, Any], origin: str) -> Any:
-    return cls(**_coerce_values(cls, values, origin))
+def _convert_value(value: Any, hint: Any, label: str) -> Any:
+    """Convert a value of a YAML file to type ``hint``: a list to a tuple, also if only its one member is given."""
+    # The import takes 0.2 s, and most commands read no file.
+    import pydantic
+
+    adapter = pydantic.TypeAdapter(hint)
+    for candidate in (tuple(value) if isinstance(value, list) else value, (value,)):
+        try:
+            # YAML 1.1 reads numbers such as 1e-3 as strings. A value of another wrong type is a mistake.
+            return adapter.validate_python(candidate, strict=not isinstance(value, str))
+        except pydantic.ValidationError:
+            continue
+    raise SaetrainError(f"{label}: found {value!r}, must be {_describe_type(hint)}")
 
 
-def _coerce_values(cls: type, values: Mapping[str, Any], origin: str) -> dict[str, Any]:
-    hints = typing.get_type_hints(cls)
-    return {name: _coerce_value(value, hints[name], f"{origin}: {name}") for name, value in values.items()}
+TYPE_NAMES = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", type(None): "null"}
 
 
-def _coerce_value(value: Any, hint: Any, label: str) -> Any:
-    """Convert ``value`` to type ``hint``; a list becomes a tuple, and an int a float, if ``hint`` requires it."""
-    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, _UNION_TYPE) else (hint,)
-    for option in options:
-        origin, args = typing.get_origin(option), typing.get_args(option)
-        if origin is typing.Literal and value in args:
-            return value
-        if origin is tuple and isinstance(value, (list, tuple)) and all(_matches_type(item, args[0]) for item in value):
-            return tuple(map(args[0], value))
-        if origin is tuple and _matches_type(value, args[0]):
-            return (args[0](value),)
-        if option is float and _looks_like_float(value):
-            return float(value)
-        if isinstance(option, type) and _matches_type(value, option):
-            return float(value) if option is float else value
-    allowed = " or ".join(_describe_type(option) for option in options)
-    raise SaetrainError(f"{label}: found {value!r}, must be {allowed}")
-
-
-def _matches_type(value: Any, kind: type) -> bool:
-    return type(value) is kind or (kind is float and type(value) is int)
-
-
-_UNION_TYPE = type(int | None)
-
-
-def _looks_like_float(value: Any) -> bool:
-    """Return whether a string is a number that YAML 1.1 reads as a string, such as 1e-3."""
-    if not isinstance(value, str):
-        return False
-    try:
-        float(value)
-    except ValueError:
-        return False
-    return True
-
-
-def _describe_type(option: Any) -> str:
-    if option is type(None):
-        return "null"
-    if typing.get_origin(option) is typing.Literal:
-        return " or ".join(map(str, typing.get_args(option)))
-    if typing.get_origin(option) is tuple:
-        inner = typing.get_args(option)[0]
-        return "a list of " + {int: "whole numbers", float: "numbers", str: "strings"}[inner]
-    return {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}.get(option, str(option))
+def _describe_type(hint: Any) -> str:
+    """Return a type in words, such as `a list of whole numbers or null`."""
+    origin, members = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return " or ".join(map(str, members))
+    if origin is tuple:
+        return f"a list of {_describe_type(members[0]).removeprefix('a ')}s"
+    return " or ".join(map(_describe_type, members)) if members else TYPE_NAMES.get(hint, str(hint))
 
 
 def read_yaml(path: str, flag: str = "--config ") -> dict[str, Any]:

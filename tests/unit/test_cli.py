@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import subprocess
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -190,8 +192,16 @@ def test_yaml_round_trip_and_flags_win(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ("expansion_facto: 3", "there is no setting 'expansion_facto'. Did you mean expansion_factor"),
-        ("k: many", "k: found 'many', must be a whole number"),
-        ("k: true", "k: found True, must be a whole number"),
+        ("k: many", "k: found 'many', must be a whole number$"),
+        ("k: true", "k: found True, must be a whole number$"),
+        ("k: 3.5", "k: found 3.5, must be a whole number$"),
+        ("k: null", "k: found None, must be a whole number$"),
+        ("k: [3]", r"k: found \[3\], must be a whole number$"),
+        ("lr: fast", "lr: found 'fast', must be a number or auto$"),
+        ("lr: yes", "lr: found True, must be a number or auto$"),
+        ("resume: maybe", "resume: found 'maybe', must be true or false$"),
+        ("run_name: 7", "run_name: found 7, must be a string or null$"),
+        ("layers: [1, x]", r"layers: found \[1, 'x'\], must be a list of whole numbers or null$"),
         ("layers: many", "layers: found 'many', must be a list of whole numbers or null"),
         ("optimizer: lion", "must be adam or sgd"),
         ("- 1", "must contain lines"),
@@ -207,11 +217,33 @@ def test_broken_files_are_named(tmp_path: Path, content: str, message: str) -> N
     assert "c.yaml" in str(caught.value)
 
 
-def test_natural_spellings_in_a_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("layers: 3", (3,)),
+        ("layers: [3, 4]", (3, 4)),
+        ("layers: null", None),
+        ("hookpoints: h.1", ("h.1",)),
+        ("lr: 1e-3", 0.001),
+        ("lr: 1", 1.0),
+        ("lr: auto", "auto"),
+        ("mix: 1", (1.0,)),
+        ("k: '3'", 3),
+        ("resume: yes", True),
+        ("resume: off", False),
+        ("run_name: 1e3", "1e3"),
+        ("grad-acc-steps: 2", 2),
+    ],
+)
+def test_natural_spellings_in_a_file(tmp_path: Path, line: str, expected: object) -> None:
     path = tmp_path / "c.yaml"
-    path.write_text("layers: 3\nlr: 1e-3\nmodel: m\ndataset: d\n")
+    path.write_text(f"{line}\nmodel: m\ndataset: d\n")
     config = parse_train(["--config", str(path)])
-    assert (config.where.layers, config.optim.lr) == ((3,), 0.001)
+    name = line.partition(":")[0].replace("-", "_")
+    sections = [config, *(getattr(config, field.name) for field in dataclasses.fields(config))]
+    value = next(getattr(section, name) for section in sections if hasattr(section, name))
+    assert value == expected
+    assert type(value) is type(expected)
 
 
 @pytest.mark.parametrize(
@@ -260,6 +292,29 @@ def test_every_setting_survives_the_flat_form() -> None:
     assert set(to_flat(config)) == {*flag_types(config_class("topk")), "model", "dataset"}
 
 
+@dataclass(frozen=True, kw_only=True)
+class OtherSettings:
+    """SAE with settings of types that no other settings class has."""
+
+    target_l0: float = 32.0
+    bounds: tuple[int, int] = (1, 2)
+
+
+def test_the_settings_class_of_the_sae_can_be_another_one() -> None:
+    sae = ("sae", OtherSettings, field(default_factory=OtherSettings))
+    cls = dataclasses.make_dataclass("OtherConfig", [sae], bases=(RunConfig,), frozen=True, kw_only=True)
+    config = from_flat({"model": "m", "target_l0": "6e1", "bounds": [3, 4], "lr": 1}, "c.yaml", cls)
+    assert isinstance(config, cls)
+    assert (config.sae, config.optim.lr) == (OtherSettings(target_l0=60.0, bounds=(3, 4)), 1.0)
+    assert from_flat(to_flat(config), "c.yaml", cls) == config
+    assert flag_types(cls).keys() - flag_types().keys() == {"target_l0", "bounds"}
+    assert not {"k", "model", "dataset"} & flag_types(cls).keys()
+    with pytest.raises(SaetrainError, match=r"c\.yaml: there is no setting 'k'"):
+        from_flat({"k": 3}, "c.yaml", cls)
+    with pytest.raises(SaetrainError, match=r"c\.yaml: bounds: found \[3\], must be a list of whole numbers"):
+        from_flat({"bounds": [3]}, "c.yaml", cls)
+
+
 def test_short_help_fits_on_a_screen_and_shows_real_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     main(["--help"])
     lines = capsys.readouterr().out.splitlines()
@@ -281,7 +336,7 @@ def test_help_all_names_every_flag_and_imports_neither_transformers_nor_datasets
     code = (
         "import sys\nfrom saetrain.cli import main\n"
         "try: main(['--help', 'all'])\nexcept SystemExit as e: assert not e.code\n"
-        "assert not {'transformers', 'datasets', 'wandb'} & set(sys.modules), 'slow import'"
+        "assert not {'transformers', 'datasets', 'wandb', 'pydantic'} & set(sys.modules), 'slow import'"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -62,12 +62,16 @@ class SparseCoder(nn.Module, ABC):
     """Settings of the architecture, which become flags of the command line."""
     has_unit_norm_decoder: ClassVar[bool] = True
     """Whether each step keeps the rows of ``W_dec`` at unit norm."""
-    skips_idle_latents: ClassVar[bool] = True
-    """Whether Adam leaves latents that did not fire in a step unchanged (docs/recipe.md)."""
+    updates_idle_latents: ClassVar[bool] = False
+    """Whether Adam also updates latents that have no gradient in a step (docs/recipe.md)."""
     lifts_dead_biases: ClassVar[bool] = True
     """Whether each step raises the encoder bias of dead latents (--dead_bias_lift)."""
     saved_settings: ClassVar[tuple[str, ...]] = ()
     """Settings that determine the codes; a saved SAE stores the attributes of these names."""
+    encoder_parameters: ClassVar[frozenset[str]] = frozenset({"W_enc", "b_enc"})
+    """Parameters with the encoder's learning rate; the matrices among them decay."""
+    latent_dims: ClassVar[Mapping[str, int]] = {"W_enc": 1, "b_enc": 0, "W_dec": 0}
+    """{parameter with one entry per latent: dimension of the latents}."""
 
     def __init__(self, d_in: int, num_latents: int, seed: int = 0, d_out: int | None = None) -> None:
         super().__init__()

@@ -21,8 +21,8 @@ from benchmarks.recipe.saetrain import fit_sae
 from benchmarks.recipe.sweep import TOOLS, Comparison, is_settled
 from benchmarks.recipe.task import Batches, Task
 from benchmarks.recipe.worker import score_sae
-from saetrain import optim
 from saetrain.coders import base
+from saetrain.optim import build, schedule
 from saetrain.training.steps import native
 
 MAKE = functools.partial(Task, site="minilm-3", latents=96, k=4, tokens=16)
@@ -148,11 +148,12 @@ def test_each_component_has_a_row(tmp_path: Path) -> None:
 def test_each_component_can_be_switched_off(component: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = torch.randn(200, 6, generator=torch.Generator().manual_seed(0)) * torch.arange(1.0, 7.0)
     for module, names in (
-        (optim, ("BETAS", "ENCODER_LR_RATIO", "LR_DECAY_SHARE")),
+        (build, ("BETAS", "ENCODER_LR_RATIO")),
+        (schedule, ("LR_DECAY_SHARE",)),
         (native, ("BETAS", "ENCODER_LR_RATIO")),
         (base, ("ENCODER_INIT_NORM",)),
+        (base.SparseCoder, ("updates_idle_latents",)),
         (saetrain_runner, ("DEFAULT_DEAD_BIAS_LIFT",)),
-        (optim.Optimizer, ("_active_latents",)),
     ):
         for name in names:
             # The component is switched on again after the test.

@@ -14,20 +14,19 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 import saetrain
-from saetrain.coders.base import SparseCoder
+from saetrain.coders.base import CoderSettings, SparseCoder
 from saetrain.coders.topk import TopK
 from saetrain.errors import SaetrainError
 from saetrain.interop.formats import FORMATS, load_sae, save_sae
 from saetrain.interop.metadata import SaeMetadata
-from saetrain.types import CoderOutput, Codes, StepContext
+from saetrain.types import Codes
 
 D, F, K = 6, 20, 3
 METADATA = SaeMetadata(model="m", hookpoint="h.0", hook_name="blocks.0.hook_resid_post", ctx_len=8, prepend_bos=True)
 
 
-@dataclass(frozen=True)
-class ThresholdSettings:
-    num_latents: int
+@dataclass(frozen=True, kw_only=True)
+class ThresholdSettings(CoderSettings):
     groups: tuple[int, ...] = ()
     rate: float = 1.0
 
@@ -41,7 +40,7 @@ class Threshold(SparseCoder):
     def __init__(
         self, d_in: int, d_out: int, num_latents: int, groups: tuple[int, ...], rate: float, seed: int
     ) -> None:
-        super().__init__(d_in, num_latents, seed)
+        super().__init__(d_in, num_latents, seed, d_out)
         generator = torch.Generator().manual_seed(seed)
         self.W_dec = nn.Parameter(torch.randn(num_latents, d_out, generator=generator))
         self.b_dec = nn.Parameter(torch.randn(d_out, generator=generator))
@@ -52,14 +51,11 @@ class Threshold(SparseCoder):
 
     @classmethod
     def build(cls, settings: ThresholdSettings, d_in: int, d_out: int, *, seed: int = 0) -> Threshold:
-        return cls(d_in, d_out, settings.num_latents, settings.groups, settings.rate, seed)
+        return cls(d_in, d_out, settings.resolve_num_latents(d_in), settings.groups, settings.rate, seed)
 
     def encode(self, x_ND: Tensor) -> Codes:
         pre = x_ND @ self.W_enc + self.b_enc
         return Codes(torch.where(pre > self.threshold, pre, 0), None, self.num_latents)
-
-    def losses(self, x_ND: Tensor, y_ND: Tensor, output: CoderOutput, progress: StepContext) -> dict[str, Tensor]:
-        return {"recon": (y_ND - output.reconstruction).square().mean()}
 
 
 def threshold() -> Threshold:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from saetrain.coders.topk import TopK
-from saetrain.optim import Optimizer, OptimSettings
+from saetrain.optim import OptimSettings
 from saetrain.training.steps.autograd import AutogradStep
 from saetrain.training.steps.base import TrainStep
 from saetrain.types import StepContext
@@ -20,7 +20,7 @@ CoderAndStep = tuple[TopK, TrainStep]
 
 
 def build_reference(coder: TopK, settings: OptimSettings, no_accumulation: bool = False) -> TrainStep:
-    return AutogradStep(coder, Optimizer.for_coder(coder, settings), is_plain=True)
+    return AutogradStep(coder, settings, is_plain=True)
 
 
 def make_coder(shape: Shape) -> TopK:

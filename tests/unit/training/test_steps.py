@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from saetrain.coders.topk import TopK
-from saetrain.optim import Optimizer, OptimSettings
+from saetrain.optim import OptimSettings
 from saetrain.training.steps import native
 from saetrain.training.steps.autograd import AutogradStep
 from saetrain.training.steps.base import TrainStep
@@ -37,7 +37,7 @@ Build = Callable[[TopK, OptimSettings, bool], TrainStep]
 
 def by_torch(use_bf16: bool) -> Build:
     dtype = torch.bfloat16 if use_bf16 else torch.float32
-    return lambda coder, settings, no_accumulation: AutogradStep(coder, Optimizer.for_coder(coder, settings), dtype)
+    return lambda coder, settings, no_accumulation: AutogradStep(coder, settings, dtype)
 
 
 def by_native(use_bf16: bool) -> Build:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from saetrain.coders.topk import TopK
-from saetrain.optim import Optimizer, OptimSettings, lr_factor
+from saetrain.optim import OptimSettings, lr_factor
 from saetrain.training.dead_latents import FiringTracker
 from saetrain.training.preemption import Preempted
 from saetrain.training.steps.autograd import AutogradStep
@@ -17,7 +17,7 @@ D, F, N = 6, 15, 40
 
 def make(micro_steps: int = 1, *, shared: bool = False, lift: float = 0.0, auxk_alpha: float = 0.5) -> Trainer:
     coder = TopK(D, F, 2, auxk_alpha=auxk_alpha, seed=3)
-    step = AutogradStep(coder, Optimizer.for_coder(coder, OptimSettings()), is_plain=True)
+    step = AutogradStep(coder, OptimSettings(), is_plain=True)
     firing = FiringTracker(F, 30, 0.01, torch.device("cpu"))
     about = {"data_variance": float(D), "mse_per_fvu": 1.0, "peak_lr": 0.01}
     sae = SaeState("h", coder, lambda x: x, step, firing, **about, seed=3, dead_bias_lr_multiplier=lift)

@@ -11,7 +11,14 @@ from torch import Tensor
 
 from saetrain.coders.base import SparseCoder
 from saetrain.ops import plain_products
-from saetrain.optim import Optimizer, OptimSettings, to_memory_order
+from saetrain.optim import (
+    LazyAdam,
+    OptimSettings,
+    build_optimizer,
+    load_named_state,
+    named_state,
+    to_memory_order,
+)
 from saetrain.training.steps.base import KernelSettings, Objective, StepRequest, StepStats, TrainStep
 from saetrain.types import StepContext
 
@@ -27,9 +34,16 @@ class AutogradStep(TrainStep):
     """
 
     def __init__(
-        self, coder: SparseCoder, optimizer: Optimizer, dtype: torch.dtype = torch.float32, *, is_plain: bool = False
+        self, coder: SparseCoder, settings: OptimSettings, dtype: torch.dtype = torch.float32, *, is_plain: bool = False
     ) -> None:
-        self._coder, self._optimizer, self._dtype, self._is_plain = coder, optimizer, dtype, is_plain
+        self._coder, self._dtype, self._is_plain = coder, dtype, is_plain
+        self._max_grad_norm = settings.max_grad_norm
+        self._optimizer = build_optimizer(
+            dict(coder.named_parameters()),
+            settings,
+            encoder_parameters=coder.encoder_parameters,
+            latent_dims={} if coder.updates_idle_latents else coder.latent_dims,
+        )
         self._norm = torch.zeros(())
 
     @classmethod
@@ -43,7 +57,7 @@ class AutogradStep(TrainStep):
     ) -> AutogradStep:
         """Return the step of ``coder``."""
         dtype = torch.bfloat16 if kernels.compute_dtype == "bfloat16" else torch.float32
-        return cls(coder, Optimizer.for_coder(coder, optim), dtype, is_plain=kernels.kernels == "reference")
+        return cls(coder, optim, dtype, is_plain=kernels.kernels == "reference")
 
     def forward_backward(
         self, x_ND: Tensor, ctx: StepContext, y_ND: Tensor | None = None, objective: Objective | None = None
@@ -77,12 +91,23 @@ class AutogradStep(TrainStep):
 
     def norm_bound(self) -> float:
         """Project the accumulated gradients and return their exact norm."""
-        self._norm = self._optimizer.project_gradients()
+        if self._coder.has_unit_norm_decoder:
+            self._coder.remove_parallel_gradient()
+        self._norm = torch.nn.utils.get_total_norm([p.grad for p in self._coder.parameters() if p.grad is not None])
         return float(self._norm)
 
     def optimizer_step(self, lr: float) -> Tensor:
-        """Update the parameters; return the norm of the projected gradient."""
-        self._optimizer.step(lr, self._norm)
+        """Clip, update the parameters and renormalize the decoder; return the norm of the projected gradient."""
+        # Scaling by 1 would read and write all gradients without effect.
+        if 0 < self._max_grad_norm < float(self._norm):
+            torch.nn.utils.clip_grads_with_norm_(self._coder.parameters(), self._max_grad_norm, self._norm)
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._optimizer.step()
+        if self._coder.has_unit_norm_decoder:
+            # None means all latents.
+            updated = self._optimizer.updated_latents if isinstance(self._optimizer, LazyAdam) else None
+            self._coder.renormalize_decoder(updated)
         self.zero_grad()
         return self._norm
 
@@ -92,8 +117,8 @@ class AutogradStep(TrainStep):
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the state of the torch optimizer."""
-        return self._optimizer.state_dict()
+        return named_state(self._optimizer)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Load the state of the torch optimizer."""
-        self._optimizer.load_state_dict(state)
+        load_named_state(self._optimizer, state)

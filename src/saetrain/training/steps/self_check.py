@@ -13,7 +13,7 @@ from torch import Tensor
 
 from saetrain.coders.topk import TopK
 from saetrain.ops.triton import kernels as triton_kernels
-from saetrain.optim import Optimizer, OptimSettings
+from saetrain.optim import OptimSettings
 from saetrain.training.steps.autograd import AutogradStep
 from saetrain.training.steps.base import TrainStep
 from saetrain.training.steps.triton import TritonStep
@@ -113,10 +113,7 @@ def _build_settings(limit: float) -> OptimSettings:
 
 
 def _reference_builder(limit: float) -> Callable[[TopK], TrainStep]:
-    def build_step(coder: TopK) -> TrainStep:
-        return AutogradStep(coder, Optimizer.for_coder(coder, _build_settings(limit)), is_plain=True)
-
-    return build_step
+    return lambda coder: AutogradStep(coder, _build_settings(limit), is_plain=True)
 
 
 def _triton_builder(variant: StepVariant, *, use_cuda_graphs: bool) -> Callable[[TopK], TrainStep]:
