@@ -229,7 +229,7 @@ def settings_sections(config: type) -> dict[str, type]:
     }
 
 
-def setting_types(config: type = RunConfig) -> dict[str, Any]:
+def setting_types(config: type) -> dict[str, Any]:
     """Return {setting: type} of all settings of ``config``, as in a settings file."""
     sections, out = settings_sections(config), {}
     for cls in (*sections.values(), config):
@@ -256,12 +256,12 @@ def to_flat(config: RunConfig) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in out.items()}
 
 
-def from_flat(values: Mapping[str, Any], origin: str, config: type[RunConfig] = RunConfig) -> RunConfig:
-    """Return the settings in ``values`` as a ``config``, with defaults for the rest.
+def from_flat(values: Mapping[str, Any], origin: str) -> RunConfig:
+    """Return the settings in ``values``, with defaults for the rest.
 
     Raises SaetrainError that names ``origin`` (a file) for unknown keys and for values of a wrong type.
     """
-    config = config_class(values.get("architecture", RunConfig.architecture))
+    config = config_class(str(values.get("architecture", RunConfig.architecture)))
     types = setting_types(config)
     for name in values:
         if name not in types:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,15 +52,6 @@ class TopK(SparseCoder):
     def build(cls, settings: Any, d_in: int, d_out: int | None = None, *, seed: int = 0) -> TopK:
         """Return a coder with initial weights."""
         return cls(d_in, settings.resolve_num_latents(d_in), settings.k, settings.auxk_alpha, seed, d_out)
-
-    @classmethod
-    def from_weights(cls, weights: Mapping[str, Tensor], k: int) -> TopK:
-        """Return a coder that shares the memory of ``weights`` ({parameter name: tensor})."""
-        coder = cls(1, k, k)
-        coder.num_latents, coder.d_in = weights["W_dec"].shape
-        for name, value in weights.items():
-            setattr(coder, name, torch.nn.Parameter(value.detach(), requires_grad=False))
-        return coder
 
     def encode(self, x_ND: Tensor) -> Codes:
         """Return the k largest pre-activations of each row; negative ones become zero."""

@@ -25,7 +25,8 @@ def describe_coder(coder: SparseCoder) -> dict[str, Any]:
     return {
         "architecture": architecture_name(type(coder)),
         "d_in": coder.d_in,
-        **({} if coder.is_sae else {"is_sae": False, "d_out": coder.d_out}),
+        **({} if coder.is_sae else {"d_out": coder.d_out}),
+        **({} if coder.is_sae or coder.d_in != coder.d_out else {"is_sae": False}),
         "d_sae": coder.num_latents,
         **{name: getattr(coder, name) for name in coder.saved_settings},
     }

@@ -1,4 +1,4 @@
-"""Update of the reference step: its order by hand, and the traits of the coder that it obeys."""
+"""Update of the autograd step: its order by hand, and the traits of the coder that it obeys."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 
 from saetrain.coders.topk import TopK
 from saetrain.optim import ENCODER_LR_RATIO, OptimSettings
-from saetrain.training.steps.base import ReferenceStep
+from saetrain.training.steps.autograd import AutogradStep
 
 from .step_checks import make_batch, make_coder, take_step
 
@@ -26,9 +26,9 @@ class DenselyUpdatedTopK(TopK):
     updates_idle_latents = True
 
 
-def make(cls: type[TopK] = TopK, **settings: object) -> tuple[TopK, ReferenceStep]:
+def make(cls: type[TopK] = TopK, **settings: object) -> tuple[TopK, AutogradStep]:
     coder = cls(D, F, 2, seed=1)
-    return coder, ReferenceStep(coder, OptimSettings(**settings))  # type: ignore[arg-type]
+    return coder, AutogradStep(coder, OptimSettings(**settings))  # type: ignore[arg-type]
 
 
 def set_gradients(coder: TopK, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -106,9 +106,9 @@ def test_sgd_keeps_the_momentum_of_idle_latents() -> None:
 @pytest.mark.parametrize("cls", [TopK, DenselyUpdatedTopK])
 def test_idle_latents_are_updated_if_the_coder_asks_for_it(cls: type[TopK]) -> None:
     shape = (20, 12, 90, 8, 0)
-    coder = cls.from_weights(make_coder(shape).state_dict(), 8)
-    coder.requires_grad_(True)
-    step = ReferenceStep(coder, OptimSettings())
+    coder = cls(12, 90, 8)
+    coder.load_state_dict(make_coder(shape).state_dict())
+    step = AutogradStep(coder, OptimSettings())
     take_step(step, make_batch(shape, 0))
     with torch.no_grad():
         coder.b_enc[:40] = -100.0
