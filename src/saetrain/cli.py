@@ -16,7 +16,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec
 
 from saetrain import distributed
 from saetrain.cli_help import DESCRIPTION, SHORT_HELP
-from saetrain.coders import CODERS
+from saetrain.coders import CODERS, find_coder_class
 from saetrain.config import (
     CompareConfig,
     EvaluateConfig,
@@ -159,6 +159,9 @@ def parse_tokenize(words: Sequence[str]) -> TokenizeConfig:
 def parse_evaluate(words: Sequence[str]) -> EvaluateConfig:
     """Parse the arguments of ``saetrain evaluate``; the settings of the run in PATH are the defaults."""
     words = _normalize_flags(list(words), flag_types(EvaluateConfig), "saetrain evaluate --help")
+    architecture = _find_value(words, "architecture")
+    if architecture is not None:
+        find_coder_class(architecture, may_import=True)
 
     def parse_with_defaults(default: Any) -> EvaluateConfig:
         return tyro.cli(EvaluateConfig, prog="saetrain evaluate", args=words, default=default, **TYRO_OPTIONS)

@@ -166,6 +166,8 @@ class EvaluateConfig:
     """Hub id or local folder of the model, if the SAE does not name it or if it has moved."""
     hookpoint: typing.Annotated[str | None, shown_default("the SAE's", "NAME")] = None
     """Module whose output the SAE takes, if the SAE does not name it."""
+    architecture: typing.Annotated[str | None, shown_default("those of saetrain only", "NAME")] = None
+    """Import your own architecture, package.module:Class, which an SAE in PATH has."""
     eval_tokens: typing.Annotated[
         int | None, shown_default("the run's, else 50000 on a CPU, 1000000 on a GPU", "INT")
     ] = None

@@ -170,8 +170,8 @@ def wait_for_step(process: Pollable, run: Path, step: int) -> None:
 def weights(run: Path) -> dict[str, torch.Tensor]:
     """{SAE/tensor: value} of every SAE that the run left."""
     out = {
-        f"{path.parent.relative_to(run / 'sae')}/{name}": value
-        for path in sorted((run / "sae").rglob("sae.safetensors"))
+        f"{path.parent.relative_to(run / 'sae')}/{name}": value.float()
+        for path in sorted((run / "sae").rglob("sae_weights.safetensors"))
         for name, value in load_file(path).items()
     }
     assert out

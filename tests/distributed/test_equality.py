@@ -48,6 +48,17 @@ CASES = {
         (2, 4),
     ),
     "kl-two-micro-batches": ("tiny_gpt2", "--layers 1 --loss_fn kl --grad_acc_steps 2 --e2e_recon_weight 0.5", (2,)),
+    "relu-l1": ("tiny_bert", "--layers 1 --architecture tests.architectures.relu_l1:ReluL1", (2,)),
+    "abs-topk-two-hookpoints": (
+        "tiny_bert",
+        "--layers 0 2 --architecture tests.architectures.abs_topk:AbsTopK --parallel hookpoints",
+        (2,),
+    ),
+    "threshold-two-micro-batches": (
+        "tiny_bert",
+        "--layers 1 --architecture tests.architectures.threshold:Threshold --grad_acc_steps 2",
+        (2,),
+    ),
     "masked-ce": ("tiny_mlm", "--layers 1 --loss_fn ce", (4,)),
 }
 

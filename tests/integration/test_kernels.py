@@ -45,7 +45,7 @@ def test_without_a_compiler_pytorch_s_kernels_are_used_and_logged(
     tmp_path: Path, tiny_bert: str, topics_jsonl: str
 ) -> None:
     output = run_without_compiler(tmp_path, tiny_bert, topics_jsonl)
-    message = "--kernels auto: the C++ kernels are not used: they can't be built: "
+    message = "--kernels auto: the native kernels are not used: they can't be built: "
     message += "the compiler false (named by CXX) can't be run"
     assert output.count(message) == 1
     assert about(tmp_path / "out")["kernels"] == "torch"

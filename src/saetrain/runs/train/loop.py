@@ -14,6 +14,7 @@ from typing import Literal
 from saetrain import distributed
 from saetrain.activations.normalize import Normalizer
 from saetrain.atomic_io import write_json
+from saetrain.coders import SparseCoder
 from saetrain.config import EvaluateConfig, to_flat
 from saetrain.distributed import env
 from saetrain.errors import SaetrainError
@@ -29,7 +30,7 @@ from saetrain.runs.train.metadata import log_run_start, log_run_summary
 from saetrain.runs.train.rank_metrics import RankMetrics
 from saetrain.runs.train.resume import content_hashes
 from saetrain.runs.train.saving import fold_coders, save_saes
-from saetrain.runs.train.setup import RunContext, held_out_batches, resolve_config
+from saetrain.runs.train.setup import RunContext, held_out_batches, read_first_sequences, resolve_config
 from saetrain.training.checkpoint import MAX_INTERVAL_MINUTES, Checkpoint, rename_suspect, save_checkpoint
 from saetrain.training.loss_spikes import LossSpike
 from saetrain.training.preemption import Preempted, PreemptionHandler
@@ -109,6 +110,7 @@ class TrainLoop:
                 finished = self._run_steps()
                 distributed.set_phase("scoring and saving the SAEs")
                 if finished:
+                    self._calibrate_coders()
                     final = self.evaluate_held_out("final")
                     guard = self.report_write_errors
                     save_saes(self.directory, self.context, self.trainer, self.normalizers, final, guard)
@@ -364,6 +366,17 @@ class TrainLoop:
             self.log.write(
                 MetricsRecord("assessment", self.trainer.step, self.trainer.tokens_seen, {}, assessment.to_log_record())
             )
+
+    def _calibrate_coders(self) -> None:
+        """Let the coders set their thresholds on training text; every rank uses the same text."""
+        saes = self.trainer.saes.values()
+        if all(type(sae.coder).calibrate is SparseCoder.calibrate for sae in saes):
+            return
+        sequences = read_first_sequences(self.context)
+        batches = [batch.values for batch in self.context.extractor.iterate_batches(sequences) if len(batch)]
+        for sae in saes:
+            ctx = sae.build_context(self.trainer.step, self.trainer.tokens_per_step, self.trainer.total_steps)
+            sae.coder.calibrate((sae.normalize_inputs(batch[sae.hookpoint]) for batch in batches), ctx)
 
     def write_checkpoint(self) -> None:
         """Write a checkpoint of everything that the rest of the run depends on; only rank 0 writes files."""

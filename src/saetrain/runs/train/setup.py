@@ -34,6 +34,7 @@ from saetrain.runs.train.choose_step import choose_kernels, step_request
 from saetrain.runs.train.end_to_end import load_lm_head_model, require_mask_token, require_one_hookpoint
 from saetrain.runs.train.memory import check_memory, count_sae_parameters
 from saetrain.training.placement import Placement, SaeCost, plan_placement
+from saetrain.types import TokenSequence
 
 CALIBRATION_TOKENS = 16_384
 """Tokens on which centre, scale and norm limit of the activations are measured."""
@@ -244,16 +245,17 @@ def build_batch_plan(config: RunConfig, ctx_len: int, text_tokens: tuple[int | N
     return BatchPlan(per_step, steps, config.dataset, config.mixing.normalized_shares(len(config.dataset)), text_tokens)
 
 
+def read_first_sequences(run: RunContext) -> list[TokenSequence]:
+    """Return the first sequences of each shard, with CALIBRATION_TOKENS kept tokens together."""
+    available, source = run.plan.train_tokens, run.train_source
+    wanted = CALIBRATION_TOKENS if available is None else min(CALIBRATION_TOKENS, max(available, 1))
+    each = -(-wanted // source.n_shards)
+    return [s for shard in range(source.n_shards) for s in source.read(shard, source.start_cursor, each)[0]]
+
+
 def read_calibration_sample(run: RunContext) -> Any:
     """Return activations of the first training tokens of each shard; sets the extractor's norm limits from them."""
-    available = run.plan.train_tokens
-    wanted = CALIBRATION_TOKENS if available is None else min(CALIBRATION_TOKENS, max(available, 1))
-    each = -(-wanted // run.train_source.n_shards)
-    sequences = [
-        s
-        for shard in range(run.train_source.n_shards)
-        for s in run.train_source.read(shard, run.train_source.start_cursor, each)[0]
-    ]
+    sequences = read_first_sequences(run)
     sample = run.extractor.extract_all(sequences)
     n_tokens = sum(map(len, sequences))
     what = "special or at position 0" if run.model.causal else "special"
