@@ -11,7 +11,7 @@ from saetrain.activations.extract import ActivationExtractor
 from saetrain.cli import main
 from saetrain.data.sharded import ShardedSequences
 from saetrain.distributed import env
-from saetrain.runs.train import loop
+from saetrain.runs.train import checkpointing
 from saetrain.training.trainer import SaeState
 
 
@@ -21,7 +21,7 @@ def install_faults() -> None:
     On rank 1, step RAISES_AT raises, and step HANGS_AT hangs unless torchrun has restarted the run. Writing a
     checkpoint takes SAVES_IN seconds.
     """
-    forward_backward, save_checkpoint = SaeState.forward_backward, loop.save_checkpoint
+    forward_backward, save_checkpoint = SaeState.forward_backward, checkpointing.save_checkpoint
 
     def raise_at_step(self: SaeState, batch: Any, progress: Any) -> None:
         if os.environ["RANK"] == "1" and progress.step == int(os.environ.get("RAISES_AT", "-1")):
@@ -36,7 +36,7 @@ def install_faults() -> None:
         return save_checkpoint(*arguments)
 
     SaeState.forward_backward = raise_at_step  # type: ignore[method-assign]
-    loop.save_checkpoint = save_slowly
+    checkpointing.save_checkpoint = save_slowly
 
 
 def wait_for_device() -> None:

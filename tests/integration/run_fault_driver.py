@@ -20,7 +20,7 @@ import torch
 
 from saetrain import cli
 from saetrain.interop.formats import load_sae
-from saetrain.runs.train import loop, resume
+from saetrain.runs.train import checkpointing, resume
 from saetrain.runs.train import run as run_command
 from tests.integration.test_resume import fingerprint, records
 
@@ -46,7 +46,7 @@ def prepare_once() -> None:
     run_command.prepare_run = lambda config: dataclasses.replace(prepared, config=config)
     # Without these two, a child would take three times as long.
     hashes = resume.content_hashes(prepared)
-    resume.content_hashes = loop.content_hashes = lambda run: hashes
+    resume.content_hashes = checkpointing.content_hashes = lambda run: hashes
     cli.parse_train = lambda words: dataclasses.replace(
         config,
         sae=dataclasses.replace(config.sae, k=3 if "--k" in words else 4),

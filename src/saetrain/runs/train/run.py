@@ -63,7 +63,7 @@ def train_saes(config: RunConfig) -> None:
     loop = TrainLoop(context, trainer, normalizers, directory, checkpoint)
     output = dataclasses.replace(config.output, run_name=directory.name)
     if is_rank0:
-        with loop.report_write_errors():
+        with loop.checkpointing.report_write_errors():
             write_yaml(directory / CONFIG_FILE, dataclasses.replace(resolve_config(loop.context), output=output))
     loop.run()
 
