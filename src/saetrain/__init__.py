@@ -16,10 +16,11 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "SAE": "saetrain.sae",
     "load": "saetrain.sae",
+    "train": "saetrain.sae",
     "Codes": "saetrain.types",
     "SaetrainError": "saetrain.errors",
 }
-__all__ = ["SAE", "Codes", "SaetrainError", "__version__", "load"]
+__all__ = ["SAE", "Codes", "SaetrainError", "__version__", "load", "train"]
 
 
 def __getattr__(name: str) -> Any:

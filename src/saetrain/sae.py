@@ -1,8 +1,8 @@
-"""A trained SAE in Python: ``saetrain.load(path)`` with ``encode``, ``decode`` and ``encode_text``."""
+"""The Python interface: ``saetrain.train`` and ``saetrain.load``, and SAEs with ``encode`` and ``encode_text``."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,10 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from saetrain import distributed
 from saetrain.activations.capture import ActivationCapture, batch_by_length, pad_batch
 from saetrain.activations.model import BaseModel, ModelSettings, load_model
-from saetrain.coders.base import SparseCoder
+from saetrain.coders import SparseCoder, architecture_name
 from saetrain.data.tokenize import Framing, load_tokenizer
+from saetrain.distributed import env
 from saetrain.errors import SaetrainError
 from saetrain.interop.formats import load_sae
 from saetrain.interop.metadata import SaeMetadata
@@ -149,3 +151,32 @@ def load(path: str | Path, device: str = "cpu", classes: Iterable[type[SparseCod
     folder = Path(path)
     coder, metadata = load_sae(folder, classes)
     return SAE(coder.to(device), metadata, folder)
+
+
+def train(
+    model: str, dataset: str | Sequence[str], *, architecture: str | type[SparseCoder] = "topk", **settings: Any
+) -> dict[str, SAE]:
+    """Train SAEs as ``saetrain MODEL DATASET`` does, and return {name in the run: SAE}.
+
+    Args:
+        model: hub id or local folder of a transformer.
+        dataset: hub ids, local folders or files; one or several.
+        architecture: name of an architecture, or a subclass of ``SparseCoder``.
+        settings: the flags of the command line without dashes, such as ``layers=[6]``, ``k=32``, ``lr="auto"``.
+
+    Under torchrun, ranks other than 0 return an empty dictionary, because the SAEs may be on the disk of rank 0 only.
+    Raises SaetrainError for settings that are not allowed, and for what the command line refuses.
+    """
+    from saetrain.config import from_flat
+    from saetrain.runs.evaluate.load_saes import load_saes
+    from saetrain.runs.train.run import train_saes
+
+    name = architecture if isinstance(architecture, str) else architecture_name(architecture)
+    data_sets = [dataset] if isinstance(dataset, str) else list(dataset)
+    values = {"model": model, "dataset": data_sets, "architecture": name, **settings}
+    config = from_flat(values, "saetrain.train")
+    with distributed.process_group_context():
+        directory, is_rank0 = train_saes(config), env.rank() == 0
+    if config.dry_run or not is_rank0:
+        return {}
+    return {name: SAE(sae.coder, sae.metadata, sae.folder) for name, sae in load_saes(str(directory)).saes.items()}

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 import saetrain
 from saetrain.cli import main
+from tests.architectures.abs_topk import AbsTopK
 from tests.integration.test_resume import fingerprint
 from tests.processes import ForkedCommand, finish
 
@@ -106,3 +107,15 @@ def test_evaluate_imports_it_only_on_request(
     assert "Traceback" not in output
     finish(ForkedCommand([*words, "--architecture", architecture]))
     assert (tmp_path / "final_assessment.json").exists()
+
+
+def test_train_in_python_takes_a_class_and_returns_the_saes(tmp_path: Path, tiny_bert: str, topics_jsonl: str) -> None:
+    settings = {"layers": [1], "k": 6, "num_latents": 96, "batch_size": 4, "ctx_len": 64, "max_tokens": 2560}
+    settings |= {"buffer_tokens": 1024, "eval_tokens": 500, "save_dir": str(tmp_path), "loss_tokens": 128}
+    saes = saetrain.train(tiny_bert, topics_jsonl, architecture=AbsTopK, **settings)
+    assert list(saes) == ["encoder.layer.1"]
+    assert isinstance(saes["encoder.layer.1"].coder, AbsTopK)
+    with pytest.raises(
+        saetrain.SaetrainError, match=r"saetrain\.train: there is no setting 'layer'\. Did you mean layers"
+    ):
+        saetrain.train(tiny_bert, topics_jsonl, layer=1)

@@ -50,16 +50,17 @@ def linear_topk(x_ND: Tensor, W_FD: Tensor, b_F: Tensor, k: int, centre_D: Tenso
 
 def decode_codes(codes: Codes, W_FD: Tensor) -> Tensor:
     """Return Σ over a token's latents of value · W[latent], (N, D) fp32; differentiable in values and weight."""
+    # Autocast may have left the values in bf16.
+    values = codes.values.float()
     if codes.indices is None:
-        return codes.values @ W_FD
+        return values @ W_FD
     if codes.offsets is not None:
-        values, offsets = codes.values, codes.offsets
         return embedding_bag(
-            codes.indices, W_FD, offsets, per_sample_weights=values, mode="sum", include_last_offset=True
+            codes.indices, W_FD, codes.offsets, per_sample_weights=values, mode="sum", include_last_offset=True
         )
     if uses_plain_products():
-        return embedding_bag(codes.indices, W_FD, per_sample_weights=codes.values, mode="sum")
-    return _SparseDecode.apply(codes.values, codes.indices, W_FD, codes.cache)
+        return embedding_bag(codes.indices, W_FD, per_sample_weights=values, mode="sum")
+    return _SparseDecode.apply(values, codes.indices, W_FD, codes.cache)
 
 
 def explicit_auxk(

@@ -30,8 +30,8 @@ from saetrain.runs.train.setup import RunContext, prepare_run, resolve_config
 from saetrain.training.checkpoint import Checkpoint
 
 
-def train_saes(config: RunConfig) -> None:
-    """Train, evaluate and save SAEs; raises SaetrainError for errors that the user can fix."""
+def train_saes(config: RunConfig) -> Path:
+    """Train, evaluate and save SAEs, and return the run directory; SaetrainError for errors that the user can fix."""
     # The moments of idle latents decay to denormal numbers, which make a step many times slower. The call precedes the
     # first parallel region, because its threads keep the mode that they were created with.
     torch.set_flush_denormal(True)
@@ -40,12 +40,12 @@ def train_saes(config: RunConfig) -> None:
     # The choice precedes anything slow, because it may fail.
     _choose_kernels_on_ranks(config)
     config = resume_if_restarted(config)
+    directory = resolve_run_dir(config)
     distributed.set_phase("loading model and text", is_loading=True)
     if config.dry_run:
         context = prepare_run(config)
         report_dry_run(context, *build_trainer(context, None))
-        return
-    directory = resolve_run_dir(config)
+        return directory
     checkpoint = _open_checkpoint(config, directory)
     if checkpoint is not None:
         config = fit_batch(config, checkpoint.values)
@@ -66,6 +66,7 @@ def train_saes(config: RunConfig) -> None:
         with loop.checkpointing.report_write_errors():
             write_yaml(directory / CONFIG_FILE, dataclasses.replace(resolve_config(loop.context), output=output))
     loop.run()
+    return directory
 
 
 def _choose_kernels_on_ranks(config: RunConfig) -> None:
