@@ -21,6 +21,14 @@ def fsync_dir(path: Path) -> None:
         os.close(handle)
 
 
+def fsync_files(folder: Path) -> None:
+    """Sync every file below ``folder``."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())
+
+
 def temporary_path(path: Path) -> Path:
     """Return the path to which ``path`` is written before the rename; a killed process may leave that file."""
     return path.with_name(f".{path.name}.tmp")

@@ -95,18 +95,18 @@ class ShardedSequences(ShardedSource):
     def read(self, shard: int, cursor: Cursor, tokens: int) -> tuple[list[TokenSequence], Cursor]:
         """Read the shard's sequences from ``cursor`` on, as :meth:`ShardedSource.read`."""
         out: list[TokenSequence] = []
-        held, empty = 0, 0
+        n_kept, n_empty = 0, 0
         (index,) = cursor
-        while held < tokens:
+        while n_kept < tokens:
             epoch, position = divmod(index * self.n_shards + shard, len(self._sequences))
             sequence = self._sequences[int(self._permute_epoch(epoch)[position])]
             kept = int(self.keep(sequence).sum())
-            empty = 0 if kept else empty + 1
-            if empty > len(self._sequences):
+            n_empty = 0 if kept else n_empty + 1
+            if n_empty > len(self._sequences):
                 self._require_kept_token()
-                empty = 0
+                n_empty = 0
             out.append(sequence)
-            held += kept
+            n_kept += kept
             index += 1
         return out, (index,)
 

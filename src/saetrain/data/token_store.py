@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from saetrain.atomic_io import fsync_dir, write_json
+from saetrain.atomic_io import fsync_dir, fsync_files, write_json
 from saetrain.data.sources import TextSource, explain_load_error
 from saetrain.data.text_column import TextColumn
 from saetrain.data.tokenize import ROW_TOKENS, Framing, hash_json, ids_dtype, tokenizer_identity
@@ -55,7 +55,7 @@ def save_tokens(out: Path, splits: dict[str, Any], metadata: dict[str, Any], tok
         temporary.mkdir(parents=True)
         for name, rows in splits.items():
             rows.save_to_disk(str(temporary / name))
-        _fsync_folder(temporary)
+        fsync_files(temporary)
         write_json(
             temporary / METADATA_FILE, {"format": FORMAT_VERSION, **_tokenizer_metadata(tokenizer, framing), **metadata}
         )
@@ -64,13 +64,6 @@ def save_tokens(out: Path, splits: dict[str, Any], metadata: dict[str, Any], tok
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise SaetrainError(f"OUT {out}: can't be written: {error}") from error
-
-
-def _fsync_folder(folder: Path) -> None:
-    for file in folder.rglob("*"):
-        if file.is_file():
-            with open(file, "rb+") as handle:
-                os.fsync(handle.fileno())
 
 
 def _tokenizer_metadata(tokenizer: Any, framing: Framing) -> dict[str, Any]:

@@ -89,7 +89,7 @@ class Judgment:
     value: float
     low: float
     high: float
-    nulls: dict[str, float]
+    baselines: dict[str, float]
     """The same metric of each baseline, by name."""
     threshold: str
     status: str
@@ -105,7 +105,9 @@ class Judgment:
 
     def as_json(self) -> dict[str, Any]:
         """Return all fields for JSON, with null for numbers that are not finite."""
-        return {**replace_non_finite(asdict(self)), "nulls": replace_non_finite(self.nulls)}
+        # The files call the baselines "nulls".
+        names = {"baselines": "nulls"}
+        return {names.get(name, name): replace_non_finite(value) for name, value in asdict(self).items()}
 
 
 @dataclass(frozen=True)

@@ -158,8 +158,8 @@ class Comparison:
         lines.writeheader()
         for sae in self.as_json()["saes"]:
             settings = {name: format_value(value) for name, value in sae["settings"].items()}
-            figures = sae["figures"].items()
-            metrics = {name + end: estimate[key] for name, estimate in figures for key, end in ends.items()}
+            estimates = sae["figures"].items()
+            metrics = {name + end: estimate[key] for name, estimate in estimates for key, end in ends.items()}
             lines.writerow({**sae, **settings, **metrics})
         return text.getvalue()
 
@@ -248,9 +248,9 @@ def _build_row(run: str, sae: str, content: dict[str, Any], settings: dict[str, 
     return SaeRow(run, sae, entry["verdict"], settings, judged_on, metrics, speed)
 
 
-def _parse_estimate(figure: dict[str, Any]) -> Estimate:
-    ends = {end: float(figure[end]) for end in ("low", "high") if figure.get(end) is not None}
-    return Estimate(float(figure["value"]), **ends)
+def _parse_estimate(metric: dict[str, Any]) -> Estimate:
+    ends = {end: float(metric[end]) for end in ("low", "high") if metric.get(end) is not None}
+    return Estimate(float(metric["value"]), **ends)
 
 
 def mean_tokens_per_second(path: Path) -> float | None:

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from saetrain.atomic_io import fsync_dir, hash_file, write_json
+from saetrain.atomic_io import fsync_dir, fsync_files, hash_file, write_json
 from saetrain.distributed import record_progress
 from saetrain.errors import SaetrainError
 from saetrain.types import shown_default
@@ -87,7 +87,7 @@ def save_checkpoint(
             save_file({key: value.contiguous() for key, value in content.items()}, temporary / names[name])
         write_json(temporary / "state.json", {"format": FORMAT_VERSION, **values, "step": step, "files": names})
         hashes = {file.name: hash_file(file) for file in sorted(temporary.iterdir())}
-        _fsync_files(temporary)
+        fsync_files(temporary)
         write_json(temporary / "manifest.json", {"sha256": hashes})
         shutil.rmtree(final, ignore_errors=True)
         os.replace(temporary, final)
@@ -98,12 +98,6 @@ def save_checkpoint(
     for old in list_checkpoints(folder)[:-MAX_CHECKPOINTS]:
         shutil.rmtree(old, ignore_errors=True)
     return final
-
-
-def _fsync_files(folder: Path) -> None:
-    for file in folder.iterdir():
-        with open(file, "rb+") as handle:
-            os.fsync(handle.fileno())
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

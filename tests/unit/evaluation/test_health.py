@@ -83,7 +83,7 @@ def test_an_sae_that_random_directions_match_is_told_so() -> None:
     found = one("explained_variance", explained_variance=0.75, nulls={"explained_variance": 0.75})
     assert found.status == "good", "the threshold is the user's"
     assert "random decoder explains at least as much" in found.advice
-    assert found.nulls == {"random decoder": 0.75}
+    assert found.baselines == {"random decoder": 0.75}
     assert "random decoder" not in one("explained_variance", nulls={"explained_variance": None}).reason
 
 
@@ -193,7 +193,7 @@ def test_dead(value: float, bound: float, status: str, impossible: bool) -> None
 def test_redundancy(value: float, null: float | None, status: str, impossible: bool) -> None:
     found = one("redundancy", decoder_redundancy_top100=value, nulls={"decoder_redundancy_top100": null})
     assert (found.status, found.by_construction) == (status, impossible)
-    assert found.nulls == ({} if null is None else {"random decoder": null})
+    assert found.baselines == ({} if null is None else {"random decoder": null})
 
 
 def test_thresholds_are_those_that_are_set() -> None:

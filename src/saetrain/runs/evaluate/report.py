@@ -107,7 +107,7 @@ class Assessment:
             name: {
                 "health_passed": verdict.n_passed,
                 "health_metrics": len(verdict.judgments),
-                **{figure: scored.estimate.value for figure, scored in first[name].metrics.items()},
+                **{metric: scored.estimate.value for metric, scored in first[name].metrics.items()},
             }
             for name, (verdict, *_) in self.verdicts.items()
         }
@@ -159,10 +159,10 @@ class Assessment:
 
 def judge_sae(sae: SavedSae, scores: SaeScores, threshold: float, settings: HealthSettings) -> Verdict:
     """Return the verdict on one SAE by its scores on one text."""
-    estimates = {name: figure.estimate for name, figure in scores.metrics.items()}
+    estimates = {name: metric.estimate for name, metric in scores.metrics.items()}
     baselines = {
-        name: {BASELINE_NAMES[baseline]: estimate.value for baseline, estimate in figure.baselines.items()}
-        for name, figure in scores.metrics.items()
+        name: {BASELINE_NAMES[baseline]: estimate.value for baseline, estimate in metric.baselines.items()}
+        for name, metric in scores.metrics.items()
     }
     coder, l0 = sae.coder, sae.coder.expected_l0()
     bound = min_dead_fraction(l0, coder.num_latents, threshold) if l0 is not None else 0.0
@@ -187,8 +187,8 @@ def _sae_json(sae: SavedSae, scores: SaeScores) -> dict[str, Any]:
         "num_latents": coder.num_latents,
         "k": coder.expected_l0(),
         "documents": scores.n_documents,
-        "figures": {name: figure.as_json(name) for name, figure in scores.metrics.items()},
-        "classes": {name: replace_non_finite(figures) for name, figures in scores.metrics_by_class.items()},
+        "figures": {name: metric.as_json(name) for name, metric in scores.metrics.items()},
+        "classes": {name: replace_non_finite(metrics) for name, metrics in scores.metrics_by_class.items()},
         "l0_percentiles": scores.l0_percentiles,
         "density": scores.density_histogram,
     }
@@ -252,7 +252,7 @@ def build_metrics_table(title: str, sae: str, texts: list[TextScores]) -> Table:
     for text in texts:
         metrics = text.scores[sae].metrics
         label = Text(f"{Path(text.name).name}\n{text.sample_kind}\n{_describe_counts(metrics)}")
-        table.add_row(label, *(_format_figure(metrics[name]) for name in shown))
+        table.add_row(label, *(_format_metric(metrics[name]) for name in shown))
         present = {baseline for name in shown for baseline in metrics[name].baselines}
         for baseline in (name for name in BASELINE_NAMES if name in present):
             values = [metrics[name].baselines.get(baseline) for name in shown]
@@ -271,13 +271,13 @@ def _describe_counts(metrics: dict[str, MetricResult]) -> str:
     return counts
 
 
-def _format_figure(figure: MetricResult) -> Text:
-    estimate = figure.estimate
+def _format_metric(metric: MetricResult) -> Text:
+    estimate = metric.estimate
     cell = Text(_format_value(estimate.value))
     if estimate.low < estimate.high:
         cell.append(f"\n[{_format_value(estimate.low)},\n{_format_value(estimate.high)}]", style="dim")
-    if figure.flag:
-        cell.append("\n" + figure.flag.replace(" ", "\n"), style="yellow")
+    if metric.flag:
+        cell.append("\n" + metric.flag.replace(" ", "\n"), style="yellow")
     return cell
 
 
@@ -299,6 +299,6 @@ def _format_judgment(judgment: Judgment) -> tuple[Text, Text, Text, Text]:
     value = _format_value(judgment.value)
     if judgment.low < judgment.high:
         value += f" [{_format_value(judgment.low)}, {_format_value(judgment.high)}]"
-    baseline = ", ".join(f"{_format_value(value)} {name}" for name, value in judgment.nulls.items())
+    baseline = ", ".join(f"{_format_value(value)} {name}" for name, value in judgment.baselines.items())
     status = judgment.status + (" (by construction)" if judgment.by_construction else "")
     return Text(value), Text(baseline), Text(judgment.threshold), Text(status, style=STATUS_STYLES[judgment.status])

@@ -28,7 +28,8 @@ from saetrain.training.trainer import MicroBatch, Trainer
 class SyncedFlags:
     """Flags that the ranks exchange in a step; each is the maximum over the ranks."""
 
-    dropped: int = 0
+    interrupted: int = 0
+    """Whether a rank has abandoned the step."""
     signal: int = 0
     wants_metrics: int = 0
     """Whether the step's metrics are logged."""
@@ -143,7 +144,7 @@ class TrainLoop:
         self.checkpointing.save_if_good(self._source_state, self.reporting.log, self.batch_source)
 
     def _run_step(self) -> bool:
-        """Run one optimizer step; return False if it was dropped because of a signal."""
+        """Run one optimizer step; return False if it was abandoned because of a signal."""
         trainer = self.trainer
         self.context.extractor.before_batch = self.preemption.raise_if_preempted
         step_state = trainer.step + 1, self._source_state
@@ -161,35 +162,35 @@ class TrainLoop:
         return True
 
     def _get_micro_batch(self, number: int) -> MicroBatch:
-        """Return micro-batch ``number``; raises :class:`Preempted` on every rank if one has dropped the step."""
-        part, dropped = None, False
+        """Return micro-batch ``number``; raises :class:`Preempted` on every rank if one has abandoned the step."""
+        part, interrupted = None, False
         try:
             part = self.batch_source.fetch_local_part(number)
         except Preempted:
-            dropped = True
+            interrupted = True
         last = (number + 1) % self.config.train.grad_acc_steps == 0
-        # A rank reports a dropped step at the points where the other ranks would wait for it.
-        if dropped or last or self.batch_source.needs_exchange(number):
+        # A rank reports an abandoned step at the points where the other ranks would wait for it.
+        if interrupted or last or self.batch_source.needs_exchange(number):
             step = self.trainer.step + 1
             wants_metrics = self.reporting.wants_metrics(step)
             own_flags = [
-                int(dropped),
+                int(interrupted),
                 int(self.preemption.received_signal or 0),
                 int(wants_metrics),
                 int(self.checkpointing.is_overdue()),
             ]
             self._pending_flags = distributed.AsyncAllReduce(own_flags)
             # The flags travel while the ranks compute, unless data must be exchanged right now.
-            if dropped or not self.trainer.is_data_parallel or self.batch_source.needs_exchange(number):
+            if interrupted or not self.trainer.is_data_parallel or self.batch_source.needs_exchange(number):
                 self._sync_flags()
         return self.batch_source.exchange_parts(number, part)
 
     def _sync_flags(self) -> None:
-        """Wait for the flags of all ranks; raises :class:`Preempted` if one of them has dropped the step."""
+        """Wait for the flags of all ranks; raises :class:`Preempted` if one of them has abandoned the step."""
         if self._pending_flags is None:
             return
         self._flags, self._pending_flags = SyncedFlags(*self._pending_flags.wait()), None
-        if self._flags.dropped:
+        if self._flags.interrupted:
             raise Preempted
 
     def _prefetch(self) -> None:

@@ -12,9 +12,8 @@ from saetrain.activations.model import BaseModel
 from saetrain.config import RunConfig
 from saetrain.distributed import env
 from saetrain.errors import SaetrainError
-from saetrain.training.placement import Placement
+from saetrain.training.placement import FP32_BYTES, Placement
 
-FP32_BYTES = 4
 LOGIT_COPIES = 5
 """Copies of the logits that an end-to-end step holds: outputs of both models, their difference, gradients."""
 CGROUP_LIMIT_FILES = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
@@ -63,12 +62,12 @@ def available_memory_bytes(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device)
     free = psutil.virtual_memory().available
-    held, here = psutil.Process().memory_info().rss, env.local_world_size()
+    own, here = psutil.Process().memory_info().rss, env.local_world_size()
     for name in CGROUP_LIMIT_FILES:
         limit = Path(name).read_text().strip() if Path(name).exists() else "max"
         if limit.isdigit():
-            return min(free // here + held, int(limit) // here)
-    return free // here + held
+            return min(free // here + own, int(limit) // here)
+    return free // here + own
 
 
 def check_memory(
