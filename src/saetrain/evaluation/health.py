@@ -107,7 +107,8 @@ class Judgment:
         """Return all fields for JSON, with null for numbers that are not finite."""
         # The files call the baselines "nulls".
         names = {"baselines": "nulls"}
-        return {names.get(name, name): replace_non_finite(value) for name, value in asdict(self).items()}
+        values = {**replace_non_finite(asdict(self)), "baselines": replace_non_finite(self.baselines)}
+        return {names.get(name, name): value for name, value in values.items()}
 
 
 @dataclass(frozen=True)

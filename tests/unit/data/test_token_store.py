@@ -93,7 +93,7 @@ def test_an_interrupted_write_leaves_nothing_that_is_taken_for_whole(
     tmp_path: Path, wordpiece: Any, framing: Framing, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = {"train": rows_of(wordpiece, framing, ["some text"])}
-    for step in ("_fsync_folder", "write_json"):
+    for step in ("fsync_files", "write_json"):
         for error in (OSError("disk full"), KeyboardInterrupt()):
 
             def fail(*_: Any, error: BaseException = error) -> None:
