@@ -92,6 +92,7 @@ def test_a_rank_that_waits_forever_for_text_is_named(launcher: Launcher, words: 
     assert "read_from_dead_server" not in second
 
 
+@pytest.mark.soak
 def test_torchrun_restarts_a_rank_that_makes_no_progress(launcher: Launcher, words: list[str]) -> None:
     launcher.environment |= {"SAETRAIN_PROGRESS_TIMEOUT_MINUTES": "0.1", "HANGS_AT": "90"}
     words = [*words, *tokens(150), "--batch_size", "2"]

@@ -38,7 +38,7 @@ def test_every_system_call_of_a_save_may_fail_or_be_the_last(library: Path, tmp_
     assert done.stdout.count("resumable") == 4
 
 
-@pytest.mark.parametrize("stride", [4, pytest.param(1, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("stride", [8, pytest.param(1, marks=pytest.mark.soak)])
 @pytest.mark.parametrize(
     ("before", "faults"),
     [
@@ -57,7 +57,7 @@ def test_every_system_call_of_a_run_may_fail_or_be_the_last(
     It is killed there, or the disk is full from then on (both at every call but those inside the second checkpoint's
     folder, which are the third's again; of a write half is done), or the call alone fails (renames, unlink, rmdir,
     mkdir). Where the folder holds something before, the calls are those of the start, for behind it the run is the
-    same. Out of reach is the rename inside safetensors, which goes past the C library. Of the writes, each fourth is
+    same. Out of reach is the rename inside safetensors, which goes past the C library. Of the writes, each eighth is
     taken; `make test-soak` takes all.
     """
     text = tmp_path / "text.jsonl"
