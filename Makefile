@@ -21,9 +21,9 @@ demo: $(VENV)/installed
 test-fast: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2 -m 'not slow and not interop and not soak'
 
-# Work stealing keeps both processes busy to the end.
+# More processes than the 2 cores, because many tests wait for processes of their own. Work stealing keeps all busy.
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not interop and not soak'
+	$(BIN)/python -m pytest -n 3 --dist worksteal -m 'not interop and not soak'
 
 test-soak: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2 -m soak

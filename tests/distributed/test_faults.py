@@ -199,6 +199,7 @@ def test_a_stop_waits_for_a_slow_checkpoint(launcher: Launcher, words: list[str]
     check_interrupted_run(run)
 
 
+@pytest.mark.soak
 def test_several_hosts_restart(launcher: Launcher, words: list[str], tmp_path: Path) -> None:
     """Of two torchruns, only that of the killed process counts the restart."""
     words = [*words, *tokens(400), "--batch_size", "2", "--overwrite"]

@@ -102,14 +102,20 @@ def words_of(model: str, layers: str, source: list[str], text: str) -> list[str]
 VARIANTS = pytest.mark.parametrize(
     ("model", "layers", "source"),
     [
-        pytest.param("tiny_bert", "2", ["--lr", "auto", "--dead_window_tokens", "256"], id="encoder-one-layer"),
+        pytest.param(
+            "tiny_bert",
+            "2",
+            ["--lr", "auto", "--dead_window_tokens", "256"],
+            id="encoder-one-layer",
+            marks=pytest.mark.soak,
+        ),
         pytest.param(
             "tiny_gpt2",
             "0 2",
             ["--lr", "0.02", "--dead_window_tokens", "256", "--auxk_alpha", "0.03125"],
             id="decoder-two-layers",
         ),
-        pytest.param("tiny_gpt2", "2", ["--streaming"], id="decoder-one-layer-streaming"),
+        pytest.param("tiny_gpt2", "2", ["--streaming"], id="decoder-one-layer-streaming", marks=pytest.mark.soak),
         pytest.param("tiny_bert", "0 2", ["--streaming", "--mix", "2", "1"], id="encoder-two-layers-streaming-mixed"),
         pytest.param(
             "tiny_bert",
