@@ -16,19 +16,6 @@ def reconstruction_loss(x_ND: Tensor, reconstruction_ND: Tensor, n_tokens: int, 
     return squared_error(x_ND, reconstruction_ND) / (n_tokens * data_variance)
 
 
-def auxk_loss(
-    residual_ND: Tensor, estimate_ND: Tensor, n_tokens: int, residual_variance: Tensor, dead_fraction: Tensor
-) -> Tensor:
-    """Return AuxK of Gao et al. (arXiv 2406.04093 §A.2), in which dead latents reconstruct the residual.
-
-    AuxK is Σ‖e - ê‖² / (n_tokens · residual_variance), times ``dead_fraction`` = min(dead / k_aux, 1).
-    ``residual_ND`` (e) is detached, and the decoder bias is in neither e nor ê. The residual variance is that of the
-    previous step, so that the gradient does not depend on micro-batches or ranks.
-    """
-    tiny = torch.finfo(residual_ND.dtype).tiny
-    return dead_fraction * squared_error(residual_ND, estimate_ND) / (n_tokens * residual_variance.clamp_min(tiny))
-
-
 def cross_entropy(log_probs_NV: Tensor, targets_N: Tensor) -> Tensor:
     """Return Σ over positions of -log q(target) in nats, a scalar; ``targets_N`` are int64 token ids."""
     return -log_probs_NV.gather(1, targets_N.unsqueeze(1)).sum()

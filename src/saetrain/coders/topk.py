@@ -11,7 +11,7 @@ from torch import Tensor
 
 from saetrain.coders.base import CoderSettings, SparseCoder
 from saetrain.errors import SaetrainError
-from saetrain.losses import auxk_loss
+from saetrain.losses import squared_error
 from saetrain.ops import decode_codes, explicit_auxk, linear_topk, uses_plain_products
 from saetrain.optim import RunSize, recommended_lr
 from saetrain.types import Codes, Encoded, StepContext
@@ -74,17 +74,23 @@ class TopK(SparseCoder):
     def _compute_auxk_loss(self, x_ND: Tensor, residual_ND: Tensor, dead: Tensor, ctx: StepContext) -> Tensor:
         """Return the weighted AuxK loss; its gradient reaches ``W_enc``, ``b_enc`` and ``W_dec``, but not ``b_dec``."""
         rows = dead.nonzero().squeeze(1)
-        k_aux = default_k_aux(self.d_in)
-        k, dead_share = min(k_aux, len(rows)), min(len(rows) / k_aux, 1.0)
+        k, weight = min(default_k_aux(self.d_in), len(rows)), self.auxk_weight(len(rows), ctx)
         encoder, bias, decoder = self.W_enc.T[rows], self.b_enc[rows], self.W_dec[rows]
         centred = self.centre(x_ND).detach()
         if not uses_plain_products():
-            tiny = torch.finfo(torch.float32).tiny
-            weight = self.auxk_alpha * dead_share / ctx.n_tokens / ctx.residual_variance.clamp_min(tiny)
             return explicit_auxk(centred, residual_ND, encoder, bias, decoder, k=k, weight=weight)
-        estimate = decode_codes(linear_topk(centred, encoder, bias, k), decoder)
-        share = torch.tensor(dead_share, device=x_ND.device)
-        return self.auxk_alpha * auxk_loss(residual_ND, estimate, ctx.n_tokens, ctx.residual_variance, share)
+        return weight * squared_error(residual_ND, decode_codes(linear_topk(centred, encoder, bias, k), decoder))
+
+    def auxk_weight(self, n_dead: int | Tensor, ctx: StepContext) -> Tensor:
+        """Return the factor of Σ‖e - ê‖² in the AuxK loss of Gao et al. (§A.2), weighted by ``auxk_alpha``.
+
+        The loss is the mean per token, relative to the residual variance, times min(dead latents / k_aux, 1). The
+        residual variance is that of the previous step, so that the gradient does not depend on micro-batches or ranks.
+        """
+        share = n_dead / default_k_aux(self.d_in)
+        share = share.clamp_max(1.0) if isinstance(share, Tensor) else min(share, 1.0)
+        tiny = torch.finfo(torch.float32).tiny
+        return self.auxk_alpha * share / ctx.n_tokens / ctx.residual_variance.clamp_min(tiny)
 
     @property
     def uses_dead_latents(self) -> bool:

@@ -58,11 +58,7 @@ def auxk_forward_backward(
 
     ``weights`` {`enc`, `dec`: (F, D)} and ``centred_ND`` have the dtype of the products; ``residual_ND`` is fp32.
     """
-    k_aux, size = default_k_aux(coder.d_in), len(dead.rows)
-    tiny = torch.finfo(torch.float32).tiny
-    dead_share = dead.count / k_aux
-    dead_share = dead_share.clamp_max(1.0) if isinstance(dead_share, Tensor) else min(dead_share, 1.0)
-    weight = coder.auxk_alpha * dead_share / ctx.n_tokens
+    size = len(dead.rows)
     # Padding gets a pre-activation of -inf, so that ReLU makes its code and its gradient zero.
     is_padding = torch.arange(size, device=dead.rows.device) >= dead.count
     return compute_auxk_gradients(
@@ -71,6 +67,6 @@ def auxk_forward_backward(
         weights["enc"][dead.rows],
         coder.b_enc.detach()[dead.rows].masked_fill_(is_padding, -torch.inf),
         weights["dec"][dead.rows],
-        k=min(k_aux, size),
-        weight=weight / ctx.residual_variance.clamp_min(tiny),
+        k=min(default_k_aux(coder.d_in), size),
+        weight=coder.auxk_weight(dead.count, ctx),
     )
