@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from saetrain.coders.base import SparseCoder
+from saetrain.coders import SparseCoder, TopK
 from saetrain.optim import OptimSettings
 from saetrain.types import StepContext
 
@@ -134,12 +134,13 @@ class TrainStep(ABC):
         """Return why the step can't serve ``request``, or None if it can."""
 
     @classmethod
-    @abstractmethod
     def build(cls, coder: Any, optim: OptimSettings, kernels: KernelSettings, *, no_accumulation: bool) -> TrainStep:
         """Return the step of ``coder``; `auto` must be resolved in ``kernels``.
 
         ``no_accumulation``: each step has one micro-batch on one rank, so its gradients are not added to others.
         """
+        use_bf16 = kernels.compute_dtype == "bfloat16"
+        return cls(coder, optim, use_bf16=use_bf16, no_accumulation=no_accumulation)  # type: ignore[call-arg]
 
     @abstractmethod
     def forward_backward(
@@ -174,6 +175,17 @@ class TrainStep(ABC):
     @abstractmethod
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Load the result of :meth:`state_dict`; the coder's parameters must be restored before."""
+
+
+def explain_kernel_limits(request: StepRequest) -> str | None:
+    """Return why no hand-written kernels can serve ``request``, on any device, or None."""
+    if request.end_to_end:
+        return "they support only the SAE's own loss, but --loss_fn ce and kl need gradients through the model"
+    if request.coder_class is not TopK or not request.y_is_x:
+        return "they support only TopK SAEs"
+    if request.optim.optimizer != "adam":
+        return f"they support only --optimizer adam, not {request.optim.optimizer}"
+    return None
 
 
 class DeviceStep(TrainStep):

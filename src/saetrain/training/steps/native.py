@@ -15,12 +15,12 @@ from saetrain.ops.native import bindings as native
 from saetrain.optim import BETAS, ENCODER_LR_RATIO, EPS, OptimSettings
 from saetrain.training.auxk import DeadLatents, auxk_forward_backward
 from saetrain.training.steps.base import (
-    KernelSettings,
     Objective,
     StepRequest,
     StepStats,
     TrainStep,
     build_adam_state,
+    explain_kernel_limits,
 )
 from saetrain.types import StepContext
 
@@ -104,12 +104,9 @@ class NativeStep(TrainStep):
     @classmethod
     def unsupported(cls, request: StepRequest) -> str | None:
         """Return why the C++ kernels cannot be used, or None."""
-        if request.end_to_end:
-            return "they support only the SAE's own loss, but --loss_fn ce and kl need gradients through the model"
-        if request.coder_class is not TopK or not request.y_is_x:
-            return "they support only TopK SAEs"
-        if request.optim.optimizer != "adam":
-            return f"they support only --optimizer adam, not {request.optim.optimizer}"
+        limit = explain_kernel_limits(request)
+        if limit is not None:
+            return limit
         if request.device.type != "cpu":
             return f"they run on a CPU, not on {request.device}"
         try:
@@ -117,11 +114,6 @@ class NativeStep(TrainStep):
         except OSError as error:
             return f"they can't be built: {error}"
         return None
-
-    @classmethod
-    def build(cls, coder: TopK, optim: OptimSettings, kernels: KernelSettings, *, no_accumulation: bool) -> NativeStep:
-        """Return the step of ``coder``."""
-        return cls(coder, optim, use_bf16=kernels.compute_dtype == "bfloat16", no_accumulation=no_accumulation)
 
     def forward_backward(
         self, x_ND: Tensor, ctx: StepContext, y_ND: Tensor | None = None, objective: Objective | None = None

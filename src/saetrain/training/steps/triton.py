@@ -21,11 +21,11 @@ from saetrain.optim import BETAS, ENCODER_LR_RATIO, EPS, OptimSettings
 from saetrain.training.auxk import DeadLatents, auxk_forward_backward
 from saetrain.training.steps.base import (
     DeviceStep,
-    KernelSettings,
     Objective,
     StepRequest,
     StepStats,
     build_adam_state,
+    explain_kernel_limits,
 )
 from saetrain.types import StepContext
 
@@ -117,12 +117,9 @@ class TritonStep(DeviceStep):
     @classmethod
     def unsupported(cls, request: StepRequest) -> str | None:
         """Return why the Triton kernels cannot be used, or None."""
-        if request.end_to_end:
-            return "they support only the SAE's own loss, but --loss_fn ce and kl need gradients through the model"
-        if request.coder_class is not TopK or not request.y_is_x:
-            return "they support only TopK SAEs"
-        if request.optim.optimizer != "adam":
-            return f"they support only --optimizer adam, not {request.optim.optimizer}"
+        limit = explain_kernel_limits(request)
+        if limit is not None:
+            return limit
         # Triton's interpreter, which the tests use, runs on a CPU.
         if request.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
             return f"they run on a GPU, not on {request.device}"
@@ -132,11 +129,6 @@ class TritonStep(DeviceStep):
 
         # The check takes seconds at the first start on a machine, because an untested compiler or GPU may be wrong.
         return find_kernel_problem(request.device)
-
-    @classmethod
-    def build(cls, coder: TopK, optim: OptimSettings, kernels: KernelSettings, *, no_accumulation: bool) -> TritonStep:
-        """Return the step of ``coder``."""
-        return cls(coder, optim, use_bf16=kernels.compute_dtype == "bfloat16", no_accumulation=no_accumulation)
 
     @property
     def _weights(self) -> Mapping[str, Tensor]:
