@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,19 +14,35 @@ from torch import Tensor
 from saetrain import distributed
 from saetrain.activations.normalize import Normalizer, fit_normalizers
 from saetrain.coders import SparseCoder
-from saetrain.config import RunConfig
+from saetrain.config import RunConfig, to_flat
 from saetrain.distributed import env
 from saetrain.errors import SaetrainError
 from saetrain.interop.finetune import initialize_from_sae
 from saetrain.logs.console import log_rank0
 from saetrain.optim import resolve_warmup_steps
 from saetrain.runs.train.choose_step import build_train_step, choose_kernels, step_request
-from saetrain.runs.train.setup import RunContext, read_calibration_sample, resolve_lr
+from saetrain.runs.train.setup import RunContext, read_calibration_sample, resolve_config, resolve_lr
 from saetrain.training.checkpoint import Checkpoint
 from saetrain.training.dead_latents import FiringTracker
 from saetrain.training.trainer import SaeState, Trainer
 
 MEASURING_PHASE = "measuring the activations"
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """A run that is ready to train; ``checkpoint``: the one that it resumes from, or None."""
+
+    context: RunContext
+    trainer: Trainer
+    normalizers: dict[str, Normalizer]
+    directory: Path
+    checkpoint: Checkpoint | None
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """The resolved settings in flat form, as checkpoints and logs store them."""
+        return to_flat(resolve_config(self.context))
 
 
 def build_trainer(run: RunContext, checkpoint: Checkpoint | None) -> tuple[Trainer, dict[str, Normalizer]]:

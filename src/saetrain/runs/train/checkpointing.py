@@ -5,11 +5,9 @@ from __future__ import annotations
 import time
 from collections import deque
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 from saetrain import distributed
-from saetrain.activations.normalize import Normalizer
 from saetrain.atomic_io import write_json
 from saetrain.distributed import env
 from saetrain.errors import SaetrainError
@@ -17,35 +15,24 @@ from saetrain.logs import MetricsLogger
 from saetrain.logs.console import log_rank0
 from saetrain.runs.run_dir import CHECKPOINTS_DIR, SPIKE_FILE, report_write_errors
 from saetrain.runs.train.batches import BatchSource, BatchSourceState
+from saetrain.runs.train.builders import TrainingRun
 from saetrain.runs.train.gather import RankGather
 from saetrain.runs.train.resume import content_hashes
-from saetrain.runs.train.setup import RunContext
-from saetrain.training.checkpoint import MAX_INTERVAL_MINUTES, Checkpoint, rename_suspect, save_checkpoint
+from saetrain.training.checkpoint import MAX_INTERVAL_MINUTES, rename_suspect, save_checkpoint
 from saetrain.training.loss_spikes import LossSpike
-from saetrain.training.trainer import DEVICE_LAG_STEPS, Trainer
+from saetrain.training.trainer import DEVICE_LAG_STEPS
 
 MAX_SKIPPED_STEPS = 10
 """Number of consecutive steps that --on_spike skip skips before the run fails."""
 
 
 class Checkpointing:
-    """Writes the checkpoints of a run, and sets them aside after loss spikes.
+    """Writes the checkpoints of a run, and sets them aside after loss spikes."""
 
-    ``settings``: the resolved settings in flat form; ``checkpoint``: the one that the run resumes from, or None.
-    """
-
-    def __init__(
-        self,
-        context: RunContext,
-        trainer: Trainer,
-        normalizers: dict[str, Normalizer],
-        directory: Path,
-        settings: dict[str, Any],
-        checkpoint: Checkpoint | None,
-    ) -> None:
-        self._context, self._trainer, self._normalizers, self._directory = context, trainer, normalizers, directory
-        self._rank_gather, self._settings = RankGather(context), settings
-        batch, optim = context.config.train, context.config.optim
+    def __init__(self, run: TrainingRun, batch_source: BatchSource) -> None:
+        self._run, self._trainer, self._batch_source = run, run.trainer, batch_source
+        self._rank_gather, checkpoint = RankGather(run.context), run.checkpoint
+        batch, optim = run.context.config.train, run.context.config.optim
         requested = {"asked_batch": [batch.batch_size, batch.grad_acc_steps], "asked_lr": optim.lr}
         # A resumed run keeps what the first start asked for.
         self._requested = {name: checkpoint.values[name] for name in requested} if checkpoint else requested
@@ -57,7 +44,7 @@ class Checkpointing:
 
     def report_write_errors(self) -> AbstractContextManager[None]:
         """Convert errors of writing to a SaetrainError that names the step."""
-        return report_write_errors(self._directory, f"at step {self._trainer.step}", self.saved_step is not None)
+        return report_write_errors(self._run.directory, f"at step {self._trainer.step}", self.saved_step is not None)
 
     def is_overdue(self) -> bool:
         """Return whether rank 0 should write a checkpoint because of the time since the last one."""
@@ -67,9 +54,9 @@ class Checkpointing:
         """Keep the state of the batch source before ``step``, for the message about a spike in that step."""
         self._recent_states.append((step, state))
 
-    def save_if_good(self, batches: BatchSourceState, log: MetricsLogger, batch_source: BatchSource) -> None:
+    def save_if_good(self, batches: BatchSourceState, log: MetricsLogger) -> None:
         """Write a checkpoint unless the last step was skipped; ``batches``: the state of the batch source."""
-        self.handle_spikes(self._trainer.drain_spikes(), batch_source)
+        self.handle_spikes(self._trainer.drain_spikes())
         # After a skipped step the weights may be ruined; only a good step shows that they are not.
         if self._last_skipped_step != self._trainer.step:
             self._write_checkpoint(batches, log)
@@ -79,12 +66,14 @@ class Checkpointing:
         saes, gather = self._trainer.saes, self._rank_gather
         gather.require_equal_weights(self._trainer)
         tensors = gather.gather_tensors({name: sae.state_dict() for name, sae in saes.items()}, "sending states")
-        tensors.update({f"normalizer:{name}": value.tensor_constants() for name, value in self._normalizers.items()})
+        tensors.update(
+            {f"normalizer:{name}": value.tensor_constants() for name, value in self._run.normalizers.items()}
+        )
         rates = {name: [sae.peak_lr, sae.firing.window_tokens] for name, sae in saes.items()}
         values = {
-            "settings": self._settings,
-            "identity": content_hashes(self._context),
-            "normalizers": {name: value.scalar_constants() for name, value in self._normalizers.items()},
+            "settings": self._run.settings,
+            "identity": content_hashes(self._run.context),
+            "normalizers": {name: value.scalar_constants() for name, value in self._run.normalizers.items()},
             "rates": gather.gather_entries(rates),
             "losses": gather.gather_entries({name: sae.recent_losses() for name, sae in saes.items()}),
             "buffer": gather.gather_states(batches),
@@ -95,25 +84,25 @@ class Checkpointing:
         if env.rank() == 0:
             with self.report_write_errors(), distributed.phase("writing a checkpoint"):
                 log.sync_to_disk()
-                save_checkpoint(self._directory / CHECKPOINTS_DIR, self._trainer.step, tensors, values)
+                save_checkpoint(self._run.directory / CHECKPOINTS_DIR, self._trainer.step, tensors, values)
         # No rank continues or exits before the checkpoint is complete.
         distributed.barrier("waiting for rank 0: writing a checkpoint")
         self._saved_at_s, self.saved_step = time.monotonic(), self._trainer.step
 
-    def handle_spikes(self, own: list[LossSpike], batch_source: BatchSource) -> None:
+    def handle_spikes(self, own: list[LossSpike]) -> None:
         """Stop at, or log, the loss spikes of all ranks; ``own``: the spikes of this rank's SAEs."""
         spikes = sorted(self._rank_gather.gather_spikes(own), key=lambda spike: spike.step)
-        if spikes and self._context.config.train.on_spike == "stop":
+        if spikes and self._run.context.config.train.on_spike == "stop":
             state = self._rank_gather.gather_states(dict(self._recent_states)[spikes[0].step])
             text = distributed.run_on_rank0(
-                "writing spike.json", lambda: self._write_spike(spikes[0], batch_source.describe_state(state))
+                "writing spike.json", lambda: self._write_spike(spikes[0], self._batch_source.describe_state(state))
             )
             raise SaetrainError(text)
         self._log_skipped_steps(spikes)
 
     def _write_spike(self, spike: LossSpike, shards: dict[str, Any]) -> str:
         """Write the position of the spike's batch to spike.json, and return the error with advice."""
-        path = self._directory / SPIKE_FILE
+        path = self._run.directory / SPIKE_FILE
         with self.report_write_errors():
             write_json(path, {**spike.facts, "shards": shards})
         return (
@@ -146,7 +135,7 @@ class Checkpointing:
         if self.saved_step is None:
             return "There is no checkpoint yet"
         with self.report_write_errors():
-            before = rename_suspect(self._directory / CHECKPOINTS_DIR, step)
+            before = rename_suspect(self._run.directory / CHECKPOINTS_DIR, step)
         if before is None:
             return "The last checkpoint is kept"
         return f"The checkpoint of step {step} may be the cause, so it is set aside, and that of step {before} is kept"

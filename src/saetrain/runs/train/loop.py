@@ -5,23 +5,20 @@ from __future__ import annotations
 import contextlib
 import signal
 from dataclasses import dataclass
-from pathlib import Path
 
 from saetrain import distributed
-from saetrain.activations.normalize import Normalizer
 from saetrain.coders import SparseCoder
-from saetrain.config import to_flat
 from saetrain.distributed import env
 from saetrain.logs.console import log_rank0
 from saetrain.runs.train.batches import build_batch_source
+from saetrain.runs.train.builders import TrainingRun
 from saetrain.runs.train.checkpointing import Checkpointing
 from saetrain.runs.train.metadata import log_run_start, log_run_summary
 from saetrain.runs.train.reporting import Reporting
 from saetrain.runs.train.saving import save_saes
-from saetrain.runs.train.setup import RunContext, read_first_sequences, resolve_config
-from saetrain.training.checkpoint import Checkpoint
+from saetrain.runs.train.setup import read_first_sequences
 from saetrain.training.preemption import Preempted, PreemptionHandler
-from saetrain.training.trainer import MicroBatch, Trainer
+from saetrain.training.trainer import MicroBatch
 
 
 @dataclass(frozen=True)
@@ -40,29 +37,20 @@ class SyncedFlags:
 class TrainLoop:
     """Runs the steps of a run in order, with :class:`Checkpointing` and :class:`Reporting`."""
 
-    def __init__(
-        self,
-        context: RunContext,
-        trainer: Trainer,
-        normalizers: dict[str, Normalizer],
-        directory: Path,
-        checkpoint: Checkpoint | None,
-    ) -> None:
-        self.context, self.trainer, self.normalizers, self.directory = context, trainer, normalizers, directory
-        self.config, self._has_ended = context.config, False
+    def __init__(self, run: TrainingRun) -> None:
+        self.training_run, self.context, self.trainer = run, run.context, run.trainer
+        self.config, self._has_ended = run.context.config, False
         self._flags = SyncedFlags()
         self._pending_flags: distributed.AsyncAllReduce | None = None
-        self.batch_source = build_batch_source(context, normalizers)
-        if checkpoint is not None:
-            self.batch_source.load_state_dict(checkpoint.values["buffer"])
-            log_rank0(f"resumed from {checkpoint.path} at step {trainer.step} of {trainer.total_steps}")
+        self.batch_source = build_batch_source(run.context, run.normalizers)
+        if run.checkpoint is not None:
+            self.batch_source.load_state_dict(run.checkpoint.values["buffer"])
+            log_rank0(f"resumed from {run.checkpoint.path} at step {run.trainer.step} of {run.trainer.total_steps}")
         self._source_state = self.batch_source.state_dict()
-        settings = to_flat(resolve_config(context))
-        stages = context, trainer, normalizers, directory, settings, checkpoint
-        self.checkpointing = Checkpointing(*stages)
-        self.reporting = Reporting(*stages, self.checkpointing.report_write_errors)
+        self.checkpointing = Checkpointing(run, self.batch_source)
+        self.reporting = Reporting(run, self.checkpointing.report_write_errors)
         self.preemption = PreemptionHandler()
-        context.train_source.set_interrupt_check(self._raise_if_stopping)
+        run.context.train_source.set_interrupt_check(self._raise_if_stopping)
 
     def run(self) -> None:
         """Run the remaining steps, then evaluate and save the SAEs; raises CoordinatedExit if a signal stopped it."""
@@ -77,9 +65,16 @@ class TrainLoop:
                     self._calibrate_coders()
                     final = self.reporting.evaluate_held_out("final")
                     guard = self.checkpointing.report_write_errors
-                    save_saes(self.directory, self.context, self.trainer, self.normalizers, final, guard)
+                    save_saes(
+                        self.training_run.directory,
+                        self.context,
+                        self.trainer,
+                        self.training_run.normalizers,
+                        final,
+                        guard,
+                    )
                     if is_rank0:
-                        log_run_summary(self.directory, final)
+                        log_run_summary(self.training_run.directory, final)
             if finished:
                 # Only rank 0 has work left.
                 distributed.destroy_process_group()
@@ -114,10 +109,10 @@ class TrainLoop:
                     break
                 if self._flags.wants_metrics:
                     # Reading the metrics waits for the device anyway, so checking for spikes costs nothing more.
-                    checkpointing.handle_spikes(trainer.drain_spikes(), self.batch_source)
+                    checkpointing.handle_spikes(trainer.drain_spikes())
                 reporting.log_step(wants_metrics=bool(self._flags.wants_metrics))
                 if self._is_step_multiple(self.config.evaluation.eval_every) and trainer.step < trainer.total_steps:
-                    checkpointing.handle_spikes(trainer.drain_spikes(), self.batch_source)
+                    checkpointing.handle_spikes(trainer.drain_spikes())
                     reporting.evaluate_held_out("eval")
                 if (
                     self._is_step_multiple(self.config.output.save_every)
@@ -141,7 +136,7 @@ class TrainLoop:
         return False
 
     def _save_if_good(self) -> None:
-        self.checkpointing.save_if_good(self._source_state, self.reporting.log, self.batch_source)
+        self.checkpointing.save_if_good(self._source_state, self.reporting.log)
 
     def _run_step(self) -> bool:
         """Run one optimizer step; return False if it was abandoned because of a signal."""
@@ -158,7 +153,7 @@ class TrainLoop:
             self.context.extractor.before_batch = None
         self.checkpointing.record_batch(*step_state)
         self._source_state = self.batch_source.state_dict()
-        self.checkpointing.handle_spikes(spikes, self.batch_source)
+        self.checkpointing.handle_spikes(spikes)
         return True
 
     def _get_micro_batch(self, number: int) -> MicroBatch:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any, Literal
 
 from saetrain import distributed
-from saetrain.activations.normalize import Normalizer
 from saetrain.config import EvaluateConfig
 from saetrain.distributed import env
 from saetrain.errors import SaetrainError
@@ -17,42 +15,33 @@ from saetrain.logs import MetricsLogger
 from saetrain.logs.base import MetricsRecord, RunInfo
 from saetrain.logs.console import ProgressLine, log_rank0
 from saetrain.runs.evaluate.run import evaluate_saes
+from saetrain.runs.train.builders import TrainingRun
 from saetrain.runs.train.gather import RankGather
 from saetrain.runs.train.rank_metrics import RankMetrics
 from saetrain.runs.train.saving import fold_coders
-from saetrain.runs.train.setup import RunContext, held_out_batches
-from saetrain.training.checkpoint import Checkpoint
-from saetrain.training.trainer import Throughput, Trainer
+from saetrain.runs.train.setup import held_out_batches
+from saetrain.training.trainer import Throughput
 
 
 class Reporting:
     """The logs and the progress line of a run; each write is done within ``report_write_errors()``."""
 
-    def __init__(
-        self,
-        context: RunContext,
-        trainer: Trainer,
-        normalizers: dict[str, Normalizer],
-        directory: Path,
-        settings: dict[str, Any],
-        checkpoint: Checkpoint | None,
-        report_write_errors: Callable[[], AbstractContextManager[None]],
-    ) -> None:
-        self._context, self._trainer, self._normalizers, self._directory = context, trainer, normalizers, directory
-        self._report_write_errors, self._rank_gather = report_write_errors, RankGather(context)
+    def __init__(self, run: TrainingRun, report_write_errors: Callable[[], AbstractContextManager[None]]) -> None:
+        self._run, self._trainer, checkpoint = run, run.trainer, run.checkpoint
+        self._report_write_errors, self._rank_gather = report_write_errors, RankGather(run.context)
         info = RunInfo(
-            run_dir=directory,
-            name=directory.name,
-            settings=settings,
-            total_steps=trainer.total_steps,
+            run_dir=run.directory,
+            name=run.directory.name,
+            settings=run.settings,
+            total_steps=run.trainer.total_steps,
             resumed_step=checkpoint.values["step"] if checkpoint else None,
             sink_state=checkpoint.values["logs"] if checkpoint else {},
         )
         with report_write_errors():
-            self.log = MetricsLogger(context.config.logs, info, disabled=env.rank() != 0)
+            self.log = MetricsLogger(run.context.config.logs, info, disabled=env.rank() != 0)
         distributed.on_peer_failure(lambda: self.log.close(failed=True))
-        self._rank_metrics, self._speed = RankMetrics(), Throughput(trainer.tokens_seen)
-        self.progress_line = ProgressLine(trainer.total_steps, trainer.step)
+        self._rank_metrics, self._speed = RankMetrics(), Throughput(run.trainer.tokens_seen)
+        self.progress_line = ProgressLine(run.trainer.total_steps, run.trainer.step)
 
     def wants_metrics(self, step: int) -> bool:
         """Return whether this rank needs the metrics of ``step``."""
@@ -65,7 +54,7 @@ class Reporting:
             self.progress_line.update(trainer.step, None)
             return
         rate = self._speed.read(trainer.tokens_seen)
-        rank_values = self._rank_metrics.read(trainer.tokens_seen / env.world_size(), self._context.model.device)
+        rank_values = self._rank_metrics.read(trainer.tokens_seen / env.world_size(), self._run.context.model.device)
         saes = self._rank_gather.gather_entries(trainer.compute_metrics())
         if env.rank() == 0:
             self._write("train", saes, {"tokens_per_second": rate, **rank_values})
@@ -77,16 +66,16 @@ class Reporting:
 
     def evaluate_held_out(self, kind: Literal["eval", "final"]) -> dict[str, dict[str, float]]:
         """Evaluate all SAEs on held-out text, log their metrics, and return them."""
-        config = self._context.config
+        config = self._run.context.config
         if kind == "final":
             log_rank0(f"evaluating on up to {config.evaluation.eval_tokens:,} held-out tokens")
         metrics = {}
         # If every rank has the same SAEs, only rank 0 evaluates them.
-        if env.rank() == 0 or self._context.placement.owners:
+        if env.rank() == 0 or self._run.context.placement.owners:
             with distributed.phase("scoring"):
                 scores = evaluate_coders(
-                    fold_coders(self._trainer, self._normalizers),
-                    held_out_batches(self._context),
+                    fold_coders(self._trainer, self._run.normalizers),
+                    held_out_batches(self._run.context),
                     config.dead.dead_percentage_threshold,
                     config.evaluation.eval_tokens,
                 )
@@ -97,12 +86,12 @@ class Reporting:
 
     def assess_saved_saes(self) -> None:
         """Evaluate the saved SAEs as `saetrain evaluate` would, and log their verdicts and metrics."""
-        config = self._context.config
+        config = self._run.context.config
         log_rank0(
             "assessing the SAEs on held-out text (--assess false skips this; `saetrain evaluate` can do it later)"
         )
         eval_config = EvaluateConfig(
-            path=str(self._directory),
+            path=str(self._run.directory),
             scoring=config.scoring,
             health=config.health,
             base=config.base,

@@ -21,7 +21,7 @@ from saetrain.runs.run_dir import (
     resume_if_restarted,
 )
 from saetrain.runs.train import gather
-from saetrain.runs.train.builders import build_trainer, sae_names
+from saetrain.runs.train.builders import TrainingRun, build_trainer, sae_names
 from saetrain.runs.train.choose_step import choose_kernels, step_request
 from saetrain.runs.train.dry_run import report_dry_run
 from saetrain.runs.train.loop import TrainLoop
@@ -60,11 +60,11 @@ def train_saes(config: RunConfig) -> Path:
     if is_rank0:
         with report_write_errors(directory, "at the start", checkpoint is not None, retry_flag):
             initialize_run_dir(directory, config.output.overwrite)
-    loop = TrainLoop(context, trainer, normalizers, directory, checkpoint)
+    loop = TrainLoop(TrainingRun(context, trainer, normalizers, directory, checkpoint))
     output = dataclasses.replace(config.output, run_name=directory.name)
     if is_rank0:
         with loop.checkpointing.report_write_errors():
-            write_yaml(directory / CONFIG_FILE, dataclasses.replace(resolve_config(loop.context), output=output))
+            write_yaml(directory / CONFIG_FILE, dataclasses.replace(resolve_config(context), output=output))
     loop.run()
     return directory
 
