@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -143,13 +143,14 @@ class SAE:
         return np.asarray(kept)
 
 
-def load(path: str | Path, device: str = "cpu", classes: Iterable[type[SparseCoder]] = ()) -> SAE:
+def load(path: str | Path, device: str = "cpu") -> SAE:
     """Load the SAE in directory ``path`` (``…/sae/<hookpoint>``), in the format of saetrain, SAELens or sparsify.
 
-    ``classes``: your own architectures, which the SAE may have. Raises SaetrainError if the SAE is missing or broken.
+    If the SAE has an architecture of your own, import its module first. Raises SaetrainError if the SAE is missing or
+    broken.
     """
     folder = Path(path)
-    coder, metadata = load_sae(folder, classes)
+    coder, metadata = load_sae(folder)
     return SAE(coder.to(device), metadata, folder)
 
 

@@ -103,7 +103,7 @@ def test_formats_that_can_hold_it_give_the_same_outputs(architecture: type[Spars
     for each in FORMATS[1:]:
         if each.unsupported(coder) is not None:
             continue
-        found = each.read_sae(tmp_path, config, CODERS)
+        found = each.read_sae(tmp_path, config)
         assert found is not None, each.NAME
         torch.testing.assert_close(found[0].decode(found[0].encode(x)), coder.decode(coder.encode(x)))
 

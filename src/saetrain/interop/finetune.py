@@ -39,7 +39,7 @@ def initialize_from_sae(
             raise SaetrainError(f"--finetune {folder}: contains no SAE of {hookpoint}, only of {', '.join(available)}")
         folder = folder / hookpoint if available else folder
     try:
-        saved, metadata = load_sae(folder, [type(coder)])
+        saved, metadata = load_sae(folder)
     except SaetrainError as error:
         raise SaetrainError(f"--finetune {error}") from error
     if metadata.hookpoint and resolve_module_name(metadata.hookpoint, module_names) != hookpoint:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from saetrain.atomic_io import atomic_replace, write_json
-from saetrain.coders import CODERS, SparseCoder, architecture_name
+from saetrain.coders import SparseCoder
 from saetrain.errors import SaetrainError
 from saetrain.interop import saelens, saetrain_format, sparsify
 from saetrain.interop.metadata import SaeMetadata
@@ -29,13 +29,10 @@ class Format(Protocol):
     def write_weights(self, path: Path, coder: SparseCoder) -> None:
         """Write the weights to ``path``, which becomes WEIGHTS_FILE."""
 
-    def read_sae(
-        self, folder: Path, config: Mapping[str, Any], coders: Mapping[str, type[SparseCoder]]
-    ) -> tuple[SparseCoder, SaeMetadata] | None:
+    def read_sae(self, folder: Path, config: Mapping[str, Any]) -> tuple[SparseCoder, SaeMetadata] | None:
         """Return (coder of raw activations, metadata), or None if ``folder`` contains no SAE in this format.
 
-        ``config``: contents of ``cfg.json``; ``coders``: {architecture: class}. Raises SaetrainError if the SAE is
-        damaged or not supported.
+        ``config``: contents of ``cfg.json``. Raises SaetrainError if the SAE is damaged or not supported.
         """
 
 
@@ -71,18 +68,15 @@ def save_sae(
     return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
-def load_sae(folder: Path, classes: Iterable[type[SparseCoder]] = ()) -> tuple[SparseCoder, SaeMetadata]:
+def load_sae(folder: Path) -> tuple[SparseCoder, SaeMetadata]:
     """Return (coder of raw activations, metadata) of the SAE in ``folder``, in any of the formats.
-
-    ``classes``: architectures that may be loaded in addition to CODERS.
 
     Raises:
         SaetrainError: if ``folder`` contains no SAE, or if the SAE is damaged or its architecture is not supported.
     """
     config = read_sae_config(folder)
-    coders = CODERS | {architecture_name(each): each for each in classes}
     for each in FORMATS:
-        loaded = each.read_sae(folder, config, coders)
+        loaded = each.read_sae(folder, config)
         if loaded is not None:
             return loaded
     raise SaetrainError(f"{folder}: contains neither {saelens.WEIGHTS_FILE} nor {sparsify.WEIGHTS_FILE}")

@@ -63,9 +63,7 @@ def write_weights(path: Path, coder: SparseCoder) -> None:
     save_file({name: value.cpu().contiguous() for name, value in coder.state_dict().items()}, path)
 
 
-def read_sae(
-    folder: Path, config: Mapping[str, Any], coders: Mapping[str, type[SparseCoder]]
-) -> tuple[SparseCoder, SaeMetadata] | None:
+def read_sae(folder: Path, config: Mapping[str, Any]) -> tuple[SparseCoder, SaeMetadata] | None:
     """Return (coder of raw activations, metadata), or None if ``folder`` contains no weights of SAELens.
 
     Raises SaetrainError if the SAE is damaged, is not TopK, or does not take raw activations.

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from saetrain.coders import SparseCoder, architecture_name, find_coder_class
+from saetrain.coders import CODERS, SparseCoder, architecture_name, find_coder_class
 from saetrain.errors import SaetrainError
 from saetrain.interop import saelens
 from saetrain.interop.metadata import SaeMetadata
@@ -45,12 +45,10 @@ def build_config(coder: SparseCoder, metadata: SaeMetadata) -> dict[str, Any]:
     return {"saetrain": {"format": FORMAT_VERSION, **extra, **dataclasses.asdict(metadata)}}
 
 
-def read_sae(
-    folder: Path, config: Mapping[str, Any], coders: Mapping[str, type[SparseCoder]]
-) -> tuple[SparseCoder, SaeMetadata] | None:
+def read_sae(folder: Path, config: Mapping[str, Any]) -> tuple[SparseCoder, SaeMetadata] | None:
     """Return (coder of raw activations, metadata), or None if another program wrote ``cfg.json``.
 
-    The class of the coder is looked up by its name in ``coders``; a file never causes an import.
+    A file never causes an import: the class must be in CODERS, or its module must have been imported.
     Raises SaetrainError if the SAE is damaged, or if its architecture is unknown.
     """
     path, entry = folder / SAE_CONFIG_FILE, config.get("saetrain")
@@ -62,13 +60,10 @@ def read_sae(
         )
     saved = require_entry(path, {"coder": config, **entry}, "coder", dict)
     name = saved.get("architecture")
-    # A list, because a damaged file may contain a name that can't be hashed.
-    if name in list(coders):
-        coder_class = coders[name]
-    elif isinstance(name, str) and ":" in name:
-        coder_class = find_coder_class(name, may_import=False)
-    else:
-        raise SaetrainError(f"{path}: architecture is {name!r}; this version supports {', '.join(coders)}")
+    # Names without a colon are those of CODERS, and a damaged file may contain a name that can't be hashed.
+    if name not in list(CODERS) and not (isinstance(name, str) and ":" in name):
+        raise SaetrainError(f"{path}: architecture is {name!r}; this version supports {', '.join(CODERS)}")
+    coder_class = find_coder_class(name, may_import=False)
     d_in, num_latents = (require_entry(path, saved, key, PositiveInt) for key in ("d_in", "d_sae"))
     sizes = (d_in, require_entry(path, {"d_out": d_in, **saved}, "d_out", PositiveInt), num_latents)
     weights = read_tensors(folder / WEIGHTS_FILE)

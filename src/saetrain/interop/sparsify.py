@@ -47,9 +47,7 @@ def write_weights(path: Path, coder: SparseCoder) -> None:
     save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path)
 
 
-def read_sae(
-    folder: Path, config: Mapping[str, Any], coders: Mapping[str, type[SparseCoder]]
-) -> tuple[SparseCoder, SaeMetadata] | None:
+def read_sae(folder: Path, config: Mapping[str, Any]) -> tuple[SparseCoder, SaeMetadata] | None:
     """Return (coder of raw activations, metadata), or None if ``folder`` contains no weights of sparsify.
 
     sparsify records only the hookpoint, as the name of the folder.

@@ -130,7 +130,7 @@ def test_our_own_format_holds_any_coder(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "cfg.json").read_text())["saetrain"]["coder"] == {
         "architecture": name, "d_in": D, "d_out": 4, "d_sae": F, "groups": [5, 15], "rate": 0.5,
     }  # fmt: skip
-    found, metadata = load_sae(tmp_path, [Threshold])
+    found, metadata = load_sae(tmp_path)
     assert metadata == METADATA
     assert isinstance(found, Threshold)
     assert (found.groups, found.rate) == ((5, 15), 0.5)
@@ -141,7 +141,7 @@ def test_our_own_format_holds_any_coder(tmp_path: Path) -> None:
     for key, value in coder.state_dict().items():
         assert torch.equal(found.state_dict()[key], value), key
         assert found.state_dict()[key].dtype == value.dtype
-    sae = saetrain.load(tmp_path, classes=[Threshold])
+    sae = saetrain.load(tmp_path)
     x = torch.randn(9, D)
     assert torch.equal(sae.decode(sae.encode(x)), coder.decode(coder.encode(x)))
     assert repr(sae) == f"SAE(architecture={name}, d_in=6, d_out=4, d_sae=20, groups=(5, 15), rate=0.5, h.0 of m)"
@@ -194,7 +194,7 @@ def test_a_wrong_setting_is_named(tmp_path: Path, spoil: dict[str, Any], said: s
     config["saetrain"]["coder"].update(spoil)
     path.write_text(json.dumps(config))
     with pytest.raises(SaetrainError, match=said):
-        load_sae(tmp_path, [Threshold])
+        load_sae(tmp_path)
 
 
 def test_saes_of_other_libraries_encode_activations_but_no_texts(tmp_path: Path) -> None:
