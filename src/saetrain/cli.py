@@ -77,12 +77,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _is_debug_requested(words: list[str]) -> bool:
     """Return whether --debug is given, even if another flag can't be parsed."""
-    for position, word in enumerate(words):
-        following = words[position + 1] if position + 1 < len(words) else ""
-        name, equals, value = word.partition("=")
-        if name == "--debug":
-            return (value if equals else following).lower() not in FALSE_WORDS
-    return False
+    value = _find_value(words, "debug")
+    return value is not None and value.lower() not in FALSE_WORDS
 
 
 def _run_command(words: list[str]) -> None:
@@ -129,7 +125,9 @@ def parse_train(words: Sequence[str]) -> RunConfig:
     words, path = _split_off_config(list(words))
     values = read_yaml(path) if path else {}
     given = _find_value(words, "architecture")
-    config_type = config_class(given or values.get("architecture", "topk"), may_import=given is not None)
+    config_type = config_class(
+        given or str(values.get("architecture", RunConfig.architecture)), may_import=given is not None
+    )
     words = _normalize_flags(words, flag_types(config_type), "saetrain --help all")
     if {"num_latents", "expansion_factor"} <= _given_flags(words):
         # A file contains both, because the number of latents is resolved from the factor.
@@ -160,7 +158,7 @@ def parse_evaluate(words: Sequence[str]) -> EvaluateConfig:
     """Parse the arguments of ``saetrain evaluate``; the settings of the run in PATH are the defaults."""
     words = _normalize_flags(list(words), flag_types(EvaluateConfig), "saetrain evaluate --help")
     architecture = _find_value(words, "architecture")
-    if architecture is not None:
+    if architecture:
         find_coder_class(architecture, may_import=True)
 
     def parse_with_defaults(default: Any) -> EvaluateConfig:
@@ -192,11 +190,11 @@ MUTUALLY_EXCLUSIVE = (
 
 
 def _find_value(words: Sequence[str], flag: str) -> str | None:
-    """Return the value of a flag, before the words are parsed."""
+    """Return the word that follows a flag, before the words are parsed; None without the flag."""
     for position, word in enumerate(words):
         name, equals, value = word.partition("=")
         if name == f"--{flag}":
-            return value if equals else words[position + 1] if position + 1 < len(words) else None
+            return value if equals else "".join(words[position + 1 : position + 2])
     return None
 
 
@@ -224,8 +222,7 @@ def _normalize_flags(words: list[str], types_by_flag: dict[str, Any], help_comma
         name, equals, value = word[2:].partition("=")
         name = name.replace("-", "_")
         if name not in known:
-            suggestion = did_you_mean(name, known).replace("mean ", "mean --").replace(" or ", " or --")
-            raise SaetrainError(_describe_unknown_flag(name, suggestion, help_command))
+            raise SaetrainError(_describe_unknown_flag(name, known, help_command))
         out.append(f"--{name}{equals}{value}")
         following = words[position + 1].lower() if position + 1 < len(words) else ""
         if types_by_flag.get(name) is bool and not equals:
@@ -235,10 +232,12 @@ def _normalize_flags(words: list[str], types_by_flag: dict[str, Any], help_comma
     return _move_positionals_first(_normalize_booleans(out, types_by_flag), types_by_flag)
 
 
-def _describe_unknown_flag(name: str, suggestion: str, help_command: str) -> str:
+def _describe_unknown_flag(name: str, known: list[str], help_command: str) -> str:
     owners = [key for key, coder in CODERS.items() if name in {item.name for item in fields(coder.Settings)}]
-    if owners:
+    # Only training has the settings of an architecture.
+    if owners and "num_latents" in known:
         return f"--{name}: only --architecture {' and '.join(owners)} has this flag"
+    suggestion = did_you_mean(name, known).replace("mean ", "mean --").replace(" or ", " or --")
     return f"--{name}: no such flag.{suggestion} '{help_command}' lists all flags"
 
 
