@@ -7,7 +7,8 @@ from saetrain.ops.functions import (
     explicit_auxk,
     linear_topk,
     plain_products,
+    reuse_gradients,
     uses_plain_products,
 )
 
-__all__ = ["decode_codes", "explicit_auxk", "linear_topk", "plain_products", "uses_plain_products"]
+__all__ = ["decode_codes", "explicit_auxk", "linear_topk", "plain_products", "reuse_gradients", "uses_plain_products"]

@@ -21,6 +21,20 @@ from saetrain.ops.cpu_features import DENSE_LIMIT, dense_limit
 from saetrain.types import Codes
 
 _is_plain: ContextVar[bool] = ContextVar("is_plain", default=False)
+_spare_gradients: ContextVar[list[Tensor] | None] = ContextVar("spare_gradients", default=None)
+
+
+@contextlib.contextmanager
+def reuse_gradients(spare: list[Tensor]) -> Iterator[None]:
+    """Write weight gradients of the block's products into tensors of ``spare``, which are removed from the list.
+
+    Fresh memory is slow on a CPU, because the system clears every page at its first use.
+    """
+    token = _spare_gradients.set(spare)
+    try:
+        yield
+    finally:
+        _spare_gradients.reset(token)
 
 
 @contextlib.contextmanager
@@ -97,9 +111,11 @@ def _sorted_pairs(cache: dict[str, Any], indices_NK: Tensor, latents: int) -> sp
     return cache["pairs"]
 
 
-def _multiply_csr(csr_FN: Tensor, dense_ND: Tensor) -> Tensor:
-    """Return the product (F, D); unlike ``@``, this does not fill the result with zeros first."""
-    out = dense_ND.new_empty(csr_FN.shape[0], dense_ND.shape[1])
+def _multiply_csr(csr_FN: Tensor, dense_ND: Tensor, spare: list[Tensor] | None) -> Tensor:
+    """Return the product (F, D), in memory of ``spare`` if it fits; unlike ``@``, this does not fill it with zeros."""
+    shape = csr_FN.shape[0], dense_ND.shape[1]
+    fitting = next((number for number, tensor in enumerate(spare or []) if tensor.shape == shape), None)
+    out = dense_ND.new_empty(shape) if spare is None or fitting is None else spare.pop(fitting)
     return torch.addmm(out, csr_FN, dense_ND, beta=0, out=out)
 
 
@@ -113,7 +129,7 @@ class _LinearTopK(torch.autograd.Function):
         values, indices = sparse.encode_topk(encoder_input, W.to(encoder_input.dtype), b, k)
         ctx.save_for_backward(centred, encoder_input, W, values, indices)
         ctx.mark_non_differentiable(indices)
-        ctx.cache, ctx.has_centre = cache, centre is not None
+        ctx.cache, ctx.has_centre, ctx.spare = cache, centre is not None, _spare_gradients.get()
         return values, indices
 
     @staticmethod
@@ -126,7 +142,10 @@ class _LinearTopK(torch.autograd.Function):
             grad_W, grad_b = (grad_pre_NF.T @ encoder_input).float(), grad_pre_NF.sum(dim=0, dtype=torch.float32)
         else:
             grad_pre_csr = _sorted_pairs(ctx.cache, indices, len(W)).to_csr(grad_pre, len(grad_pre))
-            grad_W, grad_b = _multiply_csr(grad_pre_csr, centred), grad_pre_csr @ grad_pre.new_ones(len(grad_pre))
+            grad_W, grad_b = (
+                _multiply_csr(grad_pre_csr, centred, ctx.spare),
+                grad_pre_csr @ grad_pre.new_ones(len(grad_pre)),
+            )
         return None, grad_W, grad_b, -(grad_b @ W) if ctx.has_centre else None, None, None
 
 
@@ -135,7 +154,7 @@ class _SparseDecode(torch.autograd.Function):
     def forward(ctx: Any, values: Tensor, indices: Tensor, W: Tensor, cache: dict[str, Any]) -> Tensor:
         product_W = W.to(_product_dtype(values))
         ctx.save_for_backward(values, indices, W, product_W)
-        ctx.cache = cache
+        ctx.cache, ctx.spare = cache, _spare_gradients.get()
         if _is_dense(len(W), values.shape[1]):
             return (_scatter_codes(values.to(product_W.dtype), indices, len(W)) @ product_W).float()
         # A weight without a gradient makes embedding_bag skip what only its own backward pass needs.
@@ -156,7 +175,7 @@ class _SparseDecode(torch.autograd.Function):
         else:
             grad_values = sparse.sampled_matmul(grad, indices, W)
         code_csr = _sorted_pairs(ctx.cache, indices, len(W)).to_csr(values, len(values))
-        return grad_values, None, _multiply_csr(code_csr, grad), None
+        return grad_values, None, _multiply_csr(code_csr, grad, ctx.spare), None
 
 
 class _AuxK(torch.autograd.Function):

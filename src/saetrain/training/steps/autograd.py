@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from saetrain.coders.base import SparseCoder
-from saetrain.ops import plain_products
+from saetrain.ops import plain_products, reuse_gradients
 from saetrain.optim import (
     LazyAdam,
     OptimSettings,
@@ -45,6 +45,7 @@ class AutogradStep(TrainStep):
             latent_dims={} if coder.updates_idle_latents else coder.latent_dims,
         )
         self._norm = torch.zeros(())
+        self._spare_gradients: list[Tensor] = []
 
     @classmethod
     def unsupported(cls, request: StepRequest) -> str | None:
@@ -66,7 +67,8 @@ class AutogradStep(TrainStep):
         coder, y_ND = self._coder, x_ND if y_ND is None else y_ND
         products = plain_products() if self._is_plain else nullcontext()
         use_autocast = self._dtype != torch.float32
-        with products, torch.autocast(x_ND.device.type, dtype=self._dtype, enabled=use_autocast):
+        reuse = reuse_gradients(self._spare_gradients)
+        with products, reuse, torch.autocast(x_ND.device.type, dtype=self._dtype, enabled=use_autocast):
             encoded = coder.encode_train(x_ND, ctx)
             y_hat_ND = coder.decode(encoded.codes, x_ND)
             losses = coder.losses(y_ND, encoded, y_hat_ND, ctx)
@@ -112,7 +114,8 @@ class AutogradStep(TrainStep):
         return self._norm
 
     def zero_grad(self) -> None:
-        """Discard the gradients; the next backward pass allocates new ones instead of adding to zeros."""
+        """Discard the gradients; the next backward pass writes new ones instead of adding to zeros."""
+        self._spare_gradients = [gradient for gradient in self.gradients() if gradient.dim() == 2]
         self._optimizer.zero_grad()
 
     def state_dict(self) -> dict[str, Tensor]:
