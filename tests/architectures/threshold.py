@@ -1,15 +1,15 @@
-"""SAE with one threshold for all latents, an average over the steps, and ragged codes; also as a transcoder."""
+"""Transcoder of a module with one threshold for all latents, an average over the steps, and ragged codes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from saetrain.coders import SparseCoder
-from saetrain.types import Affine, Codes, Encoded, StepContext
+from saetrain.types import INPUT_SUFFIX, Codes, Encoded, Site, StepContext
 
 DECAY = 0.9
 """Weight of the earlier thresholds in the average."""
@@ -30,6 +30,10 @@ class Threshold(SparseCoder):
     @classmethod
     def build(cls, settings: Any, d_in: int, d_out: int | None = None, *, seed: int = 0) -> Threshold:
         return cls(d_in, settings.resolve_num_latents(d_in), settings.k, seed, d_out)
+
+    @classmethod
+    def build_sites(cls, hookpoints: Sequence[str]) -> list[Site]:
+        return [Site((name + INPUT_SUFFIX,), (name,)) for name in hookpoints]
 
     saved_settings = ("k",)
 
@@ -59,8 +63,6 @@ class Threshold(SparseCoder):
     def expected_l0(self) -> int:
         return self.k
 
-    def folded(self, inputs: Affine, outputs: Affine) -> Threshold:
-        out = super().folded(inputs, outputs)
-        assert isinstance(out, Threshold)
-        out.threshold.mul_(outputs.scale)
-        return out
+    def scale_code_units_(self, factor: float) -> None:
+        super().scale_code_units_(factor)
+        self.threshold.mul_(factor)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from saetrain.errors import SaetrainError
 from saetrain.losses import reconstruction_loss
 from saetrain.ops import decode_codes
-from saetrain.types import Affine, Codes, Encoded, StepContext, shown_default
+from saetrain.optim import RunSize, recommended_lr
+from saetrain.settings import Settings, Size
+from saetrain.types import Affine, Codes, Encoded, Site, StepContext, shown_default
 
 ENCODER_INIT_NORM = 0.3
 """Norm of the columns of the initial encoder. With 1, the first reconstructions are several times too large, and the
@@ -24,21 +26,15 @@ ROWS_PER_CHUNK = 256
 
 
 @dataclass(frozen=True, kw_only=True)
-class CoderSettings:
+class CoderSettings(Settings):
     """SAE: size and sparsity."""
 
-    k: int = 192
+    k: Size = 192
     """Active latents per token (the wanted L0)."""
-    expansion_factor: int = 32
+    expansion_factor: Size = 32
     """Number of latents per activation dimension."""
-    num_latents: Annotated[int | None, shown_default("width x expansion_factor", "INT")] = None
+    num_latents: Annotated[Size | None, shown_default("width x expansion_factor", "INT")] = None
     """Number of latents, instead of --expansion_factor."""
-
-    def __post_init__(self) -> None:
-        for name in ("k", "expansion_factor", "num_latents"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise SaetrainError(f"--{name} {value}: must be at least 1")
 
     def resolve_num_latents(self, d_in: int) -> int:
         """Return the number of latents for activations of width ``d_in``; raises SaetrainError if k is larger."""
@@ -46,6 +42,14 @@ class CoderSettings:
         if self.k > num_latents:
             raise SaetrainError(f"--k {self.k}: more than the {num_latents} latents")
         return num_latents
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupSettings(CoderSettings):
+    """SAE: size and sparsity, for coders that select latents among the tokens of a group (:class:`TokenGroups`)."""
+
+    group_tokens: Annotated[Size | None, shown_default("the first start's micro-batch over all ranks", "INT")] = None
+    """Consecutive activations among which k per token are selected; a micro-batch must hold whole groups."""
 
 
 class SparseCoder(nn.Module, ABC):
@@ -62,14 +66,22 @@ class SparseCoder(nn.Module, ABC):
     """Settings of the architecture, which become flags of the command line."""
     has_unit_norm_decoder: ClassVar[bool] = True
     """Whether each step keeps the rows of ``W_dec`` at unit norm."""
+    latents_compete: ClassVar[bool] = True
+    """Whether the pre-activations of other latents decide which latents are active, at least in training."""
     updates_idle_latents: ClassVar[bool] = False
     """Whether Adam also updates latents that have no gradient in a step (docs/recipe.md)."""
     lifts_dead_biases: ClassVar[bool] = True
     """Whether each step raises the encoder bias of dead latents (--dead_bias_lift)."""
     saved_settings: ClassVar[tuple[str, ...]] = ()
     """Settings that determine the codes; a saved SAE stores the attributes of these names."""
+    recorded_settings: ClassVar[tuple[str, ...]] = ()
+    """Settings that do not change the codes of a saved SAE, which stores them too; None: its file does not have it."""
+    training_buffers: ClassVar[frozenset[str]] = frozenset()
+    """Buffers that only training uses. Formats of other libraries omit them, and reading a file sets the defaults."""
     encoder_parameters: ClassVar[frozenset[str]] = frozenset({"W_enc", "b_enc"})
     """Parameters with the encoder's learning rate; the matrices among them decay."""
+    lr_scale: ClassVar[float | None] = None
+    """Learning rate of ``--lr auto``, relative to that of TopK (docs/recipe.md); None: ``--lr auto`` is refused."""
     latent_dims: ClassVar[Mapping[str, int]] = {"W_enc": 1, "b_enc": 0, "W_dec": 0}
     """{parameter with one entry per latent: dimension of the latents}."""
 
@@ -92,6 +104,11 @@ class SparseCoder(nn.Module, ABC):
     def build(cls, settings: Any, d_in: int, d_out: int | None = None, *, seed: int = 0) -> SparseCoder:
         """Return a coder with initial weights; ``settings`` is an instance of ``Settings``."""
         return cls(d_in, settings.resolve_num_latents(d_in), seed, d_out)
+
+    @classmethod
+    def build_sites(cls, hookpoints: Sequence[str]) -> list[Site]:
+        """Return the sites of the coders that a run trains, for the hookpoints that its flags select."""
+        return [Site.of_sae(name) for name in hookpoints]
 
     @abstractmethod
     def encode(self, x_ND: Tensor) -> Codes:
@@ -133,8 +150,11 @@ class SparseCoder(nn.Module, ABC):
         return None
 
     def recommended_lr(self, tokens_per_step: int, steps: int) -> float | None:
-        """Return the learning rate of ``--lr auto``, or None if no rule was fitted for the architecture."""
-        return None
+        """Return the learning rate of ``--lr auto``, or None if the architecture has no rule."""
+        l0 = self.expected_l0()
+        if self.lr_scale is None or l0 is None:
+            return None
+        return self.lr_scale * recommended_lr(RunSize(self.num_latents, l0, tokens_per_step, steps))
 
     def for_inference(self) -> SparseCoder:
         """Return the coder that is saved; it encodes token by token."""
@@ -145,7 +165,7 @@ class SparseCoder(nn.Module, ABC):
         """Return a coder of raw activations: x' = ((x - m) / s) A and y = s (y' Aᵀ) + m; this coder is not changed.
 
         With a code f' of normalized inputs, f = s_out f'. That is exact for encoders that are positively homogeneous
-        in W_enc, b_enc and b_dec, such as ReLU and TopK. A subclass scales what else has the unit of the code.
+        in W_enc, b_dec and what :meth:`scale_code_units_` scales, such as ReLU and TopK.
         """
         out = copy.deepcopy(self)
         ratio = outputs.scale / inputs.scale
@@ -153,9 +173,9 @@ class SparseCoder(nn.Module, ABC):
         W_enc = (self.W_enc.T @ inputs.axes.T).T
         out.W_enc = nn.Parameter(W_enc if ratio == 1 else ratio * W_enc)
         out.W_dec = nn.Parameter(self.W_dec @ outputs.axes.T)
-        out.b_enc = nn.Parameter(self.b_enc * outputs.scale)
+        out.scale_code_units_(outputs.scale)
         if not self.is_sae:
-            out.b_enc.sub_(inputs.mean @ out.W_enc)
+            out.shift_pre_activations_(-(inputs.mean @ out.W_enc))
         out.b_dec = nn.Parameter(outputs.axes @ self.b_dec * outputs.scale + outputs.mean)
         return out.requires_grad_(False)
 
@@ -163,13 +183,26 @@ class SparseCoder(nn.Module, ABC):
     def unfold_(self, inputs: Affine, outputs: Affine) -> None:
         """Undo :meth:`folded` in place: a coder of raw activations becomes a coder of normalized activations."""
         if not self.is_sae:
-            self.b_enc.add_(inputs.mean @ self.W_enc)
+            self.shift_pre_activations_(inputs.mean @ self.W_enc)
         self.W_enc.copy_(inputs.axes.T @ self.W_enc)
         if outputs.scale != inputs.scale:
             self.W_enc.mul_(inputs.scale / outputs.scale)
         self.W_dec.copy_(self.W_dec @ outputs.axes)
-        self.b_enc.div_(outputs.scale)
+        self.scale_code_units_(1 / outputs.scale)
         self.b_dec.copy_((self.b_dec - outputs.mean) / outputs.scale @ outputs.axes)
+
+    @torch.no_grad()
+    def scale_code_units_(self, factor: float | Tensor) -> None:
+        """Multiply everything but the encoder's matrix that has the unit of the code: its biases and thresholds.
+
+        ``factor``: a number, or (F,) if latents do not compete.
+        """
+        self.b_enc.mul_(factor)
+
+    @torch.no_grad()
+    def shift_pre_activations_(self, shift_F: Tensor) -> None:
+        """Add ``shift_F`` (F,) to the encoder's product of an input, by means of its biases."""
+        self.b_enc.add_(shift_F)
 
     def pre_activations(self, x_ND: Tensor) -> Tensor:
         """Return the pre-activations (N, F)."""

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from saetrain.activations.normalize import Normalizer
+from saetrain.coders.auxk import default_k_aux
 from saetrain.coders.base import ENCODER_INIT_NORM
-from saetrain.coders.topk import TopK, default_k_aux
+from saetrain.coders.topk import TopK
 from saetrain.types import StepContext
 
 D, F, N = 7, 29, 23
@@ -159,7 +160,7 @@ def test_folded_and_unfolded_agree_and_undo_each_other() -> None:
     coder = make(3)
     mean, scale = torch.randn(D, generator=torch.Generator().manual_seed(9)) * 20, 7.5
     axes, _ = torch.linalg.qr(torch.randn(D, D, generator=torch.Generator().manual_seed(8)))
-    raw, inputs = data() * scale + mean, Normalizer(mean, scale, axes, 1.0, float("inf"))
+    raw, inputs = data() * scale + mean, Normalizer(mean, scale, axes, 1.0)
     before = {name: value.clone() for name, value in coder.state_dict().items()}
     outer = coder.folded(inputs, inputs)
     inner_codes, outer_codes = coder.encode((raw - mean) / scale @ axes), outer.encode(raw)
