@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +18,11 @@ import torch
 from saetrain.cli import main
 from saetrain.data import sharded
 from saetrain.ops.cpu_features import has_fast_bf16
-from saetrain.training.trainer import SaeState
+from saetrain.ops.native import compile
+from saetrain.training.sae_state import SaeState
+from saetrain.training.steps.base import MicroBatch
 from tests.processes import ForkedCommand, finish
+from tests.unit.runs.test_checkpoint_state import remake_manifest
 
 BASE = "--k 4 --num_latents 64 --batch_size 2 --ctx_len 32 --eval_tokens 500 --max_tokens 640 --buffer_tokens 256"
 BASE += " --assess false"
@@ -61,6 +68,7 @@ def run_native(out: Path, cache: Path, model: str, text: str, code: int = 0, **e
     return finish(ForkedCommand(words, {"CXX": "", "XDG_CACHE_HOME": str(cache), **environment}), code)
 
 
+NEEDS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files to others")
 BUILDING = "building the C++ kernels (only once); they are cached in"
 
 
@@ -83,15 +91,67 @@ def test_a_cached_library_needs_no_compiler(
     assert "no C++ compiler was found: install g++, c++ or clang++, or name a compiler in the variable CXX" in output
 
 
-def test_a_damaged_library_in_the_cache_is_rebuilt(
-    cached_library: Path, tmp_path: Path, tiny_bert: str, topics_jsonl: str
+def copy_instead_of_compiling(library: Path) -> None:
+    """Let the compiler's part be done by a copy, because it takes about 20 s."""
+
+    def run_command(command: list[str]) -> None:
+        shutil.copy(library, command[command.index("-o") + 1])
+
+    compile._run_command = run_command
+
+
+def cut_file(library: Path) -> None:
+    library.write_bytes(library.read_bytes()[: library.stat().st_size * 3 // 5])
+
+
+def zero_middle(library: Path) -> None:
+    content = library.read_bytes()
+    quarter = len(content) // 4
+    library.write_bytes(content[:quarter] + bytes(2 * quarter) + content[3 * quarter :])
+
+
+def give_away(library: Path) -> None:
+    os.chown(library, 65534, -1)
+
+
+def empty_library(library: Path) -> None:
+    """Put a library without functions in its place, with its hash."""
+    source = library.parent.parent / "empty.c"
+    source.write_text("")
+    library.unlink()
+    subprocess.run(["cc", "-shared", str(source), "-o", str(library.with_name("native-empty.so"))], check=True)
+    library.with_name("native-empty.so").chmod(0o600)
+    remake_manifest(library.parent)
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (cut_file, "is damaged (native-"),
+        (zero_middle, "is damaged (native-"),
+        (lambda library: library.write_bytes(b"no library"), "is damaged (native-"),
+        (lambda library: (library.parent / "manifest.json").unlink(), "is damaged (manifest.json is missing)"),
+        (lambda library: library.chmod(0o620), "are built again, because others may write to"),
+        (lambda library: library.parent.chmod(0o777), "are built again, because others may write to"),
+        pytest.param(give_away, "are built again, because", marks=NEEDS_ROOT),
+        (empty_library, BUILDING),
+    ],
+)
+def test_a_library_that_cannot_be_trusted_is_rebuilt_with_one_line(
+    harm: Callable[[Path], object], said: str, cached_library: Path, tmp_path: Path, tiny_bert: str, topics_jsonl: str
 ) -> None:
+    (original,) = cached_library.rglob("*.so")
     cache = shutil.copytree(cached_library, tmp_path / "cache")
     (library,) = cache.rglob("*.so")
-    library.write_bytes(b"no library")
-    run_native(tmp_path / "out", cache, tiny_bert, topics_jsonl)
+    harm(library)
+    words = [tiny_bert, topics_jsonl, *BASE.split(), "--kernels", "native", "--save_dir", str(tmp_path / "out")]
+    environment, prepare = {"XDG_CACHE_HOME": str(cache)}, partial(copy_instead_of_compiling, original)
+    output = finish(ForkedCommand(words, environment, prepare=prepare))
+    assert output.count(said) == 1
+    assert output.count(BUILDING) == 1
     assert about(tmp_path / "out")["kernels"] == "native"
-    assert library.read_bytes() != b"no library"
+    assert [path.read_bytes() for path in cache.rglob("*.so")] == [original.read_bytes()]
+    assert BUILDING not in run_native(tmp_path / "again", cache, tiny_bert, topics_jsonl)
 
 
 def delay_reads_and_spoil_activations() -> None:
@@ -104,8 +164,8 @@ def delay_reads_and_spoil_activations() -> None:
         return read(self, shard, cursor, tokens)
 
     sharded.ShardedSequences.read = read_slowly  # type: ignore[method-assign]
-    SaeState.forward_backward = lambda self, raw, progress: forward_backward(  # type: ignore[method-assign]
-        self, raw * float("nan"), progress
+    SaeState.forward_backward = lambda self, batch, ctx: forward_backward(  # type: ignore[method-assign]
+        self, MicroBatch.of_sae(batch.x_ND * float("nan")), ctx
     )
 
 
@@ -120,6 +180,7 @@ def test_an_error_does_not_wait_for_the_prefetch(tmp_path: Path, tiny_bert: str,
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        ("--kernels native --multi_topk true", "--kernels native: they do not support --multi_topk"),
         ("--kernels native --optimizer sgd --lr 1", "--kernels native: they support only --optimizer adam, not sgd"),
         ("--kernels reference --compute_dtype bfloat16", "--kernels reference supports only float32"),
     ],

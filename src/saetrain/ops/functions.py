@@ -7,7 +7,7 @@ gradients are fp32. No tensor of size N x F is stored if F is large relative to 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
@@ -19,6 +19,9 @@ from saetrain.ops import sparse
 from saetrain.ops.auxk import compute_auxk_gradients
 from saetrain.ops.cpu_features import DENSE_LIMIT, dense_limit
 from saetrain.types import Codes
+
+MAX_PLAIN_ENTRIES = 1 << 25
+"""Pre-activations that exist at once where products are plain, as in inference."""
 
 _is_plain: ContextVar[bool] = ContextVar("is_plain", default=False)
 _spare_gradients: ContextVar[list[Tensor] | None] = ContextVar("spare_gradients", default=None)
@@ -54,12 +57,50 @@ def linear_topk(x_ND: Tensor, W_FD: Tensor, b_F: Tensor, k: int, centre_D: Tenso
     ``b_F`` and ``centre_D``; not in ``x_ND``, so that no gradient of its size is computed.
     """
     if uses_plain_products():
-        pre_NF = torch.addmm(b_F, x_ND if centre_D is None else x_ND - centre_D, W_FD.T)
-        values, indices = torch.topk(pre_NF, k, dim=1, sorted=False)
+        found = [torch.topk(pre_CF, k, dim=1, sorted=False) for pre_CF in _plain_chunks(x_ND, W_FD, b_F, centre_D)]
+        values, indices = (torch.cat(parts) for parts in zip(*found, strict=True))
         return Codes(values.relu(), indices, len(W_FD))
     cache: dict[str, Any] = {}
     values, indices = _LinearTopK.apply(x_ND, W_FD, b_F, centre_D, k, cache)
     return Codes(values, indices, len(W_FD), cache=cache)
+
+
+Keep = Callable[[Tensor, Tensor, Tensor], Tensor | None]
+"""Function of the pairs above a floor (values fp32, latents, tokens) that returns those to keep, (P,) bool.
+
+It returns None if the floor is too high, so that the pairs above 0 are needed."""
+
+
+def linear_above(
+    x_ND: Tensor, W_FD: Tensor, b_F: Tensor, floor: Tensor, centre_D: Tensor | None = None, keep: Keep | None = None
+) -> Codes:
+    """Return the entries of ``(x - centre) Wᵀ + b`` above ``floor``, (F,) or a scalar, as ragged codes.
+
+    ``keep`` selects among them. Differentiable in ``W_FD``, ``b_F`` and ``centre_D``; not in ``x_ND`` and ``floor``.
+    """
+    if uses_plain_products():
+        found, start = [], 0
+        for pre_CF in _plain_chunks(x_ND, W_FD, b_F, centre_D):
+            token_P, latent_P = (pre_CF > floor).nonzero().unbind(1)
+            found.append((pre_CF[token_P, latent_P].float(), latent_P, token_P + start))
+            start += len(pre_CF)
+        values, latent_P, token_P = (torch.cat(parts) for parts in zip(*found, strict=True))
+        kept = None if keep is None else keep(values.detach(), latent_P, token_P)
+        if keep is not None and kept is None:
+            return linear_above(x_ND, W_FD, b_F, torch.zeros_like(floor), centre_D, keep)
+        if kept is not None:
+            values, latent_P, token_P = values[kept], latent_P[kept], token_P[kept]
+        return Codes(values, latent_P, len(W_FD), sparse.count_offsets(token_P, len(x_ND)))
+    cache: dict[str, Any] = {}
+    values, latent_P, token_P = _LinearAbove.apply(x_ND, W_FD, b_F, centre_D, floor, keep, cache)
+    cache["tokens"] = token_P
+    return Codes(values, latent_P, len(W_FD), sparse.count_offsets(token_P, len(x_ND)), cache)
+
+
+def _plain_chunks(x_ND: Tensor, W_FD: Tensor, b_F: Tensor, centre_D: Tensor | None) -> Iterator[Tensor]:
+    """Yield ``(x - centre) Wᵀ + b`` in chunks of at most MAX_PLAIN_ENTRIES entries."""
+    for rows in x_ND.split(max(1, MAX_PLAIN_ENTRIES // len(W_FD))):
+        yield torch.addmm(b_F, rows if centre_D is None else rows - centre_D, W_FD.T)
 
 
 def decode_codes(codes: Codes, W_FD: Tensor) -> Tensor:
@@ -67,11 +108,11 @@ def decode_codes(codes: Codes, W_FD: Tensor) -> Tensor:
     # Autocast may have left the values in bf16.
     values = codes.values.float()
     if codes.indices is None:
-        return values @ W_FD
+        return (values @ W_FD).float()
+    if codes.offsets is not None and uses_plain_products():
+        return sparse.decode_ragged(values, codes.indices, codes.offsets, W_FD)
     if codes.offsets is not None:
-        return embedding_bag(
-            codes.indices, W_FD, codes.offsets, per_sample_weights=values, mode="sum", include_last_offset=True
-        )
+        return _RaggedDecode.apply(values, codes.indices, codes.offsets, W_FD, codes.cache)
     if uses_plain_products():
         return embedding_bag(codes.indices, W_FD, per_sample_weights=values, mode="sum")
     return _SparseDecode.apply(values, codes.indices, W_FD, codes.cache)
@@ -104,10 +145,18 @@ def _scatter_codes(values_NK: Tensor, indices_NK: Tensor, latents: int) -> Tenso
     return values_NK.new_zeros(len(values_NK), latents).scatter_(1, indices_NK, values_NK)
 
 
-def _sorted_pairs(cache: dict[str, Any], indices_NK: Tensor, latents: int) -> sparse.SparsePairs:
+def _scatter_pairs(values_P: Tensor, token_P: Tensor, latent_P: Tensor, shape: tuple[int, int]) -> Tensor:
+    out = values_P.new_zeros(shape)
+    out[token_P, latent_P] = values_P
+    return out
+
+
+def _sorted_pairs(
+    cache: dict[str, Any], indices: Tensor, latents: int, token_P: Tensor | None = None
+) -> sparse.SparsePairs:
     """Return the pairs of a code, which both products of a step use, sorted by latent."""
     if "pairs" not in cache:
-        cache["pairs"] = sparse.sort_pairs(indices_NK, latents)
+        cache["pairs"] = sparse.sort_pairs(indices, latents, token_P)
     return cache["pairs"]
 
 
@@ -176,6 +225,80 @@ class _SparseDecode(torch.autograd.Function):
             grad_values = sparse.sampled_matmul(grad, indices, W)
         code_csr = _sorted_pairs(ctx.cache, indices, len(W)).to_csr(values, len(values))
         return grad_values, None, _multiply_csr(code_csr, grad, ctx.spare), None
+
+
+class _LinearAbove(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        W: Tensor,
+        b: Tensor,
+        centre: Tensor | None,
+        floor: Tensor,
+        keep: Keep | None,
+        cache: dict[str, Any],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        centred = x if centre is None else x - centre
+        encoder_input = centred.to(_product_dtype(x))
+        product_W, kept = W.to(encoder_input.dtype), None
+        values, latent_P, token_P = sparse.encode_above(encoder_input, product_W, b, floor)
+        if keep is not None:
+            kept = keep(values, latent_P, token_P)
+            if kept is None:
+                values, latent_P, token_P = sparse.encode_above(encoder_input, product_W, b, torch.zeros_like(floor))
+                kept = keep(values, latent_P, token_P)
+            assert kept is not None
+            values, latent_P, token_P = values[kept], latent_P[kept], token_P[kept]
+        ctx.save_for_backward(centred, encoder_input, W, latent_P, token_P)
+        ctx.mark_non_differentiable(latent_P, token_P)
+        ctx.cache, ctx.has_centre, ctx.spare = cache, centre is not None, _spare_gradients.get()
+        return values, latent_P, token_P
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_P: Tensor, _: Tensor, __: Tensor) -> tuple[Tensor | None, ...]:
+        centred, encoder_input, W, latent_P, token_P = ctx.saved_tensors
+        tokens = len(centred)
+        if _is_dense(len(W) * tokens, len(grad_P)):
+            grad_NF = _scatter_pairs(grad_P.to(encoder_input.dtype), token_P, latent_P, (tokens, len(W)))
+            grad_W, grad_b = (grad_NF.T @ encoder_input).float(), grad_NF.sum(dim=0, dtype=torch.float32)
+        else:
+            grad_csr = _sorted_pairs(ctx.cache, latent_P, len(W), token_P).to_csr(grad_P, tokens)
+            grad_W = _multiply_csr(grad_csr, centred, ctx.spare)
+            grad_b = grad_csr @ grad_P.new_ones(tokens)
+        return None, grad_W, grad_b, -(grad_b @ W) if ctx.has_centre else None, None, None, None
+
+
+class _RaggedDecode(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, values: Tensor, latent_P: Tensor, offsets: Tensor, W: Tensor, cache: dict[str, Any]
+    ) -> Tensor:
+        product_W, tokens = W.to(_product_dtype(values)), len(offsets) - 1
+        if "tokens" not in cache:
+            cache["tokens"] = torch.arange(tokens, device=offsets.device).repeat_interleave(offsets.diff())
+        token_P = cache["tokens"]
+        ctx.save_for_backward(values, latent_P, offsets, token_P, W, product_W)
+        ctx.cache, ctx.spare = cache, _spare_gradients.get()
+        if _is_dense(len(W) * tokens, len(values)):
+            code_NF = _scatter_pairs(values.to(product_W.dtype), token_P, latent_P, (tokens, len(W)))
+            return (code_NF @ product_W).float()
+        # A weight without a gradient makes embedding_bag skip what only its own backward pass needs.
+        return sparse.decode_ragged(values.detach(), latent_P, offsets, product_W.detach())
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        values, latent_P, offsets, token_P, W, product_W = ctx.saved_tensors
+        if _is_dense(len(W) * len(grad), len(values)):
+            grad_product = grad.to(product_W.dtype)
+            grad_values = (grad_product @ product_W.T)[token_P, latent_P].float()
+            code_NF = _scatter_pairs(values.to(product_W.dtype), token_P, latent_P, (len(grad), len(W)))
+            return grad_values, None, None, (code_NF.T @ grad_product).float(), None
+        grad_values = sparse.multiply_pairs(grad, token_P, latent_P, offsets[:-1], W)
+        code_csr = _sorted_pairs(ctx.cache, latent_P, len(W), token_P).to_csr(values, len(grad))
+        return grad_values, None, None, _multiply_csr(code_csr, grad, ctx.spare), None
 
 
 class _AuxK(torch.autograd.Function):

@@ -23,21 +23,21 @@ EMBEDDING_BAG_SUM = 0
 
 @dataclass(frozen=True)
 class SparsePairs:
-    """The (token, latent) pairs of the code of N tokens, sorted by latent, then by token.
+    """The P (token, latent) pairs of the code of N tokens, sorted by latent, then by token.
 
-    ``starts`` (F + 1,) int64 first pair of each latent; ``order`` (N·K,) int64 positions in the flat code; ``tokens``
-    (N·K,) int64.
+    ``starts`` (F + 1,) int64 first pair of each latent; ``order`` (P,) int64 positions in the flat code; ``tokens``
+    (P,) int64.
     """
 
     starts: Tensor
     order: Tensor
     tokens: Tensor
 
-    def to_csr(self, values_NK: Tensor, n_tokens: int) -> Tensor:
+    def to_csr(self, values: Tensor, n_tokens: int) -> Tensor:
         """Return the values of the pairs as a sparse CSR matrix (F, N)."""
         size = (len(self.starts) - 1, n_tokens)
-        values = values_NK.reshape(-1)[self.order]
-        return torch.sparse_csr_tensor(self.starts, self.tokens, values, size, check_invariants=False)
+        entries = values.reshape(-1)[self.order]
+        return torch.sparse_csr_tensor(self.starts, self.tokens, entries, size, check_invariants=False)
 
 
 def encode_topk(x_ND: Tensor, W_FD: Tensor, b_F: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -57,6 +57,27 @@ def encode_topk(x_ND: Tensor, W_FD: Tensor, b_F: Tensor, k: int) -> tuple[Tensor
         found, indices[start:stop] = topk_two_stage(chunk, k)
         values[start:stop] = found
     return values.relu_(), indices
+
+
+def encode_above(x_ND: Tensor, W_FD: Tensor, b_F: Tensor, floor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the pairs of ``x Wᵀ + b`` above ``floor``, (F,) or a scalar, in the order of the tokens.
+
+    Values (P,) fp32, latents (P,) int64 and tokens (P,) int64; ``x_ND`` and ``W_FD`` have the dtype of the products.
+    """
+    tokens, latents = len(x_ND), len(W_FD)
+    chunk_tokens = tokens_per_chunk(x_ND, latents)
+    bias = b_F.to(x_ND.dtype)
+    pre = x_ND.new_empty(min(chunk_tokens, tokens), latents)
+    values, pairs = [], []
+    for start in range(0, max(tokens, 1), chunk_tokens):
+        stop = min(start + chunk_tokens, tokens)
+        chunk = torch.addmm(bias, x_ND[start:stop], W_FD.T, out=pre[: stop - start])
+        found = (chunk > floor).flatten().nonzero().squeeze(1)
+        values.append(chunk.flatten()[found].float())
+        pairs.append(found + start * latents)
+    pair = torch.cat(pairs)
+    token_P = pair.div(latents, rounding_mode="floor")
+    return torch.cat(values), pair - token_P * latents, token_P
 
 
 def tokens_per_chunk(x_ND: Tensor, latents: int) -> int:
@@ -104,16 +125,31 @@ def decode(values_NK: Tensor, indices_NK: Tensor, W_FD: Tensor) -> Tensor:
     return out.float()
 
 
+def decode_ragged(values_P: Tensor, latent_P: Tensor, offsets: Tensor, W_FD: Tensor) -> Tensor:
+    """Compute :func:`decode` for ragged codes with ``offsets`` (N + 1,)."""
+    out = embedding_bag(
+        latent_P, W_FD, offsets, per_sample_weights=values_P.to(W_FD.dtype), mode="sum", include_last_offset=True
+    )
+    return out.float()
+
+
 def sampled_matmul(rows_ND: Tensor, indices_NK: Tensor, W_FD: Tensor) -> Tensor:
     """Return ``(rows Wᵀ)[indices]``, (N, K) fp32: the dot products of each token's row with its latents' rows of W."""
     tokens, k = indices_NK.shape
     offsets = torch.arange(0, tokens * k, k, device=rows_ND.device)
     token_ids = torch.arange(tokens, device=rows_ND.device).repeat_interleave(k)
+    return multiply_pairs(rows_ND, token_ids, indices_NK.reshape(-1), offsets, W_FD).view(tokens, k)
+
+
+def multiply_pairs(rows_ND: Tensor, token_P: Tensor, latent_P: Tensor, offsets_N: Tensor, W_FD: Tensor) -> Tensor:
+    """Return the dot products of rows ``token`` of ``rows_ND`` and rows ``latent`` of ``W_FD``, (P,) fp32.
+
+    The pairs are sorted by token; those of token n begin at ``offsets[n]``.
+    """
     # The backward of embedding_bag with respect to its weights computes this product without gathering rows.
-    product = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        rows_ND, W_FD, indices_NK.reshape(-1), offsets, token_ids, EMBEDDING_BAG_SUM, -1
-    )
-    return product.view(tokens, k).float()
+    return torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        rows_ND, W_FD, latent_P, offsets_N, token_P, EMBEDDING_BAG_SUM, -1
+    ).float()
 
 
 def sampled_matmul_dense(rows_ND: Tensor, indices_NK: Tensor, W_FD: Tensor) -> Tensor:
@@ -123,14 +159,20 @@ def sampled_matmul_dense(rows_ND: Tensor, indices_NK: Tensor, W_FD: Tensor) -> T
     return torch.cat([(part @ W_FD.T).gather(1, indices) for part, indices in parts]).float()
 
 
-def sort_pairs(indices_NK: Tensor, latents: int) -> SparsePairs:
-    """Sort the pairs of a code by latent."""
-    flat = indices_NK.reshape(-1)
+def sort_pairs(indices: Tensor, latents: int, token_P: Tensor | None = None) -> SparsePairs:
+    """Sort the pairs of a code by latent: ``indices`` (N, K), or ``indices`` (P,) with the token of each pair."""
+    flat = indices.reshape(-1)
     order = torch.argsort(flat, stable=True)
-    starts = flat.new_zeros(latents + 1)
+    starts = count_offsets(flat, latents)
+    tokens = order.div(indices.shape[1], rounding_mode="floor") if token_P is None else token_P[order]
+    return SparsePairs(starts, order, tokens)
+
+
+def count_offsets(index_P: Tensor, size: int) -> Tensor:
+    """Return where the entries of each index below ``size`` begin if they are sorted by index, (size + 1,) int64."""
+    offsets = index_P.new_zeros(size + 1)
     # bincount would synchronize with a GPU to read the largest index.
-    starts.scatter_add_(0, flat + 1, torch.ones_like(flat)).cumsum_(0)
-    return SparsePairs(starts, order, order.div(indices_NK.shape[1], rounding_mode="floor"))
+    return offsets.scatter_add_(0, index_P + 1, torch.ones_like(index_P)).cumsum_(0)
 
 
 def next_power_of_2(number: int) -> int:

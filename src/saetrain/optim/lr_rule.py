@@ -18,7 +18,7 @@ class RunSize:
     """Properties of a run that determine the learning rate of ``--lr auto``."""
 
     num_latents: int
-    k: int
+    k: float
     tokens_per_step: int
     steps: int
 

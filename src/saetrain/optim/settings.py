@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from saetrain.errors import SaetrainError
+from saetrain.settings import Factor, PositiveFactor, Settings, TotalOrZero
 from saetrain.types import shown_default
 
 AUTO_WEIGHT_DECAY = 0.15
@@ -13,27 +13,19 @@ AUTO_WEIGHT_DECAY = 0.15
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimSettings:
+class OptimSettings(Settings):
     """Optimizer."""
 
     optimizer: Literal["adam", "sgd"] = "adam"
     """Optimizer; `sgd` uses momentum 0.9."""
-    lr: float | Literal["auto"] = 0.001
+    lr: PositiveFactor | Literal["auto"] = 0.001
     """Peak learning rate of the decoder; adam gives the encoder half of it. `auto` computes it (docs/recipe.md)."""
-    lr_warmup_steps: Annotated[int | None, shown_default("a twentieth of the run, at most 1000", "INT")] = None
+    lr_warmup_steps: Annotated[TotalOrZero | None, shown_default("a twentieth of the run, at most 1000", "INT")] = None
     """Optimizer steps in which the learning rate increases linearly."""
-    weight_decay: Annotated[float | None, shown_default("0.15 with --lr auto, else 0", "FLOAT")] = None
+    weight_decay: Annotated[Factor | None, shown_default("0.15 with --lr auto, else 0", "FLOAT")] = None
     """Decoupled weight decay of the encoder's weights; a step multiplies them by 1 - encoder learning rate x this."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Factor = 1.0
     """Gradients with a larger norm are scaled down to this norm; 0 disables clipping."""
-
-    def __post_init__(self) -> None:
-        if self.lr != "auto" and not 0 < self.lr < float("inf"):
-            raise SaetrainError(f"--lr {self.lr}: must be a positive number or auto")
-        for name in ("lr_warmup_steps", "weight_decay", "max_grad_norm"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < float("inf"):
-                raise SaetrainError(f"--{name} {value}: must not be negative")
 
     @property
     def effective_weight_decay(self) -> float:

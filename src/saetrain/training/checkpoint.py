@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -14,10 +13,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from saetrain.atomic_io import fsync_dir, fsync_files, hash_file, write_json
+from saetrain.atomic_io import write_json
 from saetrain.distributed import record_progress
 from saetrain.errors import SaetrainError
+from saetrain.manifest import find_damage, replace_folder, temporary_folder
+from saetrain.settings import Settings, Total
+from saetrain.small_files import read_json
 from saetrain.types import shown_default
+from saetrain.untrusted import require_file_name
 
 MAX_CHECKPOINTS = 2
 """Number of checkpoints to keep on disk."""
@@ -26,14 +29,14 @@ MAX_INTERVAL_MINUTES = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckpointSettings:
+class CheckpointSettings(Settings):
     """Output: the run directory and its checkpoints."""
 
     save_dir: str = "./output"
     """Parent folder of the run directory."""
     run_name: Annotated[str | None, shown_default("made from model, layers, k and width", "NAME")] = None
     """Name of the run directory."""
-    save_every: int = 1000
+    save_every: Total = 1000
     """Optimizer steps between checkpoints (and at least every 10 minutes)."""
     resume: bool = False
     """Continue the run from its last checkpoint; start from the beginning if it has none."""
@@ -43,17 +46,17 @@ class CheckpointSettings:
     """Also write the weights in sparsify's format (sae.safetensors), next to those in SAELens' format."""
 
     def __post_init__(self) -> None:
-        if self.save_every < 1:
-            raise SaetrainError(f"--save_every {self.save_every}: must be at least 1")
+        super().__post_init__()
         if self.resume and self.overwrite:
             raise SaetrainError(
                 "--resume and --overwrite can't be given together: one keeps the run, the other deletes it"
             )
-        if self.run_name is not None and (not self.run_name or Path(self.run_name).name != self.run_name):
-            raise SaetrainError(f"--run_name {self.run_name!r}: must be a plain folder name without '/'")
+        if self.run_name is not None:
+            require_file_name(self.run_name, "--run_name")
 
 
-FORMAT_VERSION = 4
+STATE_FILE = "state.json"
+FORMAT_VERSION = 5
 """Version of the checkpoint format; increase it if older checkpoints can no longer be resumed."""
 
 
@@ -75,26 +78,15 @@ def save_checkpoint(
     """
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / _step_folder_name(step)
-    for unfinished in folder.glob(".writing_*"):
+    for unfinished in folder.glob(temporary_folder(folder / "*").name):
         shutil.rmtree(unfinished, ignore_errors=True)
-    temporary = folder / f".writing_{step:09d}"
-    try:
-        temporary.mkdir()
+    with replace_folder(final) as temporary:
         names = {}
         for number, (name, content) in enumerate(tensors.items()):
             record_progress()
             names[name] = f"sae_{number:03d}.safetensors"
             save_file({key: value.contiguous() for key, value in content.items()}, temporary / names[name])
-        write_json(temporary / "state.json", {"format": FORMAT_VERSION, **values, "step": step, "files": names})
-        hashes = {file.name: hash_file(file) for file in sorted(temporary.iterdir())}
-        fsync_files(temporary)
-        write_json(temporary / "manifest.json", {"sha256": hashes})
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(temporary, final)
-        fsync_dir(folder)
-    except (OSError, SafetensorError):
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        write_json(temporary / STATE_FILE, {"format": FORMAT_VERSION, **values, "step": step, "files": names})
     for old in list_checkpoints(folder)[:-MAX_CHECKPOINTS]:
         shutil.rmtree(old, ignore_errors=True)
     return final
@@ -102,7 +94,8 @@ def save_checkpoint(
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Return the complete checkpoints, oldest first."""
-    return sorted(path for path in folder.glob("step_*") if path.is_dir())
+    found = [path for path in folder.glob("step_*") if path.is_dir()]
+    return sorted(path for path in found if path.name.removeprefix("step_").isdecimal())
 
 
 def rename_suspect(folder: Path, step: int) -> int | None:
@@ -120,45 +113,69 @@ def _step_folder_name(step: int) -> str:
     return f"step_{step:09d}"
 
 
-def find_damage(path: Path) -> str | None:
-    """Return how a checkpoint's files differ from its manifest, or None if they are intact."""
+def find_checkpoint_damage(path: Path, state_type: Any = dict) -> str | None:
+    """Return why a checkpoint can't be used, or None: its files differ from its manifest, or its state is not valid.
+
+    ``state_type``: dataclass that describes the values of the state, with the names of its fields.
+    """
+    return find_damage(path) or _find_invalid_state(path, state_type)
+
+
+def _find_invalid_state(path: Path, state_type: Any) -> str | None:
+    """Return what is wrong with the state, unless it has the format of another version."""
     try:
-        expected = json.loads((path / "manifest.json").read_text())["sha256"]
-        for name, digest in expected.items():
-            if not (path / name).exists():
-                return f"{name} is missing"
-            if hash_file(path / name) != digest:
-                return f"{name} does not match its hash"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return "manifest.json or a file that it lists can't be read"
+        header = read_json(path / STATE_FILE, _Header, STATE_FILE)
+        if header.format == FORMAT_VERSION:
+            read_json(path / STATE_FILE, state_type, STATE_FILE)
+    except SaetrainError as error:
+        return str(error)
+    if header.format != FORMAT_VERSION:
+        return None
+    if header.step < 0 or path.name != _step_folder_name(header.step):
+        return f"{STATE_FILE} is of step {header.step}"
+    if {*header.files.values()} != {file.name for file in path.glob("*.safetensors")}:
+        return f"{STATE_FILE} lists other files than the folder contains"
     return None
+
+
+@dataclass(frozen=True)
+class _Header:
+    """The values of ``state.json`` that every checkpoint has."""
+
+    format: int
+    step: int
+    files: dict[str, str]
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
     """Load an intact checkpoint; raises SaetrainError if it has another format version."""
-    values = json.loads((path / "state.json").read_text())
-    if values.get("format") != FORMAT_VERSION:
+    values = read_json(path / STATE_FILE, dict[str, Any])
+    if values["format"] != FORMAT_VERSION:
         raise SaetrainError(
-            f"--resume: checkpoint {path} has format {values.get('format')}, but this version of saetrain needs format "
+            f"--resume: checkpoint {path} has format {values['format']}, but this version of saetrain needs format "
             f"{FORMAT_VERSION}; finish the run with the version that started it, or start a run with another --run_name"
         )
-    # A tensor mapped from a file may start at any multiple of 4 bytes, and some products round differently there.
-    tensors = {
-        name: {key: value.clone() for key, value in load_file(path / file).items()}
-        for name, file in values["files"].items()
-    }
+    try:
+        # A tensor mapped from a file may start at any multiple of 4 bytes, and some products round differently there.
+        tensors = {
+            name: {key: value.clone() for key, value in load_file(path / file).items()}
+            for name, file in values["files"].items()
+        }
+    except SafetensorError as error:
+        raise SaetrainError(f"--resume: checkpoint {path}: a file of tensors is not valid: {error}") from error
     return Checkpoint(path, tensors, values)
 
 
-def find_newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
+def find_newest_valid(folder: Path, state_type: Any = dict) -> tuple[Path | None, list[str]]:
     """Return (the newest intact checkpoint or None, a message for each newer one that is damaged).
 
     If there is an intact one, the damaged ones are renamed, so that no later clean-up counts them as the newest.
+    ``state_type``: see :func:`find_checkpoint_damage`.
     """
     damaged_paths: list[Path] = []
     remarks: list[str] = []
     for path in reversed(list_checkpoints(folder)):
-        problem = find_damage(path)
+        problem = find_checkpoint_damage(path, state_type)
         if problem is None:
             for damaged in damaged_paths:
                 renamed = damaged.with_name(f"damaged_{damaged.name}")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from saetrain.async_copy import DelayedCopy
 from saetrain.errors import SaetrainError
+from saetrain.settings import Factor, Settings, Share, Total
 from saetrain.types import shown_default
 
 MAX_WINDOW_TOKENS = 10_000_000
@@ -28,32 +29,22 @@ MIN_RATE_TOKENS = 50_000
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeadSettings:
+class DeadSettings(Settings):
     """Dead latents: the firing rate rule and the window rule."""
 
-    dead_percentage_threshold: float = 0.0005
+    dead_percentage_threshold: Share = 0.0005
     """A latent counts as dead if it fires on less than this share of tokens (0.0005 = 0.05 %)."""
     dead_window_tokens: Annotated[
-        int | None, shown_default("a hundredth of the run, from 10 x num_latents / k to 10000000", "INT")
+        Total | None, shown_default("a hundredth of the run, from 10 x num_latents / k to 10000000", "INT")
     ] = None
-    """Tokens without firing after which a latent is dead: its encoder bias is raised, and AuxK, if on, trains it."""
-    dead_bias_lift: Annotated[float | None, shown_default("4; none with sgd, ce and kl", "FLOAT")] = None
+    """Tokens without firing after which a latent is dead: its encoder bias is raised, and some losses train it."""
+    dead_bias_lift: Annotated[Factor | None, shown_default("4; none with sgd, ce and kl", "FLOAT")] = None
     """Each step raises the encoder bias of dead latents by this times the learning rate; 0 disables it."""
-    dead_feature_threshold: Annotated[int | None, shown_default("unset", "INT")] = None
+    dead_feature_threshold: Annotated[Total | None, shown_default("unset", "INT")] = None
     """Deprecated name of --dead_window_tokens."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.dead_percentage_threshold < 1:
-            raise SaetrainError(
-                f"--dead_percentage_threshold {self.dead_percentage_threshold}: must be a share of tokens, "
-                "at least 0 and below 1 (0.0005 is 0.05 %)"
-            )
-        for name in ("dead_window_tokens", "dead_feature_threshold"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise SaetrainError(f"--{name} {value}: must be at least 1 token")
-        if self.dead_bias_lift is not None and not 0 <= self.dead_bias_lift < float("inf"):
-            raise SaetrainError(f"--dead_bias_lift {self.dead_bias_lift}: must not be negative")
+        super().__post_init__()
         if self.dead_window_tokens is not None and self.dead_feature_threshold is not None:
             raise SaetrainError(
                 "--dead_window_tokens and --dead_feature_threshold are the same setting: pass only --dead_window_tokens"
@@ -79,7 +70,7 @@ def min_dead_fraction(l0: float, num_latents: int, threshold: float) -> float:
 class FiringTracker:
     """Firing counters of F latents.
 
-    A latent fires on a token if its code is above zero. ``since_fired`` (F,) int64 is the number of tokens since each
+    A latent fires on a token if its code is not zero. ``since_fired`` (F,) int64 is the number of tokens since each
     latent last fired, in whole optimizer steps. Firing rates are measured over the last one to two blocks of tokens,
     so they depend neither on the logging frequency nor on micro-batches.
     """

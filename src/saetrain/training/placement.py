@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from saetrain.errors import SaetrainError
+from saetrain.settings import Settings
 
 FP32_BYTES = 4
 MAX_IMBALANCE = 1.15
@@ -14,7 +15,7 @@ MAX_IMBALANCE = 1.15
 
 
 @dataclass(frozen=True, kw_only=True)
-class ParallelSettings:
+class ParallelSettings(Settings):
     """Several processes: how they share the work."""
 
     parallel: Literal["auto", "data", "hookpoints"] = "auto"
@@ -23,7 +24,7 @@ class ParallelSettings:
 
 @dataclass(frozen=True)
 class SaeCost:
-    """Cost of a hookpoint: ``parameters`` of the SAEs of all its seeds, ``width`` of its activations."""
+    """Cost of a site: ``parameters`` of the SAEs of all its seeds, ``width`` of its activations."""
 
     parameters: int
     width: int
@@ -31,14 +32,14 @@ class SaeCost:
 
 @dataclass(frozen=True)
 class Placement:
-    """Assignment ``owners`` {hookpoint: rank}, empty if every rank trains all SAEs; ``reason`` is logged."""
+    """Assignment ``owners`` {site: rank}, empty if every rank trains all SAEs; ``reason`` is logged."""
 
     owners: Mapping[str, int] = field(default_factory=dict)
     reason: str = ""
 
-    def is_owned_by(self, hookpoint: str, rank: int) -> bool:
-        """Return whether ``rank`` trains the SAEs of ``hookpoint``."""
-        return not self.owners or self.owners[hookpoint] == rank
+    def is_owned_by(self, site: str, rank: int) -> bool:
+        """Return whether ``rank`` trains the SAEs of ``site``, which is the name of a site."""
+        return not self.owners or self.owners[site] == rank
 
 
 def plan_placement(
@@ -50,7 +51,7 @@ def plan_placement(
     bytes_per_element: int,
     is_spliced: bool,
 ) -> Placement:
-    """Assign the SAEs of ``sae_costs`` {hookpoint: cost} to ``world_size`` ranks.
+    """Assign the SAEs of ``sae_costs`` {site: cost} to ``world_size`` ranks.
 
     ``step_tokens``: tokens of the whole optimizer step; ``bytes_per_element``: bytes per element of the activations;
     ``is_spliced``: the loss is that of the model's outputs. Raises SaetrainError if the requested mode is impossible.
@@ -85,9 +86,9 @@ def plan_placement(
 
 
 def assign_longest_first(sae_costs: Mapping[str, SaeCost], world_size: int) -> tuple[dict[str, int], float]:
-    """Assign the largest hookpoint first, each to the rank with the fewest parameters so far.
+    """Assign the largest site first, each to the rank with the fewest parameters so far.
 
-    Return ({hookpoint: rank}, parameters of the largest rank over the mean).
+    Return ({site: rank}, parameters of the largest rank over the mean).
     """
     rank_costs = [0] * world_size
     owners = {}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -9,8 +11,11 @@ from saetrain.coders.topk import TopK
 from saetrain.optim import OptimSettings, lr_factor
 from saetrain.training.dead_latents import FiringTracker
 from saetrain.training.preemption import Preempted
+from saetrain.training.sae_state import SaeState
 from saetrain.training.steps.autograd import AutogradStep
-from saetrain.training.trainer import SaeState, Trainer, TrainSettings
+from saetrain.training.steps.base import MicroBatch
+from saetrain.training.trainer import SiteBatches, Trainer, TrainSettings
+from saetrain.types import Site
 
 D, F, N = 6, 15, 40
 
@@ -20,13 +25,19 @@ def make(micro_steps: int = 1, *, shared: bool = False, lift: float = 0.0, auxk_
     step = AutogradStep(coder, OptimSettings(), is_plain=True)
     firing = FiringTracker(F, 30, 0.01, torch.device("cpu"))
     about = {"data_variance": float(D), "mse_per_fvu": 1.0, "peak_lr": 0.01}
-    sae = SaeState("h", coder, lambda x: x, step, firing, **about, seed=3, dead_bias_lr_multiplier=lift)
+    sae = SaeState(
+        Site.of_sae("h"), coder, lambda x: x, lambda x: x, step, firing, **about, seed=3, dead_bias_lr_multiplier=lift
+    )
     settings = TrainSettings(max_tokens=100 * N, grad_acc_steps=micro_steps)
     return Trainer({"h": sae}, settings, tokens_per_step=N, warmup_steps=0, is_data_parallel=shared)
 
 
 def batch(step: int) -> torch.Tensor:
     return torch.randn(N, D, generator=torch.Generator().manual_seed(step)) + 1
+
+
+def batches(step: int) -> Iterator[SiteBatches]:
+    return iter([{"h": MicroBatch.of_sae(batch(step))}])
 
 
 def test_residual_variance_is_that_of_the_step_before() -> None:
@@ -38,7 +49,7 @@ def test_residual_variance_is_that_of_the_step_before() -> None:
             residual = (x - sae.coder.decode(sae.coder.encode(x))).detach()
             expected = (residual - residual.mean(dim=0)).pow(2).sum(dim=1).mean()
             parts = x.split(N // micro_steps)
-            trainer.train_step(lambda micro, parts=parts, first=step * micro_steps: {"h": parts[micro - first]})  # type: ignore[misc]
+            trainer.train_step(iter([{"h": MicroBatch.of_sae(part)} for part in parts]))
             torch.testing.assert_close(sae.residual_variance, expected)
 
 
@@ -46,17 +57,17 @@ def test_a_perfect_reconstruction_leaves_a_floor() -> None:
     trainer = make()
     sae = trainer.saes["h"]
     x = sae.coder.b_dec.detach().expand(N, D)
-    trainer.train_step(lambda micro: {"h": x})
+    trainer.train_step(iter([{"h": MicroBatch.of_sae(x)}]))
     assert float(sae.residual_variance) >= 1e-6 * D * 0.99
 
 
 def test_dead_latents_are_those_of_the_steps_before() -> None:
     trainer = make()
     sae = trainer.saes["h"]
-    trainer.train_step(lambda micro: {"h": batch(0)})
+    trainer.train_step(batches(0))
     assert sae.firing.dead_mask_or_none() is not None
     assert "loss_auxk" not in sae.compute_metrics("fvu")
-    trainer.train_step(lambda micro: {"h": batch(1)})
+    trainer.train_step(batches(1))
     assert sae.compute_metrics("fvu")["loss_auxk"] > 0
 
 
@@ -69,7 +80,7 @@ def test_the_bias_of_a_dead_latent_rises_until_it_fires() -> None:
     for step in range(40):
         before = {trainer: trainer.saes["h"].coder.b_enc.detach().clone() for trainer in (lifted, plain)}
         for trainer in (lifted, plain):
-            trainer.train_step(lambda micro, at=step: {"h": batch(at)})
+            trainer.train_step(batches(step))
         firing = lifted.saes["h"].firing
         rate = lr_factor(step, lifted.total_steps, 0) * 0.01
         if firing.since_fired[4] >= firing.window_tokens:
@@ -89,11 +100,12 @@ def test_ranks_are_heard_before_sums_begin_and_other_work_is_done_behind() -> No
     sae.add_to_buckets = lambda reduction: (order.append("begin"), add_up(reduction))[1]  # type: ignore[method-assign,func-returns-value]
     sae.unpack_reduced = lambda tokens: (order.append("end"), added_up(tokens))[1]  # type: ignore[method-assign,func-returns-value]
 
-    def micro_batch(number: int) -> dict[str, torch.Tensor]:
-        order.append(f"batch {number}")
-        return {"h": batch(number)}
+    def read_batches() -> Iterator[SiteBatches]:
+        for number in range(2):
+            order.append(f"batch {number}")
+            yield {"h": MicroBatch.of_sae(batch(number))}
 
-    trainer.train_step(micro_batch, lambda: order.append("heed"), lambda: order.append("meanwhile"))
+    trainer.train_step(read_batches(), lambda: order.append("heed"), lambda: order.append("meanwhile"))
     assert order == ["batch 0", "batch 1", "heed", "begin", "meanwhile", "end"]
 
 
@@ -104,9 +116,9 @@ def test_a_step_that_is_given_up_before_its_sums_changes_nothing() -> None:
         raise Preempted
 
     with pytest.raises(Preempted):
-        trainer.train_step(lambda micro: {"h": batch(9)}, give_up)
+        trainer.train_step(batches(9), give_up)
     trainer.zero_grad()
     for each in (trainer, other):
-        each.train_step(lambda micro: {"h": batch(0)})
+        each.train_step(batches(0))
     for name, value in trainer.saes["h"].state_dict().items():
         assert torch.equal(value, other.saes["h"].state_dict()[name]), name

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import repeat
 from typing import Any
 
 import pytest
@@ -16,9 +18,11 @@ from saetrain.ops.triton import launch as triton_launch
 from saetrain.ops.triton import topk as triton_topk
 from saetrain.optim import OptimSettings
 from saetrain.training.dead_latents import FiringTracker
+from saetrain.training.sae_state import SaeState
+from saetrain.training.steps.base import MicroBatch
 from saetrain.training.steps.triton import TritonStep
-from saetrain.training.trainer import SaeState, Trainer, TrainSettings
-from saetrain.types import StepContext
+from saetrain.training.trainer import SiteBatches, Trainer, TrainSettings
+from saetrain.types import Site, StepContext
 from tests.unit.ops.conftest import DEVICE
 from tests.unit.training.step_checks import (
     Batch,
@@ -173,13 +177,13 @@ def trainer(name: str = "triton", *, halts: bool = False, products: str = "spars
     coder.auxk_alpha = auxk
     firing = FiringTracker(24, 20, 0.01, torch.device(DEVICE))
     about = {"data_variance": 8.0, "mse_per_fvu": 1.0, "peak_lr": 0.01, "seed": 0, "dead_bias_lr_multiplier": 2.0}
-    sae = SaeState("h", coder, lambda x: x, engine, firing, **about, stop_on_spike=halts)  # type: ignore[arg-type]
+    sae = SaeState(Site.of_sae("h"), coder, lambda x: x, lambda x: x, engine, firing, **about, stop_on_spike=halts)  # type: ignore[arg-type]
     settings = TrainSettings(max_tokens=1200, on_spike="stop" if halts else "skip")
     return Trainer({"h": sae}, settings, tokens_per_step=12, warmup_steps=0)
 
 
-def batch(step: int, factor: float = 1.0) -> dict[str, torch.Tensor]:
-    return {"h": factor * make_data(12, 8, step).to(DEVICE)}
+def batch(step: int, factor: float = 1.0) -> Iterator[SiteBatches]:
+    return iter([{"h": MicroBatch.of_sae(factor * make_data(12, 8, step).to(DEVICE))}])
 
 
 @pytest.mark.slow
@@ -188,7 +192,7 @@ def test_dead_latents_are_counted_ahead_and_trained_by_auxk(products: str) -> No
     own, plain = trainer(products=products), trainer("reference")
     for each in (own, plain):
         for step in range(5):
-            each.train_step(lambda micro, at=step: batch(at))  # type: ignore[misc]
+            each.train_step(batch(step))
     assert own.saes["h"].firing.dead_mask_or_none() is not None
     losses = [each.saes["h"].compute_metrics("fvu")["loss_auxk"] for each in (own, plain)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
@@ -233,7 +237,7 @@ def meta_trainer(products: Any, micro_steps: int) -> Trainer:
     )
     firing = FiringTracker(24, 20, 0.01, torch.device("meta"))
     about: Any = {"data_variance": 8.0, "mse_per_fvu": 1.0, "peak_lr": 0.01, "seed": 0, "dead_bias_lr_multiplier": 2.0}
-    sae = SaeState("h", coder, lambda x: x, engine, firing, **about)
+    sae = SaeState(Site.of_sae("h"), coder, lambda x: x, lambda x: x, engine, firing, **about)
     assert sae._dead_count_bound is not None
     sae._dead_count_bound._max_dead = 5
     return Trainer(
@@ -248,7 +252,7 @@ def test_no_step_asks_the_device(products: str, micro_steps: int) -> None:
     """Nor does it for AuxK, for clipping, or to look for spikes."""
     own, x = meta_trainer(products, micro_steps), torch.empty(12, 8, device="meta")
     for _ in range(4):
-        assert own.train_step(lambda micro: {"h": x}) == []
+        assert own.train_step(repeat({"h": MicroBatch.of_sae(x)})) == []
 
 
 @pytest.mark.parametrize("ask", [torch.Tensor.tolist, torch.Tensor.cpu, torch.Tensor.nonzero, float, bool])
@@ -258,7 +262,7 @@ def test_a_step_that_asks_would_fail(ask: Any, monkeypatch: pytest.MonkeyPatch) 
     right = FiringTracker.dead_mask
     monkeypatch.setattr(FiringTracker, "dead_mask", lambda self: (ask(self.since_fired[0]), right(self))[1])
     with pytest.raises((RuntimeError, NotImplementedError)):
-        own.train_step(lambda micro: {"h": x})
+        own.train_step(repeat({"h": MicroBatch.of_sae(x)}))
 
 
 @pytest.mark.slow
@@ -269,7 +273,7 @@ def test_a_step_with_a_spike_is_left_out_without_waiting() -> None:
     for step in range(10):
         factor = {6: float("nan"), 7: 1000.0}.get(step, 1.0)
         for each in (own, plain):
-            said[each].extend(map(str, each.train_step(lambda micro, at=step, by=factor: batch(at, by))))  # type: ignore[misc]
+            said[each].extend(map(str, each.train_step(batch(step, factor))))
     said[own].extend(map(str, own.drain_spikes()))
     assert [text.split(" is ")[0] for text in said[own]] == ["h: the loss of step 7", "h: the loss of step 8"]
     assert [text.split(" is ")[0] for text in said[plain]] == [text.split(" is ")[0] for text in said[own]]
@@ -286,13 +290,13 @@ def test_a_step_with_a_spike_is_left_out_without_waiting() -> None:
 def test_behind_a_spike_that_stops_the_run_weights_stay() -> None:
     own = trainer(halts=True, auxk=0.0)
     for step in range(5):
-        assert own.train_step(lambda micro, at=step: batch(at)) == []  # type: ignore[misc]
+        assert own.train_step(batch(step)) == []
     before = {
         name: value.clone() for name, value in own.saes["h"].state_dict().items() if name.startswith(("coder", "opt"))
     }
-    assert own.train_step(lambda micro: batch(5, float("inf"))) == []
-    assert own.train_step(lambda micro: batch(6)) == []
-    (spike,) = own.train_step(lambda micro: batch(7))
+    assert own.train_step(batch(5, float("inf"))) == []
+    assert own.train_step(batch(6)) == []
+    (spike,) = own.train_step(batch(7))
     assert spike.step == 6
     for name, value in before.items():
         assert torch.equal(own.saes["h"].state_dict()[name], value), name

@@ -19,22 +19,39 @@ CHUNK_BYTES = 24 << 20
 
 POINTER, LONG, INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 FLOAT, DOUBLE = ctypes.c_float, ctypes.c_double
-LONG_FIELDS = ("N", "D", "F", "K")
+LONG_FIELDS = ("N", "D", "F", "L")
 INT_FIELDS = ("threads", "use_bf16")
 POINTER_FIELDS = (
-    *("x", "x_enc", "x_norms", "values", "indices", "residual", "residual_copy", "grad_pre", "residual_norms"),
+    *(
+        "x",
+        "x_enc",
+        "x_norms",
+        "offsets",
+        "level_stops",
+        "values",
+        "indices",
+        "threshold",
+        "active_stops",
+        "l0_grad",
+        "residual",
+        "residual_copy",
+        "grad_pre",
+        "g_threshold",
+        "residual_norms",
+    ),
     *("residual_sum", "residual_square", "starts", "pair_token", "pair_value", "pair_grad_pre", "W_enc", "W_dec"),
     *("b_enc", "b_dec", "W_enc_bf16", "W_dec_bf16", "m_enc", "v_enc", "m_dec", "v_dec", "m_b", "v_b"),
+    *("m_threshold", "v_threshold"),
     *("g_enc", "g_dec", "g_b", "extra_row", "extra_enc", "extra_dec", "extra_b"),
 )
-FLOAT_FIELDS = ("lr", "encoder_lr", "beta1", "beta2", "eps", "correction1", "correction2", "decay", "clip")
+FLOAT_FIELDS = ("lr", "encoder_lr", "beta1", "beta2", "eps", "correction1", "correction2", "decay", "clip", "bandwidth")
 
 POINTER_DTYPES = {
     **dict.fromkeys(("indices", "pair_token", "extra_row"), (torch.int32,)),
-    **dict.fromkeys(("residual_sum", "residual_square", "g_b_dec", "square"), (torch.float64,)),
+    **dict.fromkeys(("residual_sum", "residual_square", "g_b_dec", "g_threshold", "square"), (torch.float64,)),
     **dict.fromkeys(("residual_copy", "W_enc_bf16", "W_dec_bf16"), (torch.bfloat16,)),
     "x_enc": (torch.float32, torch.bfloat16),
-    "starts": (torch.int64,),
+    **dict.fromkeys(("starts", "offsets", "active_stops", "level_stops"), (torch.int64,)),
 }
 """Allowed dtypes of the tensors that are not fp32."""
 
@@ -59,15 +76,42 @@ class SaetrainStep(ctypes.Structure):
     ]
 
 
+class GroupSelection(ctypes.Structure):
+    """Mirror of the C++ ``GroupSelection``: candidates for the largest pre-activations of a group of tokens."""
+
+    _fields_ = [
+        *((name, LONG) for name in ("F", "wanted", "block", "rows", "total")),
+        *((name, INT) for name in ("threads", "has_nan")),
+        ("bound", FLOAT),
+        *((name, POINTER) for name in ("values", "indices", "counts", "keys")),
+    ]
+
+
 @functools.cache
 def load_library() -> ctypes.CDLL:
     """Load the compiled kernels; raises OSError if they can't be built or loaded."""
+    path = build_library()
     try:
-        library = ctypes.CDLL(str(build_library()))
-    except OSError:
-        library = ctypes.CDLL(str(build_library(rebuild=True)))
+        return _declare_functions(ctypes.CDLL(str(path)))
+    except (OSError, AttributeError):  # a library that can't be loaded, or one without our functions
+        return _declare_functions(ctypes.CDLL(str(build_library(rebuild=True))))
+
+
+def _declare_functions(library: ctypes.CDLL) -> ctypes.CDLL:
+    """Set the types of the library's functions; raises AttributeError if it lacks one."""
     library.saetrain_topk_bf16.argtypes = [POINTER, POINTER, LONG, LONG, LONG, POINTER, POINTER, INT]
     library.saetrain_topk_f32.argtypes = library.saetrain_topk_bf16.argtypes
+    for name in ("saetrain_collect_bf16", "saetrain_collect_f32"):
+        getattr(library, name).argtypes = [POINTER, POINTER, POINTER, LONG]
+    library.saetrain_smallest_wanted.argtypes = [POINTER]
+    library.saetrain_smallest_wanted.restype = FLOAT
+    library.saetrain_count_above.argtypes = [POINTER, FLOAT]
+    library.saetrain_count_above.restype = LONG
+    library.saetrain_prune_group.argtypes = [POINTER, FLOAT, LONG]
+    for name in ("saetrain_collect_above_bf16", "saetrain_collect_above_f32"):
+        function = getattr(library, name)
+        function.argtypes, function.restype = [*[POINTER] * 4, *[LONG] * 4, *[POINTER] * 4, INT], LONG
+    library.saetrain_threshold_gradients.argtypes = [POINTER]
     library.saetrain_center.argtypes = [POINTER, POINTER, POINTER]
     library.saetrain_tokens.argtypes = library.saetrain_sort.argtypes = [POINTER]
     library.saetrain_code_rows.argtypes = library.saetrain_residuals.argtypes = [POINTER, LONG, LONG, POINTER]
@@ -116,8 +160,17 @@ def encode_topk(
 
 
 def compute_residuals(step: SaetrainStep) -> None:
-    """Compute residuals and pre-activation gradients of each token, then sort the active pairs by latent."""
+    """Compute residuals and pre-activation gradients of each token, then sort the active pairs by latent.
+
+    With thresholds, their gradients are added to the step's ``g_threshold``.
+    """
     load_library().saetrain_tokens(ctypes.byref(step))
+    _finish_residuals(step)
+
+
+def _finish_residuals(step: SaetrainStep) -> None:
+    if step.threshold:
+        load_library().saetrain_threshold_gradients(ctypes.byref(step))
     load_library().saetrain_sort(ctypes.byref(step))
 
 
@@ -134,19 +187,20 @@ def compute_residuals_dense(
         load_library().saetrain_residuals(pointer, first, stop, decoded.data_ptr())
         torch.mm(residual_ND[first:stop], W_dec_FD.T, out=dense_CF)
         load_library().saetrain_pick(pointer, first, stop, dense_CF.data_ptr())
-    load_library().saetrain_sort(pointer)
+    _finish_residuals(step)
 
 
 def bound_squared_norm(step: SaetrainStep, grad_b_enc_F: Tensor, inputs: dict[str, Tensor] | None = None) -> float:
     """Return an upper bound of the squared norm of the gradients of both weights and ``b_enc``, from norms of rows.
 
-    ``inputs`` {`enc`: encoder input, `dec`: residual} (N, D) give a tighter bound: the norm of a weighted sum of rows
-    is at most the norm of the weights times the largest singular value of the rows. The exact gradient of ``b_enc`` is
-    written to ``grad_b_enc_F``.
+    ``inputs`` {`enc`: encoder input (N, D), `dec`: residuals (L, N, D)} give a tighter bound: the norm of a weighted
+    sum of rows is at most the norm of the weights times the largest singular value of the rows. The exact gradient of
+    ``b_enc`` is written to ``grad_b_enc_F``.
     """
-    eigenvalue_bounds = {name: bound_largest_eigenvalue(rows) for name, rows in inputs.items()} if inputs else {}
-    infinite = float("inf")
-    eigenvalues = eigenvalue_bounds.get("enc", infinite), eigenvalue_bounds.get("dec", infinite)
+    eigenvalues = (float("inf"), float("inf"))
+    if inputs:
+        # A latent's gradient sums rows of one level, so the largest bound holds for all.
+        eigenvalues = bound_largest_eigenvalue(inputs["enc"]), max(map(bound_largest_eigenvalue, inputs["dec"]))
     return float(load_library().saetrain_norm_bound(ctypes.byref(step), *eigenvalues, grad_b_enc_F.data_ptr()))
 
 
@@ -174,14 +228,15 @@ def run_latent_pass_dense(
 ) -> None:
     """Run :func:`run_latent_pass` on rows from dense bf16 products of blocks of latents, for less sparse codes.
 
-    ``inputs``: {`enc`: encoder input, `dec`: residual}, both (N, D) bf16.
+    ``inputs``: {`enc`: encoder input (N, D), `dec`: residual (1, N, D)}, both bf16.
     """
     for first in range(0, step.F, workspace.block_latents):
         stop = min(first + workspace.block_latents, step.F)
         codes = {name: code[: stop - first] for name, code in workspace.codes.items()}
         load_library().saetrain_codes(ctypes.byref(step), first, stop, codes["enc"].data_ptr(), codes["dec"].data_ptr())
         rows = {
-            name: torch.mm(code, inputs[name], out=workspace.rows[name][: stop - first]) for name, code in codes.items()
+            name: torch.mm(code, inputs[name].view(step.N, step.D), out=workspace.rows[name][: stop - first])
+            for name, code in codes.items()
         }
         source = Gradients(FROM_ROWS, first, stop, rows["enc"].data_ptr(), rows["dec"].data_ptr())
         load_library().saetrain_latents(ctypes.byref(step), mode, ctypes.byref(source), encoder_norms_F.data_ptr())

@@ -1,6 +1,9 @@
-// The TopK step of a sparse autoencoder on a CPU (Gao et al., arXiv 2406.04093), in three passes: top-k of each token; decode and pre-activation gradients of each token; weight updates of each latent.
+// The step of a sparse autoencoder on a CPU, in three passes: selection of the active latents; decode and pre-activation
+// gradients of each token; weight updates of each latent. The code is a list of P (token, latent, value) pairs: the k
+// largest of each token (Gao et al., arXiv 2406.04093) or of a group of tokens (Bussmann et al., arXiv 2412.06410), or
+// those above a trained threshold per latent (Rajamanoharan et al., arXiv 2407.14435).
 //
-// N tokens, D width, F latents, K active latents per token. Encoder and decoder are stored as (F, D) rows in fp32, with
+// N tokens, D width, F latents. Encoder and decoder are stored as (F, D) rows in fp32, with
 // optional bf16 copies for the products. The same inputs give the same bits: there are no atomics, and sums over tokens
 // run in token order within a latent.
 #include <algorithm>
@@ -12,6 +15,72 @@
 #if defined(__SSE2__)
 #include <immintrin.h>
 #endif
+
+extern "C" {
+
+// Inputs and outputs of the passes. A pointer is not null unless its comment allows it. Mirrored in bindings.py.
+struct SaetrainStep {
+    int64_t N, D, F, L;         // L: levels of nested reconstructions, 1 without nesting
+    int32_t threads, use_bf16;  // use_bf16: products read the bf16 copies, else fp32
+    float loss_scale;           // 2 / (data variance * tokens of the optimizer step)
+    // inputs of a micro-batch
+    const float* x;        // (N, D)
+    const void* x_enc;     // (N, D) x - b_dec, in the dtype of the products
+    const float* x_norms;  // (N,) of x - b_dec
+    const int64_t* offsets;      // (N + 1,) first pair of each token
+    const int64_t* level_stops;  // (L,) level l decodes the latents below level_stops[l]; the last is F
+    float* values;               // (P,)
+    int32_t* indices;            // (P,) with several levels in ascending order within a token
+    // thresholds, null without; then the active pairs of a token come first, and the others have the value 0
+    float* threshold;            // (F,)
+    const int64_t* active_stops;  // (N,) end of the active pairs of each token
+    const float* l0_grad;        // (N,) gradient of the loss with respect to the L0 of each token
+    // results of the token pass
+    float* residual;        // (L, N, D) level l: sum of the residuals of the levels from l on
+    void* residual_copy;    // (L, N, D) bf16, null if use_bf16 is 0
+    float* grad_pre;        // (P,) gradient of the loss with respect to the values
+    double* g_threshold;    // (F,) sum of the gradients of the thresholds over micro-batches; null without
+    float* residual_norms;  // (L, N)
+    double* residual_sum;   // (L, D) of each level's own residual
+    double* residual_square;  // (L,)
+    // active (token, latent) pairs, sorted by latent
+    int64_t* starts;  // (F + 1,)
+    int32_t* pair_token;
+    float* pair_value;
+    float* pair_grad_pre;
+    // parameters and their copies
+    float *W_enc, *W_dec;  // (F, D)
+    float *b_enc, *b_dec;  // (F,), (D,)
+    uint16_t *W_enc_bf16, *W_dec_bf16;  // (F, D), null if use_bf16 is 0
+    // Adam's moments
+    float *m_enc, *v_enc, *m_dec, *v_dec;  // (F, D)
+    float *m_b, *v_b;                      // (F,)
+    float *m_threshold, *v_threshold;      // (F,)
+    // gradients, null if the update uses them without storing them
+    float *g_enc, *g_dec;  // (F, D)
+    float* g_b;            // (F,)
+    // additional gradient rows of some latents (AuxK), or null
+    const int32_t* extra_row;  // (F,) row of each latent, or -1
+    const float *extra_enc, *extra_dec, *extra_b;
+    float lr, encoder_lr, beta1, beta2, eps, correction1, correction2, decay, clip;
+    float bandwidth;  // width of the window around a threshold in which pre-activations train it
+    double* g_b_dec;  // (D,) part of b_dec's gradient that flows through the encoder
+    double* square;   // squared norm of the gradients of W_enc, W_dec and b_enc
+};
+
+// Selection of the largest pre-activations of a group of tokens. Mirrored in bindings.py.
+struct GroupSelection {
+    int64_t F, wanted;    // wanted: number of pairs to keep
+    int64_t block;        // tokens after which superfluous candidates are dropped; 2 wanted + block F candidates fit
+    int64_t rows, total;  // tokens and candidates so far
+    int32_t threads, has_nan;
+    float bound;       // only pre-activations that reach it are candidates
+    float* values;     // (2 wanted + block F,) candidates in the order of the tokens, then of the latents
+    int32_t* indices;  // the same size
+    int64_t* counts;   // candidates of each token
+    int32_t* keys;     // as values, for the search
+};
+}
 
 namespace {
 
@@ -78,26 +147,41 @@ struct Candidates {
     std::vector<int32_t> keys;
     explicit Candidates(int64_t F) : value(F + 16), index(F + 16), keys(F + 16) {}
 
-    int64_t collect(const float* z, int64_t F, float bound) {
+    void add(const float* z, int64_t f, float bound, int64_t& n) {
+        value[n] = z[f];
+        index[n] = static_cast<int32_t>(f);
+        n += z[f] >= bound;
+    }
+
+    // Collect the entries that reach their bound: bounds[f] or, if there is only one, bounds[0].
+    template <bool PER_LATENT>
+    int64_t collect(const float* z, int64_t F, const float* bounds) {
         int64_t n = 0, f = 0;
+        const auto bound = [&](int64_t at) { return bounds[PER_LATENT ? at : 0]; };
 #if defined(__AVX512F__)
-        const __m512 least = _mm512_set1_ps(bound);
+        __m512 least = _mm512_set1_ps(bounds[0]);
         __m512i at = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
         const __m512i sixteen = _mm512_set1_epi32(16);
         for (; f + 16 <= F; f += 16, at = _mm512_add_epi32(at, sixteen)) {
             const __m512 row = _mm512_loadu_ps(z + f);
+            if (PER_LATENT) least = _mm512_loadu_ps(bounds + f);
             const __mmask16 mask = _mm512_cmp_ps_mask(row, least, _CMP_GE_OQ);
             if (mask == 0) continue;
             _mm512_mask_compressstoreu_ps(value.data() + n, mask, row);
             _mm512_mask_compressstoreu_epi32(index.data() + n, mask, at);
             n += __builtin_popcount(mask);
         }
-#endif
-        for (; f < F; f++) {
-            value[n] = z[f];
-            index[n] = static_cast<int32_t>(f);
-            n += z[f] >= bound;
+#else
+        // Most blocks contain no candidate.
+        for (; f + 16 <= F; f += 16) {
+            int32_t any = 0;
+#pragma omp simd reduction(| : any)
+            for (int64_t j = 0; j < 16; j++) any |= z[f + j] >= bound(f + j);
+            if (any)
+                for (int64_t j = f; j < f + 16; j++) add(z, j, bound(j), n);
         }
+#endif
+        for (; f < F; f++) add(z, f, bound(f), n);
         return n;
     }
 };
@@ -120,7 +204,7 @@ void select(const float* z, int64_t F, int64_t k, int64_t G, std::vector<float>&
         for (int64_t g = 0; at + g < F; g++) m[g] = z[at + g] > m[g] ? z[at + g] : m[g];
         bound = kth_largest(m, G, k, candidates.keys.data());
     }
-    int64_t n = candidates.collect(z, F, bound);
+    int64_t n = candidates.collect<false>(z, F, &bound);
     if (n > k) {  // of the entries that equal the k-th largest, the first are chosen, so that ties are deterministic
         const float least = kth_largest(candidates.value.data(), n, k, candidates.keys.data());
         int64_t equals = k, at = 0;
@@ -146,6 +230,18 @@ void select(const float* z, int64_t F, int64_t k, int64_t G, std::vector<float>&
     }
 }
 
+// Write p + bias to z[0..F), and return whether an entry is NaN.
+template <typename T>
+inline bool add_bias(float* z, const T* p, const float* bias, int64_t F) {
+    int32_t has_nan = 0;
+#pragma omp simd reduction(| : has_nan)
+    for (int64_t f = 0; f < F; f++) {
+        z[f] = widen(p[f]) + bias[f];
+        has_nan |= z[f] != z[f];
+    }
+    return has_nan;
+}
+
 template <typename T>
 void topk(const T* pre, const float* bias, int64_t n, int64_t F, int64_t k, float* values, int32_t* indices,
           int threads) {
@@ -157,19 +253,132 @@ void topk(const T* pre, const float* bias, int64_t n, int64_t F, int64_t k, floa
         Candidates candidates(F);
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < n; row++) {
-            const T* p = pre + row * F;
-            float* zz = z.data();
-            int32_t has_nan = 0;
-#pragma omp simd reduction(| : has_nan)
-            for (int64_t f = 0; f < F; f++) {
-                zz[f] = widen(p[f]) + bias[f];
-                has_nan |= zz[f] != zz[f];
-            }
-            select(zz, F, k, G, maxima, candidates, values + row * k, indices + row * k);
+            const bool has_nan = add_bias(z.data(), pre + row * F, bias, F);
+            select(z.data(), F, k, G, maxima, candidates, values + row * k, indices + row * k);
             // The comparisons drop NaN, so store one in the code, where it makes the loss NaN.
             if (has_nan) values[row * k] = NAN;
         }
     }
+}
+
+// Keep the candidates above `least` and the first `equals` of those that equal it, in their order.
+void prune_group(GroupSelection* g, float least, int64_t equals) {
+    int64_t from = 0, to = 0;
+    for (int64_t row = 0; row < g->rows; row++) {
+        const int64_t stop = from + g->counts[row], first = to;
+        for (; from < stop; from++) {
+            const float v = g->values[from];
+            const bool equal = v == least;
+            g->values[to] = v;
+            g->indices[to] = g->indices[from];
+            to += (v > least) | (equal & (equals > 0));
+            equals -= equal;
+        }
+        g->counts[row] = to - first;
+    }
+    g->total = to;
+}
+
+int64_t count_above(const GroupSelection* g, float least) {
+    int64_t count = 0;
+    for (int64_t p = 0; p < g->total; p++) count += g->values[p] > least;
+    return count;
+}
+
+// Add the pre-activations of n more tokens that reach the bound. If there are many more than wanted, the bound rises to
+// the smallest of the wanted largest so far, which is at most the smallest of the wanted largest of the whole group.
+template <typename T>
+void collect_group(GroupSelection* g, const T* pre, const float* bias, int64_t n) {
+    const int64_t F = g->F;
+    const int threads = g->threads;
+    std::vector<std::vector<float>> values(threads), rows(threads);
+    std::vector<std::vector<int32_t>> indices(threads);
+    std::vector<int32_t> has_nan(threads, 0);
+    std::vector<Candidates> candidates(threads, Candidates(F));
+    for (int64_t first = 0; first < n; first += g->block) {
+        const int64_t count = std::min(g->block, n - first);
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+        for (int t = 0; t < threads; t++) {
+            rows[t].resize(F);
+            values[t].clear();
+            indices[t].clear();
+            float* z = rows[t].data();
+            for (int64_t row = first + count * t / threads; row < first + count * (t + 1) / threads; row++) {
+                has_nan[t] |= add_bias(z, pre + row * F, bias, F);
+                const int64_t found = candidates[t].collect<false>(z, F, &g->bound);
+                const float* v = candidates[t].value.data();
+                const int32_t* i = candidates[t].index.data();
+                values[t].insert(values[t].end(), v, v + found);
+                indices[t].insert(indices[t].end(), i, i + found);
+                g->counts[g->rows + row - first] = found;
+            }
+        }
+        for (int t = 0; t < threads; t++) {
+            std::copy(values[t].begin(), values[t].end(), g->values + g->total);
+            std::copy(indices[t].begin(), indices[t].end(), g->indices + g->total);
+            g->total += values[t].size();
+            g->has_nan |= has_nan[t];
+        }
+        g->rows += count;
+        if (g->total > 2 * g->wanted) {
+            g->bound = kth_largest(g->values, g->total, g->wanted, g->keys);
+            prune_group(g, g->bound, g->wanted - count_above(g, g->bound));
+        }
+    }
+}
+
+// Append the pre-activations of n more tokens that reach floors (F,) to the pairs: first those above their threshold,
+// then the others with the value 0. Returns the number of pairs after them; if it exceeds the capacity, no pair is
+// written.
+template <typename T>
+int64_t collect_above(const T* pre, const float* bias, const float* floors, const float* threshold, int64_t n, int64_t F,
+                      int64_t used, int64_t capacity, int64_t* stops, int64_t* active_stops, float* values,
+                      int32_t* indices, int threads) {
+    std::vector<std::vector<float>> found_values(threads);
+    std::vector<std::vector<int32_t>> found_indices(threads);
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+    for (int t = 0; t < threads; t++) {
+        std::vector<float> z(F);
+        Candidates candidates(F);
+        std::vector<float>& v = found_values[t];
+        std::vector<int32_t>& i = found_indices[t];
+        for (int64_t row = n * t / threads; row < n * (t + 1) / threads; row++) {
+            const bool has_nan = add_bias(z.data(), pre + row * F, bias, F);
+            const int64_t found = candidates.collect<true>(z.data(), F, floors);
+            for (int64_t j = 0; j < found; j++) {
+                const int32_t f = candidates.index[j];
+                if (!(candidates.value[j] > threshold[f])) continue;
+                v.push_back(candidates.value[j]);
+                i.push_back(f);
+            }
+            // The comparisons drop NaN, so store one in the code, where it makes the loss NaN.
+            if (has_nan) {
+                v.push_back(NAN);
+                i.push_back(0);
+            }
+            active_stops[row] = v.size();
+            for (int64_t j = 0; j < found; j++) {
+                const int32_t f = candidates.index[j];
+                if (candidates.value[j] > threshold[f]) continue;
+                v.push_back(0.0f);
+                i.push_back(f);
+            }
+            stops[row] = v.size();
+        }
+    }
+    int64_t total = used;
+    for (const auto& v : found_values) total += v.size();
+    if (total > capacity) return total;
+    for (int t = 0; t < threads; t++) {
+        for (int64_t row = n * t / threads; row < n * (t + 1) / threads; row++) {
+            active_stops[row] += used;
+            stops[row] += used;
+        }
+        std::copy(found_values[t].begin(), found_values[t].end(), values + used);
+        std::copy(found_indices[t].begin(), found_indices[t].end(), indices + used);
+        used += found_values[t].size();
+    }
+    return total;
 }
 
 template <typename A, typename B>
@@ -231,41 +440,60 @@ inline float subtract_reconstruction(float* r, const float* x, const T* decoded,
     return s;
 }
 
-// Compute reconstruction, residual and pre-activation gradients of each token.
+// Compute reconstruction, residual and pre-activation gradients of each token. The gradient of a latent comes from all
+// levels that decode it, so each level stores the sum of its own residual and those of the later levels.
 template <typename T>
-void tokens(const float* x, const T* W_dec, const float* b_dec, const float* values, const int32_t* indices, int64_t N,
-            int64_t D, int64_t K, float loss_scale, float* residual, T* residual_copy, float* grad_pre, float* norms,
-            double* sums, double* squares, int threads) {
-    std::vector<std::vector<double>> sum(threads, std::vector<double>(D, 0.0));
-    std::vector<double> square(threads, 0.0);
-#pragma omp parallel num_threads(threads)
+void tokens(const SaetrainStep* s, const T* W_dec, T* residual_copy) {
+    const int64_t N = s->N, D = s->D, L = s->L;
+    const bool has_thresholds = s->threshold != nullptr;
+    std::vector<std::vector<double>> sum(s->threads, std::vector<double>(L * D, 0.0));
+    std::vector<std::vector<double>> square(s->threads, std::vector<double>(L, 0.0));
+#pragma omp parallel num_threads(s->threads)
     {
         const int thread = omp_get_thread_num();
         std::vector<float> total(D);
+        const std::vector<float> zeros(L > 1 ? D : 0, 0.0f);
+        std::vector<int64_t> stops(L);
 #pragma omp for schedule(static)
         for (int64_t n = 0; n < N; n++) {
-            const float* v = values + n * K;
-            const int32_t* at = indices + n * K;
-            gather(total.data(), W_dec, at, v, K, D);
-            float* r = residual + n * D;
-            const float s = subtract_reconstruction(r, x + n * D, total.data(), b_dec, sum[thread].data(), D);
-            if (residual_copy != nullptr) narrow_row(residual_copy + n * D, r, D);
-            norms[n] = std::sqrt(s);
-            square[thread] += s;
+            const int64_t first = s->offsets[n], stop = s->offsets[n + 1];
+            int64_t at = first;
+            for (int64_t level = 0; level < L; level++) {
+                int64_t end = has_thresholds ? s->active_stops[n] : stop;
+                if (level + 1 < L) end = std::lower_bound(s->indices + at, s->indices + stop, s->level_stops[level]) - s->indices;
+                gather(total.data(), W_dec, s->indices + at, s->values + at, end - at, D);
+                float* r = s->residual + (level * N + n) * D;
+                const float* from = level == 0 ? s->x + n * D : r - N * D;
+                const float own = subtract_reconstruction(r, from, total.data(), level == 0 ? s->b_dec : zeros.data(),
+                                                          sum[thread].data() + level * D, D);
+                square[thread][level] += own;
+                s->residual_norms[level * N + n] = std::sqrt(own);
+                stops[level] = at = has_thresholds ? stop : end;
+            }
             if (n + 1 < N)
-                for (int64_t j = 0; j < std::min<int64_t>(K, 4); j++)
-                    prefetch_row(W_dec + static_cast<int64_t>(at[K + j]) * D, D);
-            for (int64_t j = 0; j < K; j++) {
-                const T* row = W_dec + static_cast<int64_t>(at[j]) * D;
-                grad_pre[n * K + j] = v[j] > 0 ? -loss_scale * dot(r, row, D) : 0.0f;
+                for (int64_t p = stop; p < std::min(stop + 4, s->offsets[n + 2]); p++)
+                    prefetch_row(W_dec + static_cast<int64_t>(s->indices[p]) * D, D);
+            for (int64_t level = L - 1; level >= 0; level--) {
+                float* r = s->residual + (level * N + n) * D;
+                if (level + 1 < L) {
+                    const float* later = r + N * D;
+#pragma omp simd
+                    for (int64_t d = 0; d < D; d++) r[d] += later[d];
+                    s->residual_norms[level * N + n] = std::sqrt(dot(r, r, D));
+                }
+                if (residual_copy != nullptr) narrow_row(residual_copy + (level * N + n) * D, r, D);
+                for (int64_t p = level == 0 ? first : stops[level - 1]; p < stops[level]; p++) {
+                    const T* row = W_dec + static_cast<int64_t>(s->indices[p]) * D;
+                    s->grad_pre[p] = has_thresholds || s->values[p] > 0 ? -s->loss_scale * dot(r, row, D) : 0.0f;
+                }
             }
         }
     }
-    std::fill(sums, sums + D, 0.0);
-    *squares = 0;
-    for (int t = 0; t < threads; t++) {
-        for (int64_t d = 0; d < D; d++) sums[d] += sum[t][d];
-        *squares += square[t];
+    std::fill(s->residual_sum, s->residual_sum + L * D, 0.0);
+    std::fill(s->residual_square, s->residual_square + L, 0.0);
+    for (int t = 0; t < s->threads; t++) {
+        for (int64_t d = 0; d < L * D; d++) s->residual_sum[d] += sum[t][d];
+        for (int64_t level = 0; level < L; level++) s->residual_square[level] += square[t][level];
     }
 }
 
@@ -291,14 +519,13 @@ void center(const float* x, const float* b_dec, int64_t N, int64_t D, T* out, fl
 }
 
 // Write the codes of tokens first..stop as dense (stop - first, F) rows.
-void code_rows(const float* values, const int32_t* indices, int64_t first, int64_t stop, int64_t F, int64_t K,
-               uint16_t* out, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
+void code_rows(const SaetrainStep* s, int64_t first, int64_t stop, uint16_t* out) {
+#pragma omp parallel for num_threads(s->threads) schedule(static)
     for (int64_t n = first; n < stop; n++) {
-        uint16_t* row = out + (n - first) * F;
-        std::memset(row, 0, F * sizeof(uint16_t));
-        for (int64_t p = n * K; p < (n + 1) * K; p++)
-            if (!(values[p] <= 0)) row[indices[p]] = narrow(values[p]);
+        uint16_t* row = out + (n - first) * s->F;
+        std::memset(row, 0, s->F * sizeof(uint16_t));
+        for (int64_t p = s->offsets[n]; p < s->offsets[n + 1]; p++)
+            if (!(s->values[p] <= 0)) row[s->indices[p]] = narrow(s->values[p]);
     }
 }
 
@@ -323,6 +550,13 @@ void residuals(const float* x, const uint16_t* decoded, const float* b_dec, int6
     }
 }
 
+// Return the first level that decodes latent f.
+inline int64_t level_of(const SaetrainStep* s, int64_t f) {
+    int64_t level = 0;
+    while (f >= s->level_stops[level]) level++;
+    return level;
+}
+
 struct Adam {
     float lr, beta1, beta2, eps, correction1, correction2;  // corrections: 1 - beta1^step, sqrt(1 - beta2^step)
     inline float operator()(float& m, float& v, float g) const {
@@ -336,60 +570,15 @@ struct Adam {
 
 extern "C" {
 
-// Inputs and outputs of the passes. A pointer is not null unless its comment allows it. Mirrored in bindings.py.
-struct SaetrainStep {
-    int64_t N, D, F, K;
-    int32_t threads, use_bf16;  // use_bf16: products read the bf16 copies, else fp32
-    float loss_scale;           // 2 / (data variance * tokens of the optimizer step)
-    // inputs of a micro-batch
-    const float* x;        // (N, D)
-    const void* x_enc;     // (N, D) x - b_dec, in the dtype of the products
-    const float* x_norms;  // (N,) of x - b_dec
-    float* values;         // (N, K)
-    int32_t* indices;      // (N, K)
-    // results of the token pass
-    float* residual;        // (N, D)
-    void* residual_copy;    // (N, D) bf16, null if use_bf16 is 0
-    float* grad_pre;        // (N, K) gradient of the loss with respect to the pre-activations
-    float* residual_norms;  // (N,)
-    double* residual_sum;   // (D,)
-    double* residual_square;
-    // active (token, latent) pairs, sorted by latent
-    int64_t* starts;  // (F + 1,)
-    int32_t* pair_token;
-    float* pair_value;
-    float* pair_grad_pre;
-    // parameters and their copies
-    float *W_enc, *W_dec;  // (F, D)
-    float *b_enc, *b_dec;  // (F,), (D,)
-    uint16_t *W_enc_bf16, *W_dec_bf16;  // (F, D), null if use_bf16 is 0
-    // Adam's moments
-    float *m_enc, *v_enc, *m_dec, *v_dec;  // (F, D)
-    float *m_b, *v_b;                      // (F,)
-    // gradients, null if the update uses them without storing them
-    float *g_enc, *g_dec;  // (F, D)
-    float* g_b;            // (F,)
-    // additional gradient rows of some latents (AuxK), or null
-    const int32_t* extra_row;  // (F,) row of each latent, or -1
-    const float *extra_enc, *extra_dec, *extra_b;
-    float lr, encoder_lr, beta1, beta2, eps, correction1, correction2, decay, clip;
-    double* g_b_dec;  // (D,) part of b_dec's gradient that flows through the encoder
-    double* square;   // squared norm of the gradients of W_enc, W_dec and b_enc
-};
-
 void saetrain_tokens(const SaetrainStep* s) {
     if (s->use_bf16)
-        tokens(s->x, s->W_dec_bf16, s->b_dec, s->values, s->indices, s->N, s->D, s->K, s->loss_scale, s->residual,
-               static_cast<uint16_t*>(s->residual_copy), s->grad_pre, s->residual_norms, s->residual_sum,
-               s->residual_square, s->threads);
+        tokens(s, static_cast<const uint16_t*>(s->W_dec_bf16), static_cast<uint16_t*>(s->residual_copy));
     else
-        tokens(s->x, s->W_dec, s->b_dec, s->values, s->indices, s->N, s->D, s->K, s->loss_scale, s->residual,
-               static_cast<float*>(nullptr), s->grad_pre, s->residual_norms, s->residual_sum, s->residual_square,
-               s->threads);
+        tokens(s, static_cast<const float*>(s->W_dec), static_cast<float*>(nullptr));
 }
 
 void saetrain_code_rows(const SaetrainStep* s, int64_t first, int64_t stop, uint16_t* out) {
-    code_rows(s->values, s->indices, first, stop, s->F, s->K, out, s->threads);
+    code_rows(s, first, stop, out);
 }
 
 void saetrain_residuals(const SaetrainStep* s, int64_t first, int64_t stop, const uint16_t* decoded) {
@@ -406,20 +595,38 @@ void saetrain_pick(const SaetrainStep* s, int64_t first, int64_t stop, const uin
 #pragma omp parallel for num_threads(s->threads) schedule(static)
     for (int64_t n = first; n < stop; n++) {
         const uint16_t* row = products + (n - first) * s->F;
-        for (int64_t p = n * s->K; p < (n + 1) * s->K; p++)
-            s->grad_pre[p] = s->values[p] > 0 ? -s->loss_scale * widen(row[s->indices[p]]) : 0.0f;
+        for (int64_t p = s->offsets[n]; p < s->offsets[n + 1]; p++)
+            s->grad_pre[p] =
+                s->threshold != nullptr || s->values[p] > 0 ? -s->loss_scale * widen(row[s->indices[p]]) : 0.0f;
+    }
+}
+
+// Add the gradient of the thresholds, -(threshold * grad_pre + l0_grad) / bandwidth of each pair in the window.
+void saetrain_threshold_gradients(const SaetrainStep* s) {
+    std::vector<std::vector<double>> sums(s->threads, std::vector<double>(s->F, 0.0));
+#pragma omp parallel for num_threads(s->threads) schedule(static, 1)
+    for (int t = 0; t < s->threads; t++)
+        for (int64_t n = s->N * t / s->threads; n < s->N * (t + 1) / s->threads; n++)
+            for (int64_t p = s->offsets[n]; p < s->offsets[n + 1]; p++) {
+                const int32_t f = s->indices[p];
+                // A pair that is not active is in the window, because only those were collected.
+                if (p < s->active_stops[n] && !(s->values[p] - s->threshold[f] < s->bandwidth / 2)) continue;
+                sums[t][f] -= (s->threshold[f] * s->grad_pre[p] + s->l0_grad[n]) / s->bandwidth;
+            }
+    for (int64_t f = 0; f < s->F; f++) {
+        for (int t = 0; t < s->threads; t++) s->g_threshold[f] += sums[t][f];
     }
 }
 
 // Sort the active (token, latent) pairs by latent, then by token, with a counting sort.
 void saetrain_sort(const SaetrainStep* s) {
-    const int64_t N = s->N, K = s->K, F = s->F;
+    const int64_t N = s->N, F = s->F;
     const int T = s->threads;
     std::vector<std::vector<int64_t>> at(T, std::vector<int64_t>(F, 0));
     // The loop runs over slices instead of threads, because OpenMP may start fewer threads than requested.
 #pragma omp parallel for num_threads(T) schedule(static, 1)
     for (int t = 0; t < T; t++)
-        for (int64_t p = N * t / T * K; p < N * (t + 1) / T * K; p++)
+        for (int64_t p = s->offsets[N * t / T]; p < s->offsets[N * (t + 1) / T]; p++)
             if (s->values[p] > 0) at[t][s->indices[p]]++;
     int64_t running = 0;
     for (int64_t f = 0; f < F; f++) {
@@ -434,7 +641,7 @@ void saetrain_sort(const SaetrainStep* s) {
 #pragma omp parallel for num_threads(T) schedule(static, 1)
     for (int t = 0; t < T; t++)
         for (int64_t n = N * t / T; n < N * (t + 1) / T; n++)
-            for (int64_t p = n * K; p < (n + 1) * K; p++)
+            for (int64_t p = s->offsets[n]; p < s->offsets[n + 1]; p++)
                 if (s->values[p] > 0) {
                     const int64_t to = at[t][s->indices[p]]++;
                     s->pair_token[to] = static_cast<int32_t>(n);
@@ -452,10 +659,11 @@ double saetrain_norm_bound(const SaetrainStep* s, double enc_eigenvalue, double 
 #pragma omp parallel for num_threads(s->threads) schedule(static)
     for (int64_t f = 0; f < s->F; f++) {
         double dec = 0, enc = 0, b = 0, dec_square = 0, enc_square = 0;
+        const float* residual_norms = s->residual_norms + level_of(s, f) * s->N;
         for (int64_t p = s->starts[f]; p < s->starts[f + 1]; p++) {
             const int32_t n = s->pair_token[p];
             const double value = s->pair_value[p], grad_pre = s->pair_grad_pre[p];
-            dec += value * s->residual_norms[n];
+            dec += value * residual_norms[n];
             enc += std::fabs(grad_pre) * s->x_norms[n];
             dec_square += value * value;
             enc_square += grad_pre * grad_pre;
@@ -506,6 +714,7 @@ void latents(const SaetrainStep* s, const T* x, const T* residual, int mode, con
             float* const ge = mode == STORE ? s->g_enc + row : own_e.data();
             float* const gd = mode == STORE ? s->g_dec + row : own_d.data();
             float gb = 0;
+            const float gt = s->threshold != nullptr ? static_cast<float>(s->g_threshold[f]) : 0.0f;
             bool has_gradient = true;
             if (stored) {
                 std::copy(s->g_enc + row, s->g_enc + row + D, ge);
@@ -525,7 +734,7 @@ void latents(const SaetrainStep* s, const T* x, const T* residual, int mode, con
                     } else {
                         scaled.resize(pairs);
                         for (int64_t p = 0; p < pairs; p++) scaled[p] = -s->loss_scale * s->pair_value[start + p];
-                        gather(gd, residual, s->pair_token + start, scaled.data(), pairs, D);
+                        gather(gd, residual + level_of(s, f) * s->N * D, s->pair_token + start, scaled.data(), pairs, D);
                         gather(ge, x, s->pair_token + start, s->pair_grad_pre + start, pairs, D);
                     }
                     const float* w = s->W_enc + row;
@@ -568,8 +777,9 @@ void latents(const SaetrainStep* s, const T* x, const T* residual, int mode, con
                 for (int64_t d = 0; d < D; d++) gd[d] -= along * wd[d];
                 square[thread] += dot(ge, ge, D) + dot(gd, gd, D) + gb * gb;
             }
+            square[thread] += gt * gt;
             if (mode == MEASURE) continue;
-            if (gb == 0) continue;  // a latent that did not fire keeps its weights and moments
+            if (gb == 0 && gt == 0) continue;  // an idle latent keeps its weights and moments
             float *m_e = s->m_enc + row, *ve = s->v_enc + row, *md = s->m_dec + row, *vd = s->v_dec + row;
             const float clip = s->clip, decay_factor = 1 - s->encoder_lr * s->decay;
             float norm = 0, length = 0;
@@ -593,6 +803,8 @@ void latents(const SaetrainStep* s, const T* x, const T* residual, int mode, con
             for (int64_t d = 0; d < D; d++) wd[d] *= inverse;
             enc_norms[f] = std::sqrt(length);
             s->b_enc[f] -= adam(s->m_b[f], s->v_b[f], clip * gb);
+            if (s->threshold != nullptr)
+                s->threshold[f] -= adam(s->m_threshold[f], s->v_threshold[f], clip * gt);
             if (s->use_bf16) {
                 narrow_row(s->W_dec_bf16 + row, wd, D);
                 narrow_row(s->W_enc_bf16 + row, we, D);
@@ -647,4 +859,29 @@ void saetrain_topk_f32(const float* pre, const float* bias, int64_t n, int64_t F
                        int32_t* indices, int threads) {
     topk(pre, bias, n, F, k, values, indices, threads);
 }
+
+int64_t saetrain_collect_above_bf16(const uint16_t* pre, const float* bias, const float* floors, const float* threshold,
+                                    int64_t n, int64_t F, int64_t used, int64_t capacity, int64_t* stops,
+                                    int64_t* active_stops, float* values, int32_t* indices, int threads) {
+    return collect_above(pre, bias, floors, threshold, n, F, used, capacity, stops, active_stops, values, indices,
+                         threads);
+}
+int64_t saetrain_collect_above_f32(const float* pre, const float* bias, const float* floors, const float* threshold,
+                                   int64_t n, int64_t F, int64_t used, int64_t capacity, int64_t* stops,
+                                   int64_t* active_stops, float* values, int32_t* indices, int threads) {
+    return collect_above(pre, bias, floors, threshold, n, F, used, capacity, stops, active_stops, values, indices,
+                         threads);
+}
+
+void saetrain_collect_bf16(GroupSelection* g, const uint16_t* pre, const float* bias, int64_t n) {
+    collect_group(g, pre, bias, n);
+}
+void saetrain_collect_f32(GroupSelection* g, const float* pre, const float* bias, int64_t n) {
+    collect_group(g, pre, bias, n);
+}
+// Return the smallest of the wanted largest candidates, of which there must be enough.
+float saetrain_smallest_wanted(GroupSelection* g) { return kth_largest(g->values, g->total, g->wanted, g->keys); }
+// Return the number of candidates above a value.
+int64_t saetrain_count_above(const GroupSelection* g, float least) { return count_above(g, least); }
+void saetrain_prune_group(GroupSelection* g, float least, int64_t equals) { prune_group(g, least, equals); }
 }

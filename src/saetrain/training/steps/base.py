@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from saetrain.coders import SparseCoder, TopK
+from saetrain.coders import CoderSettings, SparseCoder, TopK, architecture_name
+from saetrain.coders.jumprelu import JumpReLUSettings
+from saetrain.coders.topk import TopKSettings
 from saetrain.optim import OptimSettings
-from saetrain.types import StepContext
+from saetrain.settings import Settings
+from saetrain.types import StepContext, TokenGroups
 
 
 @dataclass(frozen=True, kw_only=True)
-class KernelSettings:
+class KernelSettings(Settings):
     """Kernels: implementation of the SAE's training step."""
 
     kernels: Literal["auto", "reference", "torch", "native", "triton"] = "auto"
@@ -40,19 +43,29 @@ class StepRequest:
     """Whether the loss is computed on the model's outputs."""
     y_is_x: bool = True
     """Whether the coder reconstructs its input."""
+    sae: CoderSettings | None = None
+    """Settings of the coder; None: the defaults."""
 
 
 @dataclass(frozen=True)
-class SplicedBatch:
-    """A micro-batch whose loss is computed on the model's outputs with the reconstruction spliced in.
+class MicroBatch:
+    """Raw activations of one site: what its coders read, ``x_ND`` (N, D_in), and reconstruct, ``y_ND`` (N, D_out).
 
-    ``raw_ND`` raw activations that are replaced; ``step_tokens`` tokens of the whole optimizer step, which sums over
-    tokens are divided by; ``objective`` the loss terms.
+    An SAE has one tensor for both. ``objective``: loss terms that replace the coder's own, and then ``step_tokens``:
+    tokens of the whole optimizer step, which sums over tokens are divided by. ``groups``: the groups of the rows, for
+    coders that select in groups.
     """
 
-    raw_ND: Tensor
-    step_tokens: int
-    objective: Objective
+    x_ND: Tensor
+    y_ND: Tensor
+    objective: Objective | None = None
+    step_tokens: int | None = None
+    groups: TokenGroups | None = None
+
+    @classmethod
+    def of_sae(cls, x_ND: Tensor) -> MicroBatch:
+        """Return the micro-batch of an SAE, which reconstructs its input."""
+        return cls(x_ND, x_ND)
 
 
 @dataclass(frozen=True)
@@ -113,11 +126,14 @@ class StepStats:
 def build_adam_state(moments: Mapping[str, Tensor], step: Tensor) -> dict[str, Tensor]:
     """Return the optimizer state under the names of torch's Adam, as views of ``moments``.
 
-    ``moments`` contains `m_` and `v_` of `enc`, `dec` (F, D), `b` (F,) and `b_dec` (D,). Those of the encoder are
-    returned in the shape of ``W_enc`` (D, F). ``step`` is a scalar.
+    ``moments`` contains `m_` and `v_` of `enc`, `dec` (F, D), `b` (F,), `b_dec` (D,) and perhaps `threshold` (F,).
+    Those of the encoder are returned in the shape of ``W_enc`` (D, F). ``step`` is a scalar.
     """
     out = {}
-    for parameter, tensor_name in (("W_enc", "enc"), ("W_dec", "dec"), ("b_enc", "b"), ("b_dec", "b_dec")):
+    names = {"W_enc": "enc", "W_dec": "dec", "b_enc": "b", "b_dec": "b_dec", "threshold": "threshold"}
+    for parameter, tensor_name in names.items():
+        if f"m_{tensor_name}" not in moments:
+            continue
         for key, moment in (("exp_avg", "m"), ("exp_avg_sq", "v")):
             value = moments[f"{moment}_{tensor_name}"]
             out[f"{parameter}.{key}"] = value.T if tensor_name == "enc" else value
@@ -177,12 +193,16 @@ class TrainStep(ABC):
         """Load the result of :meth:`state_dict`; the coder's parameters must be restored before."""
 
 
-def explain_kernel_limits(request: StepRequest) -> str | None:
-    """Return why no hand-written kernels can serve ``request``, on any device, or None."""
+def explain_kernel_limits(request: StepRequest, supported: Sequence[type[SparseCoder]] = (TopK,)) -> str | None:
+    """Return why hand-written kernels for SAEs of the ``supported`` classes can't serve ``request``, or None."""
     if request.end_to_end:
         return "they support only the SAE's own loss, but --loss_fn ce and kl need gradients through the model"
-    if request.coder_class is not TopK or not request.y_is_x:
-        return "they support only TopK SAEs"
+    if request.coder_class not in supported or not request.y_is_x:
+        return f"they support only SAEs of the architectures {', '.join(map(architecture_name, supported))}"
+    if isinstance(request.sae, TopKSettings) and request.sae.multi_topk:
+        return "they do not support --multi_topk"
+    if isinstance(request.sae, JumpReLUSettings) and request.sae.dead_pre_weight:
+        return "they do not support --dead_pre_weight"
     if request.optim.optimizer != "adam":
         return f"they support only --optimizer adam, not {request.optim.optimizer}"
     return None

@@ -18,7 +18,7 @@ from saetrain.ops.cuda_graph import GraphedCallable
 from saetrain.ops.triton import kernels as triton_kernels
 from saetrain.ops.triton import launch as triton_launch
 from saetrain.optim import BETAS, ENCODER_LR_RATIO, EPS, OptimSettings
-from saetrain.training.auxk import DeadLatents, auxk_forward_backward
+from saetrain.training.steps.auxk import DeadLatents, auxk_forward_backward
 from saetrain.training.steps.base import (
     DeviceStep,
     Objective,

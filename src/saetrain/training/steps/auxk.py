@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from saetrain.coders.topk import TopK, default_k_aux
+from saetrain.coders.auxk import AuxKCoder, default_k_aux
 from saetrain.ops.auxk import AuxKGradients, compute_auxk_gradients
 from saetrain.ops.sparse import next_power_of_2
 from saetrain.types import StepContext
@@ -47,14 +47,14 @@ class DeadLatents:
 
 
 def auxk_forward_backward(
-    coder: TopK,
+    coder: AuxKCoder,
     weights: Mapping[str, Tensor],
     centred_ND: Tensor,
     residual_ND: Tensor,
     dead: DeadLatents,
     ctx: StepContext,
 ) -> AuxKGradients:
-    """Return the weighted AuxK loss of ``dead`` and its gradients, as :meth:`TopK.losses` defines the loss.
+    """Return the weighted AuxK loss of ``dead`` and its gradients, as :meth:`AuxKCoder.losses` defines the loss.
 
     ``weights`` {`enc`, `dec`: (F, D)} and ``centred_ND`` have the dtype of the products; ``residual_ND`` is fp32.
     """
