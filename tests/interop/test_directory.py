@@ -32,7 +32,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, minilm: str, topics_jsonl:
 def activations(trained: Path, topics: list[str]) -> torch.Tensor:
     """Raw activations of layer 3 on real text, (N, 384)."""
     sae = saetrain.load(trained / "encoder.layer.3")
-    _, tokenizer, capture, _ = sae._loaded_model
+    _, tokenizer, capture, *_ = sae._loaded_model
     batch = tokenizer(topics[:4], return_tensors="pt", truncation=True, max_length=64, padding=True)
     values = capture(batch["input_ids"], batch["attention_mask"])["encoder.layer.3"]
     return values[batch["attention_mask"].bool()]

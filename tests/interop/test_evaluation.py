@@ -96,7 +96,8 @@ def ours(tmp_path_factory: pytest.TempPathFactory, language_model: str, topics_j
 def fewer_than_k_fire(setting: EvalContext, text: EvalText) -> None:
     """Lower the SAE's bias, on disk too, so that a fifth of what fires falls below zero: L0 then varies."""
     sae = setting.loaded.saes["h.2"]
-    batches = (batch for group in text.iter_groups(text.indices) for batch in setting.extractor.iterate_labelled(group))
+    sequences = text.sequences.iterate_batches(text.indices, setting.extractor.batch_tokens)
+    batches = setting.extractor.iterate_labelled(sequences)
     x = torch.cat([batch.values["h.2"] for batch in batches])
     sae.coder.b_enc -= sae.coder.encode(x).values.flatten()[:100_000].quantile(0.2)
     save_sae(sae.folder, sae.coder, sae.metadata)

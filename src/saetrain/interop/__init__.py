@@ -1,1 +1,1 @@
-"""Reading and writing SAEs in the formats of saetrain, SAELens and sparsify."""
+"""Reading and writing SAEs in the formats of saetrain and of other libraries."""

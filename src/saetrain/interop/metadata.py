@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
+from saetrain.activations.hookpoints import resolve_module_name, translate_hook_name
 from saetrain.activations.model import BaseModel, Dtype, hash_model_weights
 from saetrain.errors import SaetrainError
-from saetrain.interop.schema import PositiveInt, require_types
+from saetrain.interop.schema import require_types
+from saetrain.settings import PositiveFactor, Seed, Share, Total, TotalOrZero
+from saetrain.types import Site
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,17 +32,17 @@ class SaeMetadata:
     model_weights_sha256: str | None = None
     model_dtype: Dtype | None = None
     dataset: str | list[str] | None = None
-    mix: list[float] | None = None
+    mix: list[Share] | None = None
     dataset_config: str | None = None
     split: str | None = None
     streaming: bool = False
     skip_bad_rows: bool = False
-    eval_tokens: PositiveInt | None = None
+    eval_tokens: Total | None = None
     text_columns: list[str] | list[list[str]] | None = None
     held_out: str | list[str] | None = None
-    train_tokens_available: int | list[int | None] | None = None
+    train_tokens_available: TotalOrZero | list[TotalOrZero | None] | None = None
     fingerprint: str | list[str] | None = None
-    ctx_len: PositiveInt | None = None
+    ctx_len: Total | None = None
     causal: bool | None = None
     prepend_bos: bool | None = None
     exclude_special_tokens: bool = True
@@ -45,13 +51,18 @@ class SaeMetadata:
     finetuned_from: str | None = None
     kernels: str | None = None
     compute_dtype: str | None = None
-    processes: PositiveInt = 1
-    tokens_seen: int | None = None
-    steps: int | None = None
+    processes: Total = 1
+    tokens_seen: TotalOrZero | None = None
+    steps: TotalOrZero | None = None
     hookpoint: str | None = None
     hook_name: str | None = None
-    init_seed: int | None = None
-    norm_limit: float | None = None
+    init_seed: Seed | None = None
+    norm_limit: PositiveFactor | None = None
+    inputs: list[str] | None = None
+    """Hookpoints that the coder reads, if it is no SAE; ``hookpoint`` then names what it reconstructs."""
+    outputs: list[str] | None = None
+    norm_limits: dict[str, PositiveFactor] | None = None
+    """{hookpoint: norm limit} of a coder that is no SAE."""
     held_out_figures: dict[str, float | None] = field(default_factory=dict)
 
     @classmethod
@@ -60,13 +71,37 @@ class SaeMetadata:
     ) -> SaeMetadata:
         """Return the metadata in the entry ``name`` of the file ``path``; ``keys``: {field: key}, if they differ.
 
-        Missing keys get their defaults, and keys of later versions are ignored. Raises SaetrainError that names the
-        key if a value has the wrong type.
+        Missing and empty entries get their defaults, and keys of later versions are ignored. Raises SaetrainError that
+        names the key if a value has the wrong type.
         """
         hints = typing.get_type_hints(cls, include_extras=True)
         keys = keys or {field: field for field in hints}
         require_types(path, entry, {key: hints[field] for field, key in keys.items()}, f"{name}.")
-        return cls(**{field: entry[key] for field, key in keys.items() if entry.get(key) not in (None, "")})
+        return cls(**{field: entry[key] for field, key in keys.items() if entry.get(key) not in (None, "", [])})
+
+    @property
+    def site(self) -> Site | None:
+        """What the coder reads and reconstructs, or None if that is unknown."""
+        if self.inputs and self.outputs:
+            return Site(tuple(self.inputs), tuple(self.outputs))
+        return Site.of_sae(self.hookpoint) if self.hookpoint else None
+
+    def find_hookpoint(self, model: nn.Module) -> str | None:
+        """Return the module of ``model``, a transformer without its head, that an SAE was trained on; None if unknown.
+
+        It is that of ``hookpoint``, else that of ``hook_name``, which may be a name of TransformerLens or sparsify.
+        """
+        names = [name for name, _ in model.named_modules() if name]
+        return resolve_module_name(self.hookpoint or "", names) or translate_hook_name(self.hook_name or "", model)
+
+    def with_site(self, site: Site, limits: Mapping[str, float]) -> SaeMetadata:
+        """Return the metadata of a coder at ``site``; ``limits``: {hookpoint: norm limit}."""
+        if site.is_sae and len(site.inputs) == 1:
+            return dataclasses.replace(self, hookpoint=site.name, norm_limit=limits.get(site.name))
+        own = {name: limits[name] for name in site.hookpoints if name in limits}
+        return dataclasses.replace(
+            self, hookpoint=site.name, inputs=list(site.inputs), outputs=list(site.outputs), norm_limits=own
+        )
 
     def require_model(self, model: BaseModel, path: Path) -> None:
         """Raise SaetrainError if the SAE in ``path`` was trained on a model with other weights than ``model``."""

@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+from torch import Tensor
 
 from saetrain.coders.base import SparseCoder
 from saetrain.coders.topk import TopK
 from saetrain.errors import SaetrainError
 from saetrain.interop.metadata import SaeMetadata
-from saetrain.interop.schema import describe_misfit, read_tensors, restore_coder
+from saetrain.interop.schema import (
+    SAE_CONFIG_FILE,
+    describe_misfit,
+    read_flag,
+    read_sae_config,
+    read_tensors,
+    restore_sae,
+)
 
 NAME = "sparsify"
+MARKER_FILE = SAE_CONFIG_FILE
 WEIGHTS_FILE = "sae.safetensors"
+FILES: tuple[str, ...] = (SAE_CONFIG_FILE, WEIGHTS_FILE)
 TENSORS = {"encoder.weight": "W_enc", "encoder.bias": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec"}
 """Name in the file -> our parameter."""
 
 
 def unsupported(coder: SparseCoder) -> str | None:
     """Return why sparsify cannot load a coder, or None if it can."""
-    return describe_misfit(coder, TopK, TENSORS.values())
+    return describe_misfit(coder, (TopK,), TENSORS.values())
 
 
 def build_config(coder: SparseCoder, metadata: SaeMetadata) -> dict[str, Any]:
@@ -41,30 +49,31 @@ def build_config(coder: SparseCoder, metadata: SaeMetadata) -> dict[str, Any]:
     }
 
 
-def write_weights(path: Path, coder: SparseCoder) -> None:
-    """Write ``encoder.weight`` and ``W_dec``, both (F, D), ``encoder.bias`` (F,) and ``b_dec`` (D,)."""
-    tensors = {"encoder.weight": coder.W_enc.T, "encoder.bias": coder.b_enc, "W_dec": coder.W_dec, "b_dec": coder.b_dec}
-    save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path)
+def build_tensors(coder: SparseCoder) -> dict[str, Tensor]:
+    """Return ``encoder.weight`` and ``W_dec``, both (F, D), ``encoder.bias`` (F,) and ``b_dec`` (D,)."""
+    state = coder.state_dict() | {"W_enc": coder.W_enc.detach().T}
+    return {name: state[own] for name, own in TENSORS.items()}
 
 
-def read_sae(folder: Path, config: Mapping[str, Any]) -> tuple[SparseCoder, SaeMetadata] | None:
-    """Return (coder of raw activations, metadata), or None if ``folder`` contains no weights of sparsify.
+def read_sae(folder: Path) -> tuple[SparseCoder, SaeMetadata] | None:
+    """Return (coder of raw activations, metadata), or None if ``folder`` contains no SAE of sparsify.
 
     sparsify records only the hookpoint, as the name of the folder.
     Raises SaetrainError if the SAE is damaged, is not TopK, or is a transcoder or has a skip connection.
     """
-    if not (folder / WEIGHTS_FILE).exists():
+    config_path, weights_path = folder / SAE_CONFIG_FILE, folder / WEIGHTS_FILE
+    if not config_path.exists() or not weights_path.exists():
         return None
+    config = read_sae_config(folder)
     if config.get("activation", "topk") != "topk":
         raise SaetrainError(f"{folder}: its activation is {config['activation']!r}; only 'topk' is supported")
     for key in ("transcode", "skip_connection"):
-        if config.get(key):
+        if read_flag(config_path, config, key, default=False):
             raise SaetrainError(
                 f"{folder}: it is a transcoder or has a skip connection ({key}), which is not supported"
             )
-    weights = {TENSORS.get(name, name): value for name, value in read_tensors(folder / WEIGHTS_FILE).items()}
+    weights = {TENSORS.get(name, name): value for name, value in read_tensors(weights_path).items()}
     if "W_enc" in weights:
         weights["W_enc"] = weights["W_enc"].T
-    num_latents, width = weights["W_dec"].shape
-    coder = restore_coder(folder, WEIGHTS_FILE, TopK, config, weights, (width, width, num_latents))
+    coder = restore_sae(TopK, config, weights, config_path=config_path, weights_path=weights_path)
     return coder, SaeMetadata(hook_name=folder.name)

@@ -10,11 +10,24 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from saetrain.coders import SparseCoder
+from saetrain.coders.batchtopk import BatchTopK
+from saetrain.coders.jumprelu import FIRST_TARGET, JumpReLU
 from saetrain.coders.topk import TopK
 from saetrain.errors import SaetrainError
 from saetrain.interop.finetune import initialize_from_sae
 from saetrain.interop.formats import save_sae
 from saetrain.interop.metadata import SaeMetadata
+from tests.unit.interop.layouts import (
+    compute_code,
+    draw_thresholds,
+    draw_weights,
+    name_as_gated,
+    name_as_linear,
+    write_dictionary,
+    write_gemma_scope,
+    write_saelens,
+)
 
 D, F, K, N = 6, 20, 3, 40
 MODULES = ("wte", "h", "h.0", "h.0.attn", "h.1")
@@ -112,7 +125,7 @@ def test_norms_that_take_part_in_the_ranking_are_moved_exactly(tmp_path: Path, x
     ("config", "message"),
     [
         ({"k": 7}, "its k is 7, the run needs 3; give --k 7"),
-        ({"architecture": "jumprelu"}, "architecture is 'jumprelu'"),
+        ({"architecture": "transcoder"}, "architecture is 'transcoder'; saetrain reads topk, batchtopk"),
         ({"normalize_activations": "layer_norm"}, "normalize_activations is 'layer_norm'"),
     ],
 )
@@ -211,10 +224,76 @@ def test_broken_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(SaetrainError, match="damaged or truncated"):
         loaded(folder)
     file.unlink()
-    with pytest.raises(SaetrainError, match="contains neither"):
+    with pytest.raises(
+        SaetrainError, match=r"contains cfg\.json, but none of saetrain\.safetensors, sae_weights\.safetensors, sae\."
+    ):
         loaded(folder)
     save_file({"W_enc": torch.zeros(D, F)}, file)
     with pytest.raises(
         SaetrainError, match=r"--finetune .*sae_weights\.safetensors: W_dec must have shape \(F, D\), found nothing"
     ):
         loaded(folder)
+
+
+@pytest.mark.parametrize("d_out", [D, 4])
+def test_a_transcoder_does_not_fit_an_sae_and_the_reverse(tmp_path: Path, d_out: int) -> None:
+    sae, transcoder = TopK(D, F, K), TopK(D, F, K, d_out=d_out)
+    for saved, coder, found in ((sae, transcoder, "an SAE"), (transcoder, sae, "a coder of two different")):
+        save_sae(tmp_path, saved, SaeMetadata(hookpoint="h.0"))
+        with pytest.raises(SaetrainError, match=f": it is {found}.*, but the run trains ") as caught:
+            initialize_from_sae(coder, str(tmp_path), "h.0", MODULES)
+        assert "--is_sae" not in str(caught.value)
+
+
+def start_from(coder: SparseCoder, folder: Path, x: torch.Tensor) -> torch.Tensor:
+    """Initialize ``coder`` from the SAE in ``folder``, and return its code of ``x``."""
+    initialize_from_sae(coder, str(folder), "h.0", MODULES)
+    return coder.encode(x).to_dense()
+
+
+def test_saes_of_dictionary_learning_and_gemma_scope_are_a_start(tmp_path: Path, x: torch.Tensor) -> None:
+    weights, settings = draw_weights(), JumpReLU.Settings(k=5, num_latents=F)
+    named = {**name_as_linear(weights), "k": torch.tensor(K), "threshold": torch.tensor(0.5)}
+    folder = write_dictionary(tmp_path / "run" / "h.0", "BatchTopKSAE", named)
+    expected = compute_code("batchtopk", weights, x)
+    torch.testing.assert_close(start_from(BatchTopK(D, F, K), folder.parent, x), expected)
+    gemma = write_gemma_scope(tmp_path / "gemma", {**weights, "threshold": draw_thresholds()})
+    expected = compute_code("jumprelu", weights, x, subtracts=False)
+    torch.testing.assert_close(start_from(JumpReLU.build(settings, D), gemma, x), expected)
+
+
+def test_norms_of_latents_that_do_not_compete_are_moved_exactly(tmp_path: Path, x: torch.Tensor) -> None:
+    weights = draw_weights()
+    norms = torch.rand(F, generator=torch.Generator().manual_seed(1)) + 0.5
+    scaled = {**weights, "W_dec": weights["W_dec"] * norms[:, None], "threshold": draw_thresholds()}
+    coder = JumpReLU.build(JumpReLU.Settings(k=5, num_latents=F), D)
+    code = start_from(coder, write_saelens(tmp_path, "jumprelu", scaled), x)
+    torch.testing.assert_close(code, compute_code("jumprelu", weights, x) * norms)
+    torch.testing.assert_close(coder.decode(coder.encode(x)), (code / norms) @ scaled["W_dec"] + weights["b_dec"])
+    torch.testing.assert_close(coder.W_dec.norm(dim=1), torch.ones(F))
+
+
+def test_buffers_of_the_training_come_from_our_own_files_alone(tmp_path: Path, x: torch.Tensor) -> None:
+    source = JumpReLU.build(JumpReLU.Settings(k=5, num_latents=F), D, seed=3)
+    source.l0_target.fill_(0.7)
+    save_sae(tmp_path / "own", source, SaeMetadata())
+    for folder, target in (("own", 0.7), ("saelens", FIRST_TARGET)):
+        if folder == "saelens":
+            write_saelens(tmp_path / folder, "jumprelu", {**draw_weights(), "threshold": draw_thresholds()})
+        # The L0 that training is to reach may change.
+        coder = JumpReLU.build(JumpReLU.Settings(k=6, num_latents=F), D)
+        start_from(coder, tmp_path / folder, x)
+        assert (float(coder.l0_target), coder.k) == (pytest.approx(target), 6)
+
+
+def test_gated_saes_are_no_start(tmp_path: Path) -> None:
+    write_dictionary(tmp_path, "GatedAutoEncoder", name_as_gated(draw_weights()))
+    message = r"--finetune .*: its architecture is gated, the run needs topk; saetrain can't train it"
+    with pytest.raises(SaetrainError, match=message):
+        loaded(tmp_path)
+
+
+def test_the_folder_of_a_run_is_a_start(tmp_path: Path, x: torch.Tensor) -> None:
+    source = loaded(saelens(tmp_path / "a", tensors()))
+    save_sae(tmp_path / "run" / "sae" / "h.0", source, SaeMetadata(hookpoint="h.0"))
+    check(loaded(tmp_path / "run"), source.decode(source.encode(x)), x)

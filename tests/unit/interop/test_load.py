@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import saetrain
 from saetrain.coders.topk import TopK
 from saetrain.errors import SaetrainError
 from saetrain.interop.finetune import initialize_from_sae
-from saetrain.interop.formats import load_sae, save_sae
+from saetrain.interop.formats import find_sae_folders, load_sae, save_sae
 from saetrain.interop.metadata import SaeMetadata
+from saetrain.runs.evaluate.load_saes import load_saes
 
 D, F, K = 6, 20, 3
 Spoil = Callable[[Path], None]
@@ -76,13 +79,13 @@ def test_what_is_whole_is_read(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (lambda folder: (folder / "cfg.json").write_bytes(b'{"k": "\xff"}'), r"cfg\.json: is not JSON: .*utf-8"),
-        (lambda folder: (folder / "cfg.json").write_text("[]"), r"cfg\.json: must be a JSON object"),
-        (config_with(metadata=["a"]), r"cfg\.json: metadata must be a JSON object, found \['a'\]"),
-        (config_with(metadata="a"), r"cfg\.json: metadata must be a JSON object, found 'a'"),
-        (config_with(saetrain=[1]), r"cfg\.json: saetrain must be a JSON object"),
-        (config_with(d_in="8"), r"cfg\.json: d_in must be a positive integer, found '8'"),
-        (config_with(k=True), r"cfg\.json: k must be an integer, found True"),
+        (lambda folder: (folder / "cfg.json").write_bytes(b'{"k": "\xff"}'), r"cfg\.json: line 1 is not UTF-8"),
+        (lambda folder: (folder / "cfg.json").write_text("[]"), r"cfg\.json: must contain a JSON object"),
+        (config_with(metadata=["a"]), r"cfg\.json: metadata: found \['a'\], must be an object"),
+        (config_with(metadata="a"), r"cfg\.json: metadata: found 'a', must be an object"),
+        (config_with(saetrain=[1]), r"cfg\.json: saetrain: found \[1\], must be an object"),
+        (config_with(d_in="8"), r"cfg\.json: d_in: found '8', must be a whole number"),
+        (config_with(k=True), r"cfg\.json: k: found True, must be a whole number"),
         (config_with(k=0), r"cfg\.json: k 0: must be at least 1"),
         (config_with(k=F + 1), r"cfg\.json: k 21: more than the 20 latents"),
         (config_with(k=None), r"cfg\.json: has no key 'k'"),
@@ -99,6 +102,44 @@ def test_broken_folders_are_refused(folder: Path, reader: Callable[[Path], Any],
         reader(folder)
 
 
+@pytest.mark.parametrize("folder", ["saelens"], indirect=True)
+@pytest.mark.parametrize("key", ["apply_b_dec_to_input", "rescale_acts_by_decoder_norm"])
+def test_a_switch_of_saelens_is_a_boolean(folder: Path, key: str) -> None:
+    config_with(**{key: "false"})(folder)
+    with pytest.raises(SaetrainError, match=rf"cfg\.json: {key}: found 'false', must be true or false"):
+        load_sae(folder)
+
+
+@pytest.mark.parametrize("folder", ["sparsify"], indirect=True)
+@pytest.mark.parametrize("key", ["transcode", "skip_connection"])
+def test_a_switch_of_sparsify_is_a_boolean(folder: Path, key: str) -> None:
+    config_with(**{key: 0})(folder)
+    with pytest.raises(SaetrainError, match=rf"cfg\.json: {key}: found 0, must be true or false"):
+        load_sae(folder)
+
+
+@pytest.mark.parametrize("reader", [saetrain.load, load_saes, load_sae, finetune])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("name", ["b_dec", "W_dec"])
+def test_weights_that_are_not_finite_are_refused_by_name(
+    folder: Path, name: str, value: float, reader: Callable[[Any], Any]
+) -> None:
+    for path in folder.glob("*.safetensors"):
+        weights = load_file(path)
+        weights[name].view(-1)[1] = value
+        save_file(weights, path)
+    with pytest.raises(SaetrainError, match=rf"safetensors: {name} contains 1 values that are NaN or infinite"):
+        reader(str(folder) if reader is load_saes else folder)
+
+
+def test_weights_that_are_no_file_are_refused(folder: Path) -> None:
+    for path in folder.glob("*.safetensors"):
+        path.unlink()
+        path.mkdir()
+    with pytest.raises(SaetrainError, match=r"safetensors: is not a file"):
+        load_sae(folder)
+
+
 @pytest.mark.parametrize("value", [{}, None, {"model_name": None, "context_size": None}])
 def test_metadata_may_be_empty(folder: Path, value: Any) -> None:
     config_with(metadata=value)(folder)
@@ -109,10 +150,10 @@ def test_metadata_may_be_empty(folder: Path, value: Any) -> None:
 @pytest.mark.parametrize(
     ("entry", "said"),
     [
-        ({"context_size": "128"}, r"cfg\.json: metadata\.context_size must be a positive integer, found '128'"),
-        ({"hf_hook_name": 3}, r"cfg\.json: metadata\.hf_hook_name must be a string, found 3"),
-        ({"prepend_bos": "no"}, r"metadata\.prepend_bos must be true or false, found 'no'"),
-        ({"dataset_path": 1}, r"metadata\.dataset_path must be a string or a list, found 1"),
+        ({"context_size": "128"}, r"cfg\.json: metadata\.context_size: found '128', must be a whole number"),
+        ({"hf_hook_name": 3}, r"cfg\.json: metadata\.hf_hook_name: found 3, must be a string"),
+        ({"prepend_bos": "no"}, r"metadata\.prepend_bos: found 'no', must be true or false"),
+        ({"dataset_path": 1}, r"metadata\.dataset_path: found 1, must be a string or a list of strings"),
     ],
 )
 def test_metadata_of_saelens_are_checked(tmp_path: Path, entry: dict[str, Any], said: str) -> None:
@@ -176,8 +217,8 @@ def test_a_bias_that_is_not_subtracted_must_fit_too(tmp_path: Path) -> None:
         ({"architecture": ["topk"]}, r"cfg\.json: architecture is \['topk'\]; this version supports topk"),
         ({"architecture": None}, r"cfg\.json: architecture is None; this version supports topk"),
         ({"d_sae": None}, r"cfg\.json: has no key 'd_sae'"),
-        ({"d_sae": F + 1}, r"sae_weights\.safetensors: its tensors are not those of TopK: size mismatch"),
-        ({"saetrain": {"format": 1, "coder": [1]}}, r"cfg\.json: coder must be a JSON object, found \[1\]"),
+        ({"d_sae": F + 1}, r"sae_weights\.safetensors: W_dec has shape"),
+        ({"saetrain": {"format": 1, "coder": [1]}}, r"cfg\.json: coder: found \[1\], must be an object"),
     ],
 )
 def test_entries_of_our_own_are_checked(tmp_path: Path, values: dict[str, Any], said: str) -> None:
@@ -185,3 +226,20 @@ def test_entries_of_our_own_are_checked(tmp_path: Path, values: dict[str, Any], 
     config_with(**values)(tmp_path)
     with pytest.raises(SaetrainError, match=said):
         load_sae(tmp_path)
+
+
+def test_folders_that_disappear_while_they_are_searched_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gone").mkdir()
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "cfg.json").write_text("{}")
+    scandir = os.scandir
+
+    def scan(path: Any) -> Any:
+        if str(path).endswith("gone"):
+            raise FileNotFoundError(2, "No such file or directory", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", scan)
+    assert list(find_sae_folders(tmp_path).values()) == [tmp_path / "one"]

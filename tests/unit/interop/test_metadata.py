@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,9 @@ FULL = SaeMetadata(
     hook_name="blocks.3.hook_resid_post",
     init_seed=42,
     norm_limit=31.5,
+    inputs=["h.3.mlp"],
+    outputs=["h.3"],
+    norm_limits={"h.3": 31.5},
     held_out_figures={"fvu": 0.25, "l0": None},
 )
 
@@ -78,34 +82,64 @@ def test_missing_and_unknown_keys(tmp_path: Path, config: dict[str, Any]) -> Non
     assert read(tmp_path, {"format": 1, "model": "m", "colour": {"r": 1}}, config) == SaeMetadata(model="m")
 
 
-WRONG = {name: [{"a": 1}] if name == "held_out_figures" else {"a": 1} for name in dataclasses.asdict(FULL)}
+WRONG = {
+    name: [{"a": 1}] if name in ("held_out_figures", "norm_limits") else {"a": 1} for name in dataclasses.asdict(FULL)
+}
 
 
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_type_is_named(tmp_path: Path, config: dict[str, Any], name: str) -> None:
     with pytest.raises(SaetrainError) as caught:
         read(tmp_path, {**config["saetrain"], name: WRONG[name]}, config)
-    assert str(caught.value).startswith(f"{tmp_path / 'cfg.json'}: saetrain.{name} must be ")
-    assert str(caught.value).endswith(f", found {WRONG[name]!r}")
+    assert str(caught.value).startswith(f"{tmp_path / 'cfg.json'}: saetrain.{name}: found {WRONG[name]!r}, must be ")
 
 
 @pytest.mark.parametrize(
     ("name", "value", "said"),
     [
-        ("ctx_len", 0, "a positive integer, found 0"),
-        ("ctx_len", True, "a positive integer, found True"),
-        ("norm_limit", True, "a number, found True"),
-        ("steps", 2.5, "an integer, found 2.5"),
-        ("streaming", 1, "true or false, found 1"),
-        ("dataset", 1, "a string or a list, found 1"),
-        ("model_dtype", "int8", "float32 or bfloat16 or float16, found 'int8'"),
-        ("model_dtype", ["float32"], "float32 or bfloat16 or float16, found"),
+        ("ctx_len", 0, "found 0, must be at least 1"),
+        ("ctx_len", True, "found True, must be a whole number"),
+        ("norm_limit", True, "found True, must be a number"),
+        ("norm_limit", -1, "found -1, must be above 0"),
+        ("tokens_seen", -1, "found -1, must be at least 0"),
+        ("steps", 2.5, "found 2.5, must be a whole number"),
+        ("streaming", 1, "found 1, must be true or false"),
+        ("dataset", 1, "found 1, must be a string or a list of strings or null"),
+        ("norm_limit", math.inf, "found inf, must be a finite number"),
+        ("text_columns", [["a"], [1]], "found .*, must be a list of"),
+        ("ctx_len", 10**40, "found 1000.*000, must be at most"),
+        ("model_dtype", "int8", "found 'int8', must be float32 or bfloat16 or float16"),
+        ("model_dtype", ["float32"], r"found \['float32'\], must be float32 or bfloat16"),
     ],
 )
 def test_what_is_allowed_is_named(tmp_path: Path, config: dict[str, Any], name: str, value: Any, said: str) -> None:
-    with pytest.raises(SaetrainError, match=f"saetrain.{name} must be {said}"):
+    with pytest.raises(SaetrainError, match=f"saetrain.{name}: {said}"):
         read(tmp_path, {**config["saetrain"], name: value}, config)
 
 
 def test_a_whole_number_is_a_number(tmp_path: Path, config: dict[str, Any]) -> None:
     assert read(tmp_path, {**config["saetrain"], "norm_limit": 30}, config).norm_limit == 30
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("mix", [1.0, math.nan], "mix: found [1.0, nan], must be a finite number"),
+        ("dataset", [1], "dataset: found [1], must be a string or a list of strings or null"),
+        ("dataset", [None], "dataset: found [None], must be a string or a list of strings or null"),
+        ("text_columns", [["a"], 1], "text_columns: found [['a'], 1], must be a list of"),
+        ("mix", [1.0, -0.5], "mix: found [1.0, -0.5], must be at least 0"),
+        ("norm_limits", {"h.0": -1.0}, "norm_limits: found {'h.0': -1.0}, must be above 0"),
+        ("norm_limits", {"h.0": "b"}, "norm_limits: found {'h.0': 'b'}, must be an object"),
+        ("held_out_figures", {"fvu": []}, "held_out_figures: found {'fvu': []}, must be an object"),
+    ],
+)
+def test_items_have_types_too(tmp_path: Path, config: dict[str, Any], name: str, value: Any, said: str) -> None:
+    with pytest.raises(SaetrainError) as caught:
+        read(tmp_path, {**config["saetrain"], name: value}, config)
+    assert f"saetrain.{said}" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["dataset", "mix", "inputs"])
+def test_empty_lists_mean_unknown(tmp_path: Path, config: dict[str, Any], name: str) -> None:
+    assert getattr(read(tmp_path, {**config["saetrain"], name: []}, config), name) is None
