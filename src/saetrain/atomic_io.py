@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,22 @@ def fsync_dir(path: Path) -> None:
 
 
 def fsync_files(folder: Path) -> None:
-    """Sync every file below ``folder``."""
+    """Sync ``folder`` and everything below it."""
     for path in folder.rglob("*"):
         if path.is_file():
             with open(path, "rb+") as file:
                 os.fsync(file.fileno())
+        elif path.is_dir():
+            fsync_dir(path)
+    fsync_dir(folder)
+
+
+def delete_path(path: Path) -> None:
+    """Delete a file, a symbolic link or a folder with its content, if it exists."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def temporary_path(path: Path) -> Path:
@@ -52,10 +64,10 @@ def atomic_replace(path: Path) -> Iterator[Path]:
     fsync_dir(path.parent)
 
 
-def write_atomic(path: Path, content: str) -> None:
-    """Write ``content`` to ``path`` completely or not at all."""
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write ``content``, text as UTF-8, to ``path`` completely or not at all."""
     with atomic_replace(path) as temporary:
-        temporary.write_text(content, encoding="utf-8")
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -63,11 +75,13 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
-def replace_non_finite(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``values`` with None for numbers that are not finite, which JSON does not have."""
-    return {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()
-    }
+def replace_non_finite(value: Any) -> Any:
+    """Return a JSON value with None for numbers that are not finite, which JSON does not have, at any depth."""
+    if isinstance(value, Mapping):
+        return {str(key): replace_non_finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [replace_non_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def hash_file(path: Path) -> str:

@@ -17,26 +17,32 @@ from saetrain.activations.buffer import BufferSettings
 from saetrain.activations.hookpoints import HookpointSettings
 from saetrain.activations.model import ModelSettings
 from saetrain.atomic_io import write_atomic
-from saetrain.coders import CoderSettings, SparseCoder, TopK, find_coder_class
+from saetrain.coders import CODERS, DEFAULT_ARCHITECTURE, CoderSettings, SparseCoder, find_coder_class
 from saetrain.data.mixture import MixSettings
 from saetrain.data.sharded import LoaderSettings
 from saetrain.data.sources import SourceSettings
-from saetrain.data.tokenize import TokenSettings
+from saetrain.data.tokenize import CtxLen, NumProc, TokenSettings
 from saetrain.errors import SaetrainError, did_you_mean
 from saetrain.evaluation.evaluator import EvalSettings, ScoreSettings
 from saetrain.evaluation.health import HealthSettings
+from saetrain.features.settings import FeatureSettings
 from saetrain.logs import LogSettings
 from saetrain.optim import OptimSettings
+from saetrain.settings import MAX_TOTAL, Range, Settings, Share, Size, Total
 from saetrain.training.checkpoint import CheckpointSettings
 from saetrain.training.dead_latents import DEFAULT_DEAD_BIAS_LIFT, DeadSettings
 from saetrain.training.placement import ParallelSettings
 from saetrain.training.steps.base import KernelSettings
 from saetrain.training.trainer import TrainSettings
+from saetrain.typed_values import convert_value
 from saetrain.types import shown_default
+from saetrain.untrusted import show_text
+
+EvalTokens = typing.Annotated[int, Range(2, MAX_TOTAL)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
+class RunConfig(Settings):
     """Train sparse autoencoders on the activations of MODEL over the text of DATASET."""
 
     model: tyro.conf.Positional[typing.Annotated[str, tyro.conf.arg(metavar="MODEL")]]
@@ -44,9 +50,13 @@ class RunConfig:
     dataset: tyro.conf.Positional[typing.Annotated[tuple[str, ...], tyro.conf.arg(metavar="DATASET [DATASET ...]")]]
     """Hub id, or local folder or file (parquet, jsonl, csv, txt, or tokens). --mix sets the shares of several."""
     where: HookpointSettings = field(default_factory=HookpointSettings)
-    architecture: str = "topk"
-    """SAE architecture: `topk`, or your own class as package.module:Class (CONTRIBUTING.md)."""
-    sae: CoderSettings = field(default_factory=TopK.Settings)
+    architecture: typing.Annotated[
+        str,
+        tyro.conf.arg(
+            help=f"SAE architecture: {', '.join(CODERS)}, or your own class as package.module:Class (CONTRIBUTING.md)."
+        ),
+    ] = DEFAULT_ARCHITECTURE
+    sae: CoderSettings = field(default_factory=CODERS[DEFAULT_ARCHITECTURE].Settings)
     train: TrainSettings = field(default_factory=TrainSettings)
     optim: OptimSettings = field(default_factory=OptimSettings)
     dead: DeadSettings = field(default_factory=DeadSettings)
@@ -60,13 +70,16 @@ class RunConfig:
     evaluation: EvalSettings = field(default_factory=EvalSettings)
     scoring: ScoreSettings = field(default_factory=ScoreSettings)
     health: HealthSettings = field(default_factory=HealthSettings)
+    features: FeatureSettings = field(default_factory=FeatureSettings)
     logs: LogSettings = field(default_factory=LogSettings)
     processes: ParallelSettings = field(default_factory=ParallelSettings)
     output: CheckpointSettings = field(default_factory=CheckpointSettings)
     finetune: typing.Annotated[str | None, shown_default("none: random initial weights", "PATH")] = None
-    """Start from a saved SAE: its folder, or a folder with one SAE per hookpoint (saetrain, SAELens, sparsify)."""
+    """Start from a saved SAE: its folder, or a folder with one SAE per hookpoint, of saetrain or another library."""
     assess: bool = True
-    """Evaluate the SAEs at the end: metrics next to baselines, with intervals, and a verdict (`saetrain evaluate`)."""
+    """Evaluate the SAEs at the end: metrics with baselines and a verdict. `false` also skips features by default."""
+    report: bool = True
+    """Write report.html at the end, a page with all results (`saetrain report`). --assess false also skips it."""
     force: bool = False
     """Start even if the run needs more memory than is available."""
     dry_run: bool = False
@@ -75,6 +88,7 @@ class RunConfig:
     """Show the traceback of an error."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.optim.lr == "auto" and not self.has_lr_rule:
             raise SaetrainError(
                 "--lr auto: the rule is for adam, reconstruction and random initial weights; with --optimizer sgd, "
@@ -82,14 +96,20 @@ class RunConfig:
             )
         if self.dead.dead_bias_lift and not self._can_raise_dead_bias:
             raise SaetrainError(
-                f"--dead_bias_lift {self.dead.dead_bias_lift:g}: needs --optimizer adam and --loss_fn mse or fvu; "
-                "omit it, or enable AuxK with --auxk_alpha"
+                f"--dead_bias_lift {self.dead.dead_bias_lift:g}: needs --optimizer adam and --loss_fn mse or fvu; omit "
+                "it"
             )
 
     @property
     def coder_class(self) -> type[SparseCoder]:
         """Return the class of the architecture, which :func:`config_class` has imported."""
         return find_coder_class(self.architecture, may_import=False)
+
+    @property
+    def collects_features(self) -> bool:
+        """Return whether features are collected at the end; without a given number, only if the run is assessed."""
+        tokens = self.features.feature_tokens
+        return self.assess if tokens is None else tokens > 0
 
     @property
     def has_lr_rule(self) -> bool:
@@ -123,7 +143,7 @@ def _build_config_class(settings: Any) -> type[RunConfig]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenizeConfig:
+class TokenizeConfig(Settings):
     """Tokenize the text of DATASET for MODEL once, and write the tokens to the folder OUT. Then pass OUT as DATASET."""
 
     model: tyro.conf.Positional[typing.Annotated[str, tyro.conf.arg(metavar="MODEL")]]
@@ -140,9 +160,9 @@ class TokenizeConfig:
     """Column that contains the text."""
     skip_bad_rows: bool = False
     """Skip and count unreadable rows of jsonl, csv and parquet files."""
-    ctx_len: typing.Annotated[int | None, shown_default("512, or the model's limit if lower", "INT")] = None
+    ctx_len: typing.Annotated[CtxLen | None, shown_default("512, or the model's limit if lower", "INT")] = None
     """Tokens per sequence. For an encoder, training must use the same value."""
-    data_preprocessing_num_proc: int = 1
+    data_preprocessing_num_proc: NumProc = 1
     """Number of processes that tokenize."""
     revision: typing.Annotated[str | None, shown_default("main", "NAME")] = None
     """Branch, tag or commit of a hub model."""
@@ -153,11 +173,11 @@ class TokenizeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
+class EvaluateConfig(Settings):
     """Score the SAEs in PATH on held-out text, and give a verdict on each of them."""
 
     path: tyro.conf.Positional[typing.Annotated[str, tyro.conf.arg(metavar="PATH")]]
-    """Run directory, or folder of one SAE (saetrain, SAELens or sparsify)."""
+    """Run directory, or folder of one SAE, of saetrain or another library."""
     dataset: typing.Annotated[tuple[str, ...], shown_default("only the training data set", "D [D ...]")] = ()
     """Additional data sets to score on: hub ids, local folders or files."""
     in_sample: bool = True
@@ -169,12 +189,12 @@ class EvaluateConfig:
     architecture: typing.Annotated[str | None, shown_default("those of saetrain only", "NAME")] = None
     """Import your own architecture, package.module:Class, which an SAE in PATH has."""
     eval_tokens: typing.Annotated[
-        int | None, shown_default("the run's, else 50000 on a CPU, 1000000 on a GPU", "INT")
+        EvalTokens | None, shown_default("the run's, else 50000 on a CPU, 1000000 on a GPU", "INT")
     ] = None
     """Held-out tokens per data set. If you pass a number, that many must exist; the default is only an upper limit."""
     scoring: ScoreSettings = field(default_factory=ScoreSettings)
     health: HealthSettings = field(default_factory=HealthSettings)
-    dead_percentage_threshold: typing.Annotated[float | None, shown_default("the run's, else 0.0005", "FLOAT")] = None
+    dead_percentage_threshold: typing.Annotated[Share | None, shown_default("the run's, else 0.0005", "FLOAT")] = None
     """A latent counts as dead if it fires on less than this share of tokens."""
     base: ModelSettings = field(default_factory=ModelSettings)
     split: typing.Annotated[str | None, shown_default("the held-out split, else train", "NAME")] = None
@@ -185,7 +205,7 @@ class EvaluateConfig:
     """Column of --dataset that contains the text."""
     skip_bad_rows: bool = False
     """Skip and count unreadable rows of --dataset."""
-    ctx_len: typing.Annotated[int | None, shown_default("the SAE's", "INT")] = None
+    ctx_len: typing.Annotated[CtxLen | None, shown_default("the SAE's", "INT")] = None
     """Tokens per sequence."""
     exclude_special_tokens: typing.Literal["auto", "true", "false"] = "auto"
     """Exclude special tokens from the main metrics. `auto` does as the SAE's training did."""
@@ -193,34 +213,105 @@ class EvaluateConfig:
     """Exclude position 0 of a causal model. `auto` does as the SAE's training did."""
     out: typing.Annotated[str | None, shown_default("PATH", "DIR")] = None
     """Folder for evaluation/<data set>.json and final_assessment.json."""
+    details: bool = True
+    """Print all metrics and reasons of each SAE; without, one row per SAE and its verdict."""
     debug: bool = False
     """Show the traceback of an error."""
 
     def __post_init__(self) -> None:
-        if self.eval_tokens is not None and self.eval_tokens < 2:
-            raise SaetrainError(f"--eval_tokens {self.eval_tokens}: must be at least 2")
-        if self.dead_percentage_threshold is not None:
-            DeadSettings(dead_percentage_threshold=self.dead_percentage_threshold)  # Raises for values out of range.
+        super().__post_init__()
         if not self.dataset and not self.in_sample:
             raise SaetrainError("--in_sample false: no text is left to score on; name a data set with --dataset")
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareConfig:
-    """Show the assessments of several runs in one table, with the settings in which the runs differ."""
+class CompareConfig(Settings):
+    """Show the evaluations of several runs, one SAE per row, with the settings in which the runs differ."""
 
     runs: tyro.conf.Positional[typing.Annotated[tuple[str, ...], tyro.conf.arg(metavar="RUN [RUN ...]")]]
     """Directories of runs, or folders of single SAEs, that have an assessment."""
     out: typing.Annotated[str | None, shown_default("none: the table is only printed", "FILE")] = None
-    """File to write the table to, ending in `.json` or `.csv`."""
+    """File to write all metrics and settings to, ending in `.json` or `.csv`."""
+    csv: typing.Annotated[str | None, shown_default("none", "FILE")] = None
+    """File to write all metrics and settings to, as CSV."""
+    sort: typing.Annotated[str | None, shown_default("none: as given", "METRIC")] = None
+    """Metric by which to sort the SAEs, the best first, such as fvu."""
     debug: bool = False
     """Show the traceback of an error."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.runs:
             raise SaetrainError("RUN is missing: pass the folders of one or more runs")
         if self.out is not None and Path(self.out).suffix not in (".json", ".csv"):
             raise SaetrainError(f"--out {self.out}: must end in .json or .csv")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PushConfig(Settings):
+    """Upload the SAEs of a finished run to the Hugging Face hub, with model cards and evaluation."""
+
+    run: tyro.conf.Positional[typing.Annotated[str, tyro.conf.arg(metavar="RUN")]]
+    """Directory of a finished run."""
+    repo: tyro.conf.Positional[typing.Annotated[str, tyro.conf.arg(metavar="USER/REPO")]]
+    """Repository on the hub; it is created if it does not exist."""
+    private: bool = False
+    """Create a private repository."""
+    revision: typing.Annotated[str | None, shown_default("main", "BRANCH")] = None
+    """Branch to upload to; it is created from main if it does not exist."""
+    model: typing.Annotated[str | None, shown_default("the folder's name, for a local model", "HUB_ID")] = None
+    """Hub id of the model, if the run used a local copy."""
+    report: bool = True
+    """Also upload the run's report, which contains excerpts of the text."""
+    dry_run: bool = False
+    """List the files with their sizes, and stop."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeaturesConfig(Settings):
+    """Collect what each latent of the SAEs in PATH fires on and what it does, into the folder `features` of the run."""
+
+    path: tyro.conf.Positional[typing.Annotated[str, tyro.conf.arg(metavar="PATH")]]
+    """Run directory, or folder of one SAE, of saetrain or another library."""
+    features: FeatureSettings = field(default_factory=FeatureSettings)
+    dataset: typing.Annotated[str | None, shown_default("the training data set", "D")] = None
+    """Other text to read: hub id, local folder or file."""
+    model: typing.Annotated[str | None, shown_default("the SAE's", "MODEL")] = None
+    """Hub id or local folder of the model, if the SAE does not name it or if it has moved."""
+    base: ModelSettings = field(default_factory=ModelSettings)
+    debug: bool = False
+    """Show the traceback of an error."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.features.feature_tokens == 0:
+            raise SaetrainError("--feature_tokens 0: must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig(Settings):
+    """Write RUN/report.html: the run, its SAEs and their latents in one page that needs no network."""
+
+    run: tyro.conf.Positional[typing.Annotated[str, tyro.conf.arg(metavar="RUN")]]
+    """Directory of a finished run."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig(Settings):
+    """Train an SAE on a small encoder and Python's documentation, and show what its latents fire on."""
+
+    max_tokens: Total = 400_000
+    """Tokens to train on."""
+    folder: str = "demo"
+    """Folder for the texts and the run."""
+    texts: Size = 1000
+    """Number of held-out texts to search for activations."""
+    debug: bool = False
+    """Show the traceback of an error."""
 
 
 def settings_sections(config: type) -> dict[str, type]:
@@ -267,60 +358,16 @@ def from_flat(values: Mapping[str, Any], origin: str) -> RunConfig:
     types = setting_types(config)
     for name in values:
         if name not in types:
-            raise SaetrainError(f"{origin}: there is no setting '{name}'.{did_you_mean(str(name), types)}")
+            suggestion = did_you_mean(name, types)
+            raise SaetrainError(f"{origin}: there is no setting '{show_text(name)}'.{suggestion}")
     # The command line may add the model and the data set.
     rest: dict[str, Any] = {"model": "", "dataset": ()}
-    rest |= {name: _convert_value(value, types[name], f"{origin}: {name}") for name, value in values.items()}
+    rest |= {name: convert_value(value, types[name], f"{origin}: {name}") for name, value in values.items()}
     sections: dict[str, Any] = {}
     for section, cls in settings_sections(config).items():
         names = [item.name for item in dataclasses.fields(cls) if item.name in rest]
         sections[section] = cls(**{name: rest.pop(name) for name in names})
     return config(**sections, **rest)
-
-
-def _convert_value(value: Any, hint: Any, label: str) -> Any:
-    """Convert a value of a YAML file to type ``hint``: a list to a tuple, also if only its one member is given."""
-    # The import takes 0.2 s, and most commands read no file.
-    import pydantic
-
-    adapter = pydantic.TypeAdapter(hint)
-    for candidate in (tuple(value) if isinstance(value, list) else value, (value,)):
-        try:
-            # YAML 1.1 reads numbers such as 1e-3 as strings. A value of another wrong type is a mistake.
-            return adapter.validate_python(candidate, strict=not isinstance(value, str))
-        except pydantic.ValidationError:
-            continue
-    raise SaetrainError(f"{label}: found {value!r}, must be {_describe_type(hint)}")
-
-
-TYPE_NAMES = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", type(None): "null"}
-
-
-def _describe_type(hint: Any) -> str:
-    """Return a type in words, such as `a list of whole numbers or null`."""
-    origin, members = typing.get_origin(hint), typing.get_args(hint)
-    if origin is typing.Literal:
-        return " or ".join(map(str, members))
-    if origin is tuple:
-        return f"a list of {_describe_type(members[0]).removeprefix('a ')}s"
-    return " or ".join(map(_describe_type, members)) if members else TYPE_NAMES.get(hint, str(hint))
-
-
-def read_yaml(path: str, flag: str = "--config ") -> dict[str, Any]:
-    """Return the flat settings of a YAML file; dashes in names become underscores.
-
-    ``flag`` precedes the file in messages; it is empty if no flag named the file. Raises SaetrainError if the file
-    can't be read or does not contain settings.
-    """
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SaetrainError(f"{flag}{path}: can't be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SaetrainError(f"{flag}{path}: is not valid YAML: {str(error).splitlines()[0]}") from error
-    if not isinstance(values, dict):
-        raise SaetrainError(f"{flag}{path}: must contain lines of the form 'setting: value'")
-    return {str(name).replace("-", "_"): value for name, value in values.items()}
 
 
 PER_INVOCATION = ("resume", "overwrite", "force", "dry_run", "debug")

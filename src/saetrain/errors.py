@@ -16,6 +16,12 @@ class SaetrainError(Exception):
     exit_code = 2
 
 
+class DivergedRun(SaetrainError):
+    """End of a run whose SAEs are saved but reconstruct worse than the mean, so they are of no use."""
+
+    exit_code = 3
+
+
 class RankFailure(SaetrainError):
     """Failure of another rank, with that rank's exit code, or with 1 if the rank is dead."""
 
@@ -24,9 +30,9 @@ class RankFailure(SaetrainError):
         self.exit_code = exit_code
 
 
-def closest_matches(word: str, options: Iterable[str], n: int = 3) -> list[str]:
-    """Return up to ``n`` members of ``options`` with a spelling similar to ``word``, best first."""
-    return difflib.get_close_matches(word, list(options), n=n, cutoff=0.5)
+def closest_matches(word: str, options: Iterable[str], n: int = 3, cutoff: float = 0.5) -> list[str]:
+    """Return up to ``n`` members of ``options`` with a similarity to ``word`` of at least ``cutoff``, best first."""
+    return difflib.get_close_matches(word, list(options), n=n, cutoff=cutoff)
 
 
 def did_you_mean(word: str, options: Iterable[str]) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from enum import IntFlag
 from typing import Any, Protocol
 
@@ -45,6 +46,64 @@ DATASET_ROW_BITS = 40
 """If several data sets are mixed, row r of data set i is document ``(i << DATASET_ROW_BITS) + r``."""
 
 
+@dataclass(frozen=True)
+class Site:
+    """Hookpoints whose activations a coder reads (``inputs``) and reconstructs (``outputs``); an SAE has the same.
+
+    A hookpoint is the name of a module, which stands for its output, or the name and INPUT_SUFFIX for its input.
+    Activations of several hookpoints are concatenated along the width.
+    """
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+    @classmethod
+    def of_sae(cls, hookpoint: str) -> Site:
+        """Return the site of an SAE."""
+        return cls((hookpoint,), (hookpoint,))
+
+    @property
+    def name(self) -> str:
+        """Name of the site in a run: its outputs."""
+        return self.y_name
+
+    @property
+    def x_name(self) -> str:
+        """Name of the concatenated inputs."""
+        return "+".join(self.inputs)
+
+    @property
+    def y_name(self) -> str:
+        """Name of the concatenated outputs."""
+        return "+".join(self.outputs)
+
+    @property
+    def is_sae(self) -> bool:
+        """Whether the coder reconstructs its own input."""
+        return self.inputs == self.outputs
+
+    @property
+    def hookpoints(self) -> tuple[str, ...]:
+        """All hookpoints, each once."""
+        return tuple(dict.fromkeys((*self.inputs, *self.outputs)))
+
+    def select_xy(self, activations: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the coder's input (…, D_in) and what it reconstructs (…, D_out), one tensor for an SAE."""
+        x, y = (
+            activations[names[0]] if len(names) == 1 else torch.cat([activations[name] for name in names], dim=-1)
+            for names in (self.inputs, self.outputs)
+        )
+        return x, (x if self.is_sae else y)
+
+    def sum_widths(self, by_hookpoint: Mapping[str, int]) -> tuple[int, int]:
+        """Return (D_in, D_out), given {hookpoint: D}."""
+        return sum(by_hookpoint[name] for name in self.inputs), sum(by_hookpoint[name] for name in self.outputs)
+
+
+INPUT_SUFFIX = ":in"
+"""Ending of the name of a hookpoint that stands for the input of a module."""
+
+
 class TokenKind(IntFlag):
     """Kind of a position of a sequence, as flags; plain text is 0 and is always trained on."""
 
@@ -69,6 +128,30 @@ class TokenSequence:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+
+ModelBatch = list[TokenSequence]
+"""Sequences that go through the model together; the bits of their activations may depend on one another."""
+
+
+def group_by_length(lengths: np.ndarray | list[int], tokens: int) -> list[np.ndarray]:
+    """Group sequences of similar length: each group has at most ``tokens`` padded tokens, or one sequence.
+
+    Return the numbers of the sequences in each group, int64; the longest sequences come first.
+    """
+    lengths = np.asarray(lengths, dtype=np.int64)
+    order, start, groups = np.argsort(-lengths, kind="stable"), 0, []
+    while start < len(order):
+        stop = start + max(1, tokens // max(1, int(lengths[order[start]])))
+        groups.append(order[start:stop])
+        start = stop
+    return groups
+
+
+def batch_by_length(sequences: list[TokenSequence], tokens: int) -> list[ModelBatch]:
+    """Return the groups of :func:`group_by_length`."""
+    groups = group_by_length([len(sequence) for sequence in sequences], tokens)
+    return [[sequences[number] for number in group] for group in groups]
 
 
 @dataclass(frozen=True)
@@ -125,6 +208,17 @@ class Codes:
         counts = torch.zeros(len(self), dtype=torch.long, device=active.device)
         return counts.scatter_add_(0, self.token_of_pair(), active.long())
 
+    def active_pairs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return (token, latent, value) of the P active pairs, in the order of the tokens: int64, int64, fp32."""
+        active = self.values != 0
+        if self.offsets is not None:
+            assert self.indices is not None
+            return self.token_of_pair()[active], self.indices[active], self.values[active].float()
+        pair = active.flatten().nonzero().squeeze(1)
+        columns = active.shape[1]
+        latent = pair % columns if self.indices is None else self.indices.flatten()[pair]
+        return pair.div(columns, rounding_mode="floor"), latent, self.values.flatten()[pair].float()
+
     def firing_counts(self) -> Tensor:
         """Return the number of tokens on which each latent is active, (F,) int64."""
         active = (self.values != 0).long()
@@ -145,6 +239,48 @@ class Encoded:
     codes: Codes
     extras: dict[str, Tensor] = field(default_factory=dict)
     sums: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TokenGroups:
+    """Groups of consecutive tokens of the sample order, in which a coder may select latents together.
+
+    A micro-batch holds ``n_groups`` whole groups of ``group_tokens``. Its rows may be in any order and on several
+    ranks. ``position_N`` (N,) int64: position of each row in the sample order, from the start of the micro-batch.
+    ``sum_over_ranks`` adds an int64 tensor in place over the ranks that hold the other rows, if ``is_shared``.
+    ``is_first_rank``: whether this rank counts what these ranks know in common.
+    """
+
+    position_N: Tensor
+    group_tokens: int
+    n_groups: int
+    sum_over_ranks: Callable[[Tensor], object] = lambda tensor: None
+    is_first_rank: bool = True
+    is_shared: bool = False
+
+    @classmethod
+    def of_micro_batch(cls, x_ND: Tensor) -> TokenGroups:
+        """Return the whole micro-batch as one group."""
+        return cls(torch.arange(len(x_ND), device=x_ND.device), len(x_ND), 1)
+
+    @property
+    def group_N(self) -> Tensor:
+        """Number of each row's group, (N,) int64."""
+        return self.position_N.div(self.group_tokens, rounding_mode="floor")
+
+    def sort_rows(self, x_ND: Tensor) -> tuple[TokenGroups, Tensor]:
+        """Return the groups and the rows in the sample order."""
+        if bool((self.position_N.diff() > 0).all()):
+            return self, x_ND
+        order_N = self.position_N.argsort()
+        return replace(self, position_N=self.position_N[order_N]), x_ND[order_N]
+
+    def count_tokens(self) -> Tensor:
+        """Return the number of tokens of each group over all ranks, (G,) int64."""
+        counts = self.position_N.new_zeros(self.n_groups)
+        counts.scatter_add_(0, self.group_N, torch.ones_like(self.position_N))
+        self.sum_over_ranks(counts)
+        return counts
 
 
 @dataclass(frozen=True)
@@ -169,3 +305,5 @@ class StepContext:
     """Upper bound of the number of dead latents, if the host must not synchronize with the device; else None."""
     total_steps: int = 0
     """Optimizer steps of the whole run."""
+    groups: TokenGroups | None = None
+    """Groups of the micro-batch's tokens, for coders whose settings are :class:`GroupSettings`; None: one group."""

@@ -1,12 +1,14 @@
 """Shuffle buffer: exact numbers of shuffled activations, which can be recomputed from a few integers.
 
-Each virtual shard fills a pool by running its next sequences through the model, and shuffles the pool with a seed per
+Each virtual shard fills a pool by running its next batches through the model, and shuffles the pool with a seed per
 pool. Sample i of the run comes from shard i mod V. A pool is a function of (shard, pool number, cursor, tokens), so a
 checkpoint stores a few integers per shard, and resume computes the pools again.
 """
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,6 +19,7 @@ from saetrain.activations.extract import ActivationExtractor, Activations, Extra
 from saetrain.activations.prefetch import Prefetcher, SequenceSource
 from saetrain.async_copy import copy_to_device_async
 from saetrain.errors import SaetrainError
+from saetrain.settings import Settings, Total
 from saetrain.types import Cursor
 
 MAX_EARLY_POOLS = 2
@@ -24,17 +27,13 @@ MAX_EARLY_POOLS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class BufferSettings:
+class BufferSettings(Settings):
     """Shuffle buffer between the model and the SAEs."""
 
-    buffer_tokens: int = 131_072
-    """Size of the shuffle buffer in activations, over all ranks. It changes the data order."""
+    buffer_tokens: Total = 131_072
+    """Least size of the shuffle buffer in activations, over all ranks. It changes the data order."""
     exclude_sinks: bool = True
     """Exclude position 0 of causal models and tokens whose norm is above 10 times the median."""
-
-    def __post_init__(self) -> None:
-        if self.buffer_tokens < 1:
-            raise SaetrainError(f"--buffer_tokens {self.buffer_tokens}: must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,8 @@ class _Pool:
 class ShuffleBuffer:
     """Draws shuffled activations from the shards in ``owned_shards``, the shards of this rank.
 
-    ``pool_tokens``: activations per pool. ``n_outliers`` and ``n_tokens_read`` count tokens that the model has read.
+    ``pool_tokens``: activations per pool. ``on_fill``: called with the activations and seconds of each pool that was
+    filled. ``n_outliers`` and ``n_tokens_read`` count tokens that the model has read.
     """
 
     def __init__(
@@ -94,6 +94,7 @@ class ShuffleBuffer:
         self._shard_states = {shard: ShardState(0, 0, 0, source.start_cursor) for shard in owned_shards}
         self.n_outliers = 0
         self.n_tokens_read = 0
+        self.on_fill: Callable[[int, float], object] = lambda tokens, seconds: None
         self._hint_cursors()
 
     def _hint_cursors(self) -> None:
@@ -112,6 +113,11 @@ class ShuffleBuffer:
         for waiting in (self._to_prefetch, self._upcoming, self._early_pools):
             waiting.clear()
         self._hint_cursors()
+
+    def count_first_fill(self) -> int:
+        """Return the number of activations that the first pools of this rank hold, or those of the checkpoint."""
+        states = self._shard_states.items()
+        return sum(state.tokens or self._next_pool_size(shard, state, self._pool_tokens) for shard, state in states)
 
     def close(self) -> None:
         """Stop prefetching."""
@@ -156,8 +162,8 @@ class ShuffleBuffer:
         if self._token_budget <= 0 or not (shard in self._early_pools or self._prefetcher.is_ready(shard, *request)):
             return
         if shard not in self._early_pools:
-            sequences, next_cursor = self._prefetcher.read(shard, *request)
-            self._early_pools[shard] = _EarlyPool(request, Extraction(self._extractor, sequences), next_cursor)
+            batches, next_cursor = self._prefetcher.read(shard, *request)
+            self._early_pools[shard] = _EarlyPool(request, Extraction(self._extractor, batches), next_cursor)
         try:
             while self._token_budget > 0:
                 tokens = self._early_pools[shard].extraction.run_next_batch()
@@ -213,13 +219,14 @@ class ShuffleBuffer:
 
     def _fill_pool(self, shard: int, state: ShardState, needed: int) -> _Pool:
         """Compute pool ``state.pool`` of the shard; the run uses ``needed`` activations from its start to the end."""
+        start_s = time.monotonic()
         early, request = self._early_pools.pop(shard, None), (state.cursor, state.tokens)
         self._upcoming.pop(shard, None)
         if early is not None and early.request == request:
             extraction, cursor = early.extraction, early.next_cursor
         else:
-            sequences, cursor = self._prefetcher.read(shard, *request)
-            extraction = Extraction(self._extractor, sequences)
+            batches, cursor = self._prefetcher.read(shard, *request)
+            extraction = Extraction(self._extractor, batches)
         activations = extraction.run_remaining()
         rest = needed - len(activations)
         if rest > 0:
@@ -228,4 +235,5 @@ class ShuffleBuffer:
         self.n_tokens_read += len(activations) + activations.n_outliers
         order = np.random.default_rng([self._seed, shard, state.pool]).permutation(len(activations))
         device = next(iter(activations.values.values())).device
+        self.on_fill(len(activations), time.monotonic() - start_s)
         return _Pool(activations, copy_to_device_async(order, device), cursor)

@@ -1,9 +1,12 @@
-"""From sequences to activations: batches of similar length run through the model, and kept tokens are selected."""
+"""From model batches to activations: each batch runs through the model, and kept tokens are selected.
+
+What comes out of the model for a batch depends on nothing but the batch; norm limits apply afterwards.
+"""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -12,10 +15,10 @@ import torch
 from torch import Tensor
 
 from saetrain import distributed
-from saetrain.activations.capture import ActivationCapture, batch_by_length, pad_batch
+from saetrain.activations.capture import ActivationCapture, pad_batch
 from saetrain.async_copy import PendingCopy, copy_to_device_async
 from saetrain.errors import SaetrainError, is_out_of_memory
-from saetrain.types import DATASET_ROW_BITS, TokenKind, TokenSequence
+from saetrain.types import DATASET_ROW_BITS, ModelBatch, TokenKind, TokenSequence
 
 TokenPolicy = Callable[[TokenSequence], np.ndarray]
 
@@ -37,10 +40,10 @@ class Activations:
 
 
 class Extraction:
-    """Runs sequences through the model, one model batch at a time."""
+    """Runs batches through the model, one at a time."""
 
-    def __init__(self, extractor: ActivationExtractor, sequences: list[TokenSequence]) -> None:
-        self._batches = extractor.iterate_batches(sequences)
+    def __init__(self, extractor: ActivationExtractor, batches: list[ModelBatch]) -> None:
+        self._batches = extractor.iterate_batches(batches)
         self._parts: list[Activations] = []
 
     def run_next_batch(self) -> int | None:
@@ -76,19 +79,21 @@ class TokenClass(IntEnum):
 class LabelledActivations:
     """Activations of all N tokens of a batch except padding: ``values`` and ``doc`` as in :class:`Activations`.
 
-    ``token_class`` (N,) uint8, values of :class:`TokenClass`.
+    ``token_class`` (N,) uint8, values of :class:`TokenClass`; ``rows`` (N,) int64 their numbers in the
+    batch, which has more tokens if some were dropped, and ``ids`` (N,) int32 their token ids, or None if unknown.
     """
 
     values: dict[str, Tensor]
     doc: np.ndarray
     token_class: np.ndarray
+    rows: np.ndarray | None = None
+    ids: np.ndarray | None = None
 
 
 class ActivationExtractor:
-    """Runs sequences through the model and keeps the positions that the token policy and the norm limits allow.
+    """Runs batches through the model and keeps the positions that the token policy and the norm limits allow.
 
-    ``norm_limits`` {hookpoint: largest norm}: a token above the limit at any hookpoint is excluded at all hookpoints,
-    so that all hookpoints have the same tokens. ``batch_tokens``: padded tokens per model batch.
+    ``batch_tokens``: padded tokens per batch, for advice.
     """
 
     def __init__(
@@ -96,16 +101,32 @@ class ActivationExtractor:
     ) -> None:
         self.capture, self.keep, self.batch_tokens = capture, keep, batch_tokens
         self._data_sets = data_sets
-        self.norm_limits: dict[str, float] = {}
-        self.before_batch: Callable[[], None] | None = None
-        """Called before each model batch; may raise to stop."""
+        self._norm_limits: dict[str, float] = {}
+        self._check_interrupt: Callable[[], None] = lambda: None
         self.max_in_flight = 1 if capture.model.device.type == "cuda" else 0
         """Number of model batches that are started before the norms of an earlier batch are checked."""
 
-    def iterate_batches(self, sequences: list[TokenSequence]) -> Iterator[Activations]:
-        """Yield one :class:`Activations` per model batch; SaetrainError when an activation is not finite."""
+    @property
+    def norm_limits(self) -> dict[str, float]:
+        """{hookpoint: largest norm of a token that is kept}; hookpoints may be missing."""
+        return self._norm_limits
+
+    def set_norm_limits(self, limits: dict[str, float]) -> None:
+        """Exclude tokens above a limit; above the limit at one hookpoint, a token is excluded at all of them."""
+        self._norm_limits = limits
+
+    def set_interrupt_check(self, check: Callable[[], None]) -> None:
+        """Call ``check``, which may raise to stop, before each model batch."""
+        self._check_interrupt = check
+
+    def check_interrupt(self) -> None:
+        """Raise what the interrupt check raises."""
+        self._check_interrupt()
+
+    def iterate_batches(self, batches: Iterable[ModelBatch]) -> Iterator[Activations]:
+        """Yield one :class:`Activations` per batch; SaetrainError when an activation is not finite."""
         in_flight: deque[tuple[dict[str, Tensor], np.ndarray, PendingCopy]] = deque()
-        for chosen, captured in self._run_batches(sequences):
+        for chosen, captured in self._run_batches(batches):
             keep = np.concatenate([self.keep(sequence) for sequence in chosen])
             docs = np.concatenate([sequence.doc for sequence in chosen])[keep]
             values = self._select_kept(captured, chosen, keep)
@@ -123,16 +144,17 @@ class ActivationExtractor:
             return Activations(values, docs, 0)
         return Activations(self._select_rows(values, np.flatnonzero(accept)), docs[accept], int((~accept).sum()))
 
-    def iterate_labelled(self, sequences: list[TokenSequence]) -> Iterator[LabelledActivations]:
-        """Yield all tokens of each model batch except padding, with their class.
+    def iterate_labelled(self, batches: Iterable[ModelBatch]) -> Iterator[LabelledActivations]:
+        """Yield all tokens of each batch except padding, with their class.
 
         Raises SaetrainError when the activation of a kept token is not finite. Other tokens with such activations are
         dropped.
         """
-        for chosen, captured in self._run_batches(sequences):
+        for chosen, captured in self._run_batches(batches):
             keep = np.concatenate([self.keep(sequence) for sequence in chosen])
             kinds = np.concatenate([sequence.kind for sequence in chosen])
             docs = np.concatenate([sequence.doc for sequence in chosen])
+            ids = np.concatenate([sequence.ids for sequence in chosen])
             values = self._select_kept(captured, chosen, np.ones(len(docs), dtype=bool))
             token_class = np.where(
                 keep, TokenClass.KEPT, np.where(kinds & TokenKind.SPECIAL, TokenClass.SPECIAL, TokenClass.FIRST)
@@ -144,20 +166,17 @@ class ActivationExtractor:
             # Training never uses the other tokens, so an overflow there is no error.
             accepted_rows = np.flatnonzero(keep | np.isfinite(self._compute_norms(values).cpu().numpy()).all(axis=0))
             values = values if len(accepted_rows) == len(docs) else self._select_rows(values, accepted_rows)
-            yield LabelledActivations(values, docs[accepted_rows], token_class[accepted_rows].astype(np.uint8))
+            classes = token_class[accepted_rows].astype(np.uint8)
+            yield LabelledActivations(values, docs[accepted_rows], classes, accepted_rows, ids[accepted_rows])
 
-    def _run_batches(self, sequences: list[TokenSequence]) -> Iterator[tuple[list[TokenSequence], dict[str, Tensor]]]:
-        """Yield (sequences, {hookpoint: (B, S, D)}) of each model batch."""
-        for numbers in batch_by_length(sequences, self.batch_tokens):
-            if self.before_batch is not None:
-                self.before_batch()
+    def _run_batches(self, batches: Iterable[ModelBatch]) -> Iterator[tuple[ModelBatch, dict[str, Tensor]]]:
+        """Yield (batch, {hookpoint: (B, S, D)}) of each batch."""
+        for chosen in batches:
+            self._check_interrupt()
             distributed.record_progress()
-            chosen = [sequences[number] for number in numbers]
             yield chosen, self._capture_activations(*pad_batch(chosen, self.capture.model.device))
 
-    def _select_kept(
-        self, captured: dict[str, Tensor], chosen: list[TokenSequence], keep: np.ndarray
-    ) -> dict[str, Tensor]:
+    def _select_kept(self, captured: dict[str, Tensor], chosen: ModelBatch, keep: np.ndarray) -> dict[str, Tensor]:
         """Select the activations of kept tokens; ``keep`` (bool) covers all tokens of ``chosen`` without padding."""
         longest = max(map(len, chosen))
         unpadded = np.concatenate([row * longest + np.arange(len(sequence)) for row, sequence in enumerate(chosen)])
@@ -182,9 +201,9 @@ class ActivationExtractor:
                 f"out of memory while the model read {rows} x {length} tokens: lower {advice}"
             ) from error
 
-    def extract_all(self, sequences: list[TokenSequence]) -> Activations:
-        """Return the activations of all ``sequences``."""
-        return Extraction(self, sequences).run_remaining()
+    def extract_all(self, batches: list[ModelBatch]) -> Activations:
+        """Return the activations of all ``batches``."""
+        return Extraction(self, batches).run_remaining()
 
     def mask_within_limits(self, values: dict[str, Tensor], docs: np.ndarray) -> np.ndarray:
         """Return (N,) bool: which tokens from data set rows ``docs`` are within the norm limits.
@@ -208,8 +227,8 @@ class ActivationExtractor:
                     f"the model's activations at {name} are not finite on data set rows {rows}; "
                     "use a wider --dtype (float32 or bfloat16)"
                 )
-            if name in self.norm_limits:
-                accept &= hookpoint_norms <= self.norm_limits[name]
+            if name in self._norm_limits:
+                accept &= hookpoint_norms <= self._norm_limits[name]
         return accept
 
     def _describe_rows(self, docs: np.ndarray) -> str:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from saetrain.activations.capture import batch_by_length, pad_batch
+from saetrain.activations.capture import pad_batch
 from saetrain.activations.extract import TokenPolicy
 from saetrain.activations.lm_head import LMHeadModel, token_log_probs
 from saetrain.activations.mlm_masking import select_masked_positions
-from saetrain.types import TokenSequence
+from saetrain.types import ModelBatch, TokenSequence
 
 MAX_LOGITS = 1 << 26
-"""Largest number of logits per batch of :meth:`LMBatchBuilder.iterate_batches`, tokens times V; bounds the memory."""
+"""Largest number of logits per batch of an evaluation, tokens times V; bounds the memory."""
 
 
 @dataclass(frozen=True)
@@ -78,16 +78,17 @@ class LMBatchBuilder:
             return select_masked_positions(sequence, mask_seed)
         return np.arange(len(sequence)) < len(sequence) - (self._head.kind == "causal")
 
-    def iterate_batches(self, sequences: list[TokenSequence], batch_tokens: int, mask_seed: int) -> Iterator[LMBatch]:
-        """Yield batches of ``sequences`` of similar length, each with at least one scored position.
+    def limit_batch_tokens(self, batch_tokens: int) -> int:
+        """Return ``batch_tokens``, or fewer tokens per batch if the logits would be too large."""
+        if self._head.kind == "none":
+            return batch_tokens
+        vocabulary = self._head.base.config.get_text_config().vocab_size
+        return min(batch_tokens, max(1, MAX_LOGITS // vocabulary))
 
-        A batch has at most ``batch_tokens`` padded tokens, or fewer if the logits would be too large.
-        """
-        if self._head.kind != "none":
-            vocabulary = self._head.base.config.get_text_config().vocab_size
-            batch_tokens = min(batch_tokens, max(1, MAX_LOGITS // vocabulary))
-        for numbers in batch_by_length(sequences, batch_tokens):
-            batch = self.build_batch([sequences[number] for number in numbers], [mask_seed] * len(numbers))
+    def iterate_batches(self, batches: Iterable[ModelBatch], mask_seed: int) -> Iterator[LMBatch]:
+        """Yield the batches that have at least one scored position."""
+        for sequences in batches:
+            batch = self.build_batch(sequences, [mask_seed] * len(sequences))
             if len(batch.targets):
                 yield batch
 

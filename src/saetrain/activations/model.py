@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,8 +16,11 @@ from torch import nn
 
 from saetrain.atomic_io import hash_file
 from saetrain.distributed import env
-from saetrain.errors import SaetrainError
+from saetrain.errors import SaetrainError, is_out_of_memory
 from saetrain.hub import load_cached_or_fetch, refuse_missing_path
+from saetrain.settings import Settings, Size
+from saetrain.small_files import read_json_object
+from saetrain.typed_values import require_type
 from saetrain.types import shown_default
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -23,12 +28,21 @@ DTYPES: dict[Dtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.
 
 BIDIRECTIONAL_FAMILIES = {"flaubert", "xlm", "xlnet"}
 """Model families with bidirectional attention whose heads are named like those of causal models."""
+CONFIG_TYPES = {
+    "model_type": str,
+    "architectures": list[str],
+    "vocab_size": Size,
+    "max_position_embeddings": Size,
+    "is_decoder": bool,
+    "is_encoder_decoder": bool,
+}
+"""Types of the entries of a model's ``config.json`` that this program reads."""
 IGNORED_CONFIG_KEYS = ("_name_or_path", "_commit_hash", "transformers_version")
 """Entries of a model's configuration that do not affect its outputs."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelSettings:
+class ModelSettings(Settings):
     """Model: loading and inference."""
 
     revision: Annotated[str | None, shown_default("main", "NAME")] = None
@@ -40,23 +54,30 @@ class ModelSettings:
         shown_default("float32 on a CPU, bfloat16 on a GPU", "{float32,bfloat16,float16}"),
     ] = None
     """Number format of the model. The SAE's weights are always float32."""
-    model_batch_tokens: Annotated[
-        int | None, shown_default("4096 on a GPU; 1024 per thread on a CPU, at most 4096", "INT")
-    ] = None
-    """Maximum number of tokens per forward pass of the model, including padding."""
+    model_batch_tokens: Annotated[Size | None, shown_default("4096 on a GPU, 2048 on a CPU", "INT")] = None
+    """Maximum number of tokens per forward pass of the model, including padding. It changes the data order."""
     trust_remote_code: bool = False
     """Run Python code from the model's repository."""
-
-    def __post_init__(self) -> None:
-        if self.model_batch_tokens is not None and self.model_batch_tokens < 1:
-            raise SaetrainError(f"--model_batch_tokens {self.model_batch_tokens}: must be at least 1")
 
     def resolve_batch_tokens(self, device: torch.device) -> int:
         """Return the maximum number of tokens per forward pass on ``device``."""
         if self.model_batch_tokens is not None:
             return self.model_batch_tokens
-        # Larger batches do not fit into a CPU's cache between two layers, which makes BERT up to a sixth slower.
-        return 4096 if device.type == "cuda" else min(4096, 1024 * torch.get_num_threads())
+        # Larger batches do not fit into a CPU's cache between two layers, which makes BERT up to a sixth slower. The
+        # number of threads does not matter, because it differs between one process and several.
+        return 4096 if device.type == "cuda" else 2048
+
+
+@contextlib.contextmanager
+def explain_out_of_memory(settings: ModelSettings, message: str) -> Iterator[None]:
+    """Convert a lack of memory within the block to a SaetrainError, whose ``message`` gets advice."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        tokens = settings.resolve_batch_tokens(resolve_device(settings.device))
+        raise SaetrainError(f"{message}: lower --model_batch_tokens from {tokens} to {max(1, tokens // 2)}") from error
 
 
 @dataclass(frozen=True)
@@ -107,11 +128,25 @@ def resolve_device(wanted: str | None) -> torch.device:
     return device
 
 
+def check_model_folder(folder: Path) -> None:
+    """Raise SaetrainError if a file of a local model is not regular, or if ``config.json`` has values of odd types."""
+    for path in folder.iterdir():
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise SaetrainError(f"model {folder}: {path.name} is not a regular file")
+    path = folder / "config.json"
+    content = read_json_object(path) if path.exists() else {}
+    for name, hint in CONFIG_TYPES.items():
+        if content.get(name) is not None:
+            require_type(content[name], hint, f"{path}: {name}")
+
+
 def load_config(name: str, settings: ModelSettings) -> Any:
     """Load the model's configuration from a folder or the local cache, else over the network."""
     from transformers import AutoConfig
 
-    if not os.path.isdir(name):
+    if os.path.isdir(name):
+        check_model_folder(Path(name))
+    else:
         refuse_missing_path("model", name)
     return _from_pretrained(AutoConfig, name, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
 

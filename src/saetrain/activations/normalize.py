@@ -1,7 +1,8 @@
-"""Normalizer: mean, scale, principal axes, variance and norm limit of the activations, measured before training."""
+"""Normalizer: mean, scale, principal axes and variance of the activations, measured before training; norm limits."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from saetrain.activations.extract import Activations
 from saetrain.errors import SaetrainError
+from saetrain.types import Site
 
 OUTLIER_FACTOR = 10.0
 """A token is a norm outlier if its norm exceeds this factor times the median (as in dictionary_learning, PR #52)."""
@@ -20,7 +22,7 @@ class Normalizer:
     """x' = ((x - mean) / scale) axes, with scale such that E‖x'‖² = D.
 
     ``mean`` (D,) fp32; ``scale`` scalar; ``axes`` (D, D) fp32, whose orthonormal columns are the principal axes;
-    ``variance`` E‖x - mean‖² in raw units; ``norm_limit`` largest raw norm of a kept token (inf: no limit).
+    ``variance`` E‖x - mean‖² in raw units.
 
     Adam scales each coordinate separately, so training is better along the principal axes (docs/recipe.md).
     """
@@ -29,7 +31,6 @@ class Normalizer:
     scale: float
     axes: Tensor
     variance: float
-    norm_limit: float
 
     def __call__(self, x_ND: Tensor, *, bf16: bool = False) -> Tensor:
         """Return x' (N, D) in fp32 for raw activations (N, D) of any float dtype; ``bf16``: rotate in bf16."""
@@ -53,10 +54,9 @@ class Normalizer:
         """Return the constants that are tensors."""
         return {"mean": self.mean, "axes": self.axes}
 
-    def scalar_constants(self) -> dict[str, float | None]:
-        """Return the other constants as JSON values; an infinite limit is None."""
-        limit = self.norm_limit if self.norm_limit != float("inf") else None
-        return {"scale": self.scale, "variance": self.variance, "norm_limit": limit}
+    def scalar_constants(self) -> dict[str, float]:
+        """Return the other constants."""
+        return {"scale": self.scale, "variance": self.variance}
 
     @property
     def scaled_variance(self) -> float:
@@ -74,16 +74,19 @@ def compute_norm_limits(sample: Activations) -> dict[str, float]:
     return {name: OUTLIER_FACTOR * float(value.float().norm(dim=1).median()) for name, value in sample.values.items()}
 
 
-def fit_normalizers(sample: Activations, limits: dict[str, float]) -> dict[str, Normalizer]:
-    """Fit a normalizer per hookpoint to a sample of kept tokens within the norm limits; sums are fp64.
+def fit_normalizers(sample: Activations, limits: Mapping[str, float], sites: Iterable[Site]) -> dict[str, Normalizer]:
+    """Return {name of a site's inputs or outputs: normalizer}, fitted to kept tokens within the limits; sums are fp64.
 
-    Raises SaetrainError when a hookpoint's activations do not vary.
+    Raises SaetrainError when the activations of one of them do not vary.
     """
     accept = torch.ones(len(sample), dtype=torch.bool, device=next(iter(sample.values.values())).device)
     for name, limit in limits.items():
         accept &= sample.values[name].float().norm(dim=1) <= limit
+    sides = {}
+    for site in sites:
+        sides[site.x_name], sides[site.y_name] = site.select_xy(sample.values)
     out: dict[str, Normalizer] = {}
-    for name, value in sample.values.items():
+    for name, value in sides.items():
         x = value[accept].double()
         mean = x.mean(dim=0)
         x -= mean
@@ -94,7 +97,7 @@ def fit_normalizers(sample: Activations, limits: dict[str, float]) -> dict[str, 
             )
         scale = (variance / x.shape[1]) ** 0.5
         axes = compute_principal_axes(x.T @ x).float().contiguous()
-        out[name] = Normalizer(mean.float(), scale, axes, variance, limits.get(name, float("inf")))
+        out[name] = Normalizer(mean.float(), scale, axes, variance)
     return out
 
 

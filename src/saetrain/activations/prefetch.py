@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
-from saetrain.types import Cursor, TokenSequence
+from saetrain.types import Cursor, ModelBatch
 
-ReadResult = tuple[list[TokenSequence], Cursor]
+ReadResult = tuple[list[ModelBatch], Cursor]
 
 
 class SequenceSource(Protocol):
@@ -17,7 +17,7 @@ class SequenceSource(Protocol):
     start_cursor: Cursor
 
     def read(self, shard: int, cursor: Cursor, tokens: int) -> ReadResult:
-        """Return the shard's next sequences with ``tokens`` kept tokens, and the cursor after them."""
+        """Return the shard's next batches with ``tokens`` kept tokens, and the cursor after them."""
 
     def hint_cursors(self, cursors: Mapping[int, Cursor]) -> None:
         """Announce which shards will be read, and from which cursor."""

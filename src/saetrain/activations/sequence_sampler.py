@@ -19,6 +19,8 @@ class IndexedSequence:
 class SequenceSampler:
     """Draws sequences with at least one kept token from ``owned_shards``, the shards of this rank.
 
+    Each batch of ``source`` must be a single sequence.
+
     The numbers of the sequences depend only on the source, so a checkpoint stores only the shards' cursors.
     """
 
@@ -50,9 +52,10 @@ class SequenceSampler:
         numbers = [number for number in range(first, first + count) if number % self._n_shards in self._cursors]
         for number in numbers:
             shard = number % self._n_shards
-            # Only the last sequence of a read for one token has a kept token.
-            sequences, self._cursors[shard] = self._prefetcher.read(shard, self._cursors[shard], 1)
-            out.append(IndexedSequence(number, sequences[-1]))
+            # Only the last batch of a read for one token has a kept token.
+            batches, self._cursors[shard] = self._prefetcher.read(shard, self._cursors[shard], 1)
+            (sequence,) = batches[-1]
+            out.append(IndexedSequence(number, sequence))
         # Prefetching starts last, so that no sequence that is needed now waits for one that is needed later.
         for number in range(first + count, min(first + count + self._n_shards, n_run_sequences)):
             shard = number % self._n_shards

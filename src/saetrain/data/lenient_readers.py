@@ -5,7 +5,9 @@ The library `datasets` reads such files in large blocks and reports at best wher
 
 from __future__ import annotations
 
+import codecs
 import csv
+import itertools
 import json
 import os
 import sys
@@ -13,13 +15,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO, Any
 
+from saetrain.data.json_depth import describe_depth
 from saetrain.data.text_column import SAMPLE_ROWS, TextColumn, choose_text_column, matches_kind
 from saetrain.errors import SaetrainError
+from saetrain.small_files import MAX_DEPTH, measure_depth, parse_json
+from saetrain.untrusted import show_value
 
 CACHE_FORMAT_VERSION = 1
 """Part of the cache key of read rows: raise it when a reader gives other rows for the same file."""
 BAD_ROW_COLUMN = "bad_row"
 """Column with the description of what is wrong with a row; empty for good rows."""
+CONVERT = "convert the file with iconv -f {} -t UTF-8 FILE > NEW_FILE"
+NOT_UTF_8 = f"is not UTF-8; if the file is Latin-1, {CONVERT.format('LATIN1')}"
 LONE_SURROGATE = "half of a surrogate pair, which UTF-8 can't encode"
 
 
@@ -28,11 +35,13 @@ class RowFiles:
     """The files of a split, all of one kind."""
 
     kind: str
-    """`json`, `csv` or `parquet`."""
+    """`json`, `csv`, `text` or `parquet`."""
     paths: tuple[str, ...]
     """Local paths or URLs."""
     separator: str = ","
     """Field separator of csv files."""
+    sample_by: str = "line"
+    """`line` or `paragraph`: what a row of a text file is."""
 
     @property
     def are_local(self) -> bool:
@@ -65,7 +74,7 @@ def find_split_files(path: str, config: str | None, split: str, **options: Any) 
         return None
     paths = tuple(str(file) for name in split.split("+") for file in settings.data_files[name.strip()])
     separator = (getattr(settings, "delimiter", None) or getattr(settings, "sep", None)) if kind == "csv" else None
-    return RowFiles(kind, paths, separator or ",")
+    return RowFiles(kind, paths, separator or ",", getattr(settings, "sample_by", "line"))
 
 
 def find_first_bad_row(files: RowFiles) -> BadRow | None:
@@ -76,20 +85,28 @@ def find_first_bad_row(files: RowFiles) -> BadRow | None:
 def iterate_rows(files: RowFiles) -> Iterator[RowOrError]:
     """Yield all rows of all files, in order."""
     for path in files.paths:
-        yield from READERS[files.kind](path, files)
+        with _open_file(path) as handle:
+            is_utf_16 = files.kind != "parquet" and handle.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        if is_utf_16:
+            yield BadRow(f"{path}, line 1", f"is UTF-16 instead of UTF-8; {CONVERT.format('UTF-16')}")
+        else:
+            yield from READERS[files.kind](path, files)
 
 
 def choose_file_column(files: RowFiles, wanted: str | None) -> TextColumn:
     """Choose the text column from the first readable rows; SaetrainError if there are none."""
     good: list[dict[str, Any]] = []
+    first_bad = ""
     for row in iterate_rows(files):
         if isinstance(row, dict):
             good.append(row)
+        else:
+            first_bad = first_bad or f"; the first problem: {row}"
         if len(good) == SAMPLE_ROWS:
             break
     names = list(dict.fromkeys(name for row in good for name in row))
     if not good:
-        raise SaetrainError(f"data set {files.paths[0]}: contains no readable row")
+        raise SaetrainError(f"data set {files.paths[0]}: contains no readable row{first_bad}")
     return choose_text_column(names, {name: [row.get(name) for row in good] for name in names}, wanted)
 
 
@@ -125,7 +142,7 @@ def _describe_wrong_value(row: dict[str, Any], column: TextColumn) -> str:
     for name in column.columns:
         value = row.get(name)
         if not matches_kind(value, column.kind):
-            return f"column {name} contains {str(value)[:40]!r} instead of {column.kind}"
+            return f"column {name} contains {show_value(value)} instead of {column.kind}"
         if isinstance(value, str) and not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
             return f"column {name} contains {LONE_SURROGATE}"
     return ""
@@ -141,13 +158,20 @@ def _read_json_rows(path: str, files: RowFiles) -> Iterator[RowOrError]:
             if not line.strip():
                 continue
             location = f"{path}, line {number}"
+            depth = measure_depth(line)
+            if depth > MAX_DEPTH:
+                yield BadRow(location, describe_depth(depth))
+                continue
             try:
                 row = json.loads(line)
-            except (ValueError, RecursionError) as error:
+            except UnicodeDecodeError:
+                yield BadRow(location, NOT_UTF_8)
+                continue
+            except ValueError as error:
                 yield BadRow(location, f"is not valid JSON: {error}")
                 continue
             if not isinstance(row, dict):
-                yield BadRow(location, f"contains {line[:40]!r} instead of an object with columns")
+                yield BadRow(location, f"contains {show_value(line)} instead of an object with columns")
             elif b"\\ud" in line.lower() and _has_lone_surrogate(row):
                 yield BadRow(location, f"contains {LONE_SURROGATE}")
             else:
@@ -164,12 +188,7 @@ def _has_lone_surrogate(row: dict[str, Any]) -> bool:
 
 
 def _read_json_list(path: str, handle: IO[bytes]) -> Iterator[RowOrError]:
-    try:
-        rows = json.loads(b"[" + handle.read())
-    except ValueError as error:
-        raise SaetrainError(
-            f"data set {path}: the file is one JSON list that can't be parsed, so no single row can be skipped: {error}"
-        ) from error
+    rows = parse_json(b"[" + handle.read(), f"data set {path}: no single row of a JSON list can be skipped: the list")
     for number, row in enumerate(rows, start=1):
         yield row if isinstance(row, dict) else BadRow(f"{path}, item {number}", "is not an object with columns")
 
@@ -200,7 +219,7 @@ def _parse_csv_row(header: list[str], fields: list[str], location: str) -> RowOr
     if len(fields) != len(header):
         return BadRow(location, f"has {len(fields)} fields, the header has {len(header)}")
     if any("\udc80" <= char <= "\udcff" for field in fields if not field.isascii() for char in field):
-        return BadRow(location, "is not UTF-8")
+        return BadRow(location, NOT_UTF_8)
     return dict(zip(header, fields, strict=True))
 
 
@@ -224,7 +243,23 @@ def _read_parquet_rows(path: str, files: RowFiles) -> Iterator[RowOrError]:
             first += count
 
 
-READERS = {"json": _read_json_rows, "csv": _read_csv_rows, "parquet": _read_parquet_rows}
+def _read_text_rows(path: str, files: RowFiles) -> Iterator[RowOrError]:
+    """Yield each line, or each paragraph (lines up to a blank line), as the library `datasets` does."""
+    lines: list[str] = []
+    problem: BadRow | None = None
+    with _open_file(path) as handle:
+        for number, line in enumerate(itertools.chain(handle, [b"\n"]), start=1):
+            try:
+                lines.append(line.decode())
+            except UnicodeDecodeError:
+                problem = problem or BadRow(f"{path}, line {number}", NOT_UTF_8)
+            if files.sample_by == "line" or not line.strip(b"\r\n"):
+                if problem or "".join(lines).strip():
+                    yield problem or {"text": "".join(lines).rstrip("\r\n")}
+                lines, problem = [], None
+
+
+READERS = {"json": _read_json_rows, "csv": _read_csv_rows, "text": _read_text_rows, "parquet": _read_parquet_rows}
 
 
 def _open_file(path: str, **options: Any) -> Any:

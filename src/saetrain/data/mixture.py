@@ -11,19 +11,16 @@ import numpy as np
 from saetrain.data.packing import Sequences
 from saetrain.data.sharded import ShardedSource
 from saetrain.errors import SaetrainError
-from saetrain.types import DATASET_ROW_BITS, Cursor, TokenKind, TokenSequence, shown_default
+from saetrain.settings import PositiveFactor, Settings
+from saetrain.types import DATASET_ROW_BITS, Cursor, ModelBatch, TokenKind, TokenSequence, shown_default
 
 
 @dataclass(frozen=True, kw_only=True)
-class MixSettings:
+class MixSettings(Settings):
     """Mixture of data sets."""
 
-    mix: Annotated[tuple[float, ...] | None, shown_default("equal", "FLOAT ...")] = None
+    mix: Annotated[tuple[PositiveFactor, ...] | None, shown_default("equal", "FLOAT ...")] = None
     """Weights of the data sets, in the order of the arguments. They are scaled to shares of the training tokens."""
-
-    def __post_init__(self) -> None:
-        if self.mix is not None and not all(0 < weight < float("inf") for weight in self.mix):
-            raise SaetrainError(f"--mix {' '.join(f'{w:g}' for w in self.mix)}: weights must be positive numbers")
 
     def normalized_shares(self, count: int) -> tuple[float, ...]:
         """Return the shares of ``count`` data sets, which add up to 1.
@@ -74,16 +71,16 @@ class MixedSequences(ShardedSource):
             offset = end + 1
         return cursors, held
 
-    def read(self, shard: int, cursor: Cursor, tokens: int) -> tuple[list[TokenSequence], Cursor]:
-        """Read the shard's sequences from ``cursor`` on, as :meth:`ShardedSource.read`."""
-        out: list[TokenSequence] = []
+    def read(self, shard: int, cursor: Cursor, tokens: int) -> tuple[list[ModelBatch], Cursor]:
+        """Read the shard's batches from ``cursor`` on, as :meth:`ShardedSource.read`."""
+        out: list[ModelBatch] = []
         cursors, held = self._split_cursor(cursor)
         wanted = sum(held) + tokens
         while sum(held) < wanted:
             number = furthest_behind(held, self._shares)
-            sequences, cursors[number] = self._parts[number].read(shard, cursors[number], 1)
-            held[number] += sum(int(self.keep(sequence).sum()) for sequence in sequences)
-            out.extend(tag_part(sequence, number) for sequence in sequences)
+            batches, cursors[number] = self._parts[number].read(shard, cursors[number], 1)
+            held[number] += sum(map(self.count_kept, batches))
+            out.extend([tag_part(sequence, number) for sequence in batch] for batch in batches)
         return out, tuple(
             value for part_cursor, count in zip(cursors, held, strict=True) for value in (*part_cursor, count)
         )
@@ -107,6 +104,7 @@ class MixedHeldOutSequences(Sequences):
         self._parts, self._shares = parts, shares
         self._starts = np.cumsum([0, *map(len, parts)])
         self.text_tokens = sum(part.text_tokens for part in parts)
+        self.lengths = np.concatenate([part.lengths for part in parts])
         self._orders: dict[int, np.ndarray] = {}
 
     def __len__(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,11 +12,13 @@ import xxhash
 
 from saetrain.data.text_column import Rows
 from saetrain.data.tokenize import Framing
-from saetrain.types import TokenKind, TokenSequence
+from saetrain.types import ModelBatch, TokenKind, TokenSequence, batch_by_length
 
 if TYPE_CHECKING:
     import datasets
 
+GROUP_SEQUENCES = 64
+"""Consecutive sequences of an evaluation that are batched by length."""
 DIGEST_CHUNK_TOKENS = 1 << 22
 """Number of tokens per update of the hash."""
 
@@ -103,16 +106,23 @@ class Sequences(ABC):
     """A numbered set of sequences.
 
     ``text_tokens``: number of tokens that the token policy keeps in all sequences. Position 0 of a causal model
-    counts as excluded, even if it is kept.
+    counts as excluded, even if it is kept. ``lengths`` (count,) int64: upper bound of the tokens of each sequence.
     """
 
     text_tokens: int
+    lengths: np.ndarray
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     @abstractmethod
     def __getitem__(self, index: int) -> TokenSequence: ...
+
+    def iterate_batches(self, indices: np.ndarray, batch_tokens: int) -> Iterator[ModelBatch]:
+        """Yield the sequences at ``indices`` in model batches, for evaluation."""
+        for start in range(0, len(indices), GROUP_SEQUENCES):
+            group = [self[int(number)] for number in indices[start : start + GROUP_SEQUENCES]]
+            yield from batch_by_length(group, batch_tokens)
 
     def shuffled_order(self, seed: int) -> np.ndarray:
         """Return the numbers of the sequences in the order in which an evaluation reads them."""
@@ -124,7 +134,8 @@ class DocumentSequences(Sequences):
 
     def __init__(self, table: TokenTable, rows: np.ndarray, exclude_special: bool) -> None:
         self._table, self._rows = table, rows
-        kept = table.lengths[rows] - (table.special_counts[rows] if exclude_special else 0)
+        self.lengths = table.lengths[rows]
+        kept = self.lengths - (table.special_counts[rows] if exclude_special else 0)
         self.text_tokens = int(kept.sum())
 
     def __len__(self) -> int:
@@ -149,6 +160,7 @@ class PackedSequences(Sequences):
         self._stride = framing.ctx_len - (framing.bos is not None)
         n_tokens = int(self._ends[-1]) if len(rows) else 0
         self._count = -(-n_tokens // self._stride)
+        self.lengths = np.full(self._count, framing.ctx_len, dtype=np.int64)
         special = int(table.special_counts[rows].sum()) if exclude_special else 0
         self.text_tokens = max(n_tokens - special - (self._count if framing.bos is None else 0), 0)
 

@@ -11,6 +11,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any
 
+from saetrain.data.json_depth import limit_json_depth
 from saetrain.data.lenient_readers import (
     BadRow,
     choose_file_column,
@@ -21,6 +22,8 @@ from saetrain.data.lenient_readers import (
 from saetrain.data.text_column import TextColumn
 from saetrain.errors import SaetrainError, did_you_mean
 from saetrain.hub import is_hub_reachable, offline_mode, refuse_missing_path, require_hub
+from saetrain.settings import Settings
+from saetrain.small_files import check_front_matter
 from saetrain.types import shown_default
 
 HELD_OUT_SPLITS = ("validation", "valid", "val", "dev", "test")
@@ -37,7 +40,7 @@ FILE_KINDS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class SourceSettings:
+class SourceSettings(Settings):
     """Text: the part of the data set to read."""
 
     split: str = "train"
@@ -182,6 +185,9 @@ def _loader_options(path: Path) -> tuple[str, dict[str, Any]]:
         if not path.stat().st_size:
             raise SaetrainError(f"data set {path}: the file is empty")
         return kind, {"data_files": {"train": str(path)}, **_kind_options(kind, [path])}
+    if not path.is_dir():
+        raise SaetrainError(f"data set {path}: is neither a regular file nor a folder")
+    check_front_matter(path / "README.md")
     files = [f for f in sorted(path.rglob("*")) if f.suffix.lower() in FILE_KINDS and f.is_file() and f.stat().st_size]
     texts = [f for f in files if f.suffix.lower() == ".txt"]
     if not files:
@@ -263,6 +269,7 @@ def _load_splits(
     """
     import datasets
 
+    limit_json_depth()
     options["data_files"] = data_files
 
     def find_bad_row() -> BadRow | None:
@@ -316,7 +323,7 @@ def _try_find_bad_row(find_bad_row: Callable[[], BadRow | None]) -> BadRow | Non
     """Return the row that made loading fail, or None."""
     try:
         return find_bad_row()
-    except (OSError, ValueError, SaetrainError):  # the files may be unreadable for the reason that loading failed
+    except Exception:  # the files may be unreadable for the reason that loading failed
         return None
 
 

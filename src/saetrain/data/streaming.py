@@ -1,9 +1,10 @@
 """Streamed text: it is read from start to end while training, in an order that can be continued after a restart.
 
 The stream is cut into blocks of BLOCK_ROWS rows. Block b belongs to virtual shard b mod V. Each block is tokenized and
-packed separately, and its sequences are shuffled with a seed per block. Therefore the sequences of a shard depend only
-on the rows and the cursor (number of the block within the shard, index in the block), and a restart finds the cursor
-by reading the stream again. The shuffle buffer of `datasets` is not used because its content is lost at a restart.
+packed separately, its sequences are grouped into model batches, and these are shuffled with a seed per block.
+Therefore the batches of a shard depend only on the rows and the cursor (number of the block within the shard, index in
+the block), and a restart finds the cursor by reading the stream again. The shuffle buffer of `datasets` is not used
+because its content is lost at a restart.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from saetrain.data.text_column import Rows
 from saetrain.data.tokenize import Framing
 from saetrain.distributed import record_progress
 from saetrain.errors import SaetrainError
-from saetrain.types import Cursor, TokenSequence
+from saetrain.types import Cursor, ModelBatch, TokenSequence, batch_by_length
 
 BLOCK_ROWS = 32
 RETRY_DELAYS_S = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
@@ -198,14 +199,15 @@ class StreamedSequences(ShardedSource):
         loader: LoaderSettings,
         exclude_special: bool,
         exclude_first: bool,
+        batch_tokens: int,
     ) -> None:
         super().__init__(loader.data_shards, exclude_special, exclude_first)
-        self._rows = rows
+        self._rows, self._batch_tokens = rows, batch_tokens
         self._blocks = BlockReader(rows, name, self.n_shards)
         self._encode, self._is_held_out, self._framing = encode, is_held_out, framing
         self._seed, self._exclude_special = loader.shuffle_seed, exclude_special
         self._expected_ordinals = dict.fromkeys(range(self.n_shards), 0)
-        self._current_blocks: dict[int, tuple[int, list[TokenSequence]]] = {}
+        self._current_blocks: dict[int, tuple[int, list[ModelBatch]]] = {}
 
     def hint_cursors(self, cursors: Mapping[int, Cursor]) -> None:
         """Keep only blocks of these shards in memory, and open the stream at the first block that they need."""
@@ -225,27 +227,27 @@ class StreamedSequences(ShardedSource):
         ordinal, shard = divmod(number, self.n_shards)
         return shard in self._expected_ordinals and ordinal >= self._expected_ordinals[shard]
 
-    def read(self, shard: int, cursor: Cursor, tokens: int) -> tuple[list[TokenSequence], Cursor]:
-        """Read the shard's sequences from ``cursor`` on, as :meth:`ShardedSource.read`."""
-        out: list[TokenSequence] = []
+    def read(self, shard: int, cursor: Cursor, tokens: int) -> tuple[list[ModelBatch], Cursor]:
+        """Read the shard's batches from ``cursor`` on, as :meth:`ShardedSource.read`."""
+        out: list[ModelBatch] = []
         held, empty = 0, 0
         ordinal, index = cursor
         while held < tokens:
-            sequences = self._load_block_sequences(shard, ordinal)
-            if index >= len(sequences):
+            batches = self._load_block(shard, ordinal)
+            if index >= len(batches):
                 ordinal, index, empty = ordinal + 1, 0, empty + 1
                 blocks_per_pass = self._blocks.blocks_per_pass
                 if blocks_per_pass is not None and empty > 2 * blocks_per_pass:
                     raise SaetrainError(NO_KEPT_TOKEN)
                 continue
-            kept = int(self.keep(sequences[index]).sum())
-            out.append(sequences[index])
+            kept = self.count_kept(batches[index])
+            out.append(batches[index])
             held, index = held + kept, index + 1
             empty = 0 if kept else empty
         return out, (ordinal, index)
 
-    def _load_block_sequences(self, shard: int, ordinal: int) -> list[TokenSequence]:
-        """Return the sequences of a block of the shard, in shuffled order."""
+    def _load_block(self, shard: int, ordinal: int) -> list[ModelBatch]:
+        """Return the batches of a block of the shard, in shuffled order."""
         if self._current_blocks.get(shard, (None,))[0] != ordinal:
             number = ordinal * self.n_shards + shard
             self._expected_ordinals[shard] = ordinal
@@ -253,8 +255,9 @@ class StreamedSequences(ShardedSource):
             rows = self._blocks.read_block(number, lowest, self._is_wanted)
             self._discard_unwanted_blocks()
             sequences = self._encode_block(self._blocks.index_in_pass(number) * BLOCK_ROWS, rows)
-            order = np.random.default_rng([self._seed, number]).permutation(len(sequences))
-            self._current_blocks[shard] = ordinal, [sequences[position] for position in order]
+            batches = batch_by_length(sequences, self._batch_tokens)
+            order = np.random.default_rng([self._seed, number]).permutation(len(batches))
+            self._current_blocks[shard] = ordinal, [batches[position] for position in order]
         return self._current_blocks[shard][1]
 
     def _encode_block(self, first: int, rows: list[Row]) -> list[TokenSequence]:

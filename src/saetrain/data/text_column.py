@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import signal
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from saetrain.errors import SaetrainError, did_you_mean
+from saetrain.untrusted import show_text, show_value
 
 if TYPE_CHECKING:
     import datasets
@@ -14,6 +19,9 @@ if TYPE_CHECKING:
 CHAT_COLUMNS = ("messages", "conversations", "conversation")
 PROMPT_COLUMNS = ("instruction", "input", "output")
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "bing": "assistant", "chatgpt": "assistant"}
+KIND_NAMES = {"text": "text", "prompt": "text", "chat": "chat messages", "ids": "a list of token ids"}
+MAX_TEMPLATE_S = 10
+"""Seconds that a chat template may take for a conversation; a template can contain endless loops."""
 SAMPLE_ROWS = 64
 """Number of rows from which the text column is chosen."""
 
@@ -85,8 +93,14 @@ def _guess_text_column(names: list[str], sample: Rows) -> TextColumn:
 
 
 def _column_kind(values: list[Any]) -> str | None:
-    """Return the ``TextColumn.kind`` of a column by its first value that is neither None nor an empty list."""
-    value = next((v for v in values if v is not None and v != []), None)
+    """Return the most common ``TextColumn.kind`` of the values; None, empty lists and other types do not count."""
+    kinds = Counter(kind for value in values if (kind := _value_kind(value)) is not None)
+    return kinds.most_common(1)[0][0] if kinds else None
+
+
+def _value_kind(value: Any) -> str | None:
+    if value is None or value == []:
+        return None
     if isinstance(value, str):
         return "text"
     turn = value[0] if isinstance(value, list) else value
@@ -97,7 +111,24 @@ def _column_kind(values: list[Any]) -> str | None:
 
 def matches_kind(value: Any, kind: str) -> bool:
     """Return whether a column of this ``TextColumn.kind`` may contain ``value``; None and [] are allowed."""
-    return value is None or value == [] or _column_kind([value]) == ("text" if kind == "prompt" else kind)
+    if value is None or value == []:
+        return True
+    if kind == "chat":
+        return _to_messages(value) is not None
+    if kind == "ids":
+        return isinstance(value, list) and all(type(item) is int for item in value)
+    return isinstance(value, str)
+
+
+def require_kind(batch: Rows, column: TextColumn, indices: list[int]) -> None:
+    """Raise SaetrainError for the first value that a column of this kind can't contain."""
+    for name in column.columns:
+        for index, value in zip(indices, batch[name], strict=True):
+            if not matches_kind(value, column.kind):
+                raise SaetrainError(
+                    f"column {show_text(name)}, row {index} (from 0): it contains {type(value).__name__} "
+                    f"{show_value(value)} instead of {KIND_NAMES[column.kind]}; --skip_bad_rows skips such rows"
+                )
 
 
 def build_renderer(column: TextColumn, tokenizer: Any) -> Callable[[Rows], list[str]]:
@@ -119,30 +150,60 @@ def _render_chat(value: Any, tokenizer: Any) -> str:
     if not messages:
         return ""
     if tokenizer.chat_template:
-        from jinja2 import TemplateError
-
         try:
-            return str(tokenizer.apply_chat_template(messages, tokenize=False))
-        except TemplateError as error:
+            with limit_time(MAX_TEMPLATE_S):
+                return str(tokenizer.apply_chat_template(messages, tokenize=False))
+        except Exception as error:  # a template can raise any type
             roles = ", ".join(message["role"] for message in messages[:4])
+            reason = f"it takes more than {MAX_TEMPLATE_S} s" if isinstance(error, TimeoutError) else show_text(error)
             raise SaetrainError(
-                f"the tokenizer's chat template refuses a conversation (roles {roles}, …): {error}; "
+                f"the tokenizer's chat template refuses a conversation (roles {show_text(roles)}, …): {reason}; "
                 "choose another column with --text_column"
             ) from error
     return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
 
 
-def _to_messages(value: Any) -> list[dict[str, str]]:
-    """Convert messages of OpenAI (role, content) or ShareGPT (from, value) to role and content."""
+@contextlib.contextmanager
+def limit_time(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in the block after ``seconds``; only the main thread of a process can be interrupted."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def raise_timeout(signum: int, frame: Any) -> None:
+        raise TimeoutError
+
+    previous = signal.signal(signal.SIGALRM, raise_timeout)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+def _to_messages(value: Any) -> list[dict[str, str]] | None:
+    """Convert messages of OpenAI (role, content) or ShareGPT (from, value) to role and content; None: no messages."""
     if isinstance(value, dict):
-        keys = list(value)
-        value = [dict(zip(keys, entry, strict=True)) for entry in zip(*value.values(), strict=True)]
+        columns = list(value.values())
+        if not all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns):
+            return None
+        value = [dict(zip(value, entry, strict=True)) for entry in zip(*columns, strict=True)]
     messages = []
-    for turn in value or []:
-        role = turn.get("role") or turn.get("from") or "user"
-        content = turn.get("content") if turn.get("content") is not None else turn.get("value")
-        if isinstance(content, list):  # OpenAI's content parts; parts without text, such as images, are skipped
-            content = "\n".join(part["text"] for part in content if part.get("text"))
+    for turn in value or [] if value is None or isinstance(value, list) else [value]:
+        role, content = _split_turn(turn) if isinstance(turn, dict) else (None, None)
+        if not isinstance(role, str) or not isinstance(content, str):
+            return None
         if content:
-            messages.append({"role": SHAREGPT_ROLES.get(role, role), "content": str(content)})
+            messages.append({"role": SHAREGPT_ROLES.get(role, role), "content": content})
     return messages
+
+
+def _split_turn(turn: dict[str, Any]) -> tuple[Any, Any]:
+    """Return the role and the content of a turn; without a value, they are `user` and empty."""
+    role = turn.get("role") or turn.get("from") or "user"
+    content = turn.get("content") if turn.get("content") is not None else turn.get("value")
+    if isinstance(content, list):  # OpenAI's content parts; parts without text, such as images, are skipped
+        parts = [part.get("text") or "" if isinstance(part, dict) else part for part in content]
+        content = "\n".join(filter(None, parts)) if all(isinstance(part, str) for part in parts) else parts
+    return role, "" if content is None else content

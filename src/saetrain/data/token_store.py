@@ -1,29 +1,65 @@
 """Tokens on disk: folders that ``saetrain tokenize`` writes, and raw files of token ids in the format of nanoGPT.
 
-A token folder contains the tokenized rows as Arrow files, which are memory-mapped, and METADATA_FILE, which describes
-the text and the tokenizer. The folder is written under a temporary name and then renamed, so an incomplete folder is
-never mistaken for a complete one.
+A token folder contains the tokenized rows as Arrow files, which are memory-mapped, METADATA_FILE, which describes the
+text and the tokenizer, and a manifest with the hash of each file.
 """
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import os
-import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from saetrain.atomic_io import fsync_dir, fsync_files, write_json
+from saetrain.atomic_io import write_json
 from saetrain.data.sources import TextSource, explain_load_error
 from saetrain.data.text_column import TextColumn
-from saetrain.data.tokenize import ROW_TOKENS, Framing, hash_json, ids_dtype, tokenizer_identity
+from saetrain.data.tokenize import ROW_TOKENS, CtxLen, Framing, hash_json, ids_dtype, tokenizer_identity
 from saetrain.errors import SaetrainError
+from saetrain.manifest import find_damage, replace_folder
+from saetrain.small_files import read_json
+from saetrain.typed_values import require_type
+from saetrain.untrusted import show_value
 
 METADATA_FILE = "saetrain_tokens.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+SPLITS = ("train", "held_out")
+REMEDY = "write the folder again with saetrain tokenize"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenMetadata:
+    """What METADATA_FILE records: the model, the text, and the tokenizer and framing of the ids."""
+
+    model: str
+    dataset: str
+    split: str
+    dataset_config: str | None
+    text_columns: list[str]
+    distinct: bool
+    """Whether rows that repeat a text count once."""
+    held_out_split: str | None
+    format: int = FORMAT_VERSION
+    tokenizer: str = ""
+    causal: bool = False
+    ctx_len: int = 0
+    bos: int | None = None
+    eos: int | None = None
+
+    def with_framing(self, tokenizer: Any, framing: Framing) -> TokenMetadata:
+        """Return the metadata of rows with this tokenizer and framing."""
+        return dataclasses.replace(
+            self,
+            tokenizer=hash_json(tokenizer_identity(tokenizer)),
+            causal=framing.causal,
+            ctx_len=framing.ctx_len,
+            bos=framing.bos,
+            eos=framing.eos,
+        )
 
 
 def is_token_folder(name: str) -> bool:
@@ -33,7 +69,7 @@ def is_token_folder(name: str) -> bool:
 
 def stored_ctx_len(names: tuple[str, ...]) -> int | None:
     """Return the context length of the first token folder among ``names``, or None if there is none."""
-    return next((int(_read_metadata(Path(name))["ctx_len"]) for name in names if is_token_folder(name)), None)
+    return next((_read_metadata(Path(name)).ctx_len for name in names if is_token_folder(name)), None)
 
 
 def check_output_folder(out: Path) -> None:
@@ -42,79 +78,65 @@ def check_output_folder(out: Path) -> None:
         raise SaetrainError(f"OUT {out}: already exists and is not empty; use another folder, or delete this one")
 
 
-def save_tokens(out: Path, splits: dict[str, Any], metadata: dict[str, Any], tokenizer: Any, framing: Framing) -> None:
+def save_tokens(out: Path, splits: dict[str, Any], metadata: TokenMetadata) -> None:
     """Write tokenized rows to the folder ``out``.
 
-    ``splits`` {split: rows}: `train`, and `held_out` if the data set has a held-out split. Raises SaetrainError when
+    ``splits`` {name in SPLITS: rows}; `held_out` if the data set has a held-out split. Raises SaetrainError when
     they can't be written; ``out`` then contains no token folder.
     """
     check_output_folder(out)
-    temporary = out.with_name(f".{out.name}.writing")
-    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        temporary.mkdir(parents=True)
-        for name, rows in splits.items():
-            rows.save_to_disk(str(temporary / name))
-        fsync_files(temporary)
-        write_json(
-            temporary / METADATA_FILE, {"format": FORMAT_VERSION, **_tokenizer_metadata(tokenizer, framing), **metadata}
-        )
-        os.replace(temporary, out)
-        fsync_dir(out.parent)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with replace_folder(out) as temporary:
+            for name, rows in splits.items():
+                rows.save_to_disk(str(temporary / name))
+            write_json(temporary / METADATA_FILE, dataclasses.asdict(metadata))
     except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         raise SaetrainError(f"OUT {out}: can't be written: {error}") from error
 
 
-def _tokenizer_metadata(tokenizer: Any, framing: Framing) -> dict[str, Any]:
-    return {
-        "tokenizer": hash_json(tokenizer_identity(tokenizer)),
-        "causal": framing.causal,
-        "ctx_len": framing.ctx_len,
-        "bos": framing.bos,
-        "eos": framing.eos,
-    }
-
-
-def _read_metadata(folder: Path) -> dict[str, Any]:
+def _read_metadata(folder: Path) -> TokenMetadata:
+    path, label = folder / METADATA_FILE, f"token folder {folder}: its {METADATA_FILE} is broken"
     try:
-        metadata = json.loads((folder / METADATA_FILE).read_text())
-        found = metadata["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        found = read_json(path, dict[str, Any], label).get("format")
+        metadata = read_json(path, TokenMetadata, label) if found == FORMAT_VERSION else None
+    except SaetrainError as error:
+        raise SaetrainError(f"{error}; {REMEDY}") from error
+    if metadata is None:
         raise SaetrainError(
-            f"token folder {folder}: its {METADATA_FILE} is broken; write the folder again with saetrain tokenize"
-        ) from error
-    if found != FORMAT_VERSION:
-        raise SaetrainError(
-            f"token folder {folder}: it has format {found}, and this version reads format {FORMAT_VERSION}; write it "
-            "again with saetrain tokenize"
+            f"token folder {folder}: it has format {show_value(found)}, and this version reads format "
+            f"{FORMAT_VERSION}; {REMEDY}"
         )
-    return dict(metadata)
+    require_type(metadata.ctx_len, CtxLen, f"token folder {folder}: ctx_len")
+    return metadata
 
 
-def open_tokens(folder: Path, tokenizer: Any, framing: Framing) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Open a token folder; return ({split: memory-mapped rows}, content of METADATA_FILE).
+def open_tokens(folder: Path, tokenizer: Any, framing: Framing) -> tuple[dict[str, Any], TokenMetadata]:
+    """Open a token folder; return ({split: memory-mapped rows}, its metadata).
 
-    Raises SaetrainError when the folder is broken, or was made with another tokenizer or framing.
+    Raises SaetrainError when the folder is damaged, or was made with another tokenizer or framing.
     """
     import datasets
 
-    metadata, wanted = _read_metadata(folder), _tokenizer_metadata(tokenizer, framing)
+    metadata = _read_metadata(folder)
+    wanted = metadata.with_framing(tokenizer, framing)
     kinds = {True: "a causal model", False: "an encoder"}
     problem = None
-    if metadata["causal"] != framing.causal:
-        problem = f"was made for {kinds[metadata['causal']]}, but the model is {kinds[framing.causal]}"
-    elif metadata["tokenizer"] != wanted["tokenizer"] or (metadata["bos"], metadata["eos"]) != (
-        framing.bos,
-        framing.eos,
-    ):
-        problem = f"was made with another tokenizer (the one of {metadata['model']})"
-    elif not framing.causal and metadata["ctx_len"] != framing.ctx_len:
-        problem = f"was made for --ctx_len {metadata['ctx_len']}, but this command uses --ctx_len {framing.ctx_len}"
+    if metadata.causal != framing.causal:
+        problem = f"was made for {kinds[metadata.causal]}, but the model is {kinds[framing.causal]}"
+    elif (metadata.tokenizer, metadata.bos, metadata.eos) != (wanted.tokenizer, wanted.bos, wanted.eos):
+        problem = f"was made with another tokenizer (the one of {metadata.model})"
+    elif not framing.causal and metadata.ctx_len != framing.ctx_len:
+        problem = f"was made for --ctx_len {metadata.ctx_len}, but this command uses --ctx_len {framing.ctx_len}"
     if problem:
         raise SaetrainError(f"token folder {folder}: {problem}; write a matching folder with saetrain tokenize")
+    damage = find_damage(folder)
+    if damage:
+        raise SaetrainError(f"token folder {folder}: is damaged ({damage}); {REMEDY}")
     try:
-        return {name: datasets.load_from_disk(str(folder / name)) for name in metadata["splits"]}, metadata
+        return {
+            name: datasets.load_from_disk(str(folder / name)) for name in SPLITS if (folder / name).is_dir()
+        }, metadata
     except Exception as error:  # the readers raise many unrelated types for broken files
         raise SaetrainError(explain_load_error(str(folder), error)) from error
 
@@ -162,13 +184,13 @@ def open_raw_ids(path: Path, tokenizer: Any, streaming: bool) -> TextSource:
     )
 
 
-def _iterate_documents(path: str, dtype: str, eos: int | None, changed: object) -> Iterator[dict[str, np.ndarray]]:
+def _iterate_documents(path: str, dtype: str, eos: int | None, changed: object) -> Iterator[dict[str, list[int]]]:
     ids = np.memmap(path, dtype=np.dtype(dtype).newbyteorder("<"), mode="r")
     start = 0
     for chunk in range(0, len(ids), 1 << 24):
         ends = np.flatnonzero(ids[chunk : chunk + (1 << 24)] == eos) + 1 if eos is not None else np.zeros(0, int)
         for end in ends + chunk:
-            yield {"input_ids": np.array(ids[start:end])}
+            yield {"input_ids": ids[start:end].tolist()}
             start = int(end)
     for first in range(start, len(ids), ROW_TOKENS):
-        yield {"input_ids": np.array(ids[first : first + ROW_TOKENS])}
+        yield {"input_ids": ids[first : first + ROW_TOKENS].tolist()}

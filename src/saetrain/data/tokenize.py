@@ -13,15 +13,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 
-from saetrain.data.text_column import Rows, TextColumn, build_renderer
+from saetrain.data.library_bars import enable_progress_bar
+from saetrain.data.text_column import Rows, TextColumn, build_renderer, require_kind
 from saetrain.distributed import record_progress
 from saetrain.errors import SaetrainError
 from saetrain.hub import load_cached_or_fetch
+from saetrain.manifest import ensure_cached
+from saetrain.settings import Range, Settings
 from saetrain.types import shown_default
 
 if TYPE_CHECKING:
     import datasets
 
+IS_PARALLELISM_GIVEN = "TOKENIZERS_PARALLELISM" in os.environ
+"""Whether the user has set the threads of the tokenizers library."""
 CACHE_FORMAT_VERSION = 2
 """Part of the cache key: raise it when the stored rows change."""
 DEFAULT_CTX_LEN = 512
@@ -36,23 +41,20 @@ about 200 bytes of memory per character, and BPE's time per character grows on l
 CALL_CHARS = 1_000_000
 """Approximate number of characters per call of the tokenizer, which also limits its memory."""
 
+CtxLen = Annotated[int, Range(4, 10**7)]
+NumProc = Annotated[int, Range(1, 1024)]
+
 
 @dataclass(frozen=True, kw_only=True)
-class TokenSettings:
+class TokenSettings(Settings):
     """Tokens: how documents become sequences."""
 
-    ctx_len: Annotated[int | None, shown_default("512, or the model's positions if fewer", "INT")] = None
+    ctx_len: Annotated[CtxLen | None, shown_default("512, or the model's positions if fewer", "INT")] = None
     """Tokens per sequence, including special tokens."""
     exclude_special_tokens: bool = True
     """Exclude CLS, SEP, BOS and EOS from training and metrics. Padding is always excluded."""
-    data_preprocessing_num_proc: int = 1
+    data_preprocessing_num_proc: NumProc = 1
     """Number of processes for tokenization."""
-
-    def __post_init__(self) -> None:
-        if self.ctx_len is not None and self.ctx_len < 4:
-            raise SaetrainError(f"--ctx_len {self.ctx_len}: must be at least 4 tokens")
-        if self.data_preprocessing_num_proc < 1:
-            raise SaetrainError(f"--data_preprocessing_num_proc {self.data_preprocessing_num_proc}: must be at least 1")
 
 
 def load_tokenizer(name: str, revision: str | None, trust_remote_code: bool) -> Any:
@@ -115,7 +117,12 @@ class Framing:
 
 
 def tokenize_rows(
-    rows: datasets.Dataset, column: TextColumn, tokenizer: Any, framing: Framing, num_proc: int
+    rows: datasets.Dataset,
+    column: TextColumn,
+    tokenizer: Any,
+    framing: Framing,
+    num_proc: int,
+    log: Callable[[str], None] = print,
 ) -> datasets.Dataset:
     """Tokenize all ``rows``. The result is cached on disk, keyed by data, tokenizer and framing.
 
@@ -123,7 +130,8 @@ def tokenize_rows(
     set) and ``text_hash`` (int64, hash of the normalized text). Rows of a causal model are documents, long ones in
     parts of ROW_TOKENS tokens. Rows of an encoder are parts of documents of at most ``framing.ctx_len`` tokens.
 
-    Raises SaetrainError when the cache can't be written or the rows contain no text.
+    A damaged cache is built again, which ``log`` is called with. Raises SaetrainError when the cache can't be written
+    or the rows contain no text.
     """
     import datasets
     from datasets import Features, List, Value
@@ -136,34 +144,48 @@ def tokenize_rows(
             "text_hash": Value("int64"),
         }
     )
-    os.environ["TOKENIZERS_PARALLELISM"] = "false" if num_proc > 1 else "true"
-    progress = datasets.is_progress_bar_enabled()
-    fingerprint = _fingerprint_tokens(rows, column, tokenizer, framing)
+    if not IS_PARALLELISM_GIVEN:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false" if num_proc > 1 else "true"
+
+    def write_tokens(folder: Path) -> None:
+        with enable_progress_bar():
+            tokenized = rows.map(
+                build_row_encoder(column, tokenizer, framing),
+                batched=True,
+                with_indices=True,
+                remove_columns=rows.column_names,
+                features=features,
+                num_proc=num_proc if num_proc > 1 else None,
+                cache_file_name=str(folder / "tokens.arrow"),
+                desc="tokenizing",
+            )
+        if not len(tokenized):
+            raise SaetrainError(
+                f"the data set contains no text: {len(rows)} rows, all empty in column {'+'.join(column.columns)}"
+            )
+
+    name = f"tokens-{_fingerprint_tokens(rows, column, tokenizer, framing)}"
     # The library's default is next to the rows' files, which may be a folder of the user.
-    folder = Path(datasets.config.HF_DATASETS_CACHE, "saetrain")
+    cached = Path(datasets.config.HF_DATASETS_CACHE, "saetrain", name)
+    _ensure_tokens_cached(cached, write_tokens, log)
+    # Several processes write several files, whose names contain their numbers.
+    parts = [datasets.Dataset.from_file(str(path)) for path in sorted(cached.glob("*.arrow"))]
+    return datasets.concatenate_datasets(parts)
+
+
+def _ensure_tokens_cached(cached: Path, write_tokens: Callable[[Path], None], log: Callable[[str], None]) -> None:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tokenized = rows.map(
-            build_row_encoder(column, tokenizer, framing),
-            batched=True,
-            with_indices=True,
-            remove_columns=rows.column_names,
-            features=features,
-            num_proc=num_proc if num_proc > 1 else None,
-            new_fingerprint=fingerprint,
-            cache_file_name=str(folder / f"tokens-{fingerprint}.arrow"),
-            desc="tokenizing" if progress else None,
-        )
-    except OSError as error:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        ensure_cached(cached, write_tokens, log)
+    except (OSError, ValueError) as error:
+        # After a failed write, the library writes to the closed file, which hides the cause.
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
         raise SaetrainError(
-            f"the tokens can't be written to {folder}: {error}; free disk space there, or choose another folder with "
-            "the environment variable HF_DATASETS_CACHE"
+            f"the tokens can't be written to {cached.parent}: {cause}; free disk space there, or choose another folder "
+            "with the environment variable HF_DATASETS_CACHE"
         ) from error
-    if not len(tokenized):
-        raise SaetrainError(
-            f"the data set contains no text: {len(rows)} rows, all empty in column {'+'.join(column.columns)}"
-        )
-    return tokenized
 
 
 def ids_dtype(tokenizer: Any) -> str:
@@ -174,7 +196,7 @@ def ids_dtype(tokenizer: Any) -> str:
 def build_row_encoder(column: TextColumn, tokenizer: Any, framing: Framing) -> Callable[[Rows, list[int]], Rows]:
     """Return the function that tokenizes a batch of rows, given the rows and their row numbers."""
     if column.kind == "ids":
-        return _build_ids_encoder(column.columns[0], tokenizer, framing)
+        return _build_ids_encoder(column, tokenizer, framing)
     render = build_renderer(column, tokenizer)
     # A chat template writes special tokens as text, so only chat text may be encoded to special ids.
     literal = column.kind != "chat"
@@ -182,8 +204,7 @@ def build_row_encoder(column: TextColumn, tokenizer: Any, framing: Framing) -> C
 
     def encode_rows(batch: Rows, indices: list[int]) -> Rows:
         record_progress()
-        if literal:
-            _require_strings(batch, column, indices)
+        require_kind(batch, column, indices)
         texts = render(batch)
         filled = [i for i, text in enumerate(texts) if text.strip()]
         out: Rows = {"ids": [], "special": [], "doc": [], "text_hash": []}
@@ -199,16 +220,6 @@ def build_row_encoder(column: TextColumn, tokenizer: Any, framing: Framing) -> C
         return out
 
     return encode_rows
-
-
-def _require_strings(batch: Rows, column: TextColumn, indices: list[int]) -> None:
-    for name in column.columns:
-        for index, value in zip(indices, batch[name], strict=True):
-            if not isinstance(value, str) and value is not None:
-                raise SaetrainError(
-                    f"column {name}, row {index} (from 0): it contains {type(value).__name__} {str(value)[:40]!r} "
-                    "instead of text; --skip_bad_rows skips such rows"
-                )
 
 
 def _tokenize_pieces(
@@ -305,8 +316,9 @@ def _add_special_tokens(ids: np.ndarray, framing: Framing) -> tuple[np.ndarray, 
     return framed, special
 
 
-def _build_ids_encoder(name: str, tokenizer: Any, framing: Framing) -> Callable[[Rows, list[int]], Rows]:
+def _build_ids_encoder(column: TextColumn, tokenizer: Any, framing: Framing) -> Callable[[Rows, list[int]], Rows]:
     """Return the encoder of rows that already contain token ids; special tokens are recognized by their id."""
+    name = column.columns[0]
     special_ids = list(set(tokenizer.all_special_ids) - {tokenizer.unk_token_id})
     size = len(tokenizer)
     # Many decoders use EOS for padding, and EOS also separates documents.
@@ -314,9 +326,13 @@ def _build_ids_encoder(name: str, tokenizer: Any, framing: Framing) -> Callable[
 
     def encode_rows(batch: Rows, indices: list[int]) -> Rows:
         record_progress()
+        require_kind(batch, column, indices)
         out: Rows = {"ids": [], "special": [], "doc": [], "text_hash": []}
         for position, (index, row) in enumerate(zip(indices, batch[name], strict=True)):
-            ids = np.asarray(row or [], dtype=np.int64)
+            try:
+                ids = np.asarray(row or [], dtype=np.int64)
+            except OverflowError as error:
+                raise SaetrainError(f"column {name}, row {index}: a token id has more than 63 bits") from error
             if "attention_mask" in batch and len(batch["attention_mask"][position] or []) == len(ids):
                 ids = ids[np.asarray(batch["attention_mask"][position], dtype=bool)]
             elif padding is not None:

@@ -55,6 +55,17 @@ def all_reduce_sum(values: list[int], phase_name: str) -> list[int]:
     return AsyncAllReduce(values, phase_name, dist.ReduceOp.SUM).wait()
 
 
+def all_reduce_tensor_(tensor: Tensor, phase_name: str) -> None:
+    """Replace a contiguous ``tensor`` by its sum over the ranks."""
+    group = current_group()
+    if group is None:
+        return
+    with phase(phase_name), track_wait(group):
+        dist.all_reduce(tensor, group=group.tensor_group)
+    group.comm_stats.n_tensor_collectives += 1
+    group.comm_stats.n_bytes += tensor.nbytes
+
+
 def all_gather_json(value: Any, phase_name: str) -> list[Any]:
     """Return the ``value`` (JSON) of every rank, ordered by rank."""
     group = current_group()

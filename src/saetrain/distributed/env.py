@@ -45,6 +45,11 @@ def restart_count() -> int:
     return _read_int_env("TORCHELASTIC_RESTART_COUNT", 0)
 
 
+def will_be_restarted() -> bool:
+    """Return whether torchrun restarts this process if it ends with another exit code than 0."""
+    return restart_count() < _read_int_env("TORCHELASTIC_MAX_RESTARTS", 0)
+
+
 def progress_timeout_s() -> float:
     """Return the seconds without progress after which a rank counts as stuck, or infinity if this is switched off."""
     text = os.environ.get(PROGRESS_TIMEOUT_VARIABLE) or str(PROGRESS_TIMEOUT_MINUTES)

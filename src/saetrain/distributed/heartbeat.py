@@ -26,6 +26,7 @@ from typing import Any
 
 from saetrain.distributed.env import PROGRESS_TIMEOUT_VARIABLE, should_print_error
 from saetrain.errors import RankFailure
+from saetrain.untrusted import format_error
 
 BEAT_INTERVAL_S = 1.0
 PEER_TIMEOUT_S = 20.0
@@ -251,7 +252,7 @@ class Heartbeat:
     def _end_process(self, failure: RankFailure) -> None:
         faulthandler.cancel_dump_traceback_later()
         if should_print_error(failure):
-            print(f"saetrain: rank {self._rank}: error: {failure}", file=sys.stderr, flush=True)
+            print(format_error(f"saetrain: rank {self._rank}: error: ", failure), file=sys.stderr, flush=True)
         if self.on_exit is not None:
             closer = threading.Thread(target=self.on_exit, daemon=True)
             closer.start()

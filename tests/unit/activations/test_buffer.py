@@ -22,7 +22,8 @@ from saetrain.types import TokenKind, TokenSequence
 
 SHARDS = 4
 NAMES = ["embeddings", "encoder.layer.0"]
-LONGEST = 14
+BATCH = 30
+"""Tokens per model batch."""
 
 
 class Documents(Sequences):
@@ -32,7 +33,7 @@ class Documents(Sequences):
         lengths = 4 + np.random.default_rng(0).permutation(61) % 11
         starts = 1000 + np.concatenate([[0], np.cumsum(lengths)])
         self._rows = [np.arange(a, b, dtype=np.int32) for a, b in pairwise(starts)]
-        self.text_tokens = int((lengths - 2).sum())
+        self.text_tokens, self.lengths = int((lengths - 2).sum()), lengths
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -53,7 +54,7 @@ def capture(bert: BaseModel) -> ActivationCapture:
 
 
 def make(capture: ActivationCapture, owned: list[int] | None = None, pool: int = 20, seed: int = 1) -> ShuffleBuffer:
-    data = ShardedSequences(DOCUMENTS, LoaderSettings(data_shards=SHARDS), True, True)
+    data = ShardedSequences(DOCUMENTS, LoaderSettings(data_shards=SHARDS), True, True, BATCH)
     reader = ActivationExtractor(capture, data.keep, 64)
     return ShuffleBuffer(reader, data, list(range(SHARDS)) if owned is None else owned, SHARDS, pool, seed)
 
@@ -126,15 +127,15 @@ def test_state_is_integers_that_json_keeps(capture: ActivationCapture) -> None:
 def test_no_more_is_read_than_the_run_needs(capture: ActivationCapture, needed: int) -> None:
     buffer = make(capture, pool=10_000)
     steps(buffer, 1, needed)
-    assert needed <= buffer.n_tokens_read <= needed + SHARDS * LONGEST
+    assert needed <= buffer.n_tokens_read <= needed + SHARDS * BATCH
 
 
 def test_an_epoch_loses_and_doubles_nothing(capture: ActivationCapture) -> None:
     # One shard, so that an epoch's end is a sample number; the embeddings of all tokens differ.
-    data = ShardedSequences(DOCUMENTS, LoaderSettings(data_shards=1), True, True)
+    data = ShardedSequences(DOCUMENTS, LoaderSettings(data_shards=1), True, True, BATCH)
     reader = ActivationExtractor(capture, data.keep, 64)
     total = DOCUMENTS.text_tokens
-    everything = reader.extract_all([DOCUMENTS[number] for number in range(len(DOCUMENTS))]).values[NAMES[0]]
+    everything = reader.extract_all([[DOCUMENTS[number]] for number in range(len(DOCUMENTS))]).values[NAMES[0]]
     assert len(torch.unique(everything, dim=0)) == total
     for pool in (1, 50, total):
         buffer = ShuffleBuffer(reader, data, [0], 1, pool, 1)
@@ -156,7 +157,7 @@ def test_samples_are_mixed_and_the_order_is_the_seed_s(capture: ActivationCaptur
     assert torch.equal(orders[0], orders[1])
     assert not torch.equal(orders[0], orders[2])
     read = ActivationExtractor(capture, lambda sequence: sequence.kind == 0, 64)
-    unmixed = read.extract_all([DOCUMENTS[number] for number in range(len(DOCUMENTS))])
+    unmixed = read.extract_all([[DOCUMENTS[number]] for number in range(len(DOCUMENTS))])
     docs = unmixed.doc[torch.cdist(orders[0][:, :32], unmixed.values[NAMES[0]]).argmin(1).numpy()]
     # In the order of the text nearly all neighbours would be of one document, of which there are 61.
     assert np.mean(docs[1:] == docs[:-1]) < 0.3
@@ -165,7 +166,7 @@ def test_samples_are_mixed_and_the_order_is_the_seed_s(capture: ActivationCaptur
 def test_hookpoints_of_a_sample_belong_to_one_token(capture: ActivationCapture) -> None:
     taken = make(capture).take_activations(0, 100, 100)
     reader = ActivationExtractor(capture, lambda sequence: sequence.kind == 0, 64)
-    everything = reader.extract_all([DOCUMENTS[number] for number in range(len(DOCUMENTS))])
+    everything = reader.extract_all([[DOCUMENTS[number]] for number in range(len(DOCUMENTS))])
     nearest = {name: torch.cdist(taken[name], everything.values[name]).argmin(1) for name in NAMES}
     assert torch.equal(nearest[NAMES[0]], nearest[NAMES[1]])
 
@@ -173,7 +174,7 @@ def test_hookpoints_of_a_sample_belong_to_one_token(capture: ActivationCapture) 
 def test_outliers_are_counted_and_made_up_for(capture: ActivationCapture) -> None:
     buffer = make(capture)
     norms = make(capture).take_activations(0, 400, 400)[NAMES[1]].norm(dim=1)
-    buffer._extractor.norm_limits = {NAMES[1]: float(norms.median())}
+    buffer._extractor.set_norm_limits({NAMES[1]: float(norms.median())})
     taken = buffer.take_activations(0, 200, 200)[NAMES[1]]
     assert len(taken) == 200
     assert float(taken.norm(dim=1).max()) <= float(norms.median())
@@ -201,7 +202,7 @@ def test_working_ahead_changes_no_sample(capture: ActivationCapture, pool: int) 
 def test_working_ahead_spreads_the_models_work_over_the_steps(capture: ActivationCapture) -> None:
     buffer, calls = make(capture, pool=80), []
     reader = buffer._extractor
-    reader.before_batch = lambda: calls.append(len(calls))
+    reader.set_interrupt_check(lambda: calls.append(len(calls)))
     in_steps, ahead = [], []
     for step in range(20):
         before = len(calls)
@@ -213,7 +214,7 @@ def test_working_ahead_spreads_the_models_work_over_the_steps(capture: Activatio
         ahead.append(len(calls) - taken)
     assert sum(in_steps[1:]) <= 1
     assert sum(ahead) > 8
-    assert max(ahead) == 1
+    assert max(ahead) <= 2, "a batch may have fewer tokens than a step"
 
 
 def test_nobody_waits_for_text_that_is_needed_later(
@@ -274,7 +275,7 @@ def test_a_pool_that_was_broken_off_half_way_is_read_again(capture: ActivationCa
         _wait_for_text(buffer)
         buffer.prefetch_pools()
         buffer._token_budget = 1000
-        reader.before_batch = give_up
+        reader.set_interrupt_check(give_up)
         with contextlib.suppress(KeyboardInterrupt):
             buffer.prefetch_pools()
-        reader.before_batch = None
+        reader.set_interrupt_check(lambda: None)

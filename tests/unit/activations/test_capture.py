@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from saetrain.activations.capture import ActivationCapture, batch_by_length, pad_batch
+from saetrain.activations.capture import ActivationCapture, pad_batch
 from saetrain.activations.model import BaseModel, ModelSettings, load_model
 from saetrain.errors import SaetrainError
-from saetrain.types import TokenSequence
+from saetrain.types import TokenSequence, group_by_length
 
 Make = Callable[..., list[TokenSequence]]
 
@@ -174,7 +174,7 @@ def test_padded_batch_holds_each_sequence_and_masks_the_rest(sequences: Make) ->
 def test_batches_are_of_like_length_and_hold_each_sequence_once(sequences: Make, tokens: int) -> None:
     lengths = np.random.default_rng(0).integers(3, 60, 40)
     rows = sequences(*lengths.tolist())
-    batches = batch_by_length(rows, tokens)
+    batches = [group.tolist() for group in group_by_length([len(row) for row in rows], tokens)]
     assert sorted(number for batch in batches for number in batch) == list(range(40))
     for batch in batches:
         longest = max(len(rows[number]) for number in batch)

@@ -28,6 +28,21 @@ def test_layers_by_number_and_stride(bert: BaseModel, gpt2: BaseModel) -> None:
     assert resolve(gpt2, layer_stride=99) == ["h.0"]
 
 
+def test_layers_by_range_and_all(bert: BaseModel, gpt2: BaseModel) -> None:
+    assert resolve(gpt2, layers=("all",)) == [f"h.{layer}" for layer in range(4)]
+    assert resolve(bert, layers=("8-10", 2)) == [f"encoder.layer.{layer}" for layer in (2, 8, 9, 10)]
+    with pytest.raises(SaetrainError, match=r"--layers 4 5: .* has 4 layers, 0 to 3"):
+        resolve(gpt2, layers=("2-5",))
+
+
+def test_names_of_transformerlens_select_the_residual_stream(bert: BaseModel, gpt2: BaseModel) -> None:
+    assert resolve(gpt2, hookpoints=("blocks.3.hook_resid_post", "blocks.1.hook_resid_pre")) == ["h.0", "h.3"]
+    assert resolve(bert, hookpoints=("layers.2",)) == ["encoder.layer.2"]
+    for missing in ("blocks.4.hook_resid_post", "blocks.0.hook_resid_pre", "blocks.0.hook_mlp_out"):
+        with pytest.raises(SaetrainError, match=f"--hookpoints {missing}: matches no module"):
+            resolve(gpt2, hookpoints=(missing,))
+
+
 def test_layer_that_the_model_lacks(gpt2: BaseModel) -> None:
     with pytest.raises(SaetrainError, match=r"--layers 4 9: .* has 4 layers, 0 to 3"):
         resolve(gpt2, layers=(4, 0, 9))
@@ -53,9 +68,12 @@ def test_pattern_without_a_match_names_the_nearest(gpt2: BaseModel) -> None:
         ({"layers": (0,), "hookpoints": ("h.0",)}, "can't be given together"),
         ({"layer_stride": 2, "hookpoints": ("h.0",)}, "can't be given together"),
         ({"layers": (0,), "layer_stride": 2}, "can't be given together"),
-        ({"layers": (0, -1)}, "numbers from 0"),
+        ({"layers": (0, -1)}, "--layers 0 -1: pass one or more numbers from 0"),
         ({"layers": ()}, "one or more"),
         ({"layers": (1, 1)}, "named twice"),
+        ({"layers": ("0-3", "2")}, "named twice"),
+        ({"layers": ("all", 1)}, "named twice"),
+        ({"layers": ("3-1",)}, "smaller number of a range first"),
         ({"layer_stride": 0}, "at least 1"),
         ({"hookpoints": ()}, "one or more patterns"),
     ],

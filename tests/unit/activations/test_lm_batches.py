@@ -11,7 +11,7 @@ from saetrain.activations.lm_batches import LMBatch, LMBatchBuilder, scored_log_
 from saetrain.activations.lm_head import LMHeadModel, load_model_with_head
 from saetrain.activations.mlm_masking import select_masked_positions
 from saetrain.activations.model import ModelSettings
-from saetrain.types import TokenKind, TokenSequence
+from saetrain.types import TokenKind, TokenSequence, batch_by_length
 
 MASK_ID = 103
 SEEDS = [3, 3, (1 << 64) - 1, 0]
@@ -89,13 +89,13 @@ def test_batches_contain_each_sequence_once_and_bound_the_logits(
     head: LMHeadModel, sequences: list[TokenSequence], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     builder = LMBatchBuilder(head, keep_text, MASK_ID)
-    whole = list(builder.iterate_batches(sequences[:3], 1000, SEEDS[0]))
+    whole = list(builder.iterate_batches(batch_by_length(sequences[:3], 1000), SEEDS[0]))
     assert [batch.input_ids.shape for batch in whole] == [(3, 60)]
-    parts = list(builder.iterate_batches(sequences, 70, SEEDS[0]))
+    parts = list(builder.iterate_batches(batch_by_length(sequences, builder.limit_batch_tokens(70)), SEEDS[0]))
     assert [batch.input_ids.shape for batch in parts] == [(1, 60), (2, 33)], "the last one has nothing to score"
     vocabulary = head.base.config.get_text_config().vocab_size
     monkeypatch.setattr(lm_batches, "MAX_LOGITS", 40 * vocabulary)
-    fewer = list(builder.iterate_batches(sequences, 70, SEEDS[0]))
+    fewer = list(builder.iterate_batches(batch_by_length(sequences, builder.limit_batch_tokens(70)), SEEDS[0]))
     assert [batch.input_ids.shape for batch in fewer][:2] == [(1, 60), (1, 33)]
     assert all(batch.input_ids.numel() <= 60 for batch in fewer)
     for batches in (parts, fewer):

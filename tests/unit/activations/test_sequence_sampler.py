@@ -18,6 +18,7 @@ class Rows(Sequences):
     """23 sequences of 3 to 9 tokens between two special ones; every fifth has nothing but those."""
 
     text_tokens = 0
+    lengths = np.array([2 if index % 5 == 0 else 5 + index % 7 for index in range(23)])
 
     def __len__(self) -> int:
         return 23
@@ -30,7 +31,7 @@ class Rows(Sequences):
 
 
 def source() -> ShardedSequences:
-    return ShardedSequences(Rows(), LoaderSettings(data_shards=SHARDS), True, True)
+    return ShardedSequences(Rows(), LoaderSettings(data_shards=SHARDS), True, True, 1)
 
 
 def dealt(dealer: SequenceSampler, first: int, count: int) -> dict[int, int]:
@@ -46,7 +47,7 @@ def test_sequence_i_is_the_next_of_shard_i_mod_v_that_has_a_token() -> None:
     text = source()
     expected = {}
     for shard in range(SHARDS):
-        rows = [int(s.doc[0]) for s in text.read(shard, text.start_cursor, 200)[0] if text.keep(s).any()]
+        rows = [int(s.doc[0]) for (s,) in text.read(shard, text.start_cursor, 200)[0] if text.keep(s).any()]
         expected.update({place * SHARDS + shard: row for place, row in enumerate(rows)})
     found = dealt(make(), 0, LAST)
     assert found == {number: expected[number] for number in range(LAST)}

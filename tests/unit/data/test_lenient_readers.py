@@ -15,7 +15,9 @@ import pytest
 from saetrain.data.lenient_readers import BAD_ROW_COLUMN, find_first_bad_row, find_split_files
 from saetrain.data.sources import SourceSettings, open_dataset
 from saetrain.data.streaming import StreamedRows
+from saetrain.data.tokenize import TokenSettings
 from saetrain.errors import SaetrainError
+from saetrain.runs.text_data import open_text, tokenize_source
 
 GOOD = [f"text number {i}" for i in range(50)]
 AT = 20
@@ -154,3 +156,37 @@ def test_whole_files_give_what_the_library_gives(topics_jsonl: str) -> None:
     assert isinstance(lenient, datasets.Dataset)
     assert lenient["text"][:] == plain["text"][:]
     assert not any(lenient[BAD_ROW_COLUMN])
+
+
+ROWS = [f"Wärme und Kälte {number}" for number in range(30)]
+CONTENTS = {
+    "txt": "\n\n".join(ROWS),
+    "csv": "text,n\n" + "".join(f"{row},{number}\n" for number, row in enumerate(ROWS)),
+    "jsonl": "".join(json.dumps({"text": row}, ensure_ascii=False) + "\n" for row in ROWS),
+}
+
+
+def read_as_run(path: Path, skip_bad_rows: bool) -> None:
+    source = open_text(str(path), SourceSettings(skip_bad_rows=skip_bad_rows), None)
+    tokenize_source(str(path), source, None, None, TokenSettings())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("skip_bad_rows", [False, True])
+@pytest.mark.parametrize("suffix", list(CONTENTS))
+@pytest.mark.parametrize(("encoding", "name"), [("latin-1", "LATIN1"), ("utf-16", "UTF-16")])
+def test_other_encodings_are_named_with_line_and_remedy(
+    tmp_path: Path, suffix: str, encoding: str, name: str, skip_bad_rows: bool
+) -> None:
+    path = tmp_path / f"text.{suffix}"
+    path.write_bytes(CONTENTS[suffix].encode(encoding))
+    line = 2 if (suffix, name) == ("csv", "LATIN1") else 1
+    with pytest.raises(SaetrainError, match=rf"text\.{suffix}, line {line}: is .*iconv -f {name} -t UTF-8"):
+        read_as_run(path, skip_bad_rows)
+
+
+def test_paragraphs_that_are_not_utf_8_are_skipped(tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_bytes(b"one\nstill one\n\nW\xe4rme\nmore\n\nthree")
+    rows = open_text(str(path), SourceSettings(skip_bad_rows=True), None).train
+    assert rows["text"] == ["one\nstill one", None, "three"]
+    assert "line 4: is not UTF-8" in rows["bad_row"][1]

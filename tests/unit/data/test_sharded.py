@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from saetrain.data.packing import Sequences
-from saetrain.data.sharded import LoaderSettings, ShardedSequences
+from saetrain.data.sharded import LoaderSettings, ShardedSequences, group_sequences
 from saetrain.errors import SaetrainError
-from saetrain.types import TokenKind, TokenSequence
+from saetrain.types import ModelBatch, TokenKind, TokenSequence
 
 SPECIAL, FIRST = int(TokenKind.SPECIAL), int(TokenKind.FIRST)
 
@@ -18,6 +18,7 @@ class Numbered(Sequences):
 
     def __init__(self, count: int, empty: frozenset[int] = frozenset()) -> None:
         self._count, self._empty = count, empty
+        self.lengths = 5 + np.arange(count) % 4
         self.text_tokens = sum(3 + i % 4 for i in range(count) if i not in empty)
 
     def __len__(self) -> int:
@@ -33,12 +34,17 @@ class Numbered(Sequences):
 
 
 def sharded(count: int, shards: int = 4, seed: int = 42, empty: frozenset[int] = frozenset()) -> ShardedSequences:
+    """Each sequence is a batch."""
     settings = LoaderSettings(shuffle_seed=seed, data_shards=shards)
-    return ShardedSequences(Numbered(count, empty), settings, True, True)
+    return ShardedSequences(Numbered(count, empty), settings, True, True, 1)
 
 
-def numbers(sequences: list[TokenSequence]) -> list[int]:
-    return [int(sequence.ids[0]) for sequence in sequences]
+def flatten_batches(batches: list[ModelBatch]) -> list[TokenSequence]:
+    return [sequence for batch in batches for sequence in batch]
+
+
+def numbers(batches: list[ModelBatch]) -> list[int]:
+    return [int(sequence.ids[0]) for sequence in flatten_batches(batches)]
 
 
 def stream(data: ShardedSequences, length: int) -> list[int]:
@@ -90,14 +96,14 @@ def test_reading_goes_on_from_any_cursor() -> None:
 def test_as_many_sequences_as_hold_the_tokens_and_no_more(tokens: int) -> None:
     data = sharded(23)
     read, cursor = data.read(1, (0,), tokens)
-    kept = [int(data.keep(sequence).sum()) for sequence in read]
+    kept = [data.count_kept(batch) for batch in read]
     assert cursor == (len(read),)
     assert sum(kept) >= tokens > sum(kept[:-1])
 
 
 @pytest.mark.parametrize(("special", "first"), [(True, True), (True, False), (False, True), (False, False)])
 def test_token_policy(special: bool, first: bool) -> None:
-    data = ShardedSequences(Numbered(1), LoaderSettings(), special, first)
+    data = ShardedSequences(Numbered(1), LoaderSettings(), special, first, 1)
     kinds = np.array([0, SPECIAL, FIRST, SPECIAL | FIRST], dtype=np.uint8)
     keep = data.keep(TokenSequence(np.zeros(4, dtype=np.int32), kinds, np.zeros(4, dtype=np.int64)))
     assert keep.tolist() == [True, not special, not first, not (special or first)]
@@ -113,6 +119,41 @@ def test_a_shard_that_meets_only_empty_sequences_for_long_reads_on() -> None:
 def test_data_without_a_kept_token_are_an_error() -> None:
     with pytest.raises(SaetrainError, match="no token that the token policy keeps"):
         sharded(8, empty=frozenset(range(8))).read(0, (0,), 1)
+
+
+def batches_of_one_epoch(seed: int, shards: int) -> set[tuple[int, ...]]:
+    settings = LoaderSettings(shuffle_seed=seed, data_shards=shards)
+    data = ShardedSequences(Numbered(50), settings, True, True, 24)
+    positions = range(len(data._batches))
+    return {tuple(numbers([data.read(p % shards, (p // shards,), 1)[0][0]])) for p in positions}
+
+
+def test_batches_depend_on_neither_the_seed_nor_the_shards() -> None:
+    """So that activations can be stored and used by other runs."""
+    batches = batches_of_one_epoch(42, 4)
+    assert batches == batches_of_one_epoch(1, 4) == batches_of_one_epoch(42, 16)
+    assert sorted(number for batch in batches for number in batch) == list(range(50))
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 24, 1000])
+def test_a_batch_has_sequences_of_similar_length_and_bounded_padding(tokens: int) -> None:
+    lengths = np.random.default_rng(0).integers(1, 20, 3000)
+    groups = group_sequences(lengths, tokens)
+    assert sorted(np.concatenate(groups).tolist()) == list(range(3000))
+    padded = [int(lengths[group].max()) * len(group) for group in groups]
+    assert all(count <= tokens or len(group) == 1 for count, group in zip(padded, groups, strict=True))
+    if tokens == 1000:
+        assert sum(padded) < 1.15 * lengths.sum(), "little padding"
+        assert np.mean([np.ptp(group) for group in groups]) > 1500, "text from everywhere"
+
+
+def test_the_first_batches_come_from_as_many_shards_as_needed() -> None:
+    data = ShardedSequences(Numbered(200), LoaderSettings(data_shards=8), True, True, 24)
+    few, many = data.read_first_batches(10), data.read_first_batches(600)
+    assert sum(map(data.count_kept, few)) >= 10
+    assert len(few) <= 2
+    assert 600 <= sum(map(data.count_kept, many)) <= 600 + 8 * 24
+    assert [numbers([batch]) for batch in many[: len(few)]] == [numbers([batch]) for batch in few]
 
 
 @pytest.mark.parametrize(("field", "value"), [("data_shards", 0), ("shuffle_seed", -1)])

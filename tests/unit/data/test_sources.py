@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from pathlib import Path
@@ -12,6 +13,7 @@ import datasets
 import pytest
 
 from saetrain.data.sources import SourceSettings, TextSource, open_dataset
+from saetrain.data.streaming import StreamedRows
 from saetrain.errors import SaetrainError
 
 TEXTS = [f"text number {i}" for i in range(20)]
@@ -283,3 +285,77 @@ def test_squad_means_its_paragraphs(hub_cache: Path, tmp_path: Path) -> None:
     source = open_("squad")
     assert (source.text_column, source.deduplicate) == ("context", True)
     assert open_dataset("squad", SourceSettings(text_column="question")).text_column == "question"
+
+
+DEEP = '{"text": ' + "[" * 50_000 + "]" * 50_000 + "}\n"
+GOOD = '{"text": "some words"}\n'
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("skip_bad_rows", [False, True])
+def test_a_row_of_many_brackets_is_named_or_skipped(tmp_path: Path, streaming: bool, skip_bad_rows: bool) -> None:
+    """pyarrow's JSON parser would end the process by SIGSEGV."""
+    path = tmp_path / "a.jsonl"
+    path.write_text(GOOD * 20_000 + DEEP + GOOD)
+    settings = SourceSettings(streaming=streaming, skip_bad_rows=skip_bad_rows)
+
+    def read() -> list[str | None]:
+        source = open_dataset(str(path), settings)
+        rows = StreamedRows(source.train, "d", print, source.find_bad_row)(0) if streaming else source.train
+        return [row["text"] for row in rows]
+
+    if skip_bad_rows:
+        assert read() == ["some words"] * 20_000 + [None, "some words"]
+    else:
+        with pytest.raises(SaetrainError, match=r"a\.jsonl, line 20001: is nested 50,001 levels deep.*--skip_bad_rows"):
+            read()
+
+
+def test_a_json_list_of_many_brackets_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("[" * 50_000)
+    with pytest.raises(SaetrainError, match="levels deep"):
+        open_dataset(str(tmp_path / "a.json"), SourceSettings(skip_bad_rows=True))
+    with pytest.raises(SaetrainError, match=r"a\.json' could not be read"):
+        open_dataset(str(tmp_path / "a.json"), SourceSettings())
+
+
+@pytest.mark.parametrize(
+    ("readme", "message"),
+    [
+        (
+            "---\na: !!python/object/apply:os.system [ls]\n---\n",
+            "README.md: the front matter: .* line 2: anchors",
+        ),
+        (
+            "---\na: 1\na: 2\n---\ntext",
+            "README.md: .* line 3: the key 'a' occurs twice",
+        ),
+        ("---\na: " + "[" * 9999 + "\n---\n", "README.md: the front matter: .* is nested more than 64 levels deep"),
+        ("---\na: &a [1]\nb: [*a]\n---\n", "README.md: the front matter: .* anchors"),
+        ("---\nconfigs: 3\n---\n", "could not be read"),
+        ("---\nconfigs:\n- config_name: a\n  data_files: ../../*\n---\n", "could not be read|was not found"),
+        ("\xff", "README.md: line 1 is not UTF-8"),
+    ],
+)
+def test_an_odd_description_next_to_the_data_is_named(tmp_path: Path, readme: str, message: str) -> None:
+    (tmp_path / "a.jsonl").write_text(GOOD)
+    (tmp_path / "README.md").write_text(readme, encoding="latin-1")
+    with pytest.raises(SaetrainError, match=message):
+        open_dataset(str(tmp_path), SourceSettings())
+
+
+def test_a_script_next_to_the_data_is_not_run(tmp_path: Path) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text(GOOD)
+    (folder / "texts.py").write_text(f"open({str(tmp_path / 'was-run')!r}, 'w')")
+    with pytest.raises(SaetrainError, match=r"could not be read: .*texts\.py"):
+        open_dataset(str(folder), SourceSettings())
+    assert not (tmp_path / "was-run").exists()
+
+
+def test_what_is_neither_file_nor_folder_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.jsonl")
+    for path in (tmp_path / "a.jsonl", Path("/dev/zero")):
+        with pytest.raises(SaetrainError, match=f"data set {path}: is neither a regular file nor a folder"):
+            open_dataset(str(path), SourceSettings())

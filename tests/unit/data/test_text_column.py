@@ -7,7 +7,14 @@ from typing import Any
 import datasets
 import pytest
 
-from saetrain.data.text_column import TextColumn, build_renderer, find_text_column
+from saetrain.data.text_column import (
+    TextColumn,
+    _to_messages,
+    build_renderer,
+    choose_text_column,
+    find_text_column,
+    matches_kind,
+)
 from saetrain.errors import SaetrainError
 
 OPENAI = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]
@@ -38,6 +45,8 @@ def render(columns: dict[str, list[Any]], tokenizer: Any, wanted: str | None = N
         ({"messages": [[], OPENAI]}, "chat", ("messages",)),
         # A column called text that holds none is not taken for one.
         ({"text": [1, 2], "body": ["a", "b"]}, "text", ("body",)),
+        # Bad rows do not count, the first row included.
+        ({"messages": [[], SHAREGPT], "id": ["0", "1"]}, "chat", ("messages",)),
     ],
 )
 def test_column_is_found(columns: dict[str, list[Any]], kind: str, chosen: tuple[str, ...] | None) -> None:
@@ -45,6 +54,14 @@ def test_column_is_found(columns: dict[str, list[Any]], kind: str, chosen: tuple
     assert (column.kind, column.columns) == (kind, chosen or ("instruction", "input", "output"))
     assert "--text_column" in column.describe_choice()
     assert " + ".join(column.columns) in column.describe_choice()
+
+
+def test_rows_of_other_types_do_not_hide_the_text() -> None:
+    sample = {"body": [5, "some text", None, {"a": 1}, "more text"], "number": [1, 2, 3, 4, 5]}
+    for wanted in (None, "body"):
+        assert choose_text_column(list(sample), sample, wanted).columns == ("body",)
+    mixed = {"messages": [["x"], "a", OPENAI, SHAREGPT]}
+    assert choose_text_column(["messages"], mixed, None).kind == "chat"
 
 
 def test_column_can_be_named() -> None:
@@ -98,3 +115,58 @@ def test_chat_template_s_refusal_is_a_user_error(chat_bpe: Any) -> None:
     chat_bpe.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(SaetrainError, match=r"refuses a conversation \(roles user, assistant.*roles must alternate"):
         render({"messages": [OPENAI]}, chat_bpe)
+
+
+TURN = {"role": "user", "content": "hi"}
+CHATS: list[tuple[Any, list[dict[str, str]] | None]] = [
+    ([TURN], [TURN]),
+    ({"role": ["user"], "content": ["hi"]}, [TURN]),
+    ([{"from": "human", "value": "hi"}], [TURN]),
+    ([{"content": ["a", {"text": "b"}, {"image": 3}]}], [{"role": "user", "content": "a\nb"}]),
+    ([{"role": "user", "content": None}], []),
+    (["hi"], None),
+    ([[TURN]], None),
+    ("hi", None),
+    (3, None),
+    ([{"role": 3, "content": "hi"}], None),
+    ([{"role": "user", "content": 3}], None),
+    ([{"role": "user", "content": [{"text": 3}]}], None),
+    ([{"role": "user", "content": {"text": "hi"}}], None),
+    ({"role": ["user"], "content": ["hi", "you"]}, None),
+    ({"role": "user", "content": "hi"}, None),
+    ([TURN, None], None),
+]
+
+
+@pytest.mark.parametrize(("value", "messages"), CHATS)
+def test_chats_of_any_shape_are_read_or_bad_rows(value: Any, messages: list[dict[str, str]] | None) -> None:
+    assert _to_messages(value) == messages
+    assert matches_kind(value, "chat") == (messages is not None)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [([1, 2], True), ([], True), (None, True), ([1, None], False), ([[1]], False), (["1"], False), ([1.5], False)],
+)
+def test_token_ids_are_whole_numbers(value: Any, expected: bool) -> None:
+    assert matches_kind(value, "ids") is expected
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "takes more than 0.2 s"),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{{ messages + 1 }}", "can only concatenate"),
+        ("{{ raise_exception('no \x1b[31m') }}", r"no \\x1b\[31m"),
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "unsafe"),
+    ],
+)
+def test_chat_templates_that_fail_or_never_end_are_refused(
+    template: str, message: str, wordpiece: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("saetrain.data.text_column.MAX_TEMPLATE_S", 0.2)
+    monkeypatch.setattr(wordpiece, "chat_template", template)
+    render = build_renderer(TextColumn("chat", ("messages",), ""), wordpiece)
+    with pytest.raises(SaetrainError, match=f"chat template refuses a conversation .*: .*{message}"):
+        render({"messages": [[TURN]]})

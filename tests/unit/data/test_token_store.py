@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ import datasets
 import numpy as np
 import pytest
 
+from saetrain import manifest
 from saetrain.data import token_store
 from saetrain.data.text_column import TextColumn
 from saetrain.data.token_store import (
     METADATA_FILE,
+    TokenMetadata,
     is_token_folder,
     open_raw_ids,
     open_tokens,
@@ -25,7 +28,15 @@ from saetrain.data.tokenize import Framing, tokenize_rows
 from saetrain.errors import SaetrainError
 
 TEXT = TextColumn("text", ("text",), "")
-ABOUT = {"model": "some-model", "splits": ["train"]}
+ABOUT = TokenMetadata(
+    model="some-model",
+    dataset="text",
+    split="train",
+    dataset_config=None,
+    text_columns=["text"],
+    distinct=False,
+    held_out_split=None,
+)
 
 
 def rows_of(tokenizer: Any, framing: Framing, texts: list[str]) -> datasets.Dataset:
@@ -39,7 +50,9 @@ def framing(wordpiece: Any) -> Framing:
 
 @pytest.fixture
 def folder(tmp_path: Path, wordpiece: Any, framing: Framing, topics: list[str]) -> Path:
-    save_tokens(tmp_path / "t", {"train": rows_of(wordpiece, framing, topics[:5])}, ABOUT, wordpiece, framing)
+    save_tokens(
+        tmp_path / "t", {"train": rows_of(wordpiece, framing, topics[:5])}, ABOUT.with_framing(wordpiece, framing)
+    )
     return tmp_path / "t"
 
 
@@ -48,7 +61,7 @@ def test_rows_come_back_as_they_were(folder: Path, wordpiece: Any, framing: Fram
     assert rows["train"].to_dict() == rows_of(wordpiece, framing, topics[:5]).to_dict()
     assert rows["train"].features["ids"].feature.dtype == "uint16"
     assert rows["train"].cache_files, "memory-mapped"
-    assert about["model"] == "some-model"
+    assert about.model == "some-model"
     assert stored_ctx_len((str(folder.parent), str(folder))) == 32
     assert is_token_folder(str(folder)) > is_token_folder(str(folder.parent))
     assert [path.name for path in folder.parent.iterdir()] == ["t"]
@@ -58,7 +71,7 @@ def test_ids_beyond_two_bytes_never_wrap(tmp_path: Path, bpe: Any) -> None:
     bpe.add_tokens([f"extra{i}" for i in range(1 << 16)])
     framing = Framing.from_tokenizer(bpe, True, 16)
     rows = rows_of(bpe, framing, ["a extra65535 b"])
-    save_tokens(tmp_path / "t", {"train": rows}, ABOUT, bpe, framing)
+    save_tokens(tmp_path / "t", {"train": rows}, ABOUT.with_framing(bpe, framing))
     stored = open_tokens(tmp_path / "t", bpe, framing)[0]["train"]
     assert stored.features["ids"].feature.dtype == "uint32"
     assert max(stored[0]["ids"]) == len(bpe) - 1 > 1 << 16
@@ -85,7 +98,7 @@ def test_what_was_made_for_something_else_is_refused_by_name(
 
 def test_a_causal_model_s_tokens_serve_any_context_length(tmp_path: Path, bpe: Any) -> None:
     framing = Framing.from_tokenizer(bpe, True, 32)
-    save_tokens(tmp_path / "t", {"train": rows_of(bpe, framing, ["some text"])}, ABOUT, bpe, framing)
+    save_tokens(tmp_path / "t", {"train": rows_of(bpe, framing, ["some text"])}, ABOUT.with_framing(bpe, framing))
     assert len(open_tokens(tmp_path / "t", bpe, Framing.from_tokenizer(bpe, True, 64))[0]["train"]) == 1
 
 
@@ -93,34 +106,81 @@ def test_an_interrupted_write_leaves_nothing_that_is_taken_for_whole(
     tmp_path: Path, wordpiece: Any, framing: Framing, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = {"train": rows_of(wordpiece, framing, ["some text"])}
-    for step in ("fsync_files", "write_json"):
+    for module, step in ((manifest, "fsync_files"), (manifest, "write_json"), (token_store, "write_json")):
         for error in (OSError("disk full"), KeyboardInterrupt()):
 
             def fail(*_: Any, error: BaseException = error) -> None:
                 raise error
 
             with monkeypatch.context() as patch:
-                patch.setattr(token_store, step, fail)
+                patch.setattr(module, step, fail)
                 with pytest.raises((SaetrainError, KeyboardInterrupt)):
-                    save_tokens(tmp_path / "t", rows, ABOUT, wordpiece, framing)
-            assert not (tmp_path / "t").exists()
-    save_tokens(tmp_path / "t", rows, ABOUT, wordpiece, framing)
+                    save_tokens(tmp_path / "t", rows, ABOUT.with_framing(wordpiece, framing))
+            assert not list(tmp_path.iterdir())
+    save_tokens(tmp_path / "t", rows, ABOUT.with_framing(wordpiece, framing))
     assert [path.name for path in tmp_path.iterdir()] == ["t"]
     with pytest.raises(SaetrainError, match="already exists and is not empty"):
-        save_tokens(tmp_path / "t", rows, ABOUT, wordpiece, framing)
+        save_tokens(tmp_path / "t", rows, ABOUT.with_framing(wordpiece, framing))
 
 
-def test_broken_folders_are_named(folder: Path, wordpiece: Any, framing: Framing) -> None:
-    for file in (folder / "train").glob("*.arrow"):
-        file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(SaetrainError, match="could not be read"):
+def cut_file(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:100])
+
+
+def zero_middle(path: Path) -> None:
+    content = path.read_bytes()
+    quarter = len(content) // 4
+    path.write_bytes(content[:quarter] + bytes(2 * quarter) + content[3 * quarter :])
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (cut_file, "train/data-00000-of-00001.arrow does not match its hash"),
+        (zero_middle, "train/data-00000-of-00001.arrow does not match its hash"),
+        (lambda path: path.write_bytes(b""), "does not match its hash"),
+        (Path.unlink, "'train/data-00000-of-00001.arrow' is missing"),
+        (lambda path: path.with_name("more.arrow").write_bytes(b""), "'train/more.arrow' is not listed in manifest"),
+        (lambda path: (path.parents[1] / "manifest.json").unlink(), "manifest.json is missing"),
+        (lambda path: (path.parents[1] / "manifest.json").write_text('{"sha256": {}}'), "is not listed in manifest"),
+    ],
+)
+def test_damaged_folders_are_refused(
+    harm: Callable[[Path], object], said: str, folder: Path, wordpiece: Any, framing: Framing
+) -> None:
+    (rows,) = (folder / "train").glob("*.arrow")
+    harm(rows)
+    with pytest.raises(SaetrainError) as caught:
         open_tokens(folder, wordpiece, framing)
-    (folder / METADATA_FILE).write_text(json.dumps({"format": 99}))
-    with pytest.raises(SaetrainError, match="has format 99"):
-        open_tokens(folder, wordpiece, framing)
-    (folder / METADATA_FILE).write_text("{")
-    with pytest.raises(SaetrainError, match="is broken"):
+    assert said in str(caught.value)
+    assert "write the folder again with saetrain tokenize" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('{"format": 99}', "has format 99, and this version reads format 2"),
+        ("{}", "has format None"),
+        ("{", "is broken: "),
+        ("[1]", "is broken: "),
+        ("[" * 5000, "is broken: "),
+        ("\ud800", "is broken: "),
+        ('{"format": 2}', "is broken: model: Field required; write the folder again"),
+        ({"ctx_len": "32"}, "is broken: ctx_len: Input should be a valid integer; write"),
+        ({"ctx_len": 0}, "ctx_len: found 0, must be at least 4"),
+        ({"ctx_len": 10**12}, "ctx_len: found 1000000000000, must be at most 10000000"),
+        ({"causal": None}, "is broken: causal: Input"),
+        ({"text_columns": [1]}, "is broken: text_columns.0: Input"),
+    ],
+)
+def test_broken_metadata_is_refused(folder: Path, content: str | dict[str, Any], said: str) -> None:
+    path = folder / METADATA_FILE
+    if isinstance(content, dict):
+        content = json.dumps({**json.loads(path.read_text()), **content})
+    path.write_text(content, errors="surrogatepass")
+    with pytest.raises(SaetrainError) as caught:
         stored_ctx_len((str(folder),))
+    assert said in str(caught.value)
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -6,7 +6,9 @@ import json
 import os
 import resource
 import time
+from collections.abc import Callable
 from pathlib import Path
+from shutil import rmtree
 from typing import Any
 
 import datasets
@@ -236,9 +238,9 @@ def test_settings_out_of_range(field: str, value: int) -> None:
         TokenSettings(**{field: value})
 
 
-def test_tokenizer_of_a_cached_model_needs_no_network(cached_model: str, wordpiece: Any) -> None:
+def test_tokenizer_of_a_cached_model_needs_no_network(cached_model: str, small_wordpiece: Any) -> None:
     tokenizer = load_tokenizer(cached_model, None, False)
-    assert tokenizer("some text")["input_ids"] == wordpiece("some text")["input_ids"]
+    assert tokenizer("some text")["input_ids"] == small_wordpiece("some text")["input_ids"]
     start = time.monotonic()
     with pytest.raises(SaetrainError, match=r"model 'someone/else' .*no network"):
         load_tokenizer("someone/else", None, False)
@@ -306,5 +308,40 @@ def test_text_of_one_endless_line_takes_little_time_and_memory(wordpiece: Any, b
 def test_a_value_that_is_no_text_names_its_row(wordpiece: Any) -> None:
     column = TextColumn("text", ("label",), "")
     rows = datasets.Dataset.from_dict({"label": [None, 3]})
-    with pytest.raises(SaetrainError, match=r"column label, row 1 \(from 0\): it contains int '3' instead of text"):
+    with pytest.raises(SaetrainError, match=r"column label, row 1 \(from 0\): it contains int 3 instead of text"):
         tokenize_rows(rows, column, wordpiece, ENCODER, 1)
+
+
+def cut_file(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 3 // 5])
+
+
+def zero_middle(path: Path) -> None:
+    content = path.read_bytes()
+    quarter = len(content) // 4
+    path.write_bytes(content[:quarter] + bytes(2 * quarter) + content[3 * quarter :])
+
+
+@pytest.mark.parametrize("num_proc", [1, 2])
+@pytest.mark.parametrize(
+    "harm", [cut_file, zero_middle, lambda path: path.write_bytes(b""), Path.unlink, lambda path: rmtree(path.parent)]
+)
+def test_damaged_cached_tokens_are_made_again(
+    harm: Callable[[Path], object], num_proc: int, wordpiece: Any, topics: list[str], tmp_path: Path
+) -> None:
+    rows = datasets.Dataset.from_dict({"text": [*topics[:4], str(tmp_path)]})
+    lines: list[str] = []
+
+    def tokenize_again() -> dict[str, Any]:
+        return dict(tokenize_rows(rows, TEXT, wordpiece, ENCODER, num_proc, lines.append).to_dict())
+
+    cache = Path(datasets.config.HF_DATASETS_CACHE, "saetrain")
+    before = {*cache.glob("tokens-*")}
+    whole = tokenize_again()
+    (entry,) = {*cache.glob("tokens-*")} - before
+    harm(sorted(entry.glob("*.arrow"))[-1])
+    n_lines = int(entry.exists())
+    assert tokenize_again() == whole
+    assert tokenize_again() == whole
+    assert len(lines) == n_lines, "damage is logged once"
+    assert all(f"{entry} is damaged" in line for line in lines)
