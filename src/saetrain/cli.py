@@ -2,36 +2,61 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import re
 import sys
 import traceback
 import typing
 from collections.abc import Sequence
-from dataclasses import fields
+from importlib import import_module
+from importlib.metadata import version
+from itertools import takewhile
 from typing import Any
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec
 
 from saetrain import distributed
+from saetrain.activations.hookpoints import LAYER_WORD
 from saetrain.cli_help import DESCRIPTION, SHORT_HELP
-from saetrain.coders import CODERS, find_coder_class
+from saetrain.cli_suggestions import describe_unknown_flag
+from saetrain.coders import find_coder_class
 from saetrain.config import (
     CompareConfig,
+    DemoConfig,
     EvaluateConfig,
+    FeaturesConfig,
+    PushConfig,
+    ReportConfig,
     RunConfig,
     TokenizeConfig,
     config_class,
     flag_types,
     from_flat,
-    read_yaml,
 )
 from saetrain.distributed import env
-from saetrain.errors import RankFailure, SaetrainError, did_you_mean
+from saetrain.errors import RankFailure, SaetrainError
+from saetrain.explore.settings import ExploreConfig
+from saetrain.small_files import read_settings
+from saetrain.typed_values import convert_value, describe_type, takes_list
+from saetrain.untrusted import escape_text, format_error
 
+COMMANDS: dict[str, tuple[type, str]] = {
+    "tokenize": (TokenizeConfig, "saetrain.runs.tokenize:tokenize_dataset"),
+    "evaluate": (EvaluateConfig, "saetrain.runs.evaluate.run:evaluate_saes"),
+    "features": (FeaturesConfig, "saetrain.runs.features:collect_features"),
+    "compare": (CompareConfig, "saetrain.runs.compare:compare_runs"),
+    "report": (ReportConfig, "saetrain.report.build:report_run"),
+    "explore": (ExploreConfig, "saetrain.explore.run:explore_run"),
+    "push": (PushConfig, "saetrain.runs.share.push:push_run"),
+    "demo": (DemoConfig, "saetrain.runs.demo:run_demo"),
+}
+"""Commands other than training: {name: (settings, module:function)}."""
 TRUE_WORDS, FALSE_WORDS = ("true", "yes", "1"), ("false", "no", "0")
 tyro_registry = ConstructorRegistry()
+Config = typing.TypeVar("Config")
 
 
 @tyro_registry.primitive_rule
@@ -56,23 +81,41 @@ def main(argv: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if argv is None else argv)
     debug = _is_debug_requested(words)
     try:
-        with distributed.process_group_context():
-            _run_command(words)
+        try:
+            with distributed.process_group_context():
+                _run_command(words)
+        finally:
+            sys.stdout.flush()
     except SaetrainError as error:
         if debug:
-            traceback.print_exc()
+            for line in traceback.format_exc().splitlines():
+                print(escape_text(line), file=sys.stderr)
         # A mistake that every rank finds is printed by the first rank; a dead rank is reported by each remaining rank.
         if distributed.report_failure(str(error), error.exit_code) or (
             isinstance(error, RankFailure) and env.should_print_error(error)
         ):
-            print(f"saetrain: {distributed.rank_prefix()}error: {error}", file=sys.stderr)
+            print(format_error(f"saetrain: {distributed.rank_prefix()}error: ", error), file=sys.stderr)
         distributed.exit_now(error.exit_code)
         raise SystemExit(error.exit_code) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
-    except BrokenPipeError:
+    except OSError as error:
+        raise SystemExit(_abandon_stdout(error)) from None
+
+
+def _abandon_stdout(error: OSError) -> int:
+    """Return the exit code after a write to stdout has failed with ``error``; re-raise an error of another file."""
+    try:
+        # The failed write has emptied the buffer, so only another write fails again.
+        print(flush=True)
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(1) from None
+        if isinstance(error, BrokenPipeError):
+            return 1
+        message = f"standard output can't be written ({error.strerror}); what the command saved before is complete"
+        print(escape_text(f"saetrain: error: {message}"), file=sys.stderr)
+        return SaetrainError.exit_code
+    raise error
 
 
 def _is_debug_requested(words: list[str]) -> bool:
@@ -83,21 +126,13 @@ def _is_debug_requested(words: list[str]) -> bool:
 
 def _run_command(words: list[str]) -> None:
     """Run the command that the first word names; without a command, train."""
-    if words[:1] == ["tokenize"]:
-        env.require_one_rank("tokenize")
-        from saetrain.runs.tokenize import tokenize_dataset
-
-        tokenize_dataset(parse_tokenize(words[1:]))
-    elif words[:1] == ["evaluate"]:
-        env.require_one_rank("evaluate")
-        from saetrain.runs.evaluate.run import evaluate_saes
-
-        evaluate_saes(parse_evaluate(words[1:]))
-    elif words[:1] == ["compare"]:
-        env.require_one_rank("compare")
-        from saetrain.runs.compare import compare_runs
-
-        compare_runs(parse_compare(words[1:]))
+    command = words[0] if words else ""
+    if "--version" in words:
+        if not env.rank():
+            print(escape_text(f"saetrain {version('saetrain')}"))
+    elif command in COMMANDS:
+        env.require_one_rank(command)
+        _run_single_process(command, words[1:])
     elif not words:
         if not env.rank():
             print(SHORT_HELP, end="", file=sys.stderr)
@@ -112,18 +147,27 @@ def _run_command(words: list[str]) -> None:
         train_saes(config)
 
 
+def _run_single_process(command: str, words: list[str]) -> None:
+    """Run a command other than training; its modules are imported only now, because they are slow to import."""
+    config_type, place = COMMANDS[command]
+    config = parse_evaluate(words) if command == "evaluate" else parse_command(config_type, command, words)
+    module, _, function = place.partition(":")
+    getattr(import_module(module), function)(config)
+
+
 def _print_help(words: list[str]) -> None:
-    """Print the short help, or every flag for ``--help all``."""
+    """Print the short help, or every flag of the given architecture for ``--help all``."""
     position = next(number for number, word in enumerate(words) if word in ("-h", "--help"))
     if words[position + 1 : position + 2] == ["all"]:
-        parse_train(["--help"])
+        given = _find_value(words, "architecture")
+        parse_train(["--help", *(["--architecture", given] if given else [])])
     print(SHORT_HELP, end="")
 
 
 def parse_train(words: Sequence[str]) -> RunConfig:
     """Parse the arguments of training; raise SaetrainError, or let tyro exit with 2, if they are not valid."""
     words, path = _split_off_config(list(words))
-    values = read_yaml(path) if path else {}
+    values = read_settings(path) if path else {}
     given = _find_value(words, "architecture")
     config_type = config_class(
         given or str(values.get("architecture", RunConfig.architecture)), may_import=given is not None
@@ -137,9 +181,7 @@ def parse_train(words: Sequence[str]) -> RunConfig:
     if given:
         values["architecture"] = given
     defaults = from_flat(_without_overridden(values, words), path) if path else tyro.MISSING_NONPROP
-    config = tyro.cli(
-        config_type, prog="saetrain", args=words, default=defaults, description=DESCRIPTION, **TYRO_OPTIONS
-    )
+    config = _parse_words(config_type, "saetrain", words, default=defaults, description=DESCRIPTION)
     for name in ("model", "dataset"):
         if not getattr(config, name):
             where = f" or as '{name}:' in {path}" if path else ""
@@ -148,10 +190,11 @@ def parse_train(words: Sequence[str]) -> RunConfig:
     return config
 
 
-def parse_tokenize(words: Sequence[str]) -> TokenizeConfig:
-    """Parse the arguments of ``saetrain tokenize``."""
-    words = _normalize_flags(list(words), flag_types(TokenizeConfig), "saetrain tokenize --help")
-    return tyro.cli(TokenizeConfig, prog="saetrain tokenize", args=words, **TYRO_OPTIONS)
+def parse_command(config_type: type[Config], command: str, words: Sequence[str]) -> Config:
+    """Parse the arguments of ``saetrain COMMAND``."""
+    words = _normalize_flags(list(words), flag_types(config_type), f"saetrain {command} --help")
+    found: Config = _parse_words(config_type, f"saetrain {command}", words)
+    return found
 
 
 def parse_evaluate(words: Sequence[str]) -> EvaluateConfig:
@@ -162,7 +205,7 @@ def parse_evaluate(words: Sequence[str]) -> EvaluateConfig:
         find_coder_class(architecture, may_import=True)
 
     def parse_with_defaults(default: Any) -> EvaluateConfig:
-        return tyro.cli(EvaluateConfig, prog="saetrain evaluate", args=words, default=default, **TYRO_OPTIONS)
+        return _parse_words(EvaluateConfig, "saetrain evaluate", words, default=default)
 
     path = words[0] if words and not words[0].startswith("--") else parse_with_defaults(tyro.MISSING_NONPROP).path
     from saetrain.runs.evaluate.setup import defaults_from_run
@@ -170,17 +213,41 @@ def parse_evaluate(words: Sequence[str]) -> EvaluateConfig:
     return parse_with_defaults(defaults_from_run(path) or tyro.MISSING_NONPROP)
 
 
-def parse_compare(words: Sequence[str]) -> CompareConfig:
-    """Parse the arguments of ``saetrain compare``."""
-    words = _normalize_flags(list(words), flag_types(CompareConfig), "saetrain compare --help")
-    return tyro.cli(CompareConfig, prog="saetrain compare", args=words, **TYRO_OPTIONS)
+def _parse_words(config_type: Any, prog: str, words: Sequence[str], **options: Any) -> Any:
+    """Parse the words with tyro; raise SaetrainError with one line where tyro prints a box and exits."""
+    printed = io.StringIO()
+    markers: tuple[Any, ...] = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff)
+    if not {"-h", "--help"} & set(words):
+        # Reading the documentation of all settings from their source takes more than half of the time.
+        markers += (tyro.conf.HelptextFromCommentsOff,)
+    try:
+        with contextlib.redirect_stderr(printed):
+            return tyro.cli(config_type, prog=prog, args=words, config=markers, **options, **TYRO_OPTIONS)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+    _require_flag_types(words, flag_types(config_type))
+    # The first line is a heading, and rules or the lines of a box surround the message.
+    text = " ".join(re.sub("[╭╮╰╯│─]|-{9,}", " ", printed.getvalue().partition("\n")[2]).split())
+    raise SaetrainError(f"{text.partition(' For full helptext')[0]} ('{prog} --help' lists the flags)")
 
 
-TYRO_OPTIONS: dict[str, Any] = {
-    "config": (tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff),
-    "registry": tyro_registry,
-    "use_underscores": True,
-}
+def _require_flag_types(words: Sequence[str], types_by_flag: dict[str, Any]) -> None:
+    """Raise SaetrainError for the first flag whose value is missing or has a wrong type."""
+    for position, word in enumerate(words):
+        name, equals, value = word.removeprefix("--").partition("=")
+        if word.startswith("--") and name in types_by_flag:
+            hint = types_by_flag[name]
+            values = (
+                [value] if equals else list(takewhile(lambda each: not each.startswith("--"), words[position + 1 :]))
+            )
+            if not values:
+                expected = describe_type(hint).removesuffix(" or null")
+                raise SaetrainError(f"--{name}: its value is missing; it must be {expected}")
+            convert_value(values if takes_list(hint) else values[0], hint, f"--{name}")
+
+
+TYRO_OPTIONS: dict[str, Any] = {"registry": tyro_registry, "use_underscores": True}
 MUTUALLY_EXCLUSIVE = (
     {"layers", "layer_stride", "hookpoints"},
     {"num_latents", "expansion_factor"},
@@ -222,23 +289,15 @@ def _normalize_flags(words: list[str], types_by_flag: dict[str, Any], help_comma
         name, equals, value = word[2:].partition("=")
         name = name.replace("-", "_")
         if name not in known:
-            raise SaetrainError(_describe_unknown_flag(name, known, help_command))
+            raise SaetrainError(describe_unknown_flag(name, known, help_command))
         out.append(f"--{name}{equals}{value}")
         following = words[position + 1].lower() if position + 1 < len(words) else ""
         if types_by_flag.get(name) is bool and not equals:
             if following in TRUE_WORDS + FALSE_WORDS:
                 continue
             out.append("true")
+    _refuse_several_numbers(out, types_by_flag)
     return _move_positionals_first(_normalize_booleans(out, types_by_flag), types_by_flag)
-
-
-def _describe_unknown_flag(name: str, known: list[str], help_command: str) -> str:
-    owners = [key for key, coder in CODERS.items() if name in {item.name for item in fields(coder.Settings)}]
-    # Only training has the settings of an architecture.
-    if owners and "num_latents" in known:
-        return f"--{name}: only --architecture {' and '.join(owners)} has this flag"
-    suggestion = did_you_mean(name, known).replace("mean ", "mean --").replace(" or ", " or --")
-    return f"--{name}: no such flag.{suggestion} '{help_command}' lists all flags"
 
 
 def _move_positionals_first(words: list[str], types_by_flag: dict[str, Any]) -> list[str]:
@@ -253,7 +312,7 @@ def _move_positionals_first(words: list[str], types_by_flag: dict[str, Any]) -> 
         if word.startswith("--"):
             flag, in_number_list = word, "=" not in word and _is_number_list(types_by_flag.get(word[2:]))
             rest.append(word)
-        elif in_number_list and not _is_number(word):
+        elif in_number_list and not _is_number(word) and not (flag == "--layers" and LAYER_WORD.fullmatch(word)):
             if re.fullmatch(r"[-\d.,:]+", word):
                 raise SaetrainError(f"{flag} {word}: not a number; pass numbers that are separated by spaces")
             first.append(word)
@@ -262,9 +321,22 @@ def _move_positionals_first(words: list[str], types_by_flag: dict[str, Any]) -> 
     return [*first, *rest]
 
 
+def _refuse_several_numbers(words: list[str], types_by_flag: dict[str, Any]) -> None:
+    """Raise SaetrainError if several numbers follow a flag that takes one."""
+    for position, word in enumerate(words):
+        hint = types_by_flag.get(word[2:]) if word.startswith("--") else None
+        values = list(takewhile(_is_number, words[position + 1 :]))
+        if len(values) > 1 and {int, float} & {hint, *typing.get_args(hint)} and not _is_number_list(hint):
+            raise SaetrainError(
+                f"{word} {' '.join(values)}: takes one number; start one run per value, and show all with "
+                "'saetrain compare'"
+            )
+
+
 def _is_number_list(hint: Any) -> bool:
     """Return whether a setting is a list of numbers."""
-    return any(option in (tuple[int, ...], tuple[float, ...]) for option in (hint, *typing.get_args(hint)))
+    tuples = [option for option in (hint, *typing.get_args(hint)) if typing.get_origin(option) is tuple]
+    return any({int, float} & {item, *typing.get_args(item)} for each in tuples for item in typing.get_args(each)[:1])
 
 
 def _is_number(word: str) -> bool:

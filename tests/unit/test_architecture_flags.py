@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-from saetrain.cli import parse_evaluate, parse_train
-from saetrain.coders import CoderSettings, TopK
+from saetrain.cli import main, parse_evaluate, parse_train
+from saetrain.coders import CoderSettings, TopK, find_coder_class
 from saetrain.config import config_class, flag_types, from_flat, to_flat
 from saetrain.errors import SaetrainError
 
@@ -52,14 +54,29 @@ def test_the_architecture_chooses_the_settings_class() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (f"--architecture {OTHER} --auxk_alpha 1", "--auxk_alpha: only --architecture topk has this flag"),
-        ("--architecture topkk", "--architecture topkk: no such architecture. Did you mean topk?"),
+        (f"--architecture {OTHER} --auxk_alpha 1", "--auxk_alpha: a flag of --architecture topk, batchtopk"),
+        ("--prefixes 0.5 1", "--prefixes: a flag of --architecture matryoshka only"),
+        ("--architecture matryoshka --prefixes 0.5 0.25 1", "--prefixes 0.5 0.25 1: must increase and end with 1"),
+        ("--architecture matryoshka --prefixes 0.25 0.5", "--prefixes 0.25 0.5: must increase and end with 1"),
+        ("--architecture matryoshka --prefixes 0 1", "--prefixes 0.0: must be above 0"),
+        ("--architecture topkk", "--architecture topkk: no such architecture. Did you mean topk"),
         ("--architecture no.such:Coder", "--architecture no.such:Coder: no.such can't be imported: ModuleNotFound"),
         (f"--architecture {__name__}:BASE", f"--architecture {__name__}:BASE: {__name__} has no class BASE"),
     ],
 )
 def test_architectures_and_their_flags_are_refused_by_name(words: str, message: str) -> None:
     assert message in refused(*words.split())
+
+
+def test_the_help_shows_the_flags_of_the_architecture(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = {}
+    for words in ([], ["--architecture", OTHER]):
+        with pytest.raises(SystemExit):
+            main([*words, "--help", "all"])
+        shown[tuple(words)] = capsys.readouterr().out
+    own, other = shown.values()
+    assert "--auxk_alpha" in own
+    assert "--auxk_alpha" not in other
 
 
 def test_a_file_does_not_import_code(tmp_path: Path) -> None:
@@ -70,6 +87,21 @@ def test_a_file_does_not_import_code(tmp_path: Path) -> None:
     assert "no such architecture" in refused("--config", str(path))
     path.write_text("architecture: topk\n")
     assert "is for architecture topk" in refused("--config", str(path), "--architecture", OTHER)
+
+
+def test_a_file_does_not_make_a_lazy_package_import(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    lazy = ModuleType("lazy_package")
+    lazy.__getattr__ = read.append  # type: ignore[method-assign]
+    monkeypatch.setitem(sys.modules, "lazy_package", lazy)
+    with pytest.raises(SaetrainError, match="lazy_package has no class Coder"):
+        find_coder_class("lazy_package:Coder", may_import=False)
+    assert not read
+
+
+def test_an_abstract_class_is_refused_with_its_missing_methods() -> None:
+    with pytest.raises(SaetrainError, match="SparseCoder is abstract; it does not define encode"):
+        find_coder_class("saetrain.coders.base:SparseCoder", may_import=False)
 
 
 def test_other_commands_do_not_advise_an_architecture() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import saetrain
 from saetrain.cli import main, parse_train
 from saetrain.config import RunConfig, config_class, flag_types, from_flat, to_flat, write_yaml
 from saetrain.errors import SaetrainError
@@ -107,6 +109,55 @@ def test_unknown_flags_suggest_the_nearest_wherever_they_stand(position: int) ->
 
 
 @pytest.mark.parametrize(
+    ("flag", "suggested"),
+    [
+        ("learning_rate", ["lr"]),
+        ("output_dir", ["save_dir"]),
+        ("seed", ["init_seeds"]),
+        ("epochs", ["max_tokens"]),
+        ("overwrit", ["overwrite"]),
+        ("verbose", []),
+        ("force_run", []),
+        ("cache_activations", []),
+    ],
+)
+def test_suggestions_are_sensible_and_never_dangerous(flag: str, suggested: list[str]) -> None:
+    found = re.search(
+        rf"--{flag}: no such flag\.(?: Did you mean (.*)\?)? 'saetrain --help all'", refused(f"--{flag}", "1")
+    )
+    assert found is not None
+    assert (found[1] or "").replace("--", "").split(" or ") == (suggested or [""])
+
+
+@pytest.mark.parametrize(
+    ("words", "layers"),
+    [("all", ("all",)), ("0-5", ("0-5",)), ("0-3 7", ("0-3", 7)), ("3", (3,))],
+)
+def test_layers_are_numbers_ranges_or_all_before_and_after_the_positionals(words: str, layers: tuple) -> None:
+    for line in ([*BASE, "--layers", *words.split()], ["--layers", *words.split(), *BASE]):
+        config = parse_train(line)
+        assert (config.model, *config.dataset, config.where.layers) == (*BASE, layers)
+
+
+def test_layers_in_a_file_are_checked_too(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("layers: [1, x]")
+    with pytest.raises(
+        SaetrainError, match="--layers 1 x: pass one or more numbers from 0, ranges such as 0-5, or all"
+    ):
+        parse_train([*BASE, "--config", str(tmp_path / "c.yaml")])
+
+
+def test_a_pair_of_numbers_is_a_list() -> None:
+    config = parse_train(["--l0_range", "9", "30", *BASE])
+    assert (config.health.l0_range, config.model) == ((9.0, 30.0), BASE[0])
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--version"])
+    assert capsys.readouterr().out == f"saetrain {saetrain.__version__}\n"
+
+
+@pytest.mark.parametrize(
     ("words", "message"),
     [
         ("--layers 1 --hookpoints h.*", "--layers .* and --hookpoints can't be given together"),
@@ -120,21 +171,27 @@ def test_unknown_flags_suggest_the_nearest_wherever_they_stand(position: int) ->
         ("--num_latents 0", "--num_latents 0"),
         ("--num_latents 8 --expansion_factor 2", "--num_latents and --expansion_factor can't be given together"),
         ("--layers 1,2", "--layers 1,2: not a number; pass numbers that are separated by spaces"),
-        ("--layers 0-5", "--layers 0-5: not a number"),
+        ("--layers -1", "--layers -1: pass one or more numbers from 0, ranges such as 0-5, or all"),
+        ("--layers 5-0", "--layers 5-0: give the smaller number of a range first"),
+        ("--layers 0-3 2", "--layers 0-3 2: a layer is named twice"),
+        ("--layers all 2", "--layers all 2: a layer is named twice"),
+        ("--layers most", "--layers: pass one or more numbers from 0, ranges such as 0-5, or all"),
+        ("--k 8 16 32", "--k 8 16 32: takes one number; start one run per value, and show all with 'saetrain compare'"),
+        ("--lr 1e-3 0.01", "--lr 1e-3 0.01: takes one number"),
         ("--expansion_factor 0", "--expansion_factor 0"),
-        ("--auxk_alpha -1", "--auxk_alpha -1.0: must not be negative"),
-        ("--lr 0", "--lr 0.0: must be a positive number or auto"),
+        ("--auxk_alpha -1", "--auxk_alpha -1.0: must be at least 0"),
+        ("--lr 0", "--lr 0.0: must be above 0"),
         ("--lr nan", "--lr nan"),
         ("--lr auto --optimizer sgd", "--lr auto: the rule is for adam"),
         ("--lr auto --loss_fn kl", "--lr auto: the rule is for adam, reconstruction"),
         ("--lr auto --finetune folder", "--lr auto: the rule is for adam, reconstruction and random initial weights"),
-        ("--dead_bias_lift -1", "--dead_bias_lift -1.0: must not be negative"),
+        ("--dead_bias_lift -1", "--dead_bias_lift -1.0: must be at least 0"),
         ("--dead_bias_lift 2 --optimizer sgd", "--dead_bias_lift 2: needs --optimizer adam"),
         ("--dead_bias_lift 2 --loss_fn ce", "--dead_bias_lift 2: needs --optimizer adam and --loss_fn mse"),
         ("--weight_decay -1", "--weight_decay -1.0"),
         ("--lr_warmup_steps -1", "--lr_warmup_steps -1"),
         ("--ctx_len 2", "--ctx_len 2: must be at least 4"),
-        ("--dead_percentage_threshold 5", "--dead_percentage_threshold 5.0: must be a share"),
+        ("--dead_percentage_threshold 5", "--dead_percentage_threshold 5.0: must be at most 1"),
         ("--dead_feature_threshold 0", "--dead_feature_threshold 0"),
         ("--dead_feature_threshold 5 --dead_window_tokens 5", "the same setting"),
         ("--save_every 0", "--save_every 0"),
@@ -144,7 +201,7 @@ def test_unknown_flags_suggest_the_nearest_wherever_they_stand(position: int) ->
             "--loss_fn kl --init_seeds 1 2",
             "--loss_fn kl with 2 --init_seeds: each SAE needs its own forward and backward pass",
         ),
-        ("--loss_fn kl --e2e_recon_weight -1", "--e2e_recon_weight -1.0: must not be negative"),
+        ("--loss_fn kl --e2e_recon_weight -1", "--e2e_recon_weight -1.0: must be at least 0"),
         ("--e2e_recon_weight 0.1", "--e2e_recon_weight 0.1: works only with --loss_fn ce or kl"),
         ("--init_seeds 1 1", "--init_seeds"),
         ("--shuffle_seed -1", "--shuffle_seed -1"),
@@ -156,6 +213,9 @@ def test_unknown_flags_suggest_the_nearest_wherever_they_stand(position: int) ->
         ("--eval_every -1", "--eval_every -1"),
         ("--log_every 0", "--log_every 0"),
         ("--wandb_log_frequency 0", "--wandb_log_frequency 0"),
+        ("--data_shards 100000", "--data_shards 100000: must be at most 4096"),
+        ("--lr 1e40", r"--lr 1e\+40: must be at most 1000000000000"),
+        ("--run_name ..", "--run_name '..': must be a plain folder name"),
     ],
 )
 def test_values_that_make_no_sense_are_refused_by_name(words: str, message: str) -> None:
@@ -163,15 +223,52 @@ def test_values_that_make_no_sense_are_refused_by_name(words: str, message: str)
         parse_train([*BASE, *words.split()])
 
 
-@pytest.mark.parametrize("words", [["--k", "many"], ["--log_to_wandb=maybe"], ["--optimizer", "lion"], ["--k"]])
-def test_values_of_a_wrong_type_exit_with_2_and_name_the_flag(
-    words: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as caught:
-        parse_train([*BASE, *words])
-    assert caught.value.code == 2
-    printed = capsys.readouterr()
-    assert words[0].partition("=")[0] in printed.err + printed.out
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--k many", "--k: found 'many', must be a whole number$"),
+        ("--k=", "--k: found '', must be a whole number$"),
+        ("--k 3.5", "--k: found '3.5', must be a whole number$"),
+        ("--k", "--k: its value is missing; it must be a whole number$"),
+        ("--optimizer lion", "--optimizer: found 'lion', must be adam or sgd$"),
+        ("--lr fast", "--lr: found 'fast', must be a number or auto$"),
+        ("--init_seeds 1.5", r"--init_seeds: found \['1.5'\], must be a list of whole numbers$"),
+        ("--l0_range a b", "--l0_range: its value is missing; it must be a list of numbers$"),
+        ("--k 8 16 32", "--k 8 16 32: takes one number; start one run per value"),
+        ("-x", "Unrecognized options: -x"),
+    ],
+)
+def test_values_of_a_wrong_type_and_odd_words_are_refused_in_one_line(words: str, message: str) -> None:
+    assert re.search(message, refused(*words.split()))
+
+
+def test_every_flag_refuses_a_value_of_another_type() -> None:
+    for name, hint in flag_types(config_class("topk")).items():
+        if "str" not in str(hint):
+            message = refused(f"--{name}=no number")
+            assert message.startswith((f"--{name}: found", "Unrecognized options: no number")), name
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("words", [["--help"], ["--help", "all"]])
+def test_output_to_a_full_disk_ends_in_one_line(words: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "saetrain", *words]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 2
+    assert re.fullmatch(r"saetrain: error: standard output can't be written .*\n", done.stderr)
+
+
+@pytest.mark.slow
+def test_output_to_a_closed_pipe_ends_without_a_traceback() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-m", "saetrain", "--help"], stdout=writing, stderr=subprocess.PIPE, text=True, check=False
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_lr_takes_auto() -> None:
@@ -200,8 +297,8 @@ def test_yaml_round_trip_and_flags_win(tmp_path: Path) -> None:
         ("lr: yes", "lr: found True, must be a number or auto$"),
         ("resume: maybe", "resume: found 'maybe', must be true or false$"),
         ("run_name: 7", "run_name: found 7, must be a string or null$"),
-        ("layers: [1, x]", r"layers: found \[1, 'x'\], must be a list of whole numbers or null$"),
-        ("layers: many", "layers: found 'many', must be a list of whole numbers or null"),
+        ("layers: 1.5", "layers: found 1.5, must be a list of whole numbers or strings or null"),
+        ("init_seeds: many", "init_seeds: found 'many', must be a list of whole numbers$"),
         ("optimizer: lion", "must be adam or sgd"),
         ("- 1", "must contain lines"),
         ("a: [", "is not valid YAML"),
@@ -221,6 +318,8 @@ def test_broken_files_are_named(tmp_path: Path, content: str, message: str) -> N
     [
         ("layers: 3", (3,)),
         ("layers: [3, 4]", (3, 4)),
+        ("layers: all", ("all",)),
+        ("layers: [0-3, 7]", ("0-3", 7)),
         ("layers: null", None),
         ("hookpoints: h.1", ("h.1",)),
         ("lr: 1e-3", 0.001),
@@ -294,14 +393,14 @@ def test_every_setting_survives_the_flat_form() -> None:
 def test_short_help_fits_on_a_screen_and_shows_real_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     main(["--help"])
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) <= 40
+    assert len(lines) <= 42
     assert max(map(len, lines)) <= 80
     real = to_flat(parse_train(BASE))
     flags = [line for line in lines if line.startswith("  --")]
     assert len(flags) >= 12
     for line in flags:
         name = line.split()[0].removeprefix("--")
-        assert name in {*flag_types(config_class("topk")), "config"}, line
+        assert name in {*flag_types(config_class("topk")), "config", "version"}, line
         default = re.search(r"\(default: (\S+)\)", line)
         if default is not None and real[name] is not None:
             assert str(real[name]).removeprefix("./").strip("[]") == default[1], line

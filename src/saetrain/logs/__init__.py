@@ -5,32 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from saetrain.errors import SaetrainError
 from saetrain.logs.base import MetricsRecord, RunInfo, Sink
 from saetrain.logs.jsonl import JsonLinesSink
 from saetrain.logs.tensorboard import TensorBoardSink
 from saetrain.logs.wandb import WandBSink
+from saetrain.settings import Settings, Total
 
 
 @dataclass(frozen=True, kw_only=True)
-class LogSettings:
+class LogSettings(Settings):
     """Logging."""
 
-    log_every: int = 10
+    log_every: Total = 10
     """Optimizer steps between entries in metrics.jsonl and TensorBoard."""
     log_to_wandb: bool = False
     """Also log to Weights & Biases (install the extra `wandb`). WANDB_MODE=offline works."""
-    wandb_log_frequency: int = 100
+    wandb_log_frequency: Total = 100
     """Optimizer steps between points in Weights & Biases."""
     wandb_project: str = "saetrain"
     """Project in Weights & Biases."""
     log_to_tensorboard: bool = False
     """Also write TensorBoard files to the run directory (install the extra `tensorboard`)."""
-
-    def __post_init__(self) -> None:
-        for name in ("log_every", "wandb_log_frequency"):
-            if getattr(self, name) < 1:
-                raise SaetrainError(f"--{name} {getattr(self, name)}: must be at least 1")
 
 
 SINKS: dict[str, Callable[[LogSettings, RunInfo], Sink | None]] = {

@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from saetrain.atomic_io import fsync_dir, replace_non_finite, write_atomic
+from saetrain.errors import SaetrainError
 from saetrain.logs.base import FINAL_KINDS, MetricsRecord, RunInfo, Sink
 from saetrain.logs.console import log_rank0
+from saetrain.small_files import parse_json
 
 METRICS_FILE = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class StoredRecord:
+    """A line as :meth:`JsonLinesSink.write` writes it; other metrics of the run are further keys."""
+
+    kind: str
+    step: int
+    tokens: int
+    saes: dict[str, dict[str, float | None]]
+    tokens_per_second: float | None = None
 
 
 class JsonLinesSink(Sink):
@@ -23,7 +39,7 @@ class JsonLinesSink(Sink):
         super().__init__(every_n_steps, info.total_steps)
         path = info.run_dir / METRICS_FILE
         if info.resumed_step is not None and path.exists():
-            write_atomic(path, "".join(_lines_up_to_step(path.read_text(), info.resumed_step)))
+            write_atomic(path, b"".join(_read_lines_up_to_step(path, info.resumed_step)))
         elif path.exists() and path.stat().st_size:
             _set_aside_metrics(path)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
@@ -67,14 +83,34 @@ def _set_aside_metrics(path: Path) -> None:
     log_rank0(f"the metrics of the earlier start are kept in {old}")
 
 
-def _lines_up_to_step(text: str, step: int) -> list[str]:
-    """Return the lines of ``text`` up to ``step``, without final records and lines that a crash cut short."""
-    kept = []
-    for line in text.splitlines(keepends=True):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if record["step"] <= step and line.endswith("\n") and record["kind"] not in FINAL_KINDS:
-            kept.append(line)
-    return kept
+def read_records(path: Path) -> list[StoredRecord]:
+    """Return the records of a metrics file, or [] if it does not exist.
+
+    Raises SaetrainError that names a line that is no record.
+    """
+    records = []
+    for number, (_, record) in enumerate(_iterate_lines(path) if path.exists() else (), 1):
+        if record is None:
+            raise SaetrainError(f"{path}: line {number} is invalid; remove that line")
+        records.append(record)
+    return records
+
+
+def _read_lines_up_to_step(path: Path, step: int) -> list[bytes]:
+    """Return the lines of records up to ``step``, without final records; log how many lines are no records."""
+    lines = list(_iterate_lines(path))
+    n_damaged = sum(record is None for _, record in lines)
+    if n_damaged:
+        log_rank0(f"{path}: {n_damaged:,} damaged lines are deleted")
+    return [line + b"\n" for line, record in lines if record and record.step <= step and record.kind not in FINAL_KINDS]
+
+
+def _iterate_lines(path: Path) -> Iterator[tuple[bytes, StoredRecord | None]]:
+    """Yield (line, its record, or None if it has none) of each whole line."""
+    # What follows the last line break was cut short by a crash, or is still being written.
+    *lines, _ = path.read_bytes().split(b"\n")
+    for line in lines:
+        record = None
+        with contextlib.suppress(SaetrainError):
+            record = parse_json(line, METRICS_FILE, StoredRecord)
+        yield line, record

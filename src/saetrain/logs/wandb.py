@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import json
 import math
 import os
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from saetrain.atomic_io import write_json
 from saetrain.errors import SaetrainError
 from saetrain.logs.base import FINAL_KINDS, MetricsRecord, RunInfo, Sink
 from saetrain.logs.console import log_rank0
+from saetrain.small_files import read_json
 
 START_FAILED = "--log_to_wandb true: Weights & Biases could not start a run"
 LOGIN_HINT = "(run `wandb login`, set WANDB_API_KEY, or set WANDB_MODE=offline)"
@@ -45,7 +46,10 @@ class WandBSink(Sink):
             resume="allow",
             dir=str(info.run_dir),
             config=dict(info.settings),
-            settings=wandb.Settings(init_timeout=float(os.environ.get("WANDB_INIT_TIMEOUT", INIT_TIMEOUT_S))),
+            settings=wandb.Settings(
+                init_timeout=float(os.environ.get("WANDB_INIT_TIMEOUT", INIT_TIMEOUT_S)),
+                quiet=True,
+            ),
         )
         self._is_dead = False
         self._run.define_metric("*", step_metric="step")
@@ -157,12 +161,20 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
+@dataclass(frozen=True)
+class _LoggedSteps:
+    """Content of LOGGED_STEPS_FILE."""
+
+    id: str
+    logged: dict[str, int]
+
+
 def _read_logged_steps(path: Path, run_id: str) -> dict[str, int]:
     """Return {kind of record: last step logged} of the W&B run ``run_id``; empty for a new run."""
     try:
-        stored: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"id": None}
-        return dict(stored["logged"]) if stored["id"] == run_id else {}
-    except (ValueError, KeyError, TypeError) as error:
+        stored = read_json(path, _LoggedSteps) if path.exists() else None
+        return stored.logged if stored is not None and stored.id == run_id else {}
+    except SaetrainError as error:
         raise SaetrainError(
             f"{path}: is not valid; delete it, and the steps since the checkpoint are logged to W&B again"
         ) from error
