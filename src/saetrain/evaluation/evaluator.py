@@ -16,75 +16,62 @@ from saetrain.distributed import record_progress
 from saetrain.errors import SaetrainError
 from saetrain.evaluation.baselines import MEAN_RECONSTRUCTION, PCA_RECONSTRUCTION, RANDOM_DECODER, Baselines
 from saetrain.evaluation.bootstrap import Estimate
+from saetrain.evaluation.frequency import FrequencySums, TokenBins
 from saetrain.evaluation.geometry import geometry_metrics
 from saetrain.evaluation.reconstruction import ReconstructionSums
 from saetrain.evaluation.sparsity import SparsitySums
-from saetrain.types import shown_default
+from saetrain.settings import DEFAULT_LOSS_TOKENS, Range, Seed, Settings, Total, TotalOrZero
+from saetrain.types import Site, shown_default
 
 CHUNK_TOKENS = 1024
 """Tokens encoded at once; bounds the memory of the pre-activations (N, F)."""
-DEFAULT_LOSS_TOKENS = {"cpu": 8_192, "cuda": 131_072}
-"""Default of --loss_tokens per type of device."""
-MAX_SEED = (1 << 32) - 1
-"""Largest seed; up to here all seeds give different document weights."""
+MAX_FIT_TOKENS, MAX_BOOTSTRAP = 10**9, 100_000
 RANDOM_DIRECTIONS = "random_directions"
 """Name of the baseline of decoder geometry."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalSettings:
+class EvalSettings(Settings):
     """Evaluation on held-out text during training."""
 
-    eval_every: int = 1000
+    eval_every: TotalOrZero = 1000
     """Optimizer steps between evaluations on held-out text. A run always evaluates at its end (0: only there)."""
-    eval_tokens: int = 20_000
+    eval_tokens: Total = 20_000
     """Held-out tokens per evaluation."""
-
-    def __post_init__(self) -> None:
-        if self.eval_every < 0:
-            raise SaetrainError(f"--eval_every {self.eval_every}: must not be negative")
-        if self.eval_tokens < 1:
-            raise SaetrainError(f"--eval_tokens {self.eval_tokens}: must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreSettings:
+class ScoreSettings(Settings):
     """Scoring: numbers of tokens, and intervals."""
 
     loss_tokens: Annotated[
-        int | None,
+        TotalOrZero | None,
         shown_default(f"{DEFAULT_LOSS_TOKENS['cpu']} on a CPU, {DEFAULT_LOSS_TOKENS['cuda']} on a GPU", "INT"),
     ] = None
     """Held-out tokens per data set on which the model's loss is measured with the SAE spliced in (0: none)."""
-    fit_tokens: int = 20_000
+    fit_tokens: Annotated[int, Range(2, MAX_FIT_TOKENS)] = 20_000
     """Training tokens on which the baselines (PCA, mean) are fitted."""
-    bootstrap: int = 200
+    bootstrap: Annotated[int, Range(0, MAX_BOOTSTRAP)] = 200
     """Resamplings of the documents for each interval (0: no intervals)."""
     splice_positions: Literal["kept", "all"] = "kept"
     """Positions at which the model's activation is replaced: those that the token policy keeps, or all."""
-    eval_seed: int = 0
+    eval_seed: Seed = 0
     """Seed of the intervals, of the random decoder, and of the tokens that a masked model predicts."""
 
     def __post_init__(self) -> None:
-        for name, least in (("loss_tokens", 0), ("fit_tokens", 2), ("bootstrap", 0), ("eval_seed", 0)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise SaetrainError(f"--{name} {value}: must be at least {least}")
-        if self.eval_seed > MAX_SEED:
-            raise SaetrainError(f"--eval_seed {self.eval_seed}: must be at most {MAX_SEED}")
+        super().__post_init__()
         if self.bootstrap == 1:
             raise SaetrainError("--bootstrap 1: one resampling gives no interval; give 0 or at least 2")
 
 
 @dataclass(frozen=True)
 class EvalTarget:
-    """A coder that encodes raw activations x of one hookpoint and reconstructs those of another, y; an SAE has y = x.
+    """A coder that encodes raw activations x of its site's inputs and reconstructs those of the outputs, y.
 
     ``centre`` (D_out,) is any constant near the mean of y.
     """
 
-    x_hookpoint: str
-    y_hookpoint: str
+    site: Site
     coder: SparseCoder
     centre: Tensor
     baselines: Baselines | None = None
@@ -116,7 +103,8 @@ class SaeScores:
     """Results of one coder on one text.
 
     ``metrics_by_class`` {class of positions: reconstruction metrics and tokens}; ``density_histogram`` as of
-    :meth:`SparsitySums.density_histogram`; ``l0_percentiles`` the 5th, 50th and 95th over tokens.
+    :meth:`SparsitySums.density_histogram`; ``l0_percentiles`` the 5th, 50th and 95th over tokens; ``frequency`` as of
+    :meth:`FrequencySums.as_json`, empty if the tokens' frequencies are unknown.
     """
 
     metrics: dict[str, MetricResult]
@@ -124,6 +112,7 @@ class SaeScores:
     density_histogram: dict[str, Any]
     l0_percentiles: dict[str, int]
     n_documents: int
+    frequency: dict[str, Any] = field(default_factory=dict)
 
     def to_log_record(self) -> dict[str, float]:
         """Return {name: value} of all metrics, with the expected values for random directions as `<name>_random`."""
@@ -143,6 +132,7 @@ def evaluate_coders(
     max_tokens: int | None = None,
     replicates: int = 0,
     seed: int = 0,
+    token_bins: TokenBins | None = None,
     on_progress: Callable[[int], object] = lambda tokens: None,
 ) -> dict[str, SaeScores]:
     """Return {target: scores} over the first ``max_tokens`` tokens of ``batches``, or over all.
@@ -154,6 +144,7 @@ def evaluate_coders(
         max_tokens: largest number of tokens of all classes.
         replicates: number of resamplings of the documents per interval; without any there are no intervals.
         seed: seed of the resamplings.
+        token_bins: the bins of token ids for the FVU by token frequency; None skips it.
         on_progress: called with the number of tokens after each batch.
     """
     sums = {name: _TargetSums(target, dead_threshold, replicates, seed) for name, target in targets.items()}
@@ -162,13 +153,17 @@ def evaluate_coders(
     for batch in batches:
         count = len(batch.doc) if max_tokens is None else min(len(batch.doc), max_tokens - n_tokens)
         documents.update(np.unique(batch.doc[:count]).tolist())
+        bins = None
+        if token_bins is not None:
+            assert batch.ids is not None
+            bins = token_bins.find_bins(batch.ids)
         for start in range(0, count, CHUNK_TOKENS):
             rows = slice(start, min(start + CHUNK_TOKENS, count))
             chunk = {hookpoint: value[rows].float() for hookpoint, value in batch.values.items()}
             record_progress()
             for name, target in targets.items():
-                x_ND, y_ND = chunk[target.x_hookpoint], chunk[target.y_hookpoint]
-                sums[name].add(x_ND, y_ND, batch.doc[rows], batch.token_class[rows])
+                of_chunk = None if bins is None else bins[rows]
+                sums[name].add(*target.site.select_xy(chunk), batch.doc[rows], batch.token_class[rows], of_chunk)
         n_tokens += count
         on_progress(count)
         if n_tokens == max_tokens:
@@ -192,9 +187,15 @@ class _TargetSums:
         }
         self._baselines = {name: ReconstructionSums(target.centre, replicates, seed) for name in baselines}
         self._sparsity, self._random_sparsity = sum_sparsity(), sum_sparsity()
+        self._by_frequency: FrequencySums | None = None
 
-    def add(self, x_ND: Tensor, y_ND: Tensor, docs: np.ndarray, token_class: np.ndarray) -> None:
-        """Add N tokens: coder inputs (N, D_in), what they reconstruct (N, D_out), documents and classes (N,)."""
+    def add(
+        self, x_ND: Tensor, y_ND: Tensor, docs: np.ndarray, token_class: np.ndarray, bins: np.ndarray | None
+    ) -> None:
+        """Add N tokens: coder inputs (N, D_in), what they reconstruct (N, D_out), documents and classes (N,).
+
+        ``bins`` (N,): the bins of the tokens' frequencies, if they are known.
+        """
         codes = self._target.coder.encode(x_ND)
         reconstruction = self._target.coder.decode(codes, x_ND)
         for kind, sums in self._by_class.items():
@@ -204,6 +205,9 @@ class _TargetSums:
             if kind is TokenClass.KEPT:
                 self._sparsity.add(codes.select_tokens(rows), docs[is_kind])
                 self._add_baselines(y_ND[rows], docs[is_kind])
+                if bins is not None:
+                    self._by_frequency = self._by_frequency or FrequencySums(self._target.centre)
+                    self._by_frequency.add(y_ND[rows], reconstruction[rows], bins[is_kind])
 
     def _add_baselines(self, y_ND: Tensor, docs: np.ndarray) -> None:
         baselines = self._target.baselines
@@ -239,6 +243,7 @@ class _TargetSums:
             self._sparsity.density_histogram(),
             self._sparsity.l0_percentiles(),
             n_documents,
+            self._by_frequency.as_json() if self._by_frequency is not None else {},
         )
 
 

@@ -7,10 +7,17 @@ import math
 import torch
 from torch import Tensor
 
-from saetrain.metrics import expected_random_max_cosine, expected_random_redundancy, top_and_max_decoder_cosines
+from saetrain.metrics import (
+    expected_random_duplicates,
+    expected_random_max_cosine,
+    expected_random_redundancy,
+    top_and_max_decoder_cosines,
+)
 
 BASELINE_SEED = 0
 LATENTS_PER_BLOCK = 4096
+NEAR_DUPLICATE_COSINE = 0.9
+"""Cosine between the decoder rows of two latents above which they count as near duplicates."""
 
 
 @torch.no_grad()
@@ -22,9 +29,14 @@ def geometry_metrics(W_enc_DF: Tensor, W_dec_FD: Tensor) -> dict[str, tuple[floa
     num_latents, d_out = W_dec_FD.shape
     top_cosines, max_cosines = top_and_max_decoder_cosines(W_dec_FD)
     max_cosine = float(max_cosines.mean()) if num_latents > 1 else math.nan
+    duplicates = float((max_cosines > NEAR_DUPLICATE_COSINE).double().mean())
     out = {
         "decoder_redundancy_top100": (float(top_cosines.mean()), expected_random_redundancy(d_out, num_latents)),
         "decoder_max_cosine": (max_cosine, expected_random_max_cosine(d_out, num_latents)),
+        "decoder_near_duplicates": (
+            duplicates,
+            expected_random_duplicates(d_out, num_latents, NEAR_DUPLICATE_COSINE),
+        ),
         "encoder_decoder_cosine": (math.nan, math.nan),
     }
     if len(W_enc_DF) == d_out:

@@ -4,59 +4,52 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Annotated, Any
 
 from saetrain.atomic_io import replace_non_finite
 from saetrain.errors import SaetrainError
-from saetrain.evaluation.bootstrap import AT_MOST_ONE, COSINE_RANGE, FRACTION_RANGE, Estimate
+from saetrain.evaluation.bootstrap import Estimate
+from saetrain.settings import MAX_FACTOR, Factor, Range, Settings, Share
 
 MAX_SPARSE_L0_FRACTION = 0.05
 """Share of latents active per token above which a code is barely sparse."""
-WIDE_EXPANSION_FACTOR = 4
-"""Latents per input dimension from which an SAE counts as wide."""
-THRESHOLD_RANGES = {
-    "min_explained_variance": AT_MOST_ONE,
-    "good_explained_variance": AT_MOST_ONE,
-    "max_dead": FRACTION_RANGE,
-    "good_dead": FRACTION_RANGE,
-    "max_redundancy": COSINE_RANGE,
-}
-"""Range of the metric that each threshold applies to."""
+MIN_JUDGED_STEPS = 300
+"""Optimizer steps of the shortest run that can fail a check; most checks need longer training."""
+NOT_JUDGED = "n/a"
+"""Status of a check that the metric does not meet for another reason than the SAE's quality."""
+ExplainedVariance = Annotated[float, Range(-MAX_FACTOR, 1)]
+Cosine = Annotated[float, Range(-1, 1)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class HealthSettings:
+class HealthSettings(Settings):
     """Health: the thresholds of the verdict."""
 
-    min_explained_variance: float = 0.60
+    min_explained_variance: ExplainedVariance = 0.60
     """Smallest explained variance of held-out activations that passes."""
-    good_explained_variance: float = 0.70
+    good_explained_variance: ExplainedVariance = 0.70
     """Smallest explained variance of held-out activations that counts as good."""
-    l0_range: tuple[float, float] = (20.0, 200.0)
+    l0_range: tuple[Factor, Factor] = (20.0, 200.0)
     """Smallest and largest mean number of active latents per token (L0) that pass."""
-    max_dead: float = 0.20
+    max_dead: Share = 0.20
     """Largest share of dead latents (by --dead_percentage_threshold) that passes."""
-    good_dead: float = 0.10
+    good_dead: Share = 0.10
     """Largest share of dead latents (by --dead_percentage_threshold) that counts as good."""
-    max_redundancy: float = 0.25
-    """Largest decoder redundancy that passes: the mean of the 100 largest cosines between decoder rows."""
+    max_redundancy_excess: Cosine = 0.5
+    """Largest decoder redundancy above that of random directions that passes (provisional)."""
+    max_near_duplicates: Share = 0.01
+    """Largest share of latents with a near duplicate (decoder cosine above 0.9) that passes (provisional)."""
+    max_redundancy: Cosine = 0.25
+    """Fixed limit of decoder redundancy; it is reported next to the verdict and does not change it."""
 
     def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            numbers = value if isinstance(value, tuple) else (value,)
-            if not all(map(math.isfinite, numbers)):
-                raise SaetrainError(f"--{name} {' '.join(f'{n:g}' for n in numbers)}: must be finite")
-        for name, (least, most) in THRESHOLD_RANGES.items():
-            share = getattr(self, name)
-            if not least <= share <= most:
-                allowed = f"{least:g} to {most:g}" if math.isfinite(least) else f"at most {most:g}"
-                raise SaetrainError(f"--{name} {share:g}: must be {allowed}; give a fraction, 0.6 instead of 60 %")
+        super().__post_init__()
         if len(self.l0_range) != 2:
             raise SaetrainError(f"--l0_range: give 2 numbers, smallest and largest; found {len(self.l0_range)}")
         low, high = self.l0_range
-        if not 0 <= low <= high:
-            raise SaetrainError(f"--l0_range {low:g} {high:g}: give the smaller number first, and none below 0")
+        if low > high:
+            raise SaetrainError(f"--l0_range {low:g} {high:g}: give the smaller number first")
         if self.min_explained_variance > self.good_explained_variance:
             raise SaetrainError(
                 f"--min_explained_variance {self.min_explained_variance:g}: must not be above "
@@ -70,21 +63,22 @@ class HealthSettings:
 class SaeProperties:
     """Properties of the SAE and of the scored text that the verdict needs in addition to the metrics."""
 
-    d_in: int
     num_latents: int
     expected_l0: float | None
-    """L0 that the SAE's settings fix, which is also the largest possible; None if they fix none."""
+    """L0 that the SAE's settings fix, as that of each token or as the mean over tokens; None if they fix none."""
     min_dead_fraction: float
     """Smallest share of latents that count as dead by ``dead_threshold`` after any training."""
     dead_threshold: float
     """Share of tokens below which a latent counts as dead."""
     n_tokens: int
     """Number of scored tokens."""
+    steps: int | None = None
+    """Optimizer steps of the training; None if they are unknown."""
 
 
 @dataclass(frozen=True)
 class Judgment:
-    """The verdict on one metric; ``status`` is `good`, `pass` or `fail`."""
+    """The verdict on one metric; ``status`` is `good`, `pass`, `fail` or `n/a` (not judged)."""
 
     value: float
     low: float
@@ -101,19 +95,24 @@ class Judgment:
     @property
     def is_passing(self) -> bool:
         """Whether the status is `good` or `pass`."""
-        return self.status != "fail"
+        return self.status in ("good", "pass")
+
+    @property
+    def is_judged(self) -> bool:
+        """Whether the status is not `n/a`."""
+        return self.status != NOT_JUDGED
 
     def as_json(self) -> dict[str, Any]:
         """Return all fields for JSON, with null for numbers that are not finite."""
         # The files call the baselines "nulls".
         names = {"baselines": "nulls"}
-        values = {**replace_non_finite(asdict(self)), "baselines": replace_non_finite(self.baselines)}
+        values = replace_non_finite(asdict(self))
         return {names.get(name, name): value for name, value in values.items()}
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The judgments on all metrics; prints as ``4/4``, the number that pass out of all."""
+    """The judgments on all metrics; prints as ``3/4``, the number that pass out of those that are judged."""
 
     judgments: dict[str, Judgment]
 
@@ -122,15 +121,31 @@ class Verdict:
         """Number of metrics that pass."""
         return sum(judgment.is_passing for judgment in self.judgments.values())
 
+    @property
+    def n_judged(self) -> int:
+        """Number of metrics that are judged."""
+        return sum(judgment.is_judged for judgment in self.judgments.values())
+
     def __str__(self) -> str:
-        return f"{self.n_passed}/{len(self.judgments)}"
+        return f"{self.n_passed}/{self.n_judged}"
+
+    def describe_checks(self) -> str:
+        """Return one line: the number of checks that pass, those that fail, and why others are not judged."""
+        failed = [name for name, judgment in self.judgments.items() if judgment.status == "fail"]
+        excused = [
+            f"{name} ({'fixed by k' if judgment.by_construction else 'short run'})"
+            for name, judgment in self.judgments.items()
+            if not judgment.is_judged
+        ]
+        parts = (("fails", failed), ("not judged", excused))
+        return "; ".join([f"{self} checks pass", *(f"{what} {', '.join(names)}" for what, names in parts if names)])
 
     def as_json(self) -> dict[str, Any]:
         """Return the verdict as it is stored in ``final_assessment.json``."""
         return {
             "verdict": str(self),
             "passed": self.n_passed,
-            "of": len(self.judgments),
+            "of": self.n_judged,
             "metrics": {name: judgment.as_json() for name, judgment in self.judgments.items()},
         }
 
@@ -144,19 +159,29 @@ def judge_metrics(
     """Return the verdict on ``metrics``.
 
     Args:
-        metrics: must contain explained_variance, l0, dead_below_threshold and decoder_redundancy_top100.
+        metrics: must contain explained_variance, l0, dead_below_threshold, decoder_redundancy_top100 and
+            decoder_near_duplicates.
         baselines: {metric: {baseline: value}}; entries may be missing.
         sae: properties of the SAE and of the scored text.
         settings: the thresholds.
     """
-    return Verdict(
-        {
-            "explained_variance": _judge_explained_variance(metrics, baselines, settings),
-            "l0": _judge_l0(metrics, sae, settings),
-            "dead": _judge_dead(metrics, baselines, sae, settings),
-            "redundancy": _judge_redundancy(metrics, baselines, sae, settings),
-        }
-    )
+    judgments = {
+        "explained_variance": _judge_explained_variance(metrics, baselines, settings),
+        "l0": _judge_l0(metrics, sae, settings),
+        "dead": _judge_dead(metrics, baselines, sae, settings),
+        "redundancy": _judge_redundancy(metrics, baselines, settings),
+    }
+    if metrics["explained_variance"].value >= 0:
+        judgments = {name: _excuse_short_run(judgment, sae.steps) for name, judgment in judgments.items()}
+    return Verdict(judgments)
+
+
+def _excuse_short_run(judgment: Judgment, steps: int | None) -> Judgment:
+    """Return the judgment as not judged if it fails after too few steps."""
+    if judgment.status != "fail" or steps is None or steps >= MIN_JUDGED_STEPS:
+        return judgment
+    reason = f"{judgment.reason}; not judged, because {steps:,} steps are too few (at least {MIN_JUDGED_STEPS})"
+    return replace(judgment, status=NOT_JUDGED, reason=reason)
 
 
 def _format_baselines(baselines: Mapping[str, float], spec: str) -> str:
@@ -228,7 +253,7 @@ def _judge_l0(metrics: Mapping[str, Estimate], sae: SaeProperties, settings: Hea
         advice = "lower k"
     elif l0_fraction > MAX_SPARSE_L0_FRACTION:
         advice = f"L0/F = {l0_fraction:.0%}: the code is barely sparse; raise num_latents"
-    threshold, status = f"{low:g} to {high:g}", "pass" if is_in_range else "fail"
+    threshold, status = f"{low:g} to {high:g}", "pass" if is_in_range else NOT_JUDGED if is_unreachable else "fail"
     return _build_judgment(
         estimate, {}, threshold, status, by_construction=is_unreachable, reason=reason, advice=advice
     )
@@ -265,6 +290,7 @@ def _judge_dead(
             "so the threshold can't be met"
         )
         advice = "lower --dead_percentage_threshold, or lower num_latents or raise k"
+        status = NOT_JUDGED
     threshold = f"<= {settings.max_dead:g} (good: {settings.good_dead:g})"
     return _build_judgment(
         estimate, own_baselines, threshold, status, by_construction=is_unreachable, reason=reason, advice=advice
@@ -272,28 +298,35 @@ def _judge_dead(
 
 
 def _judge_redundancy(
-    metrics: Mapping[str, Estimate],
-    baselines: Mapping[str, dict[str, float]],
-    sae: SaeProperties,
-    settings: HealthSettings,
+    metrics: Mapping[str, Estimate], baselines: Mapping[str, dict[str, float]], settings: HealthSettings
 ) -> Judgment:
-    estimate, own_baselines = metrics["decoder_redundancy_top100"], baselines.get("decoder_redundancy_top100", {})
-    is_in_range = estimate.value <= settings.max_redundancy
-    is_unreachable = not is_in_range and any(value > settings.max_redundancy for value in own_baselines.values())
+    name, duplicates_name = "decoder_redundancy_top100", "decoder_near_duplicates"
+    own_baselines = baselines.get(name, {})
+    excess, duplicates = (
+        _excess_over_baselines(metrics[key], baselines.get(key, {})) for key in (name, duplicates_name)
+    )
+    value, limit = metrics[name].value, settings.max_redundancy
+    is_passing = excess <= settings.max_redundancy_excess and duplicates <= settings.max_near_duplicates
     reason = (
-        f"the 100 most similar pairs of decoder rows have a mean cosine of {estimate.value:.3f}"
-        f"{_format_baselines(own_baselines, '.3f')}"
+        f"the 100 most similar pairs of decoder rows have a mean cosine of {value:.3f}"
+        f"{_format_baselines(own_baselines, '.3f')}, and {metrics[duplicates_name].value:.2%} of the latents have a "
+        f"near duplicate; the fixed limit of {limit:g}, which does not count, is "
+        f"{'met' if value <= limit else 'exceeded'}"
     )
-    advice = "" if is_in_range else "use a lower lr to get fewer near copies"
-    if not is_in_range and sae.num_latents >= WIDE_EXPANSION_FACTOR * sae.d_in:
-        advice = "a few near copies are usual in a wide SAE; use fewer latents or a lower lr to get fewer"
-    if is_unreachable:
-        reason += (
-            f"; {sae.num_latents:,} random directions in {sae.d_in} dimensions are above the threshold too, so it is "
-            "not informative here"
-        )
-        advice = "compare the redundancy with its random baseline, or raise --max_redundancy"
-    threshold, status = f"<= {settings.max_redundancy:g}", "pass" if is_in_range else "fail"
     return _build_judgment(
-        estimate, own_baselines, threshold, status, by_construction=is_unreachable, reason=reason, advice=advice
+        metrics[name],
+        own_baselines,
+        f"<= random + {settings.max_redundancy_excess:g}, near duplicates <= {settings.max_near_duplicates:.3g}",
+        "pass" if is_passing else "fail",
+        by_construction=False,
+        reason=reason,
+        advice="" if is_passing else "train on more tokens, with fewer latents or at a lower lr",
     )
+
+
+def _excess_over_baselines(estimate: Estimate, baselines: Mapping[str, float]) -> float:
+    """Return how far the value is above its largest finite baseline; without one, 0 for nan and else the value."""
+    known = [baseline for baseline in baselines.values() if math.isfinite(baseline)]
+    if known:
+        return estimate.value - max(known)
+    return 0.0 if math.isnan(estimate.value) else estimate.value

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from saetrain.activations.capture import ActivationCapture
 from saetrain.activations.lm_batches import LMBatch, scored_log_probs
 from saetrain.activations.lm_head import LMHeadModel
 from saetrain.activations.splice import replace_positions, splice_output
@@ -31,8 +32,8 @@ from saetrain.evaluation.evaluator import EvalTarget, MetricResult
 MIN_ABLATION_NATS = 0.05
 """Loss increase of an ablation, in nats, below which a ratio to it is mostly noise."""
 
-ReplaceFn = Callable[[Tensor], Tensor]
-"""Maps activations (N, D) to their replacement."""
+ReplaceFn = Callable[[Tensor, Tensor], Tensor]
+"""Maps coder inputs (N, D_in) and the activations that the coder reconstructs (N, D_out) to their replacement."""
 CLEAN_VARIANT, SAE_VARIANT, ZERO_VARIANT, MEAN_VARIANT = "clean", "sae", "zero", "mean"
 BASELINE_VARIANTS = (RANDOM_DECODER, PCA_RECONSTRUCTION, MEAN_VARIANT)
 
@@ -50,7 +51,7 @@ def evaluate_losses(
     """Return {SAE: metrics} of the model's loss over ``batches`` with each SAE spliced in.
 
     Args:
-        targets: the SAEs by name, each with baselines and with y = x.
+        targets: the coders by name, each with baselines; one that reconstructs several hookpoints gets no metrics.
         head: the model.
         batches: at their kept positions the activation is replaced.
         norm_limits: {hookpoint: largest norm of an activation that is replaced}; hookpoints may be missing.
@@ -58,7 +59,11 @@ def evaluate_losses(
         seed: seed of the resamplings.
         on_progress: called with the number of tokens after each batch.
     """
-    sums = {name: _LossSums(head, target, norm_limits, replicates, seed) for name, target in targets.items()}
+    sums = {
+        name: _LossSums(head, target, norm_limits, replicates, seed)
+        for name, target in targets.items()
+        if len(target.site.outputs) == 1
+    }
     for batch in batches:
         clean_outputs = _run_model(head, batch)
         for each in sums.values():
@@ -82,24 +87,26 @@ class _LossSums:
     ) -> None:
         coder, baselines = target.coder, target.baselines
         assert baselines is not None, "the loss is scored with baselines"
-        assert target.x_hookpoint == target.y_hookpoint, "the input of the coder is what is replaced"
-        self._head = head
+        self._head, self._site, self._norm_limits = head, target.site, norm_limits
         self._variants: dict[str, ReplaceFn] = {
-            SAE_VARIANT: lambda x: coder.decode(coder.encode(x), x),
-            ZERO_VARIANT: torch.zeros_like,
-            MEAN_VARIANT: baselines.mean.expand_as,
-            RANDOM_DECODER: baselines.random_decoder,
-            PCA_RECONSTRUCTION: baselines.pca,
+            SAE_VARIANT: lambda x, y: coder.decode(coder.encode(x), x),
+            ZERO_VARIANT: lambda x, y: torch.zeros_like(y),
+            MEAN_VARIANT: lambda x, y: baselines.mean.expand_as(y),
+            RANDOM_DECODER: lambda x, y: baselines.random_decoder(y),
+            PCA_RECONSTRUCTION: lambda x, y: baselines.pca(y),
         }
-        self._hookpoint_module = head.base.module.get_submodule(target.y_hookpoint)
-        self._norm_limit = norm_limits.get(target.y_hookpoint, float("inf"))
+        self._output_module = head.base.module.get_submodule(target.site.y_name)
+        # The outputs of the replaced module do not change its inputs, so these are captured once per batch.
+        self._capture = None if target.site.is_sae else ActivationCapture(head.base, list(target.site.inputs))
         self._token_sums = DocumentSums(replicates, seed)
         self._sequence_sums = DocumentSums(replicates, seed)
         """Sums over sequences instead of tokens, for pooled outputs."""
         self._n_tokens = self._n_sequences = 0
+        self._inputs: dict[str, Tensor] = {}
 
     def add(self, batch: LMBatch, clean_outputs: Tensor) -> None:
         """Add a batch; ``clean_outputs`` is the result of :func:`_run_model` without a splice."""
+        self._inputs = {} if self._capture is None else self._capture(batch.input_ids, batch.attention_mask)
         if self._head.kind == "none":
             self._add_hidden_errors(batch, clean_outputs)
         else:
@@ -110,11 +117,14 @@ class _LossSums:
     def _run_spliced(self, batch: LMBatch, variant: str) -> Tensor:
         """Return the model's outputs with the activation replaced by ``variant``."""
 
-        def replace_activation(x_BSD: Tensor) -> Tensor:
-            mask_BS = batch.keep_mask & (x_BSD.float().norm(dim=-1) <= self._norm_limit)
-            return replace_positions(x_BSD, mask_BS, self._variants[variant](x_BSD[mask_BS].float()))
+        def replace_activation(y_BSD: Tensor) -> Tensor:
+            captured, mask_BS = {**self._inputs, self._site.y_name: y_BSD}, batch.keep_mask
+            for name, value_BSD in captured.items():
+                mask_BS = mask_BS & (value_BSD.float().norm(dim=-1) <= self._norm_limits.get(name, float("inf")))
+            x_ND, y_ND = self._site.select_xy({name: value[mask_BS].float() for name, value in captured.items()})
+            return replace_positions(y_BSD, mask_BS, self._variants[variant](x_ND, y_ND))
 
-        with splice_output(self._hookpoint_module, replace_activation):
+        with splice_output(self._output_module, replace_activation):
             return _run_model(self._head, batch)
 
     def _add_losses(self, batch: LMBatch, clean_log_probs: Tensor) -> None:

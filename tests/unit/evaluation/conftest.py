@@ -83,14 +83,11 @@ def packed(sure_gpt2: str, topics: list[str]) -> list[TokenSequence]:
 
 
 @pytest.fixture(scope="session")
-def single(minilm: str, topics: list[str]) -> list[TokenSequence]:
+def single(small_wordpiece: Any, topics: list[str]) -> list[TokenSequence]:
     """Sequences for an encoder, of unlike lengths, [CLS] and [SEP] around each; two of them of one document."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(minilm)
     out = []
     for number, length in enumerate([40, 9, 100, 64, 20, 77, 2]):
-        ids = tokenizer(topics[number], truncation=True, max_length=length)["input_ids"]
+        ids = small_wordpiece(topics[number], truncation=True, max_length=length)["input_ids"]
         kind = np.zeros(len(ids), dtype=np.uint8)
         kind[[0, -1]] = TokenKind.SPECIAL
         docs = np.full(len(ids), max(number, 1), dtype=np.int64)

@@ -12,7 +12,7 @@ from saetrain.coders.topk import TopK
 from saetrain.errors import SaetrainError
 from saetrain.evaluation.baselines import Baselines, RunningMoments
 from saetrain.evaluation.evaluator import EvalTarget, SaeScores, ScoreSettings, evaluate_coders
-from saetrain.types import Codes
+from saetrain.types import Codes, Site
 
 N, D, F, K, AT = 3000, 16, 96, 5, "layers.0"
 REPLICATES = 25
@@ -45,7 +45,7 @@ def nulls_of(x: torch.Tensor) -> Baselines:
 
 
 def run(coder: TopK, nulls: Baselines, batches: list[LabelledActivations]) -> SaeScores:
-    targets = {"sae": EvalTarget(AT, AT, coder, nulls.mean, nulls)}
+    targets = {"sae": EvalTarget(Site.of_sae(AT), coder, nulls.mean, nulls)}
     return evaluate_coders(targets, batches, THRESHOLD, replicates=REPLICATES)["sae"]
 
 
@@ -148,7 +148,7 @@ def test_without_baselines_and_replicates_the_values_are_the_same(coder: TopK, t
     part = LabelledActivations({AT: tokens.values[AT][:first]}, tokens.doc[:first], tokens.token_class[:first])
     nulls = nulls_of(tokens.values[AT])
     full = run(coder, nulls, [part])
-    target = EvalTarget(AT, AT, coder, nulls.mean)
+    target = EvalTarget(Site.of_sae(AT), coder, nulls.mean)
     seen: list[int] = []
     quick = evaluate_coders(
         {"sae": target}, pieces(tokens, np.arange(N), 2), THRESHOLD, max_tokens=first, on_progress=seen.append
@@ -191,7 +191,7 @@ def test_a_transcoder_is_compared_with_its_target_and_counted_by_its_input(token
     moments = RunningMoments(d_out, y.device)
     moments.add(y[kept])
     nulls = Baselines.from_moments(moments, F, 5.4, seed=0)
-    target = EvalTarget(AT, "mlp", coder, nulls.mean, nulls)
+    target = EvalTarget(Site((AT,), ("mlp",)), coder, nulls.mean, nulls)
     figures = evaluate_coders({"transcoder": target}, [batch], THRESHOLD, replicates=REPLICATES)["transcoder"].metrics
     code = x[kept] @ coder.W_enc
     code[code.abs() <= 1.2] = 0

@@ -6,7 +6,12 @@ import pytest
 import torch
 
 from saetrain.evaluation.geometry import geometry_metrics
-from saetrain.metrics import expected_random_max_cosine, expected_random_redundancy, top_and_max_decoder_cosines
+from saetrain.metrics import (
+    expected_random_duplicates,
+    expected_random_max_cosine,
+    expected_random_redundancy,
+    top_and_max_decoder_cosines,
+)
 
 
 def drawn(latents: int, d: int, seed: int) -> torch.Tensor:
@@ -45,6 +50,8 @@ def test_one_latent_or_one_dimension_has_no_baseline() -> None:
             expected_random_max_cosine(8, 1),
             expected_random_max_cosine(1, 8),
             expected_random_redundancy(8, 1),
+            expected_random_duplicates(8, 1, 0.9),
+            expected_random_duplicates(1, 8, 0.9),
         )
     )
 
@@ -69,6 +76,20 @@ def test_all_figures_by_loops() -> None:
     # Random directions are as alike as random directions are expected to be.
     assert figures["decoder_max_cosine"][0] == pytest.approx(figures["decoder_max_cosine"][1], abs=0.02)
     assert figures["decoder_redundancy_top100"][0] == pytest.approx(figures["decoder_redundancy_top100"][1], abs=0.02)
+
+
+@pytest.mark.parametrize(("d", "latents"), [(6, 1000), (3, 40), (2, 10)])
+def test_the_share_of_near_duplicates_of_drawn_directions_is_the_expected_one(d: int, latents: int) -> None:
+    found = [geometry_metrics(drawn(latents, d, seed).T, drawn(latents, d, seed)) for seed in range(200)]
+    shares = torch.tensor([figures["decoder_near_duplicates"][0] for figures in found])
+    expected = found[0]["decoder_near_duplicates"][1]
+    assert 0 < expected == pytest.approx(float(shares.mean()), abs=4 * float(shares.std()) / len(shares) ** 0.5)
+
+
+def test_near_duplicates_are_counted_per_latent() -> None:
+    rows = torch.eye(5, 8)
+    rows[1] = rows[0] + 0.1 * rows[4]
+    assert geometry_metrics(rows.T, rows)["decoder_near_duplicates"][0] == pytest.approx(2 / 5)
 
 
 def test_a_single_latent_has_no_pairs() -> None:

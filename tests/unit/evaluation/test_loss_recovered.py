@@ -21,7 +21,7 @@ from saetrain.data.sharded import build_token_policy
 from saetrain.evaluation.baselines import Baselines, RunningMoments
 from saetrain.evaluation.evaluator import EvalTarget, MetricResult
 from saetrain.evaluation.loss_recovered import evaluate_losses
-from saetrain.types import Codes, TokenSequence
+from saetrain.types import Codes, Site, TokenSequence, batch_by_length
 
 CAUSAL_AT, MASKED_AT, ENCODER_AT = "h.1", "encoder.layer.1", "encoder.layer.3"
 KEPT = build_token_policy(exclude_special=True, exclude_first=True)
@@ -64,8 +64,8 @@ def ours(
 ) -> dict[str, MetricResult]:
     builder = LMBatchBuilder(head, policy, MASK_ID)
     parts = [sequences[start::groups] for start in range(groups)]
-    batches = (batch for part in parts for batch in builder.iterate_batches(part, batch_tokens, SEED))
-    target = EvalTarget(hookpoint, hookpoint, coder, nulls.mean, nulls)
+    batches = (batch for part in parts for batch in builder.iterate_batches(batch_by_length(part, batch_tokens), SEED))
+    target = EvalTarget(Site.of_sae(hookpoint), coder, nulls.mean, nulls)
     return evaluate_losses({"sae": target}, head, batches, {hookpoint: norm_limit}, replicates=20, seed=SEED)["sae"]
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import sys
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -24,12 +22,11 @@ from saetrain.evaluation.evaluator import RANDOM_DIRECTIONS, MetricResult, SaeSc
 from saetrain.evaluation.health import HealthSettings, Judgment, SaeProperties, Verdict, judge_metrics
 from saetrain.runs.evaluate.load_saes import LoadedSaes, SavedSae
 from saetrain.runs.evaluate.setup import EvalContext
-from saetrain.runs.run_dir import ASSESSMENT_FILE, EVALUATION_DIR, SAES_DIR
+from saetrain.runs.run_dir import ASSESSMENT_FILE, EVALUATION_DIR, SAES_DIR, shorten_path
+from saetrain.runs.sae_table import RANDOM_REDUNDANCY, build_sae_table, open_console
 from saetrain.training.dead_latents import min_dead_fraction
 
-FORMAT_VERSION = 1
-DEFAULT_TABLE_COLUMNS = 120
-"""Width of a table in characters if there is no terminal."""
+FORMAT_VERSION = 2
 BASELINE_NAMES = {
     RANDOM_DECODER: "random decoder",
     PCA_RECONSTRUCTION: "PCA of rank k",
@@ -46,8 +43,17 @@ METRIC_COLUMNS = {
     "l0": "L0",
     "dead_below_threshold": "dead by rate",
 }
-STATUS_STYLES = {"good": "green", "pass": "green", "fail": "red"}
-HEADLINE_METRICS = ("explained_variance", "fvu", "cosine", "l0", "dead_below_threshold", "dead_never_fired")
+STATUS_STYLES = {"good": "green", "pass": "green", "fail": "red", "n/a": "yellow"}
+HEADLINE_METRICS = (
+    "explained_variance",
+    "fvu",
+    "cosine",
+    "l0",
+    "dead_below_threshold",
+    "dead_never_fired",
+    "decoder_redundancy_top100",
+    "decoder_near_duplicates",
+)
 """Metrics that the assessment repeats, in addition to all metrics of the model's loss."""
 
 
@@ -106,7 +112,7 @@ class Assessment:
         return {
             name: {
                 "health_passed": verdict.n_passed,
-                "health_metrics": len(verdict.judgments),
+                "health_metrics": verdict.n_judged,
                 **{metric: scored.estimate.value for metric, scored in first[name].metrics.items()},
             }
             for name, (verdict, *_) in self.verdicts.items()
@@ -167,9 +173,8 @@ def judge_sae(sae: SavedSae, scores: SaeScores, threshold: float, settings: Heal
     coder, l0 = sae.coder, sae.coder.expected_l0()
     bound = min_dead_fraction(l0, coder.num_latents, threshold) if l0 is not None else 0.0
     tokens = scores.metrics["dead_below_threshold"].count
-    return judge_metrics(
-        estimates, baselines, SaeProperties(coder.d_in, coder.num_latents, l0, bound, threshold, tokens), settings
-    )
+    properties = SaeProperties(coder.num_latents, l0, bound, threshold, tokens, sae.metadata.steps)
+    return judge_metrics(estimates, baselines, properties, settings)
 
 
 def headline_metrics(scores: SaeScores) -> dict[str, Any]:
@@ -189,6 +194,7 @@ def _sae_json(sae: SavedSae, scores: SaeScores) -> dict[str, Any]:
         "documents": scores.n_documents,
         "figures": {name: metric.as_json(name) for name, metric in scores.metrics.items()},
         "classes": {name: replace_non_finite(metrics) for name, metrics in scores.metrics_by_class.items()},
+        "frequency": replace_non_finite(scores.frequency),
         "l0_percentiles": scores.l0_percentiles,
         "density": scores.density_histogram,
     }
@@ -214,29 +220,48 @@ def unique_file_names(data_sets: list[str]) -> list[str]:
     return out
 
 
-def open_console() -> Console:
-    """Return a console on stdout whose tables have DEFAULT_TABLE_COLUMNS if there is no terminal."""
-    # Rich uses the terminal's width, or COLUMNS if it is set.
-    has_known_width = sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdigit()
-    return Console(file=sys.stdout, width=None if has_known_width else DEFAULT_TABLE_COLUMNS, highlight=False)
-
-
 def report_assessment(assessment: Assessment) -> None:
-    """Print the tables, then write the files, so that a write error loses no metrics."""
+    """Print the results, then write the files, so that a write error loses no metrics."""
     console = open_console()
-    for name, verdicts in assessment.verdicts.items():
-        coder, verdict = assessment.loaded.saes[name].coder, verdicts[0]
-        l0 = coder.expected_l0()
-        size = f"k = {l0:g}, " if l0 is not None else ""
-        title = f"{name}: {size}{coder.num_latents:,} latents, width {coder.d_in}"
-        console.print(build_metrics_table(title, name, assessment.texts))
-        console.print(build_verdict_table(verdict, f"health on {assessment.texts[0]}"))
-        for metric, judgment in verdict.judgments.items():
-            advice = f"; {judgment.advice}" if judgment.advice else ""
-            console.print(Text(f"  {metric}: {judgment.reason}{advice}"))
-        each = zip(verdicts, assessment.texts, strict=True)
-        console.print(Text(f"verdict {', '.join(f'{found} on {text}' for found, text in each)}", style="bold"))
-    console.print(Text(f"written: {', '.join(map(str, assessment.write_files()))}"))
+    if assessment.config.details:
+        for name, (verdict, *_) in assessment.verdicts.items():
+            _print_details(console, assessment, name, verdict)
+    if not assessment.config.details or len(assessment.verdicts) > 1:
+        first = assessment.texts[0]
+        rows = [summarize_scores(first.scores[name]) for name in assessment.verdicts]
+        verdicts = [str(verdict) for verdict, *_ in assessment.verdicts.values()]
+        tokens = next(iter(first.scores.values())).metrics["fvu"].count
+        console.print(Text(f"on {tokens:,} held-out tokens of {first}:"))
+        console.print(build_sae_table({"SAE": list(assessment.verdicts)}, rows, verdicts))
+    for name, (verdict, *others) in assessment.verdicts.items():
+        other_texts = (f"; {other} on {text}" for other, text in zip(others, assessment.texts[1:], strict=True))
+        style = "red" if verdict.n_passed < verdict.n_judged else "green"
+        console.print(Text(f"{name}: {verdict.describe_checks()}{''.join(other_texts)}", style=style))
+    console.print(Text(f"written: {', '.join(map(shorten_path, assessment.write_files()))}"))
+
+
+def summarize_scores(scores: SaeScores) -> dict[str, float]:
+    """Return the metrics for the row of one SAE; the CE increase replaces a CE recovered with a small denominator."""
+    found = {name: metric.estimate.value for name, metric in scores.metrics.items()}
+    redundancy = scores.metrics["decoder_redundancy_top100"]
+    if RANDOM_DIRECTIONS in redundancy.baselines:
+        found[RANDOM_REDUNDANCY] = redundancy.baselines[RANDOM_DIRECTIONS].value
+    recovered = scores.metrics.get("ce_recovered_zero")
+    found.pop("ce_recovered_zero" if recovered and recovered.flag else "delta_ce", None)
+    return found
+
+
+def _print_details(console: Console, assessment: Assessment, name: str, verdict: Verdict) -> None:
+    """Print all metrics of one SAE on each text, and its judgments with their reasons."""
+    coder = assessment.loaded.saes[name].coder
+    l0 = coder.expected_l0()
+    size = f"k = {l0:g}, " if l0 is not None else ""
+    title = f"{name}: {size}{coder.num_latents:,} latents, width {coder.d_in}"
+    console.print(build_metrics_table(title, name, assessment.texts))
+    console.print(build_verdict_table(verdict, f"health on {assessment.texts[0]}"))
+    for metric, judgment in verdict.judgments.items():
+        advice = f"; {judgment.advice}" if judgment.advice else ""
+        console.print(Text(f"  {metric}: {judgment.reason}{advice}"))
 
 
 def build_metrics_table(title: str, sae: str, texts: list[TextScores]) -> Table:
@@ -286,19 +311,17 @@ def _format_value(value: float) -> str:
 
 
 def build_verdict_table(verdict: Verdict, title: str) -> Table:
-    """Return the table of the four judged metrics with baseline, threshold and status."""
+    """Return the table of the four judged metrics with threshold and status."""
     table = Table(title=Text(title), title_justify="left")
-    for heading in ("metric", "value", "baseline", "threshold", "status"):
-        table.add_column(heading, no_wrap=heading == "metric", overflow="fold")
+    for heading in ("metric", "value", "threshold", "status"):
+        table.add_column(heading, no_wrap=heading in ("metric", "status"), overflow="fold")
     for name, judgment in verdict.judgments.items():
         table.add_row(Text(name), *_format_judgment(judgment))
     return table
 
 
-def _format_judgment(judgment: Judgment) -> tuple[Text, Text, Text, Text]:
+def _format_judgment(judgment: Judgment) -> tuple[Text, Text, Text]:
     value = _format_value(judgment.value)
     if judgment.low < judgment.high:
         value += f" [{_format_value(judgment.low)}, {_format_value(judgment.high)}]"
-    baseline = ", ".join(f"{_format_value(value)} {name}" for name, value in judgment.baselines.items())
-    status = judgment.status + (" (by construction)" if judgment.by_construction else "")
-    return Text(value), Text(baseline), Text(judgment.threshold), Text(status, style=STATUS_STYLES[judgment.status])
+    return Text(value), Text(judgment.threshold), Text(judgment.status, style=STATUS_STYLES[judgment.status])

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from saetrain.activations.capture import ActivationCapture
 from saetrain.activations.extract import ActivationExtractor
-from saetrain.activations.hookpoints import find_blocks
 from saetrain.activations.lm_head import LMHeadModel, load_model_with_head
 from saetrain.activations.model import ModelSettings, load_config
-from saetrain.config import EvaluateConfig, RunConfig, from_flat, read_yaml
+from saetrain.config import EvaluateConfig, RunConfig, from_flat
 from saetrain.data.sharded import build_token_policy
 from saetrain.data.tokenize import DEFAULT_CTX_LEN, Framing, load_tokenizer
 from saetrain.errors import SaetrainError, did_you_mean
-from saetrain.interop.saelens import resolve_module_name
-from saetrain.interop.schema import SAE_CONFIG_FILE
 from saetrain.logs.console import log_rank0
-from saetrain.runs.evaluate.load_saes import LoadedSaes, SavedSae, find_run_dir
+from saetrain.runs.evaluate.load_saes import SEPARATELY, LoadedSaes, SavedSae, find_run_dir
 from saetrain.runs.run_dir import CONFIG_FILE
 from saetrain.runs.train.setup import check_vocabulary
+from saetrain.small_files import read_settings
 from saetrain.training.dead_latents import DeadSettings
+from saetrain.types import INPUT_SUFFIX, Site
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class EvalContext:
     head: LMHeadModel
     tokenizer: Any
     framing: Framing
-    hookpoints: dict[str, str]
-    """{SAE: hookpoint}."""
+    sites: dict[str, Site]
+    """{SAE: what it reads and reconstructs}."""
     extractor: ActivationExtractor
     exclude_special: bool
     exclude_first: bool
@@ -70,13 +70,14 @@ def build_eval_context(config: EvaluateConfig, loaded: LoadedSaes, max_eval_toke
     loaded.metadata.require_model(head.base, loaded.path)
     tokenizer = load_tokenizer(name, base.revision, base.trust_remote_code)
     check_vocabulary(head.base, len(tokenizer))
-    hookpoints = {sae: _resolve_hookpoint(config, head, loaded, found) for sae, found in loaded.saes.items()}
-    capture = ActivationCapture(head.base, list(dict.fromkeys(hookpoints.values())))
+    sites = {sae: _resolve_site(config, head, loaded, found) for sae, found in loaded.saes.items()}
+    hookpoints = dict.fromkeys(hookpoint for site in sites.values() for hookpoint in site.hookpoints)
+    capture = ActivationCapture(head.base, list(hookpoints))
     for sae, found in loaded.saes.items():
-        width = capture.widths[hookpoints[sae]]
-        if found.coder.d_in != width:
+        width, d_out = sites[sae].sum_widths(capture.widths)
+        if found.coder.d_in != width or found.coder.d_out != d_out:
             raise SaetrainError(
-                f"{found.folder}: takes activations of width {found.coder.d_in}, but {hookpoints[sae]} of {name} has "
+                f"{found.folder}: takes activations of width {found.coder.d_in}, but {sites[sae].x_name} of {name} has "
                 f"width {width}; was it trained on another model?"
             )
     special, first = _resolve_token_policy(config, loaded)
@@ -84,8 +85,7 @@ def build_eval_context(config: EvaluateConfig, loaded: LoadedSaes, max_eval_toke
         capture, build_token_policy(special, first), base.resolve_batch_tokens(head.base.device)
     )
     if first:
-        limits = {hookpoints[sae]: found.metadata.norm_limit for sae, found in loaded.saes.items()}
-        extractor.norm_limits = {hookpoint: limit for hookpoint, limit in limits.items() if limit is not None}
+        extractor.set_norm_limits(_collect_norm_limits(loaded, sites))
     framing = _match_trained_bos(
         loaded, tokenizer, Framing.from_tokenizer(tokenizer, head.base.causal, _resolve_ctx_len(config, loaded, head))
     )
@@ -96,7 +96,7 @@ def build_eval_context(config: EvaluateConfig, loaded: LoadedSaes, max_eval_toke
         head=head,
         tokenizer=tokenizer,
         framing=framing,
-        hookpoints=hookpoints,
+        sites=sites,
         extractor=extractor,
         exclude_special=special,
         exclude_first=first,
@@ -120,16 +120,36 @@ def _require_model(config: EvaluateConfig, loaded: LoadedSaes, name: str, base: 
     except SaetrainError as error:
         if config.model is not None:
             raise
-        named = next(iter(loaded.saes.values())).folder / SAE_CONFIG_FILE
-        raise SaetrainError(f"{error} ({named} names this model; if it has moved, pass --model)") from error
+        named = next(iter(loaded.saes.values())).folder
+        raise SaetrainError(f"{error} (the files in {named} name this model; if it has moved, pass --model)") from error
 
 
-def _resolve_hookpoint(config: EvaluateConfig, head: LMHeadModel, loaded: LoadedSaes, sae: SavedSae) -> str:
-    """Return the module whose output the SAE takes; SaetrainError if it is unknown or --hookpoint contradicts it."""
+def _collect_norm_limits(loaded: LoadedSaes, sites: Mapping[str, Site]) -> dict[str, float]:
+    """Return {hookpoint: norm limit} of all SAEs; SaetrainError if two SAEs differ in that of a hookpoint."""
+    limits: dict[str, float | None] = {}
+    for name, found in loaded.saes.items():
+        metadata = found.metadata
+        for hookpoint in sites[name].hookpoints:
+            own = metadata.norm_limit if metadata.norm_limits is None else metadata.norm_limits.get(hookpoint)
+            if limits.setdefault(hookpoint, own) != own:
+                raise SaetrainError(
+                    f"{loaded.path}: the norm limit of {hookpoint} is {own} for {name} and {limits[hookpoint]} for "
+                    f"another SAE; {SEPARATELY}"
+                )
+    return {hookpoint: limit for hookpoint, limit in limits.items() if limit is not None}
+
+
+def _resolve_site(config: EvaluateConfig, head: LMHeadModel, loaded: LoadedSaes, sae: SavedSae) -> Site:
+    """Return what the SAE reads and reconstructs; SaetrainError if it is unknown or --hookpoint contradicts it."""
     names = [name for name, _ in head.base.module.named_modules() if name]
     metadata = sae.metadata
+    if metadata.site is not None and metadata.inputs:
+        for name in metadata.site.hookpoints:
+            if name.removesuffix(INPUT_SUFFIX) not in names:
+                raise SaetrainError(f"{sae.folder}: its hookpoint '{name}' is not a module of {head.base.name}")
+        return metadata.site
     named = [name for name in (metadata.hookpoint, metadata.hook_name) if name]
-    own = resolve_module_name(metadata.hookpoint or "", names) or _translate_hook_name(metadata.hook_name, head)
+    own = metadata.find_hookpoint(head.base.module)
     wanted = config.hookpoint or own
     if wanted is None:
         shown = " and ".join(f"'{name}'" for name in dict.fromkeys(named))
@@ -141,23 +161,7 @@ def _resolve_hookpoint(config: EvaluateConfig, head: LMHeadModel, loaded: Loaded
         raise SaetrainError(f"--hookpoint {wanted}: the SAE in {sae.folder} was trained on {own}")
     if wanted not in names:
         raise SaetrainError(f"--hookpoint {wanted}: not a module of {head.base.name}.{did_you_mean(wanted, names)}")
-    return wanted
-
-
-def _translate_hook_name(name: str | None, head: LMHeadModel) -> str | None:
-    """Translate a residual stream of TransformerLens or a layer of sparsify to the module's name, or return None."""
-    if name is None or name in dict(head.base.module.named_modules()):
-        return name
-    blocks, layers = find_blocks(head.base)
-    parts = name.split(".")
-    if len(parts) == 3 and parts[0] == "blocks" and parts[1].isdigit():
-        layer_offset = {"hook_resid_post": 0, "hook_resid_pre": -1}.get(parts[2])
-        layer = int(parts[1]) + layer_offset if layer_offset is not None else -1
-    elif len(parts) == 2 and parts[0] == "layers" and parts[1].isdigit():
-        layer = int(parts[1])
-    else:
-        return None
-    return f"{blocks}.{layer}" if 0 <= layer < len(layers) else None
+    return Site.of_sae(wanted)
 
 
 def _resolve_token_policy(config: EvaluateConfig, loaded: LoadedSaes) -> tuple[bool, bool]:
@@ -199,7 +203,7 @@ def _match_trained_bos(loaded: LoadedSaes, tokenizer: Any, framing: Framing) -> 
 def read_run_config(run: Path) -> RunConfig:
     """Return the settings of the run in directory ``run``; SaetrainError if they can't be read."""
     path = str(run / CONFIG_FILE)
-    return from_flat(read_yaml(path, flag=""), path)
+    return from_flat(read_settings(path, flag=""), path)
 
 
 def defaults_from_run(path: str) -> EvaluateConfig | None:

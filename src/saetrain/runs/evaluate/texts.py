@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -16,16 +16,14 @@ from saetrain.data.packing import Sequences
 from saetrain.data.sources import SourceSettings
 from saetrain.data.tokenize import Framing, TokenSettings
 from saetrain.errors import SaetrainError
-from saetrain.evaluation.evaluator import DEFAULT_LOSS_TOKENS
-from saetrain.interop.schema import SAE_CONFIG_FILE
-from saetrain.logs.console import log_rank0
+from saetrain.logs.console import log_rank0, mute_log_lines
 from saetrain.runs.evaluate.setup import EvalContext
 from saetrain.runs.text_data import TrainingText, load_text, open_token_table, without_training_text
 from saetrain.runs.train.metadata import absolute_location
+from saetrain.settings import DEFAULT_LOSS_TOKENS
+from saetrain.types import batch_by_length
 
 DEFAULT_EVAL_TOKENS = {"cpu": 50_000, "cuda": 1_000_000}
-GROUP_SEQUENCES = 64
-"""Number of sequences that are sorted by length and batched together."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +40,6 @@ class EvalText:
     sequences: Sequences
     indices: np.ndarray
     loss_sequences: int = 0
-
-    def iter_groups(self, indices: np.ndarray) -> Iterator[list[Any]]:
-        """Yield the sequences at ``indices``, GROUP_SEQUENCES at a time."""
-        for start in range(0, len(indices), GROUP_SEQUENCES):
-            yield [self.sequences[int(number)] for number in indices[start : start + GROUP_SEQUENCES]]
 
 
 def load_training_config(context: EvalContext) -> RunConfig | None:
@@ -83,7 +76,7 @@ def open_eval_texts(context: EvalContext) -> tuple[list[EvalText], Iterator[Labe
     config, own = context.config, load_training_config(context)
     # Without a fingerprint a change of the text would go unnoticed, and the text may be as large as the Pile.
     known = context.loaded.metadata.fingerprint is not None
-    text = _load_training_text(context, own) if own is not None and (config.in_sample or known) else None
+    text = load_training_text(context, own) if own is not None and (config.in_sample or known) else None
     if own is None and not config.dataset:
         raise SaetrainError(f"{config.path}: its metadata do not name the training text; pass --dataset")
     texts = []
@@ -123,11 +116,14 @@ def _is_training_text(config: EvaluateConfig, own: RunConfig, name: str) -> bool
     return same and absolute_location(name) in own.dataset
 
 
-def _load_training_text(context: EvalContext, own: RunConfig) -> TrainingText | None:
+def load_training_text(context: EvalContext, own: RunConfig) -> TrainingText | None:
     """Open the text that the SAEs were trained on; None if it is not available and --in_sample is false."""
     framing = _training_framing(context)
     try:
-        text = load_text(own, context.tokenizer, framing)
+        # The run has already logged what it reads.
+        with contextlib.nullcontext() if context.config.details else mute_log_lines():
+            batch_tokens = own.base.resolve_batch_tokens(context.head.base.device)
+            text = load_text(own, context.tokenizer, framing, batch_tokens)
         expected, found = context.loaded.metadata.fingerprint, text.metadata["fingerprint"]
         if expected is not None and expected != found:
             raise SaetrainError(
@@ -138,10 +134,10 @@ def _load_training_text(context: EvalContext, own: RunConfig) -> TrainingText | 
         if context.config.in_sample:
             if "--in_sample false" in str(error):
                 raise
-            named = next(iter(context.loaded.saes.values())).folder / SAE_CONFIG_FILE
+            named = next(iter(context.loaded.saes.values())).folder
             raise SaetrainError(
-                f"{error} ({named} names {' + '.join(own.dataset)} as the training text; pass --dataset and "
-                "--in_sample false to score without it)"
+                f"{error} (the files in {named} name {' + '.join(own.dataset)} as the training text; pass --dataset "
+                "and --in_sample false to score without it)"
             ) from error
         log_rank0(f"continuing without the training text: {error}")
         return None
@@ -237,15 +233,13 @@ def _with_loss_sequences(context: EvalContext, text: EvalText) -> EvalText:
 
 
 def _read_training_sample(context: EvalContext, text: TrainingText) -> Iterator[LabelledActivations]:
-    """Yield activations of the first training tokens of each shard, about --fit_tokens in total."""
-    shards = text.train_source.n_shards
+    """Yield activations of the first training batches, with about --fit_tokens tokens in total."""
     wanted = context.config.scoring.fit_tokens
     known = [tokens for tokens in text.train_tokens if tokens is not None]
     if len(known) == len(text.train_tokens):
         wanted = max(1, min(wanted, sum(known)))
-    for shard in range(shards):
-        sequences, _ = text.train_source.read(shard, text.train_source.start_cursor, -(-wanted // shards))
-        yield from context.extractor.iterate_labelled(sequences)
+    sequences = [sequence for batch in text.train_source.read_first_batches(wanted) for sequence in batch]
+    return context.extractor.iterate_labelled(batch_by_length(sequences, context.extractor.batch_tokens))
 
 
 def _split_off_fit_text(
@@ -272,4 +266,6 @@ def _split_off_fit_text(
             "training text is not available and the baselines are fitted on the rest; lower it or --fit_tokens"
         )
     texts = [dataclasses.replace(first, indices=kept), *texts[1:]]
-    return texts, (batch for group in first.iter_groups(fitted) for batch in context.extractor.iterate_labelled(group))
+    return texts, context.extractor.iterate_labelled(
+        first.sequences.iterate_batches(fitted, context.extractor.batch_tokens)
+    )

@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jsonschema
 import pytest
@@ -18,61 +16,10 @@ from saetrain.cli import main
 from saetrain.coders.topk import TopK
 from saetrain.interop.formats import load_sae
 from saetrain.types import Codes
-from tests.conftest import python_topics
+from tests.integration.evaluate.conftest import SIZES, evaluate, forget_text, refused, rewrite, write_texts
+from tests.unit.interop.layouts import write_gemma_scope, write_saelens
 
-ROOT = Path(__file__).parents[2]
-SIZES = "--k 8 --num_latents 96 --batch_size 4 --ctx_len 32 --max_tokens 6400 --eval_tokens 1500 --lr 4e-3"
-QUICK = "--eval_tokens 800 --loss_tokens 300 --fit_tokens 1000 --bootstrap 20"
-
-
-@pytest.fixture(scope="module")
-def own(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The text that SAEs are trained on: all but the last 30 of the chapters."""
-    return write_texts(tmp_path_factory.mktemp("own") / "own.jsonl", python_topics()[:-30])
-
-
-@pytest.fixture(scope="module")
-def other(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Chapters that no SAE was trained on."""
-    return write_texts(tmp_path_factory.mktemp("other") / "other.jsonl", python_topics()[-30:])
-
-
-def write_texts(path: Path, texts: list[str]) -> str:
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return str(path)
-
-
-@pytest.fixture(scope="module")
-def causal_run(tmp_path_factory: pytest.TempPathFactory, tiny_gpt2: str, own: str) -> Path:
-    out = tmp_path_factory.mktemp("causal")
-    words = f"{tiny_gpt2} {own} --layers 1 2 {SIZES} --loss_tokens 300 --fit_tokens 1000 --bootstrap 20"
-    main([*words.split(), "--save_dir", str(out), "--run_name", "run"])
-    return out / "run"
-
-
-@pytest.fixture(scope="module")
-def encoder_run(tmp_path_factory: pytest.TempPathFactory, tiny_bert: str, own: str) -> Path:
-    out = tmp_path_factory.mktemp("encoder")
-    words = f"{tiny_bert} {own} --layers 3 {SIZES} --assess false"
-    main([*words.split(), "--save_dir", str(out), "--run_name", "run"])
-    return out / "run"
-
-
-def evaluate(path: Path, out: Path, *words: str) -> dict[str, dict[str, Any]]:
-    """{file stem: contents} of what the command writes."""
-    main(["evaluate", str(path), "--out", str(out), *QUICK.split(), *words])
-    files = [*(out / "evaluation").glob("*.json"), out / "final_assessment.json"]
-    return {file.stem: json.loads(file.read_text()) for file in files}
-
-
-def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    """What the command says as it ends with exit code 2."""
-    with pytest.raises(SystemExit) as caught:
-        main(["evaluate", *words])
-    said = capsys.readouterr().err
-    assert caught.value.code == 2, said
-    assert "Traceback" not in said
-    return said
+ROOT = Path(__file__).parents[3]
 
 
 def test_a_run_ends_with_its_assessment(causal_run: Path) -> None:
@@ -82,8 +29,10 @@ def test_a_run_ends_with_its_assessment(causal_run: Path) -> None:
     last = [json.loads(line) for line in (causal_run / "metrics.jsonl").read_text().splitlines()][-1]
     assert last["kind"] == "assessment"
     for name, sae in found["saes"].items():
-        assert sae["verdict"] == f"{sae['passed']}/4"
-        assert sae["passed"] == sum(metric["status"] != "fail" for metric in sae["metrics"].values())
+        assert sae["verdict"] == f"{sae['passed']}/{sae['of']}"
+        statuses = [metric["status"] for metric in sae["metrics"].values()]
+        assert sae["passed"] == sum(status in ("good", "pass") for status in statuses)
+        assert sae["of"] == 4 - statuses.count("n/a")
         assert last["saes"][name]["health_passed"] == sae["passed"]
         assert last["saes"][name]["ce_recovered_zero"] == sae["figures"]["ce_recovered_zero"]["value"]
     assert (causal_run / found["evaluations"][0]).exists()
@@ -113,7 +62,7 @@ def test_own_and_other_text_in_one_call(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "90")
+    monkeypatch.setenv("COLUMNS", "120")
     found = evaluate(causal_run, tmp_path, "--dataset", other)
     assert (found["own"]["in_sample"], found["other"]["in_sample"]) == (True, False)
     for text in ("own", "other"):
@@ -129,6 +78,8 @@ def test_own_and_other_text_in_one_call(
             assert figures["l0"]["value"] <= 8
             assert figures["explained_variance"]["count"] >= 800
             assert {"kept", "special", "first", "all"} >= set(sae["classes"]) >= {"kept", "all"}
+            assert sum(sae["frequency"]["tokens"]) == figures["fvu"]["count"]
+            assert len(sae["frequency"]["fvu"]) == len(sae["frequency"]["edges_log10"]) - 1
     shown = capsys.readouterr().out
     for text in (
         "own.jsonl",
@@ -141,9 +92,9 @@ def test_own_and_other_text_in_one_call(
     ):
         assert text in shown
     verdicts = [sae["verdict"] for sae in found["final_assessment"]["saes"].values()]
-    judged = re.findall(r"verdict (./4) on own.jsonl \(in-sample\), ./4 on other.jsonl \(out of sample\)", shown)
-    assert judged == verdicts
-    assert 80 < max(len(line) for line in shown.splitlines() if "written" not in line) <= 90
+    pattern = r"h\.\d: (./.) checks pass[^:]*; ./. on other.jsonl \(out of sample\)"
+    assert re.findall(pattern, " ".join(shown.split())) == verdicts
+    assert 80 < max(len(line) for line in shown.splitlines() if "written" not in line) <= 120
 
 
 def test_an_encoder_without_a_head_is_scored_by_its_output(encoder_run: Path, tmp_path: Path) -> None:
@@ -179,39 +130,6 @@ def test_figures_do_not_depend_on_the_batch_size(causal_run: Path, encoder_run: 
         assert one["documents"] == many["documents"]
 
 
-@pytest.fixture(params=["saelens", "sparsify"])
-def foreign(request: pytest.FixtureRequest, causal_run: Path, tmp_path: Path) -> Path:
-    """The same SAE as the other library would have saved it."""
-    source = causal_run / "sae" / "h.2"
-    config = json.loads((source / "cfg.json").read_text())
-    folder = tmp_path / request.param / ("h.2" if request.param == "sparsify" else "sae")
-    folder.mkdir(parents=True)
-    if request.param == "sparsify":
-        kept = {
-            key: config[key] for key in ("activation", "d_in", "num_latents", "k", "normalize_decoder", "transcode")
-        }
-        shutil.copy(source / "sae.safetensors", folder)
-    else:
-        kept = {key: value for key, value in config.items() if key not in ("saetrain", "activation", "num_latents")}
-        shutil.copy(source / "sae_weights.safetensors", folder)
-    (folder / "cfg.json").write_text(json.dumps(kept))
-    return folder
-
-
-def rewrite(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change the SAE's ``cfg.json``."""
-    config = json.loads((folder / "cfg.json").read_text())
-    change(config)
-    (folder / "cfg.json").write_text(json.dumps(config))
-
-
-def forget_text(config: dict[str, Any]) -> None:
-    """What the SAE was trained on, so that all layouts take the same part of another text for the nulls."""
-    for entries, names in (("saetrain", ("dataset", "fingerprint", "norm_limit")), ("metadata", ("dataset_path",))):
-        for name in names:
-            config.get(entries, {}).pop(name, None)
-
-
 def test_other_libraries_saes_give_the_same_figures(
     foreign: Path, causal_run: Path, tiny_gpt2: str, other: str, tmp_path: Path
 ) -> None:
@@ -235,15 +153,24 @@ def test_other_libraries_saes_give_the_same_figures(
     torch.testing.assert_close(them.decode(them.encode(x)), ours.decode(ours.encode(x)))
 
 
-def test_a_single_token_beside_those_of_the_nulls_is_not_scored(
-    encoder_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = Path(shutil.copytree(encoder_run / "sae" / "encoder.layer.3", tmp_path / "sae"))
-    rewrite(folder, forget_text)
-    text = write_texts(tmp_path / "two.jsonl", ["a", "b"])
-    said = refused(capsys, str(folder), "--dataset", text, "--in_sample", "false")
-    assert f"data set {text}: has 1 tokens to score on (split 'train'" in said
-    assert "without those that the baselines are fitted on); at least 2 are needed" in said
+@pytest.mark.parametrize("layout", ["gated", "gemma_scope"])
+def test_saes_whose_l0_is_not_recorded_are_evaluated(layout: str, tiny_gpt2: str, other: str, tmp_path: Path) -> None:
+    """Their baselines have the L0 that is counted."""
+    torch.manual_seed(0)
+    weights = {"W_enc": 0.3 * torch.randn(32, 96), "W_dec": torch.randn(96, 32), "b_dec": torch.zeros(32)}
+    bias, words = torch.zeros(96), ["--model", tiny_gpt2, "--ctx_len", "32", "--in_sample", "false"]
+    if layout == "gated":
+        gate = {"b_gate": bias, "r_mag": bias + 0.2, "b_mag": bias + 0.1}
+        folder = write_saelens(tmp_path / "sae", "gated", {**weights, **gate})
+        words += ["--dataset", other]
+    else:
+        folder = write_gemma_scope(tmp_path / "sae", {**weights, "b_enc": bias, "threshold": bias + 0.01})
+        words += ["--dataset", other, "--hookpoint", "h.1"]
+    (found,) = evaluate(folder, tmp_path / "out", *words)["other"]["saes"].values()
+    assert found["k"] is None
+    assert 1 < found["figures"]["l0"]["value"] < 96
+    assert found["figures"]["fvu"]["nulls"].keys() >= {"random_decoder"}
+    assert found["figures"]["ce_spliced"]["value"] > 0
 
 
 OTHER_TEXT = ["--in_sample", "false", "--loss_tokens", "0"]
@@ -364,7 +291,8 @@ def test_baselines_of_an_sae_that_states_no_l0_use_the_measured_one(
     assert 7.5 < measured["figures"]["l0"]["value"] <= 8, "rounded it is k"
     assert measured["figures"] == stated["figures"]
     verdict = found["final_assessment"]["saes"]["h.2"]["metrics"]
-    assert verdict["l0"]["status"] == "fail"
+    assert verdict["l0"]["status"] == "n/a"
+    assert "steps are too few" in verdict["l0"]["reason"]
     assert not verdict["l0"]["by_construction"]
     monkeypatch.setattr("saetrain.coders.topk.TopK.encode", encode_with_two_latents)
     fewer = evaluate(causal_run, tmp_path / "fewer")["own"]["saes"]["h.2"]["figures"]
@@ -375,29 +303,6 @@ def encode_with_two_latents(coder: TopK, x_ND: torch.Tensor) -> Codes:
     """The two largest pre-activations, whatever their sign."""
     values, indices = torch.addmm(coder.b_enc, x_ND - coder.b_dec, coder.W_enc).topk(2, dim=1)
     return Codes(values.abs(), indices, coder.num_latents)
-
-
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
-def test_out_of_memory_says_what_to_lower(
-    causal_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, error: Exception
-) -> None:
-    def full(*arguments: object) -> None:
-        raise error
-
-    for place in ("loss_recovered.scored_log_probs", "baselines.PCA.__call__", "evaluator.SparsitySums.add"):
-        with monkeypatch.context() as patch:
-            patch.setattr(f"saetrain.evaluation.{place}", full)
-            said = refused(capsys, str(causal_run), *QUICK.split(), "--model_batch_tokens", "512")
-        assert "out of memory while scoring: lower --model_batch_tokens from 512 to 256" in said
-
-
-def test_another_runtime_error_is_not_hidden(causal_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*arguments: object) -> None:
-        raise RuntimeError("something else")
-
-    monkeypatch.setattr("saetrain.evaluation.loss_recovered.scored_log_probs", broken)
-    with pytest.raises(RuntimeError, match="something else"):
-        main(["evaluate", str(causal_run), *QUICK.split()])
 
 
 def test_weights_ranked_by_norm_are_read_as_saelens_means_them(causal_run: Path, tmp_path: Path) -> None:
@@ -440,125 +345,18 @@ def test_a_lone_folder_knows_its_own_text(causal_run: Path, tmp_path: Path) -> N
 
 def test_thresholds_are_settings(causal_run: Path, tmp_path: Path) -> None:
     strict = evaluate(causal_run, tmp_path / "a", "--l0_range", "20", "200")["final_assessment"]["saes"]["h.2"]
-    assert strict["metrics"]["l0"]["status"] == "fail"
+    assert strict["metrics"]["l0"]["status"] == "n/a"
     assert strict["metrics"]["l0"]["by_construction"] is True
-    words = ["--l0_range", "1", "20", "--max_redundancy", "1", "--max_dead", "1", "--min_explained_variance", "0"]
+    words = [
+        "--l0_range",
+        "1",
+        "20",
+        "--max_redundancy_excess",
+        "1",
+        "--max_dead",
+        "1",
+        "--min_explained_variance",
+        "0",
+    ]
     mild = evaluate(causal_run, tmp_path / "b", *words)["final_assessment"]["saes"]["h.2"]
     assert mild["verdict"] == "4/4"
-
-
-Spoil = Callable[[Path], None]
-
-
-def _cut(folder: Path) -> None:
-    path = folder / "sae_weights.safetensors"
-    path.write_bytes(path.read_bytes()[:-1000])
-
-
-def _without(key: str) -> Spoil:
-    def spoil(folder: Path) -> None:
-        config = json.loads((folder / "cfg.json").read_text())
-        del config[key]
-        (folder / "cfg.json").write_text(json.dumps(config))
-
-    return spoil
-
-
-def _without_tensor(folder: Path) -> None:
-    path = folder / "sae_weights.safetensors"
-    weights = load_file(path)
-    del weights["b_enc"]
-    save_file(weights, path)
-
-
-@pytest.mark.parametrize(
-    ("spoil", "said"),
-    [
-        (_cut, "sae_weights.safetensors: is damaged or truncated"),
-        (_without("k"), "cfg.json: has no key 'k'"),
-        (_without_tensor, 'Missing key(s) in state_dict: "b_enc"'),
-        (lambda folder: (folder / "cfg.json").write_text("{"), "cfg.json: is not JSON"),
-        (lambda folder: (folder / "sae_weights.safetensors").unlink(), "sae_weights.safetensors: is missing"),
-        (lambda folder: (folder / "cfg.json").unlink(), "contains no SAE (no cfg.json)"),
-    ],
-)
-def test_a_broken_sae_is_refused(
-    spoil: Spoil, said: str, causal_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    shutil.copytree(causal_run / "sae" / "h.2", tmp_path / "sae")
-    spoil(tmp_path / "sae")
-    assert said in refused(capsys, str(tmp_path / "sae"))
-
-
-def test_what_does_not_fit_is_refused(
-    causal_run: Path, encoder_run: Path, tiny_bert: str, minilm: str, other: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run, sae = str(causal_run), str(causal_run / "sae" / "h.2")
-    for words, said in (
-        ((run + "x",), "there is no such folder"),
-        ((str(causal_run.parent.parent / "nothing"),), "there is no such folder"),
-        ((run, "--model", tiny_bert), "its weights are not those that the SAE"),
-        ((str(encoder_run), "--model", minilm), "its weights are not those that the SAE"),
-        ((sae, "--hookpoint", "h.1"), "--hookpoint h.1: the SAE in"),
-        ((run, "--eval_tokens", "10000000"), "--eval_tokens 10000000: data set"),
-        ((run, "--dataset", other, "--eval_tokens", "10000000", "--in_sample", "false"), "has only"),
-        ((run, "--eval_tokens", "1"), "--eval_tokens 1: must be at least 2"),
-        ((run, "--bootstrap", "1"), "--bootstrap 1: one resampling gives no interval"),
-        ((run, "--loss_tokens", "-1"), "--loss_tokens -1: must be at least 0"),
-        ((run, "--fit_tokens", "1"), "--fit_tokens 1: must be at least 2"),
-        ((run, "--in_sample", "false"), "--in_sample false: no text is left to score on"),
-        ((run, "--ctx_len", "4096"), "--ctx_len 4096"),
-        ((run, "--l0_range", "9", "3"), "--l0_range 9 3: give the smaller number first"),
-        ((run, "--good_dead", "0.9"), "--good_dead 0.9: must not be above --max_dead 0.2"),
-        ((run, "--min_explained_variance", "0.9"), "must not be above --good_explained_variance"),
-        ((run, "--dataset", run + "/nothing.jsonl"), "nothing.jsonl"),
-        ((run, "--eval_token", "3"), "--eval_token: no such flag. Did you mean --eval_tokens"),
-    ):
-        assert said in refused(capsys, *words), words
-
-
-def test_a_folder_without_a_finished_sae_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "contains no SAE (no cfg.json)" in refused(capsys, str(tmp_path))
-    (tmp_path / ".saetrain").touch()
-    assert "its run is not finished" in refused(capsys, str(tmp_path))
-
-
-def test_a_foreign_sae_says_what_it_lacks(
-    foreign: Path, tiny_gpt2: str, other: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    config = json.loads((foreign / "cfg.json").read_text())
-    config.pop("metadata", None)
-    (foreign / "cfg.json").write_text(json.dumps(config))
-    renamed = foreign.rename(foreign.parent / "some")
-    assert "its metadata do not name the model; pass --model" in refused(capsys, str(renamed))
-    with_model = (str(renamed), "--model", tiny_gpt2)
-    assert "; pass --hookpoint" in refused(capsys, *with_model)
-    assert "--hookpoint h.9: not a module of" in refused(capsys, *with_model, "--hookpoint", "h.9")
-    assert "do not name the training text; pass --dataset" in refused(capsys, *with_model, "--hookpoint", "h.2")
-    wider = [*with_model, "--hookpoint", "h.2.mlp.c_fc", "--dataset", other]
-    assert "takes activations of width 32" in refused(capsys, *wider)
-
-
-def test_a_changed_text_is_refused(
-    tiny_gpt2: str, own: str, other: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    text = tmp_path / "text.jsonl"
-    shutil.copy(own, text)
-    words = f"{tiny_gpt2} {text} --layers 1 {SIZES} --assess false"
-    main([*words.split(), "--save_dir", str(tmp_path), "--run_name", "run"])
-    shutil.copy(other, text)
-    run = str(tmp_path / "run")
-    assert "the training text has changed since" in refused(capsys, run)
-    third = write_texts(tmp_path / "third.jsonl", python_topics()[:20])
-    main(["evaluate", run, *QUICK.split(), "--dataset", third, "--in_sample", "false"])
-    assert "without the training text: " in capsys.readouterr().err
-    text.unlink()
-    main(["evaluate", run, *QUICK.split(), "--dataset", third, "--in_sample", "false"])
-
-
-def test_a_folder_that_cannot_be_written_is_refused(
-    causal_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "file").touch()
-    said = refused(capsys, str(causal_run), *QUICK.split(), "--out", str(tmp_path / "file"))
-    assert "choose another folder with --out" in said
