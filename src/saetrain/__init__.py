@@ -17,10 +17,16 @@ _PUBLIC = {
     "SAE": "saetrain.sae",
     "load": "saetrain.sae",
     "train": "saetrain.sae",
+    "splice": "saetrain.splicing",
+    "attribute_latents": "saetrain.splicing",
     "Codes": "saetrain.types",
     "SaetrainError": "saetrain.errors",
 }
-__all__ = ["SAE", "Codes", "SaetrainError", "__version__", "load", "train"]
+__all__ = ["SAE", "Codes", "SaetrainError", "__version__", "attribute_latents", "load", "splice", "train"]
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 def __getattr__(name: str) -> Any:

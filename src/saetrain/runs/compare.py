@@ -5,30 +5,32 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-import json
-import math
 import statistics
+import sys
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
 from rich.text import Text
 
 from saetrain.atomic_io import write_atomic, write_json
-from saetrain.config import CompareConfig, read_yaml
-from saetrain.errors import SaetrainError
+from saetrain.coders import CODERS
+from saetrain.config import CompareConfig
+from saetrain.errors import SaetrainError, did_you_mean
 from saetrain.evaluation.bootstrap import Estimate
 from saetrain.evaluation.evaluator import EvalSettings, ScoreSettings
 from saetrain.evaluation.health import HealthSettings
 from saetrain.interop.metadata import SaeMetadata
 from saetrain.interop.schema import SAE_CONFIG_FILE, read_sae_config
-from saetrain.logs.console import log_rank0
+from saetrain.logs.console import log_rank0, print_rank0
 from saetrain.logs.jsonl import METRICS_FILE as METRICS
-from saetrain.runs.evaluate.report import ASSESSMENT_FILE, open_console
+from saetrain.logs.jsonl import read_records
+from saetrain.runs.evaluate.report import ASSESSMENT_FILE
 from saetrain.runs.evaluate.report import FORMAT_VERSION as ASSESSMENT_FORMAT
 from saetrain.runs.run_dir import CONFIG_FILE, SAES_DIR, is_run_dir
+from saetrain.runs.sae_table import build_sae_table, open_console
+from saetrain.small_files import read_json_object, read_settings
 
 FORMAT_VERSION = 1
 IGNORED_SETTINGS = {"run_name", "save_dir"}.union(
@@ -45,20 +47,26 @@ DERIVED_FROM = {
 """{setting: settings that it is derived from by default}; if one of these differs, only --out contains the setting."""
 PATH_SETTINGS = ("model", "dataset", "finetune")
 """Settings that may be paths."""
-HEADLINE_SETTINGS = ("model", "dataset", "k", "num_latents", "auxk_alpha", "lr", "loss_fn", "max_tokens")
+CODER_SETTINGS = dict.fromkeys(field.name for coder in CODERS.values() for field in dataclasses.fields(coder.Settings))
+# The settings of a run contain the number of latents, whether or not the factor determines it.
+del CODER_SETTINGS["expansion_factor"]
+HEADLINE_SETTINGS = ("model", "dataset", *CODER_SETTINGS, "lr", "loss_fn", "max_tokens")
 """Settings that are printed below the table if all runs share them."""
-METRIC_TITLES = {
-    "explained_variance": "explained variance",
-    "ce_recovered_zero": "CE recovered (zero)",
-    "delta_ce": "CE increase",
-    "kl": "KL",
-    "pooled_cosine": "pooled cosine",
-    "l0": "L0",
-    "dead_below_threshold": "dead by rate",
-    "decoder_redundancy_top100": "redundancy",
-}
-VERDICT_METRICS = {"decoder_redundancy_top100": "redundancy"}
-"""Metrics that an assessment has only in its verdict, and their names there."""
+COMPARED_METRICS = (
+    "explained_variance",
+    "fvu",
+    "ce_recovered_zero",
+    "delta_ce",
+    "kl",
+    "pooled_cosine",
+    "l0",
+    "dead_below_threshold",
+    "decoder_redundancy_top100",
+    "decoder_near_duplicates",
+)
+HIGHER_IS_BETTER = ("explained_variance", "ce_recovered_zero", "pooled_cosine")
+MIN_LABEL_COLUMNS = 12
+"""Smallest width of the names of runs and SAEs in the table, in characters."""
 TOKENS_SCORED = "the numbers of tokens scored"
 LOSS_TOKENS_SCORED = "the numbers of tokens on which the model's loss was scored"
 
@@ -102,7 +110,7 @@ class Comparison:
 
     def metric_names(self) -> list[str]:
         """Return the names of the metrics that at least one SAE has."""
-        return [name for name in METRIC_TITLES if any(name in row.metrics for row in self.rows)]
+        return [name for name in COMPARED_METRICS if any(name in row.metrics for row in self.rows)]
 
     def shared_settings(self) -> dict[str, Any]:
         """Return {setting: value} of the headline settings that all runs share."""
@@ -175,10 +183,11 @@ def compare_runs(config: CompareConfig) -> Comparison:
     names = [Path(run).resolve().name for run in runs]
     shown = names if len(set(names)) == len(names) else runs
     rows = [row for run, name in zip(runs, shown, strict=True) for row in read_run(Path(run), name)]
-    comparison = Comparison.from_rows(rows)
-    print_tables(comparison)
-    if config.out is not None:
-        write_comparison(comparison, Path(config.out))
+    comparison = Comparison.from_rows(sort_rows(rows, config.sort) if config.sort else rows)
+    print_table(comparison)
+    for flag, target in (("--out", config.out), ("--csv", config.csv)):
+        if target is not None:
+            write_comparison(comparison, flag, Path(target))
     return comparison
 
 
@@ -192,12 +201,12 @@ def read_run(folder: Path, name: str) -> list[SaeRow]:
         if is_run_dir(folder) and not (folder / SAES_DIR).is_dir():
             advice = "its run is not finished: continue it with --resume"
         raise SaetrainError(f"{folder}: contains no {ASSESSMENT_FILE}; {advice}")
-    content = _read_json(path)
+    content = read_json_object(path, f"; run `saetrain evaluate {folder}` to create it again")
     found = content.get("format")
     if found != ASSESSMENT_FORMAT:
         raise _invalid_file(path, f"has format {found}, but this version reads {ASSESSMENT_FORMAT}")
     config = folder / CONFIG_FILE
-    settings = read_yaml(str(config), flag="") if config.exists() else {}
+    settings = read_settings(str(config), flag="") if config.exists() else {}
     # The batch size in the settings is per process.
     trained = next((folder / SAES_DIR).rglob(SAE_CONFIG_FILE), None)
     if settings and trained is not None:
@@ -213,25 +222,13 @@ def read_run(folder: Path, name: str) -> list[SaeRow]:
     return rows
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SaetrainError(f"{path}: can't be read: {error.strerror}") from error
-    except ValueError as error:
-        raise _invalid_file(path, f"is not valid JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise _invalid_file(path, "should contain a JSON object")
-    return content
-
-
 def _invalid_file(path: Path, problem: str) -> SaetrainError:
     return SaetrainError(f"{path}: {problem}; run `saetrain evaluate {path.parent}` to create it again")
 
 
 def _build_row(run: str, sae: str, content: dict[str, Any], settings: dict[str, Any], speed: float | None) -> SaeRow:
     entry = content["saes"][sae]
-    found = {**entry["figures"], **{name: entry["metrics"][judged] for name, judged in VERDICT_METRICS.items()}}
+    found = entry["figures"]
     # The pooled cosine counts sequences, so the tokens are taken from the error of the final hidden states.
     losses = (entry["figures"].get(name) for name in ("delta_ce", "final_hidden_error"))
     judged_on = {
@@ -242,7 +239,7 @@ def _build_row(run: str, sae: str, content: dict[str, Any], settings: dict[str, 
     }
     metrics = {
         name: _parse_estimate(found[name])
-        for name in METRIC_TITLES
+        for name in COMPARED_METRICS
         if name in found and found[name]["value"] is not None
     }
     return SaeRow(run, sae, entry["verdict"], settings, judged_on, metrics, speed)
@@ -258,97 +255,52 @@ def mean_tokens_per_second(path: Path) -> float | None:
 
     The lines cover about equal numbers of tokens, so their mean is the harmonic mean.
     """
-    if not path.exists():
-        return None
-    rates = []
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
-        try:
-            record = json.loads(line)
-            if record["kind"] == "train" and record["tokens_per_second"]:
-                rates.append(float(record["tokens_per_second"]))
-        except (ValueError, KeyError, TypeError) as error:
-            raise SaetrainError(f"{path}: line {number} is invalid; remove that line") from error
+    rates = [record.tokens_per_second or 0.0 for record in read_records(path) if record.kind == "train"]
+    rates = [rate for rate in rates if rate > 0]
     return statistics.harmonic_mean(rates) if rates else None
 
 
-def print_tables(comparison: Comparison) -> None:
-    """Print the tables, and below them the shared settings and the remarks on comparability."""
-    console = open_console()
-    for grid in build_tables(comparison, console.width):
-        console.print(grid)
+def sort_rows(rows: list[SaeRow], metric: str) -> list[SaeRow]:
+    """Return the rows from the best to the worst value of ``metric``; rows without it come last."""
+    if metric not in COMPARED_METRICS:
+        raise SaetrainError(
+            f"--sort {metric}: no such metric.{did_you_mean(metric, COMPARED_METRICS)} Allowed: "
+            f"{', '.join(COMPARED_METRICS)}"
+        )
+    sign = -1 if metric in HIGHER_IS_BETTER else 1
+    known = [row for row in rows if metric in row.metrics]
+    known.sort(key=lambda row: sign * row.metrics[metric].value)
+    return known + [row for row in rows if metric not in row.metrics]
+
+
+def print_table(comparison: Comparison) -> None:
+    """Print one row per SAE, and below the shared settings and the remarks on comparability."""
+    console, rows = open_console(), comparison.rows
     shared = [f"{name} {_format_setting(name, [value])[0]}" for name, value in comparison.shared_settings().items()]
-    if shared:
-        console.print(Text(f"all SAEs: {', '.join(shared)}"))
-    hidden = [name for name in comparison.differing_settings if name not in comparison.shown_settings()]
-    if hidden:
-        console.print(Text(f"also different as a result (see --out): {', '.join(hidden)}"))
-    for remark in comparison.comparability_remarks():
-        console.print(Text(remark, style="yellow"))
-
-
-def build_tables(comparison: Comparison, width: int) -> list[Table]:
-    """Return tables with one column per SAE; SAEs that do not fit into ``width`` go into further tables."""
-    rows = comparison.rows
-    settings, metrics = _settings_cells(comparison), _metrics_cells(comparison)
-    label = max(map(len, (*settings, *metrics)))
-    least = max(_max_line_length(cells) for cells in metrics.values())
-    widest = max(least, *map(_max_line_length, settings.values()), *(len(row.run) for row in rows))
-    room = width - label - 4  # without the borders and padding of the label; those of a column are 3
-    count = math.ceil(len(rows) / max(1, room // (least + 3)))
-    each = math.ceil(len(rows) / count)
-    column = min(widest, max(least, room // each - 3))
-    out = []
-    for first in range(0, len(rows), each):
-        grid = Table()
-        grid.add_column("run", min_width=label, overflow="fold")
-        for row in rows[first : first + each]:
-            grid.add_column(Text(row.run), width=column, overflow="fold")
-        for part in (settings, metrics):
-            for name, cells in part.items():
-                grid.add_row(Text(name), *cells[first : first + each])
-            grid.add_section()
-        out.append(grid)
-    return out
-
-
-def _settings_cells(comparison: Comparison) -> dict[str, list[Text]]:
-    """Return {row title: one cell per SAE} of the SAEs' names and settings."""
-    rows = comparison.rows
-    shown = {
+    labels = {"run": [row.run for row in rows], "SAE": [row.sae for row in rows]}
+    settings = {
         name: _format_setting(name, [row.settings.get(name) for row in rows]) for name in comparison.shown_settings()
     }
-    return {"SAE": [Text(row.sae) for row in rows], **{name: list(map(Text, cells)) for name, cells in shown.items()}}
-
-
-def _metrics_cells(comparison: Comparison) -> dict[str, list[Text]]:
-    """Return {row title: one cell per SAE} of verdicts and metrics, without rows that no SAE has."""
-    rows = comparison.rows
-    found = {
-        METRIC_TITLES[name]: [_format_estimate(row.metrics.get(name)) for row in rows]
-        for name in comparison.metric_names()
-    }
-    numbers = {
-        "tokens scored": [row.judged_on[TOKENS_SCORED] for row in rows],
-        "tokens for the loss": [row.judged_on[LOSS_TOKENS_SCORED] for row in rows],
-        "tokens/s": [row.tokens_per_second for row in rows],
-    }
-    counts = {
-        name: [Text("" if value is None else f"{value:,.0f}") for value in values]
-        for name, values in numbers.items()
-        if any(value is not None for value in values)
-    }
-    return {"verdict": [Text(row.verdict) for row in rows], **found, **counts}
-
-
-def _format_estimate(estimate: Estimate | None) -> Text:
-    if estimate is None:
-        return Text()
-    value, low, high = (f"{number:.4g}" for number in (estimate.value, estimate.low, estimate.high))
-    return Text(value) if low == high else Text.assemble(value, (f"\n[{low}, {high}]", "dim"))
-
-
-def _max_line_length(cells: list[Text]) -> int:
-    return max(len(line) for cell in cells for line in cell.plain.split("\n"))
+    if len({row.sae for row in rows}) == 1 < len(rows):
+        shared.insert(0, f"SAE {labels.pop('SAE')[0]}")
+    metrics = [{name: estimate.value for name, estimate in row.metrics.items()} for row in rows]
+    verdicts = [row.verdict for row in rows]
+    shown = dict(labels)
+    for name, cells in settings.items():
+        wider = build_sae_table({**shown, name: cells}, metrics, verdicts)
+        # Names of runs and SAEs may wrap, but not to less than MIN_LABEL_COLUMNS.
+        excess = sum(max(0, max(map(len, cells)) - MIN_LABEL_COLUMNS) for cells in labels.values())
+        unlimited = console.options.update(max_width=sys.maxsize)
+        if console.measure(wider, options=unlimited).maximum - excess <= console.width:
+            shown[name] = cells
+    console.print(build_sae_table(shown, metrics, verdicts))
+    if shared:
+        console.print(Text(f"all SAEs: {', '.join(shared)}"))
+    hidden = [name for name in comparison.differing_settings if name not in shown]
+    if hidden:
+        console.print(Text(f"also different (see --csv): {', '.join(hidden)}"))
+    for remark in comparison.comparability_remarks():
+        console.print(Text(remark, style="yellow"))
 
 
 def _format_setting(name: str, values: list[Any]) -> list[str]:
@@ -380,14 +332,14 @@ def format_value(value: Any) -> str:
     return " ".join(map(format_value, value)) if isinstance(value, list) else str(value)
 
 
-def write_comparison(comparison: Comparison, path: Path) -> None:
-    """Write the file of ``--out``, as CSV or JSON by its extension."""
+def write_comparison(comparison: Comparison, flag: str, path: Path) -> None:
+    """Write the file of ``--out`` or ``--csv``, as CSV for ``--csv`` and names that end in `.csv`, else as JSON."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".csv":
+        if flag == "--csv" or path.suffix == ".csv":
             write_atomic(path, comparison.as_csv())
         else:
             write_json(path, comparison.as_json())
     except OSError as error:
-        raise SaetrainError(f"--out {path}: can't be written: {error.strerror}") from error
-    print(f"written: {path}")
+        raise SaetrainError(f"{flag} {path}: can't be written: {error.strerror}") from error
+    print_rank0(f"written: {path}")

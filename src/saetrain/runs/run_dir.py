@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,17 +16,22 @@ from saetrain import distributed
 from saetrain.atomic_io import temporary_path, write_atomic
 from saetrain.config import RunConfig
 from saetrain.errors import SaetrainError
+from saetrain.interop.formats import SAES_DIR
 from saetrain.logs.console import log_rank0
 from saetrain.logs.jsonl import METRICS_FILE as METRICS
 from saetrain.logs.jsonl import list_earlier_metrics
+from saetrain.runs.train.checkpoint_state import CheckpointState
 from saetrain.training.checkpoint import Checkpoint, find_newest_valid, load_checkpoint
+from saetrain.untrusted import MAX_NAME_BYTES
 
 CHECKPOINTS_DIR = "checkpoints"
 CONFIG_FILE = "config.yaml"
-SAES_DIR = "sae"
 SPIKE_FILE = "spike.json"
 EVALUATION_DIR = "evaluation"
 ASSESSMENT_FILE = "final_assessment.json"
+FEATURES_DIR = "features"
+REPORT_FILE = "report.html"
+REPORT_DIR = "report"
 RUN_FILES = (
     CHECKPOINTS_DIR,
     CONFIG_FILE,
@@ -35,6 +40,9 @@ RUN_FILES = (
     METRICS,
     EVALUATION_DIR,
     ASSESSMENT_FILE,
+    FEATURES_DIR,
+    REPORT_FILE,
+    REPORT_DIR,
     "wandb",
     "tensorboard",
 )
@@ -42,6 +50,7 @@ RUN_FILES = (
 DELETING_DIR = ".deleting"
 OVERWRITING_MARKER = ".overwriting"
 """Marks a run directory whose earlier run is being deleted."""
+LOCK_FILE = ".lock"
 RUN_MARKER = ".saetrain"
 RUN_MARKER_TEXT = "A run of saetrain, format 1. --overwrite deletes runs in folders that hold this file."
 
@@ -58,10 +67,24 @@ def resolve_run_dir(config: RunConfig) -> Path:
         elif where.layer_stride is not None:
             site = f"every{where.layer_stride}"
         else:
-            site = "layer" + "-".join(map(str, where.layers or (0,)))
+            site = "layer" + "-".join(str(layer).replace("-", "to") for layer in where.layers or (0,))
         width = f"f{config.sae.num_latents}" if config.sae.num_latents else f"x{config.sae.expansion_factor}"
-        name = f"{Path(config.model).name}_{site}_k{config.sae.k}_{width}"
+        name = _shorten_name(f"{Path(config.model).name}_{site}_k{config.sae.k}_{width}")
     return Path(config.output.save_dir) / name
+
+
+def _shorten_name(name: str) -> str:
+    """Return ``name``; if it is too long for a file system, its beginning and a hash of the whole name."""
+    whole = name.encode()
+    if len(whole) <= MAX_NAME_BYTES:
+        return name
+    digest = hashlib.sha256(whole).hexdigest()[:16]
+    return f"{whole[: MAX_NAME_BYTES - len(digest) - 1].decode(errors='ignore')}_{digest}"
+
+
+def shorten_path(path: Path) -> str:
+    """Return ``path`` relative to the working directory if it is inside it, else unchanged."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def resume_if_restarted(config: RunConfig) -> RunConfig:
@@ -74,21 +97,16 @@ def resume_if_restarted(config: RunConfig) -> RunConfig:
 def open_run_dir(config: RunConfig, directory: Path) -> Checkpoint | None:
     """Return the checkpoint to resume from, or None to start from the beginning.
 
-    Raises SaetrainError if the directory contains a run that the flags do not mention, or is not writable.
+    Raises SaetrainError if the directory contains a run that the flags do not mention.
     """
-    try:
-        # A process that was killed while it created the directory leaves only the temporary file of the marker.
-        if directory.exists() and set(directory.iterdir()) - {temporary_path(directory / RUN_MARKER)}:
-            _require_resume_or_overwrite(config, directory)
-        # The directory is not created before the run can start, so its nearest existing parent is checked.
-        existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as error:
-        raise SaetrainError(
-            f"--save_dir {config.output.save_dir}: can't write to {directory}: {error.strerror}"
-        ) from error
+    if not is_unused(directory):
+        _require_resume_or_overwrite(config, directory)
     return _load_newest_checkpoint(directory) if config.output.resume else None
+
+
+def is_unused(directory: Path) -> bool:
+    """Return whether the directory is empty but for what a process left that was killed before it wrote the marker."""
+    return set(directory.iterdir()) <= {temporary_path(directory / RUN_MARKER), directory / LOCK_FILE}
 
 
 def _require_resume_or_overwrite(config: RunConfig, directory: Path) -> None:
@@ -104,6 +122,15 @@ def _require_resume_or_overwrite(config: RunConfig, directory: Path) -> None:
             f"{directory} already exists and is not empty: pass --resume to continue its run, --overwrite to delete "
             "its run, or another --run_name"
         )
+
+
+def find_features_folder(sae_folder: Path) -> Path:
+    """Return where the features of the SAE in a folder are: in its run, `features/<name>`, or else in the folder."""
+    folder = sae_folder.absolute()
+    for parent in folder.parents:
+        if parent.name == SAES_DIR:
+            return parent.parent / FEATURES_DIR / folder.relative_to(parent)
+    return folder / FEATURES_DIR
 
 
 def is_run_dir(directory: Path) -> bool:
@@ -154,7 +181,7 @@ def _load_newest_checkpoint(directory: Path) -> Checkpoint | None:
         return None
     # A damaged checkpoint is renamed only if an earlier one is intact.
     with report_write_errors(directory, "at the start", has_checkpoint=True):
-        path, remarks = find_newest_valid(directory / CHECKPOINTS_DIR)
+        path, remarks = find_newest_valid(directory / CHECKPOINTS_DIR, CheckpointState)
     for remark in remarks:
         log_rank0(remark)
     if path is None and remarks:

@@ -5,7 +5,9 @@ A data set is loaded, streamed, or read from a token folder; several data sets a
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
@@ -34,8 +36,11 @@ from saetrain.data.token_store import is_token_folder, open_raw_ids, open_tokens
 from saetrain.data.tokenize import Framing, TokenSettings, build_row_encoder, hash_json, tokenize_rows
 from saetrain.errors import SaetrainError
 from saetrain.logs.console import log_rank0
+from saetrain.untrusted import require_plain_text
 
 MAX_HELD_OUT_ROWS = 20_000
+DRY_RUN_BYTES, MIN_DRY_RUN_ROWS = 2_000_000, 64
+"""Size of the sample that --dry_run tokenizes, and its smallest number of rows."""
 FINGERPRINT_BLOCKS = 8
 """Blocks at the beginning of a stream whose hash shows a resumed run whether the stream has changed."""
 
@@ -46,7 +51,8 @@ class TrainingText:
 
     ``train_tokens``: training tokens per data set that the token policy keeps, or None for a stream; ``metadata``:
     entries about the text in the SAE's metadata; ``collect_training_texts`` returns the texts that are trained on,
-    except those of streams.
+    except those of streams. ``read_s``: seconds that reading and tokenizing take; with --dry_run, this and
+    ``train_tokens`` are estimates from a sample.
     """
 
     train_source: ShardedSource
@@ -54,15 +60,16 @@ class TrainingText:
     train_tokens: tuple[int | None, ...]
     metadata: dict[str, Any]
     collect_training_texts: Callable[[], HeldOutTexts]
+    read_s: float = 0.0
 
 
-def load_text(config: RunConfig, tokenizer: Any, framing: Framing) -> TrainingText:
-    """Open all data sets and log what was chosen.
+def load_text(config: RunConfig, tokenizer: Any, framing: Framing, batch_tokens: int) -> TrainingText:
+    """Open all data sets and log what was chosen; ``batch_tokens``: padded tokens per model batch.
 
     Raises SaetrainError if a data set cannot be read or is too small.
     """
     log_rank0(f"tokens: {framing.describe_packing(tokenizer)}")
-    splits = [_split_dataset(name, config, tokenizer, framing) for name in config.dataset]
+    splits = [_split_dataset(name, config, tokenizer, framing, batch_tokens) for name in config.dataset]
     parts = []
     for number, part in enumerate(splits):
         others = [other.held_out_texts for other_number, other in enumerate(splits) if other_number != number]
@@ -78,6 +85,7 @@ def load_text(config: RunConfig, tokenizer: Any, framing: Framing) -> TrainingTe
         tuple(tokens for part in parts for tokens in part.train_tokens),
         {name: [part.metadata[name] for part in parts] for name in parts[0].metadata},
         lambda: HeldOutTexts.union([part.collect_training_texts() for part in parts]),
+        sum(part.read_s for part in parts),
     )
 
 
@@ -108,16 +116,43 @@ class _SplitDataset:
     build_text: Callable[[HeldOutTexts], TrainingText]
 
 
-def _split_dataset(name: str, config: RunConfig, tokenizer: Any, framing: Framing) -> _SplitDataset:
+def _split_dataset(name: str, config: RunConfig, tokenizer: Any, framing: Framing, batch_tokens: int) -> _SplitDataset:
     if is_token_folder(name):
-        return _split_token_folder(name, config, tokenizer, framing)
+        return _split_token_folder(name, config, tokenizer, framing, batch_tokens)
+    start_s = time.monotonic()
     source = open_text(name, config.source, tokenizer)
     if config.source.streaming:
         column = source.column or _find_streamed_column(name, source)
         log_rank0(f"{source.description}: {column.describe_choice()}")
-        return _split_stream(name, source, column, config, tokenizer, framing)
+        return _split_stream(name, source, column, config, tokenizer, framing, batch_tokens)
+    share, opened_s = 1.0, time.monotonic()
+    if config.dry_run:
+        source, share = _sample_source(name, source)
     column, rows = tokenize_source(name, source, tokenizer, framing, config.tokens)
-    return _split_tokenized(name, rows, column.columns, source.held_out_split, source.deduplicate, config, framing)
+    split = _split_tokenized(
+        name, rows, column.columns, source.held_out_split, source.deduplicate, config, framing, batch_tokens
+    )
+    read_s = opened_s - start_s + (time.monotonic() - opened_s) / share
+
+    def build_text(others: HeldOutTexts) -> TrainingText:
+        text = split.build_text(others)
+        tokens = tuple(None if count is None else round(count / share) for count in text.train_tokens)
+        return dataclasses.replace(text, train_tokens=tokens, read_s=read_s)
+
+    return dataclasses.replace(split, build_text=build_text)
+
+
+def _sample_source(name: str, source: TextSource) -> tuple[TextSource, float]:
+    """Return (the source with a fixed random sample of its rows, share of the training rows in it)."""
+    rows = source.train
+    count = max(MIN_DRY_RUN_ROWS, int(DRY_RUN_BYTES / max(1.0, rows.data.nbytes / len(rows))))
+    if count >= len(rows):
+        return source, 1.0
+    log_rank0(
+        f"data set {name}: --dry_run tokenizes a sample of {count:,} of {len(rows):,} rows; its times are estimates"
+    )
+    held_out = None if source.held_out is None else sample_rows(source.held_out, count)
+    return dataclasses.replace(source, train=sample_rows(rows, count), held_out=held_out), count / len(rows)
 
 
 def open_token_table(
@@ -129,7 +164,7 @@ def open_token_table(
     """
     if is_token_folder(name):
         rows, metadata = open_tokens(Path(name), tokenizer, framing)
-        names = {"train": metadata["split"], "held_out": metadata["held_out_split"]}
+        names = {"train": metadata.split, "held_out": metadata.held_out_split}
     else:
         source = open_text(name, settings, tokenizer)
         _, rows = tokenize_source(name, source, tokenizer, framing, tokens)
@@ -159,7 +194,9 @@ def without_training_text(
 
 def open_text(name: str, settings: SourceSettings, tokenizer: Any) -> TextSource:
     """Open a data set from the hub or a local path; SaetrainError if it has no rows or the cache is not writable."""
+    require_plain_text(name, "data set")
     _require_writable_cache()
+    log_rank0(f"reading data set {name}")
     if name.endswith(".bin") and Path(name).is_file():
         source = open_raw_ids(Path(name), tokenizer, settings.streaming)
     else:
@@ -188,7 +225,7 @@ def tokenize_source(
         log_rank0(f"{source.description}: {column.describe_choice()}")
         processes = settings.data_preprocessing_num_proc
         return column, {
-            split: tokenize_rows(_remove_bad_rows(name, rows), column, tokenizer, framing, processes)
+            split: tokenize_rows(_remove_bad_rows(name, rows), column, tokenizer, framing, processes, log_rank0)
             for split, rows in splits.items()
         }
     except UnicodeDecodeError as error:  # `datasets` stores any bytes as strings and fails when they are read
@@ -207,20 +244,22 @@ def _remove_bad_rows(name: str, rows: Any) -> Any:
     return rows.remove_columns(BAD_ROW_COLUMN)
 
 
-def sample_rows(rows: Any) -> Any:
-    """Return a fixed random sample of at most MAX_HELD_OUT_ROWS rows."""
-    if len(rows) <= MAX_HELD_OUT_ROWS:
+def sample_rows(rows: Any, count: int = MAX_HELD_OUT_ROWS) -> Any:
+    """Return a fixed random sample of at most ``count`` rows."""
+    if len(rows) <= count:
         return rows
-    chosen = np.random.default_rng(0).choice(len(rows), MAX_HELD_OUT_ROWS, replace=False)
+    chosen = np.random.default_rng(0).choice(len(rows), count, replace=False)
     return rows.select(np.sort(chosen))
 
 
-def _split_token_folder(name: str, config: RunConfig, tokenizer: Any, framing: Framing) -> _SplitDataset:
+def _split_token_folder(
+    name: str, config: RunConfig, tokenizer: Any, framing: Framing, batch_tokens: int
+) -> _SplitDataset:
     """Split a token folder, which is memory-mapped even with --streaming."""
     rows, metadata = open_tokens(Path(name), tokenizer, framing)
-    log_rank0(f"token folder {name}: already tokenized from {metadata['dataset']}, split {metadata['split']}")
-    columns = tuple(metadata["text_columns"])
-    return _split_tokenized(name, rows, columns, metadata["held_out_split"], metadata["distinct"], config, framing)
+    log_rank0(f"token folder {name}: already tokenized from {metadata.dataset}, split {metadata.split}")
+    columns, held_out_split, distinct = tuple(metadata.text_columns), metadata.held_out_split, metadata.distinct
+    return _split_tokenized(name, rows, columns, held_out_split, distinct, config, framing, batch_tokens)
 
 
 def _split_tokenized(
@@ -231,6 +270,7 @@ def _split_tokenized(
     distinct: bool,
     config: RunConfig,
     framing: Framing,
+    batch_tokens: int,
 ) -> _SplitDataset:
     """Split tokenized rows ({`train`, perhaps `held_out`: rows}) into training and held-out sequences."""
     special = config.tokens.exclude_special_tokens
@@ -269,7 +309,7 @@ def _split_tokenized(
             "train_tokens_available": train.text_tokens,
             "fingerprint": table.digest(kept),
         }
-        source = ShardedSequences(train, config.loader, special, config.buffer.exclude_sinks)
+        source = ShardedSequences(train, config.loader, special, config.buffer.exclude_sinks, batch_tokens)
         return TrainingText(
             source,
             held_out,
@@ -293,7 +333,13 @@ def _exclude_texts(table: TokenTable, rows: np.ndarray, others: HeldOutTexts, wh
 
 
 def _split_stream(
-    name: str, source: TextSource, column: TextColumn, config: RunConfig, tokenizer: Any, framing: Framing
+    name: str,
+    source: TextSource,
+    column: TextColumn,
+    config: RunConfig,
+    tokenizer: Any,
+    framing: Framing,
+    batch_tokens: int,
 ) -> _SplitDataset:
     """Split a stream into training sequences and held-out sequences, which are read from its beginning."""
     if source.deduplicate:
@@ -334,6 +380,7 @@ def _split_stream(
             loader=config.loader,
             exclude_special=special,
             exclude_first=config.buffer.exclude_sinks,
+            batch_tokens=batch_tokens,
         )
         return TrainingText(sequences, held_out, (None,), metadata, HeldOutTexts)
 

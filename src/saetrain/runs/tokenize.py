@@ -7,7 +7,7 @@ from pathlib import Path
 from saetrain.activations.model import ModelSettings, detect_causal, load_config
 from saetrain.config import TokenizeConfig
 from saetrain.data.sources import SourceSettings
-from saetrain.data.token_store import check_output_folder, is_token_folder, save_tokens
+from saetrain.data.token_store import TokenMetadata, check_output_folder, is_token_folder, save_tokens
 from saetrain.data.tokenize import DEFAULT_CTX_LEN, Framing, TokenSettings, load_tokenizer
 from saetrain.errors import SaetrainError
 from saetrain.logs.console import log_rank0
@@ -36,17 +36,16 @@ def tokenize_dataset(config: TokenizeConfig) -> None:
     framing = _resolve_framing(config, tokenizer)
     source = open_text(config.dataset, source_settings, tokenizer)
     column, splits = tokenize_source(config.dataset, source, tokenizer, framing, settings)
-    metadata = {
-        "model": config.model,
-        "dataset": absolute_location(config.dataset),
-        "split": config.split,
-        "dataset_config": config.dataset_config,
-        "text_columns": list(column.columns),
-        "distinct": source.deduplicate,
-        "held_out_split": source.held_out_split,
-        "splits": list(splits),
-    }
-    save_tokens(out, splits, metadata, tokenizer, framing)
+    metadata = TokenMetadata(
+        model=config.model,
+        dataset=absolute_location(config.dataset),
+        split=config.split,
+        dataset_config=config.dataset_config,
+        text_columns=list(column.columns),
+        distinct=source.deduplicate,
+        held_out_split=source.held_out_split,
+    )
+    save_tokens(out, splits, metadata.with_framing(tokenizer, framing))
     log_rank0(f"wrote {sum(len(rows) for rows in splits.values()):,} rows of tokens to {out}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import re
 from pathlib import Path
@@ -15,6 +16,7 @@ from saetrain.cli import main
 from saetrain.config import CompareConfig
 from saetrain.runs.compare import Comparison, compare_runs, mean_tokens_per_second, read_run
 from saetrain.runs.evaluate.report import FORMAT_VERSION
+from saetrain.runs.sae_table import open_console
 
 LAYER = "encoder.layer.0"
 
@@ -28,11 +30,11 @@ def figure(
 def assessment(explained: float = 0.75, **figures: dict[str, Any]) -> dict[str, Any]:
     entry = {
         "verdict": "3/4",
-        "metrics": {"redundancy": figure(0.36)},
         "figures": {
             "explained_variance": figure(explained, explained - 0.1, explained + 0.1),
             "l0": figure(4.0, 4.0, 4.0),
             "dead_below_threshold": figure(0.25),
+            "decoder_redundancy_top100": figure(0.36),
             **figures,
         },
     }
@@ -45,15 +47,20 @@ def make_run(folder: Path, content: dict[str, Any] | None = None, **settings: An
     (folder / "final_assessment.json").write_text(json.dumps(content or assessment()))
     shared = {"model": "m", "k": 4, "lr": 0.001, "auxk_alpha": 0.0, "run_name": folder.name, "save_dir": "out"}
     (folder / "config.yaml").write_text(yaml.safe_dump({**shared, **settings}))
-    lines = [{"kind": "train", "tokens_per_second": rate} for rate in (100.0, 300.0)] + [{"kind": "final"}]
+    about = {"step": 1, "tokens": 64, "saes": {}}
+    lines = [{"kind": "train", **about, "tokens_per_second": rate} for rate in (100.0, 300.0)]
+    lines.append({"kind": "final", **about})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return str(folder)
 
 
 def shown(printed: str) -> dict[str, list[str]]:
-    """{first cell: the others of its line} of a printed table."""
-    lines = [re.split("[│┃]", line)[1:-1] for line in printed.splitlines() if line[:1] in ("│", "┃")]
-    return {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in lines}
+    """{title of a column: its cells} of the first table that is printed."""
+    head, *lines = printed.splitlines()
+    titles = re.split(r" {2,}", head.strip())
+    rows = list(itertools.takewhile(lambda line: re.search(r"\d/\d *$", line), lines))
+    cells = [re.split(r" {2,}", row.strip()) for row in rows]
+    return {title: [row[number] for row in cells] for number, title in enumerate(titles)}
 
 
 def compared(*runs: str) -> Comparison:
@@ -68,50 +75,74 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 
 
 def test_only_settings_that_differ_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    comparison = compared(make_run(tmp_path / "a"), make_run(tmp_path / "b", auxk_alpha=0.03125, layers=[0, 1]))
+    comparison = compared(
+        make_run(tmp_path / "a", layers=[0]), make_run(tmp_path / "b", auxk_alpha=0.03125, layers=[0, 1])
+    )
     assert comparison.differing_settings == ["auxk_alpha", "layers"]
     printed = capsys.readouterr().out
     table = shown(printed)
-    assert table.pop("") == ["[0.65, 0.85]"] * 2
     assert table == {
-        "run": ["a", "b"], "SAE": [LAYER] * 2, "auxk_alpha": ["0.0", "0.03125"], "layers": ["", "0 1"],
-        "verdict": ["3/4"] * 2, "explained variance": ["0.75"] * 2, "L0": ["4"] * 2, "dead by rate": ["0.25"] * 2,
-        "redundancy": ["0.36"] * 2, "tokens scored": ["500"] * 2, "tokens/s": ["150"] * 2,
+        "run": ["a", "b"], "auxk_alpha": ["0.0", "0.03125"], "layers": ["0", "0 1"], "L0": ["4.0"] * 2,
+        "dead": ["25.0%"] * 2, "redund.": ["0.360"] * 2, "verdict": ["3/4"] * 2,
     }  # fmt: skip
-    assert "all SAEs: model m, k 4, lr 0.001" in printed
+    assert "all SAEs: SAE encoder.layer.0, model m, k 4, lr 0.001" in printed
 
 
 @pytest.mark.parametrize("width", [80, 120])
-@pytest.mark.parametrize("count", [1, 2, 4, 6])
-def test_every_figure_is_whole_on_a_terminal(
+@pytest.mark.parametrize("count", [1, 2, 12])
+def test_one_row_per_sae_fits_a_terminal_with_every_figure_whole(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, width: int, count: int
 ) -> None:
     monkeypatch.setenv("COLUMNS", str(width))
-    runs, figures = [], []
+    names = ("fvu", "ce_recovered_zero", "delta_ce", "dead_below_threshold", "decoder_redundancy_top100")
+    runs, values = [], []
     for number in range(count):
-        value = 0.00012344 + number / 1e6
-        names = ("explained_variance", "ce_recovered_zero", "delta_ce", "kl", "l0", "dead_below_threshold")
-        content = assessment(**{name: figure(value, -value, 2 * value) for name in names})
+        values.append(0.1234 + number / 1000)
+        content = assessment(**{name: figure(values[-1]) for name in names}, l0=figure(192.0 + number))
         content["saes"] = {f"{LAYER}.output.dense": content["saes"][LAYER]}
-        figures += [f"{value:.4g} ", f"[{-value:.4g}, {2 * value:.4g}] "] * len(names)
         name = f"data_preprocessing_{number}_auxk_alpha0.03125_lr0.001"
-        runs.append(make_run(tmp_path / name, content, data_preprocessing_num_proc=number, text_column=name))
+        runs.append(make_run(tmp_path / name, content, k=10 + number, text_column=name))
     compared(*runs)
     printed = capsys.readouterr().out
     assert "…" not in printed
     assert max(map(len, printed.splitlines())) <= width
-    for text in set(figures):
-        assert printed.count(f" {text}") >= figures.count(text), text
+    rows = [line for line in printed.splitlines() if line.endswith("3/4")]
+    assert len(rows) == count
+    for number, (row, value) in enumerate(zip(rows, values, strict=True)):
+        figures = [f"{value:.4f}", f"{192 + number:.1f}", *[f"{value:.3f}"] * 2, f"{value:.1%}", f"{value:.3f}", "3/4"]
+        assert row.split()[-7:] == figures
+    assert ("also different (see --csv): " in printed) == (count > 1)
 
 
-def test_without_a_terminal_a_table_has_a_width_of_its_own(
+def test_settings_have_columns_where_there_is_room(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("COLUMNS", raising=False)
-    compared(*(make_run(tmp_path / f"{number}", text_column=str(number) * 15) for number in range(10)))
-    widths = {len(line) for line in capsys.readouterr().out.splitlines() if line.startswith("│")}
-    assert len(widths) == 1
-    assert 100 < widths.pop() <= 120
+    runs = [make_run(tmp_path / f"{number}", k=number, text_column=f"{number}" * 60) for number in (4, 8)]
+    monkeypatch.setenv("COLUMNS", "80")
+    compared(*runs)
+    printed = capsys.readouterr().out
+    assert (shown(printed)["k"], "text_column" in shown(printed)) == (["4", "8"], False)
+    assert "also different (see --csv): text_column" in printed
+    monkeypatch.setenv("COLUMNS", "180")
+    compared(*runs)
+    assert shown(capsys.readouterr().out)["text_column"] == ["4" * 60, "8" * 60]
+
+
+@pytest.mark.parametrize(
+    ("metric", "order"),
+    [("fvu", "bac"), ("dead_below_threshold", "bac"), ("ce_recovered_zero", "abc"), ("explained_variance", "abc")],
+)
+def test_saes_are_sorted_from_the_best(tmp_path: Path, metric: str, order: str) -> None:
+    """Those without the metric come last."""
+    for name, value in (("a", 0.6), ("b", 0.3), ("c", None)):
+        make_run(tmp_path / name, assessment(**{metric: figure(value)}))
+    found = compare_runs(CompareConfig(runs=tuple(str(tmp_path / name) for name in "cab"), sort=metric))
+    assert "".join(row.run for row in found.rows) == order
+
+
+def test_an_unknown_metric_to_sort_by_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    error = refused(capsys, make_run(tmp_path / "a"), "--sort", "fvuu")
+    assert "--sort fvuu: no such metric. Did you mean fvu? Allowed: explained_variance, fvu, " in error
 
 
 def test_a_setting_that_follows_others_is_left_to_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -121,7 +152,7 @@ def test_a_setting_that_follows_others_is_left_to_the_file(tmp_path: Path, capsy
     main(["compare", long, short, "--out", str(tmp_path / "table.json")])
     printed = capsys.readouterr().out
     assert "lr_warmup_steps" not in shown(printed)
-    assert "also different as a result (see --out): lr_warmup_steps" in printed
+    assert "also different (see --csv): lr_warmup_steps" in printed
     settings = json.loads((tmp_path / "table.json").read_text())["saes"][0]["settings"]
     assert settings == {"max_tokens": 100, "lr_warmup_steps": 10}
     compared(short, slow)
@@ -129,7 +160,7 @@ def test_a_setting_that_follows_others_is_left_to_the_file(tmp_path: Path, capsy
     assert (table["lr_warmup_steps"], table["kernels"]) == (["5", "25"], ["native", "torch"])
 
 
-def test_scoring_settings_are_counts_of_what_was_scored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_scoring_settings_are_counts_of_what_was_scored(tmp_path: Path) -> None:
     fewer = assessment(delta_ce=figure(0.5, count=4064), explained_variance=figure(0.75, count=8000))
     more = assessment(delta_ce=figure(0.5, count=8001), explained_variance=figure(0.75, count=8000))
     other = assessment(
@@ -139,10 +170,7 @@ def test_scoring_settings_are_counts_of_what_was_scored(tmp_path: Path, capsys: 
     )
     runs = [make_run(tmp_path / "fewer", fewer, eval_tokens=9, max_dead=0.5), make_run(tmp_path / "more", more)]
     comparison = compared(*runs, make_run(tmp_path / "other", other, loss_tokens=1))
-    printed = capsys.readouterr().out
     assert comparison.differing_settings == []
-    assert shown(printed)["tokens scored"] == ["8,000"] * 3
-    assert shown(printed)["tokens for the loss"] == ["4,064", "8,001", "300"]
     assert [line.split(",")[0] for line in comparison.comparability_remarks()] == [
         "the numbers of tokens on which the model's loss was scored differ"
     ]
@@ -196,7 +224,8 @@ def test_an_sae_without_a_run_has_a_row_too(tmp_path: Path) -> None:
 def test_files_hold_what_is_printed(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / "a", assessment(0.5)), make_run(tmp_path / "b", k=8)]
     main(["compare", *runs, "--out", str(tmp_path / "new" / "table.json")])
-    main(["compare", *runs, "--out", str(tmp_path / "table.csv")])
+    main(["compare", *runs, "--out", str(tmp_path / "table.csv"), "--csv", str(tmp_path / "same")])
+    assert (tmp_path / "same").read_text() == (tmp_path / "table.csv").read_text()
     content = json.loads((tmp_path / "new" / "table.json").read_text())
     assert content["differing_settings"] == ["k"]
     assert [sae["settings"] for sae in content["saes"]] == [{"k": 4}, {"k": 8}]
@@ -252,8 +281,8 @@ def test_a_run_without_an_assessment_says_how_to_make_one(tmp_path: Path, capsys
     ("content", "message"),
     [
         ("{", "final_assessment.json: is not valid JSON"),
-        ("\xff", "final_assessment.json: is not valid JSON"),
-        ("[]", "should contain a JSON object"),
+        ("\xff", "final_assessment.json: line 1 is not UTF-8"),
+        ("[]", "must contain a JSON object"),
         (json.dumps({**assessment(), "format": 7}), f"has format 7, but this version reads {FORMAT_VERSION}"),
         (json.dumps({"format": FORMAT_VERSION}), "is not in saetrain's format (KeyError: 'saes')"),
         (json.dumps({**assessment(), "saes": {LAYER: 3}}), "is not in saetrain's format"),
@@ -270,9 +299,12 @@ def test_broken_assessments_are_named(
     assert "to create it again" in error
 
 
+LINE = '{"kind": "final", "step": 1, "tokens": 64, "saes": {}}'
+
+
 def test_broken_neighbours_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = make_run(tmp_path / "a")
-    (tmp_path / "a" / "metrics.jsonl").write_text('{"kind": "final"}\n{"kind"\n')
+    (tmp_path / "a" / "metrics.jsonl").write_text(f'{LINE}\n{{"kind"\n')
     assert "metrics.jsonl: line 2 is invalid" in refused(capsys, run)
     (tmp_path / "a" / "config.yaml").write_text("- 1\n")
     assert f"error: {run}/config.yaml: must contain lines" in refused(capsys, run)
@@ -282,4 +314,13 @@ def test_bad_files_to_write_are_refused(tmp_path: Path, capsys: pytest.CaptureFi
     run = make_run(tmp_path / "a")
     assert "--out table.txt: must end in .json or .csv" in refused(capsys, run, "--out", "table.txt")
     (tmp_path / "file").touch()
-    assert "can't be written: " in refused(capsys, run, "--out", str(tmp_path / "file" / "table.csv"))
+    for flag in ("--out", "--csv"):
+        assert f"{flag} {tmp_path / 'file' / 'table.csv'}: can't be written: " in refused(
+            capsys, run, flag, str(tmp_path / "file" / "table.csv")
+        )
+
+
+def test_a_simple_terminal_has_the_width_of_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("COLUMNS", "150"), ("TERM", "dumb"), ("FORCE_COLOR", "1")):
+        monkeypatch.setenv(name, value)
+    assert open_console().width == 150

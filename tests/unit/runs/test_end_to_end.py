@@ -18,7 +18,8 @@ from saetrain.errors import SaetrainError
 from saetrain.runs.train.batches import SequenceBatches, build_batch_source
 from saetrain.runs.train.builders import build_trainer
 from saetrain.runs.train.setup import RunContext, prepare_run
-from saetrain.training.trainer import SaeState
+from saetrain.training.sae_state import SaeState
+from saetrain.training.trainer import SiteBatches
 from saetrain.types import Codes, TokenSequence
 
 SIZES = "--layers 1 --k 4 --num_latents 64 --batch_size 3 --grad_acc_steps 2 --ctx_len 24 --max_tokens 2880"
@@ -39,17 +40,23 @@ class Ready:
         self.feed = build_batch_source(self.run, normalizers)
         assert isinstance(self.feed, SequenceBatches)
 
+    def batches(self, number: int) -> SiteBatches:
+        """Micro-batches ``number`` of the run."""
+        return self.feed.exchange_parts(number, self.feed.fetch_local_part(number))
+
     def gradients(self) -> dict[str, Tensor]:
         """Of the first step's loss, by both its micro-steps."""
         self.sae.coder.zero_grad()
         for number in range(2):
-            batch: Any = self.feed.get_micro_batch(number)[self.hookpoint]
+            batch: Any = self.batches(number)[self.hookpoint]
             self.sae.forward_backward(batch, self.sae.build_context(0, self.trainer.tokens_per_step, 1))
         return {name: p.grad.clone() for name, p in self.sae.coder.named_parameters() if p.grad is not None}
 
     def sequences(self) -> list[TokenSequence]:
         """The first step's: the first one of each shard in turn."""
-        return [self.run.train_source.read(shard, self.run.train_source.start_cursor, 1)[0][-1] for shard in range(6)]
+        return [
+            self.run.train_source.read(shard, self.run.train_source.start_cursor, 1)[0][-1][0] for shard in range(6)
+        ]
 
 
 @pytest.fixture
@@ -163,8 +170,8 @@ def perfect(width: int) -> TopK:
 
 def terms_of(made: Ready, coder: TopK) -> dict[str, float]:
     """The loss terms of the first micro-batch under another coder."""
-    batch: Any = made.feed.get_micro_batch(0)[made.hookpoint]
-    x = made.normalizer(batch.raw_ND)
+    batch: Any = made.batches(0)[made.hookpoint]
+    x = made.normalizer(batch.x_ND)
     with torch.no_grad():
         terms = batch.objective(coder.decode(coder.encode(x)), {"recon": torch.zeros(())})
         return {name: float(value) for name, value in terms.items()}
@@ -180,7 +187,7 @@ def test_the_kl_of_a_perfect_sae_is_zero_and_its_ce_the_model_s(model: str, read
         zero.W_dec.zero_()
     assert terms_of(made, zero)["kl"] > 1e-5, "not whatever is spliced in"
     made = ready(model, "--loss_fn", "ce", *one_step)
-    lm_batch = made.feed._step_lm_batches[0] if made.feed.get_micro_batch(0) else None  # type: ignore[attr-defined]
+    lm_batch = made.feed._step_lm_batches[0] if made.batches(0) else None  # type: ignore[attr-defined]
     assert lm_batch is not None
     assert made.run.head is not None
     with torch.no_grad():
@@ -193,21 +200,21 @@ def test_the_kl_of_a_perfect_sae_is_zero_and_its_ce_the_model_s(model: str, read
 @MODELS
 def test_special_tokens_and_first_positions_keep_their_activation(model: str, ready: Callable[..., Ready]) -> None:
     made = ready(model, "--loss_fn", "kl")
-    batch: Any = made.feed.get_micro_batch(0)[made.hookpoint]
-    assert len(batch.raw_ND) == sum(int((s.kind == 0).sum()) for s in made.sequences()[:3])
+    batch: Any = made.batches(0)[made.hookpoint]
+    assert len(batch.x_ND) == sum(int((s.kind == 0).sum()) for s in made.sequences()[:3])
     assert batch.step_tokens == sum(int((s.kind == 0).sum()) for s in made.sequences())
 
 
 def test_masks_differ_between_passes_over_the_text(ready: Callable[..., Ready]) -> None:
     made = ready("tiny_mlm", "--loss_fn", "kl")
-    made.feed.get_micro_batch(0)
+    made.batches(0)
     first = [lm_batch.scored_mask for lm_batch in made.feed._step_lm_batches]  # type: ignore[attr-defined]
     made.feed.load_state_dict({str(shard): [0] for shard in range(16)})
-    made.feed.get_micro_batch(0)
+    made.batches(0)
     again = [lm_batch.scored_mask for lm_batch in made.feed._step_lm_batches]  # type: ignore[attr-defined]
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True)), "a function of the position alone"
     made.feed.load_state_dict({str(shard): [0] for shard in range(16)})
-    made.feed.get_micro_batch(32)
+    made.batches(32)
     later = [lm_batch.scored_mask for lm_batch in made.feed._step_lm_batches]  # type: ignore[attr-defined]
     assert [s.shape for s in later] == [s.shape for s in first], "the same sequences"
     assert not all(torch.equal(a, b) for a, b in zip(first, later, strict=True))
@@ -219,7 +226,7 @@ def test_a_bfloat16_model_is_scored_in_float32(model: str, ready: Callable[..., 
     made = ready(model, "--loss_fn", "kl", "--dtype", "bfloat16")
     # Their principal axes differ, so the same SAE has other weights there.
     turn = made.normalizer.axes.T @ wide.normalizer.axes
-    turned = Normalizer(torch.zeros(32), 1.0, turn, 1.0, float("inf"))
+    turned = Normalizer(torch.zeros(32), 1.0, turn, 1.0)
     same = wide.sae.coder.folded(turned, turned)
     made.sae.coder.load_state_dict(same.state_dict())
     found, expected = made.gradients(), wide.gradients()
@@ -242,7 +249,7 @@ def test_no_memory_for_the_model_is_said_with_what_to_lower(
 
     monkeypatch.setattr("saetrain.runs.train.end_to_end.scored_log_probs", fail)
     with pytest.raises(SaetrainError, match="while the model read 3 x 24 tokens: lower --batch_size from 3 to 1"):
-        made.feed.get_micro_batch(0)
+        made.batches(0)
 
 
 def test_codes_are_those_of_the_coder(ready: Callable[..., Ready]) -> None:
@@ -251,7 +258,7 @@ def test_codes_are_those_of_the_coder(ready: Callable[..., Ready]) -> None:
     assert made.sae.stats is not None
     expected = torch.zeros(64, dtype=torch.long)
     for sequence in made.sequences():
-        x = made.run.capture(torch.from_numpy(sequence.ids)[None].long(), torch.ones(1, len(sequence)).long())
+        x = made.run.extractor.capture(torch.from_numpy(sequence.ids)[None].long(), torch.ones(1, len(sequence)).long())
         rows = made.normalizer(x[made.hookpoint][0][torch.from_numpy(sequence.kind == 0)])
         codes: Codes = made.sae.coder.encode(rows)
         expected += codes.firing_counts()

@@ -8,30 +8,33 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from saetrain import distributed
-from saetrain.activations.normalize import Normalizer, fit_normalizers
+from saetrain.activations.normalize import Normalizer, compute_norm_limits, fit_normalizers
 from saetrain.coders import SparseCoder
-from saetrain.config import RunConfig, to_flat
+from saetrain.config import to_flat
 from saetrain.distributed import env
 from saetrain.errors import SaetrainError
 from saetrain.interop.finetune import initialize_from_sae
 from saetrain.logs.console import log_rank0
-from saetrain.optim import resolve_warmup_steps
-from saetrain.runs.train.choose_step import build_train_step, choose_kernels, step_request
-from saetrain.runs.train.setup import RunContext, read_calibration_sample, resolve_config, resolve_lr
+from saetrain.runs.train.choose_step import build_train_step
+from saetrain.runs.train.setup import RunContext, read_calibration_sample, resolve_config
 from saetrain.training.checkpoint import Checkpoint
 from saetrain.training.dead_latents import FiringTracker
-from saetrain.training.trainer import SaeState, Trainer
+from saetrain.training.sae_state import SaeState
+from saetrain.training.trainer import Trainer
+from saetrain.types import Site
 
 MEASURING_PHASE = "measuring the activations"
 
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """A run that is ready to train; ``checkpoint``: the one that it resumes from, or None."""
+    """A run that is ready to train; ``checkpoint``: the one that it resumes from, or None.
+
+    ``normalizers`` {name of a site's inputs or outputs: normalizer}.
+    """
 
     context: RunContext
     trainer: Trainer
@@ -46,127 +49,126 @@ class TrainingRun:
 
 
 def build_trainer(run: RunContext, checkpoint: Checkpoint | None) -> tuple[Trainer, dict[str, Normalizer]]:
-    """Return the trainer of this rank's SAEs, and {hookpoint: normalizer}; restores both from ``checkpoint``."""
+    """Return the trainer of this rank's SAEs and the normalizers; restores both from ``checkpoint``."""
     if run.config.finetune is not None and len(run.config.train.init_seeds) > 1:
         raise SaetrainError("--finetune with several --init_seeds: all would start from the same SAE; pass one seed")
     normalizers = measure_normalizers(run) if checkpoint is None else load_normalizers(run, checkpoint)
     saes: dict[str, SaeState] = {}
-    for name, (hookpoint, seed) in sae_names(run).items():
-        if not run.placement.is_owned_by(hookpoint, env.rank()):
+    for name, (site, seed) in run.sae_names.items():
+        if not run.resolved.placement.is_owned_by(site.name, env.rank()):
             continue
-        coder = build_coder(run, hookpoint, normalizers[hookpoint], seed, fresh=checkpoint is None)
-        saes[name] = build_sae_state(run, hookpoint, coder, normalizers[hookpoint], seed)
+        coder = build_coder(run, site, normalizers, seed, fresh=checkpoint is None)
+        saes[name] = build_sae_state(run, name, coder, normalizers)
         if checkpoint is not None:
-            saes[name].load_state_dict(checkpoint.tensors[name], checkpoint.values["losses"][name])
-            # Both depend on the length of the run, which a resume may have changed.
-            saes[name].peak_lr, saes[name].firing.window_tokens = checkpoint.values["rates"][name]
+            try:
+                saes[name].load_state_dict(checkpoint.tensors[name], checkpoint.values["losses"][name])
+            except (KeyError, RuntimeError) as error:
+                raise SaetrainError(
+                    f"--resume: checkpoint {checkpoint.path}: the tensors of {name} are not those of the run: {error}"
+                ) from error
     trainer = Trainer(
         saes,
         run.config.train,
-        tokens_per_step=run.plan.tokens_per_step,
-        warmup_steps=resolve_warmup_steps(run.config.optim, run.plan.steps),
-        is_data_parallel=is_data_parallel(run),
+        tokens_per_step=run.resolved.tokens_per_step,
+        warmup_steps=run.resolved.warmup_steps,
+        is_data_parallel=run.resolved.is_data_parallel,
     )
     trainer.step = checkpoint.values["step"] if checkpoint else 0
     return trainer, normalizers
 
 
-def sae_names(run: RunContext) -> dict[str, tuple[str, int]]:
-    """Return {SAE: (hookpoint, seed)} of the whole run, including the SAEs of other ranks."""
-    seeds = run.config.train.init_seeds
-    return {
-        hookpoint if number == 0 else f"{hookpoint}/seed{seed}": (hookpoint, seed)
-        for hookpoint in run.hookpoints
-        for number, seed in enumerate(seeds)
-    }
-
-
-def is_data_parallel(run: RunContext) -> bool:
-    """Return whether every rank trains every SAE on a part of the tokens."""
-    return env.world_size() > 1 and not run.placement.owners
-
-
 def measure_normalizers(run: RunContext) -> dict[str, Normalizer]:
-    """Return {hookpoint: normalizer}, measured on the first training tokens; all ranks use those of rank 0."""
+    """Return the normalizers, measured on the first training tokens; all ranks use those of rank 0."""
     normalizers: dict[str, Normalizer] = {}
+    limits: dict[str, float] = {}
     if env.rank() == 0:
         with distributed.phase(MEASURING_PHASE):
-            normalizers = _measure_on_this_rank(run)
-    constants = distributed.broadcast_from_rank0(
-        {name: value.scalar_constants() for name, value in normalizers.items()}, MEASURING_PHASE
+            normalizers, limits = _measure_on_this_rank(run)
+    constants, limits = distributed.broadcast_from_rank0(
+        ({name: value.scalar_constants() for name, value in normalizers.items()}, limits), MEASURING_PHASE
     )
     parts = {
-        (name, part): value for name, each in normalizers.items() for part, value in each.tensor_constants().items()
+        f"{name}:{part}": value for name, each in normalizers.items() for part, value in each.tensor_constants().items()
     }
-    sent = distributed.broadcast_tensors({":".join(key): value for key, value in parts.items()}, MEASURING_PHASE)
-    tensors = {name: {part: sent[f"{name}:{part}"] for part in ("mean", "axes")} for name in run.hookpoints}
-    return _build_normalizers(run, constants, tensors)
+    sent = distributed.broadcast_tensors(parts, MEASURING_PHASE)
+    tensors = {name: {part: sent[f"{name}:{part}"] for part in ("mean", "axes")} for name in constants}
+    return _build_normalizers(run, constants, limits, tensors)
 
 
-def _measure_on_this_rank(run: RunContext) -> dict[str, Normalizer]:
+def _measure_on_this_rank(run: RunContext) -> tuple[dict[str, Normalizer], dict[str, float]]:
+    """Return the normalizers, and {hookpoint: norm limit}."""
     log_rank0("measuring mean, scale and principal axes of the activations")
     sample = read_calibration_sample(run)
-    normalizers = fit_normalizers(sample, run.extractor.norm_limits)
-    kept = len(sample)
+    limits = compute_norm_limits(sample) if run.config.buffer.exclude_sinks else {}
+    normalizers = fit_normalizers(sample, limits, run.sites.values())
     for name, normalizer in normalizers.items():
-        outliers = int((sample.values[name].float().norm(dim=1) > normalizer.norm_limit).sum())
+        norms = sample.values[name].float().norm(dim=1) if name in limits else normalizer.mean.new_zeros(1)
+        outliers = int((norms > limits.get(name, float("inf"))).sum())
         log_rank0(
             f"{name}: width {len(normalizer.mean)}, ‖mean‖/‖std‖ {normalizer.mean_to_std:.2f}, "
-            f"{outliers / kept:.2%} of tokens excluded as norm outliers"
+            f"{outliers / len(sample):.2%} of tokens excluded as norm outliers"
         )
-    return normalizers
+    return normalizers, limits
 
 
 def load_normalizers(run: RunContext, checkpoint: Checkpoint) -> dict[str, Normalizer]:
-    """Return {hookpoint: normalizer} from a checkpoint."""
-    tensors = {name: checkpoint.tensors[f"normalizer:{name}"] for name in run.hookpoints}
-    return _build_normalizers(run, checkpoint.values["normalizers"], tensors)
+    """Return the normalizers from a checkpoint."""
+    constants, limits = checkpoint.values["normalizers"], checkpoint.values["norm_limits"]
+    tensors = {name: checkpoint.tensors[f"normalizer:{name}"] for name in constants}
+    return _build_normalizers(run, constants, limits, tensors)
 
 
 def _build_normalizers(
-    run: RunContext, constants: dict[str, Any], tensors: Mapping[str, Mapping[str, Tensor]]
+    run: RunContext,
+    constants: Mapping[str, dict[str, float]],
+    limits: dict[str, float],
+    tensors: Mapping[str, Mapping[str, Tensor]],
 ) -> dict[str, Normalizer]:
     """Return the normalizers with these constants, and set the norm limits of the extractor."""
-    normalizers = {}
-    for name in run.hookpoints:
-        values, own = constants[name], {part: value.to(run.model.device) for part, value in tensors[name].items()}
-        limit = values["norm_limit"] if values["norm_limit"] is not None else float("inf")
-        normalizers[name] = Normalizer(scale=values["scale"], variance=values["variance"], norm_limit=limit, **own)
-    if run.config.buffer.exclude_sinks:
-        run.extractor.norm_limits = {name: normalizer.norm_limit for name, normalizer in normalizers.items()}
-    return normalizers
+    run.extractor.set_norm_limits(limits)
+    return {
+        name: Normalizer(
+            mean=tensors[name]["mean"].to(run.model.device), axes=tensors[name]["axes"].to(run.model.device), **values
+        )
+        for name, values in constants.items()
+    }
 
 
-def build_coder(run: RunContext, hookpoint: str, normalizer: Normalizer, seed: int, *, fresh: bool) -> SparseCoder:
+def build_coder(
+    run: RunContext, site: Site, normalizers: Mapping[str, Normalizer], seed: int, *, fresh: bool
+) -> SparseCoder:
     """Return a coder with initial weights, or with those of --finetune unfolded to take normalized activations."""
-    coder = run.config.coder_class.build(run.config.sae, len(normalizer.mean), seed=seed).to(run.model.device)
+    d_in, d_out = site.sum_widths(run.extractor.capture.widths)
+    coder = run.config.coder_class.build(run.config.sae, d_in, None if site.is_sae else d_out, seed=seed)
+    coder = coder.to(run.model.device)
     if run.config.finetune is not None and fresh:
         modules = [name for name, _ in run.model.module.named_modules()]
-        remark = initialize_from_sae(coder, run.config.finetune, hookpoint, modules, run.weights_sha256)
-        log_rank0(f"{hookpoint}: starts from the SAE in {run.config.finetune}")
+        remark = initialize_from_sae(coder, run.config.finetune, site.name, modules, run.weights_sha256)
+        log_rank0(f"{site.name}: starts from the SAE in {run.config.finetune}")
         if remark:
             log_rank0(remark)
-        coder.unfold_(normalizer, normalizer)
+        coder.unfold_(normalizers[site.x_name], normalizers[site.y_name])
     return coder
 
 
-def build_sae_state(run: RunContext, hookpoint: str, coder: SparseCoder, normalizer: Normalizer, seed: int) -> SaeState:
-    """Return the training state of one coder."""
-    config: RunConfig = run.config
-    device: torch.device = run.model.device
-    kernels = choose_kernels(config.compute, step_request(config, device))
-    window = config.dead.resolve_window(config.train.max_tokens, coder.num_latents, coder.expected_l0())
+def build_sae_state(run: RunContext, name: str, coder: SparseCoder, normalizers: Mapping[str, Normalizer]) -> SaeState:
+    """Return the training state of the coder of the SAE ``name``."""
+    config, resolved, device = run.config, run.resolved, run.model.device
+    site, seed = run.sae_names[name]
+    inputs, outputs = normalizers[site.x_name], normalizers[site.y_name]
+    use_bf16 = resolved.kernels.compute_dtype == "bfloat16"
+    no_accumulation = config.train.grad_acc_steps == 1 and not resolved.is_data_parallel
+    window = resolved.dead_windows[name]
     return SaeState(
-        hookpoint,
+        site,
         coder,
-        partial(normalizer, bf16=kernels.compute_dtype == "bfloat16"),
-        build_train_step(
-            coder, kernels, config.optim, no_accumulation=config.train.grad_acc_steps == 1 and not is_data_parallel(run)
-        ),
+        partial(inputs, bf16=use_bf16),
+        partial(outputs, bf16=use_bf16),
+        build_train_step(coder, resolved.kernels, config.optim, no_accumulation=no_accumulation),
         FiringTracker(coder.num_latents, window, config.dead.dead_percentage_threshold, device),
-        data_variance=normalizer.scaled_variance,
-        mse_per_fvu=normalizer.variance / coder.d_in,
-        peak_lr=resolve_lr(run, coder),
+        data_variance=outputs.scaled_variance,
+        mse_per_fvu=outputs.variance / coder.d_out,
+        peak_lr=resolved.lrs[name],
         seed=seed,
         dead_bias_lr_multiplier=config.dead_bias_lr_multiplier if coder.lifts_dead_biases else 0.0,
         stop_on_spike=config.train.on_spike == "stop",

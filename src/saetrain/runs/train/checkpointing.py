@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections import deque
 from contextlib import AbstractContextManager
@@ -20,7 +21,7 @@ from saetrain.runs.train.gather import RankGather
 from saetrain.runs.train.resume import content_hashes
 from saetrain.training.checkpoint import MAX_INTERVAL_MINUTES, rename_suspect, save_checkpoint
 from saetrain.training.loss_spikes import LossSpike
-from saetrain.training.trainer import DEVICE_LAG_STEPS
+from saetrain.training.sae_state import DEVICE_LAG_STEPS
 
 MAX_SKIPPED_STEPS = 10
 """Number of consecutive steps that --on_spike skip skips before the run fails."""
@@ -69,12 +70,12 @@ class Checkpointing:
         tensors.update(
             {f"normalizer:{name}": value.tensor_constants() for name, value in self._run.normalizers.items()}
         )
-        rates = {name: [sae.peak_lr, sae.firing.window_tokens] for name, sae in saes.items()}
         values = {
             "settings": self._run.settings,
             "identity": content_hashes(self._run.context),
             "normalizers": {name: value.scalar_constants() for name, value in self._run.normalizers.items()},
-            "rates": gather.gather_entries(rates),
+            "norm_limits": self._run.context.extractor.norm_limits,
+            "resolved": dataclasses.asdict(self._run.context.resolved),
             "losses": gather.gather_entries({name: sae.recent_losses() for name, sae in saes.items()}),
             "buffer": gather.gather_states(batches),
             "logs": log.state_dict(),

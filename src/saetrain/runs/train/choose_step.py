@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 
 import torch
 
@@ -14,11 +15,13 @@ from saetrain.ops.cpu_features import has_fast_bf16
 from saetrain.optim import OptimSettings
 from saetrain.training.steps import STEP_DEVICES, StepName, load_step_class
 from saetrain.training.steps.base import KernelSettings, StepRequest, TrainStep
+from saetrain.types import Site
 
 
-def step_request(config: RunConfig, device: torch.device) -> StepRequest:
-    """Return what the training step of a run must support."""
-    return StepRequest(config.coder_class, config.optim, device, config.train.end_to_end)
+def step_request(config: RunConfig, device: torch.device, sites: Mapping[str, Site] | None = None) -> StepRequest:
+    """Return what the training step of a run must support; ``sites`` None: they are not known yet."""
+    y_is_x = all(site.is_sae for site in (sites or {}).values())
+    return StepRequest(config.coder_class, config.optim, device, config.train.end_to_end, y_is_x, config.sae)
 
 
 @functools.cache

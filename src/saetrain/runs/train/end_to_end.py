@@ -6,6 +6,7 @@ important features with end-to-end sparse dictionary learning, arXiv 2405.12241.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,8 +22,9 @@ from saetrain.activations.splice import replace_positions, splice_output
 from saetrain.config import RunConfig
 from saetrain.errors import SaetrainError, is_out_of_memory
 from saetrain.losses import cross_entropy, kl_divergence
-from saetrain.training.steps.base import SplicedBatch
+from saetrain.training.steps.base import MicroBatch
 from saetrain.training.trainer import TrainSettings
+from saetrain.types import TokenGroups
 
 
 def load_lm_head_model(config: RunConfig) -> LMHeadModel:
@@ -75,11 +77,17 @@ class SplicedBatchBuilder:
         (self._hookpoint,) = extractor.capture.hookpoints
         self._module = head.base.module.get_submodule(self._hookpoint)
 
-    def build_batch(self, lm_batch: LMBatch, step_tokens: int, step_scored: int) -> SplicedBatch:
+    def build_batch(
+        self,
+        lm_batch: LMBatch,
+        step_tokens: int,
+        step_scored: int,
+        build_groups: Callable[[Tensor], TokenGroups] | None = None,
+    ) -> MicroBatch:
         """Return the micro-batch of ``lm_batch``.
 
         ``step_tokens``, ``step_scored``: kept tokens and scored positions of the whole optimizer step, by which the
-        losses are divided.
+        losses are divided. ``build_groups`` returns the groups of the positions of the rows, (B, S) bool.
         """
         x_BSD, clean_log_probs = self._run_clean_model(lm_batch)
         raw_ND = x_BSD[lm_batch.keep_mask]
@@ -88,7 +96,9 @@ class SplicedBatchBuilder:
         splice_mask = lm_batch.keep_mask.clone()
         splice_mask[lm_batch.keep_mask] = within_limits_N
         splice = _Splice(lm_batch, splice_mask, clean_log_probs, max(step_scored, 1))
-        return SplicedBatch(raw_ND[within_limits_N], max(step_tokens, 1), partial(self._loss_terms, splice))
+        x_ND = raw_ND[within_limits_N]
+        groups = None if build_groups is None else build_groups(splice_mask)
+        return MicroBatch(x_ND, x_ND, partial(self._loss_terms, splice), max(step_tokens, 1), groups)
 
     @torch.no_grad()
     def _run_clean_model(self, lm_batch: LMBatch) -> tuple[Tensor, Tensor | None]:

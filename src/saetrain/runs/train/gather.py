@@ -12,7 +12,6 @@ from saetrain import distributed
 from saetrain.errors import SaetrainError
 from saetrain.optim import to_memory_order
 from saetrain.runs.train.batches import BatchSourceState
-from saetrain.runs.train.builders import is_data_parallel, sae_names
 from saetrain.runs.train.setup import RunContext
 from saetrain.training.loss_spikes import LossSpike
 from saetrain.training.trainer import Trainer
@@ -21,11 +20,13 @@ from saetrain.training.trainer import Trainer
 def require_equal_on_ranks(values: Mapping[str, Any]) -> None:
     """Raise SaetrainError if one of the named values differs between the ranks."""
     by_rank = distributed.all_gather_json(dict(values), "comparing settings")
-    for name, *found in zip(values, *[each.values() for each in by_rank], strict=True):
-        for number, value in enumerate(found):
-            if value != found[0]:
+    # Ranks with other architectures have other settings. The name of the architecture precedes them.
+    for name in dict.fromkeys(name for each in by_rank for name in each):
+        first, *others = ((name in each, each.get(name, "absent")) for each in by_rank)
+        for number, found in enumerate(others, 1):
+            if found != first:
                 raise SaetrainError(
-                    f"{name} is {value} on rank {number} and {found[0]} on rank 0; the processes must agree on it"
+                    f"{name} is {found[1]} on rank {number} and {first[1]} on rank 0; the processes must agree on it"
                 )
 
 
@@ -33,8 +34,8 @@ class RankGather:
     """Gathers values from all ranks; with one process, the results are its own values."""
 
     def __init__(self, run: RunContext) -> None:
-        self.names = sae_names(run)
-        self._owners, self._is_data_parallel = run.placement.owners, is_data_parallel(run)
+        self.names, self._owners = run.sae_names, run.resolved.placement.owners
+        self._is_data_parallel = run.resolved.is_data_parallel
 
     def gather_entries(self, own: dict[str, Any]) -> dict[str, Any]:
         """Return the JSON entries of all SAEs in the run's order, on every rank."""
@@ -50,8 +51,8 @@ class RankGather:
     def gather_tensors(self, own: Mapping[str, Mapping[str, Tensor]], what: str) -> dict[str, dict[str, Tensor]]:
         """Return {SAE: tensors} of all SAEs on rank 0, and {} on the other ranks."""
         out = {}
-        for name, (hookpoint, _) in self.names.items():
-            found = distributed.gather_tensors_to_rank0(self._owners.get(hookpoint, 0), own.get(name, {}), what)
+        for name, (site, _) in self.names.items():
+            found = distributed.gather_tensors_to_rank0(self._owners.get(site.name, 0), own.get(name, {}), what)
             if found is not None:
                 out[name] = found
         return out

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import signal
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count
 
 from saetrain import distributed
 from saetrain.coders import SparseCoder
@@ -13,12 +15,14 @@ from saetrain.logs.console import log_rank0
 from saetrain.runs.train.batches import build_batch_source
 from saetrain.runs.train.builders import TrainingRun
 from saetrain.runs.train.checkpointing import Checkpointing
-from saetrain.runs.train.metadata import log_run_start, log_run_summary
+from saetrain.runs.train.gather import RankGather
+from saetrain.runs.train.metadata import log_next_steps, log_run_start, log_run_summary, raise_if_diverged
 from saetrain.runs.train.reporting import Reporting
 from saetrain.runs.train.saving import save_saes
-from saetrain.runs.train.setup import read_first_sequences
+from saetrain.runs.train.setup import read_batches_at
 from saetrain.training.preemption import Preempted, PreemptionHandler
-from saetrain.training.trainer import MicroBatch
+from saetrain.training.trainer import SiteBatches
+from saetrain.types import ModelBatch
 
 
 @dataclass(frozen=True)
@@ -61,8 +65,8 @@ class TrainLoop:
                 distributed.set_phase("training")
                 finished = self._run_steps()
                 distributed.set_phase("scoring and saving the SAEs")
+                finished = finished and self._calibrate_coders()
                 if finished:
-                    self._calibrate_coders()
                     final = self.reporting.evaluate_held_out("final")
                     guard = self.checkpointing.report_write_errors
                     save_saes(
@@ -74,12 +78,18 @@ class TrainLoop:
                         guard,
                     )
                     if is_rank0:
-                        log_run_summary(self.training_run.directory, final)
+                        log_run_summary(final, will_assess=self.config.assess)
             if finished:
                 # Only rank 0 has work left.
                 distributed.destroy_process_group()
             if finished and self.config.assess and is_rank0:
                 self.reporting.assess_saved_saes()
+            if finished and self.config.collects_features and is_rank0:
+                self.reporting.collect_features()
+            if finished and self.config.assess and self.config.report and is_rank0:
+                self.reporting.write_page()
+            if finished and is_rank0:
+                log_next_steps(self.training_run.directory, next(iter(final)))
             failed = False
         finally:
             # A thread that prefetches would keep the process of a failed run alive.
@@ -88,6 +98,8 @@ class TrainLoop:
             self.reporting.close(failed=failed)
         if not finished:
             raise distributed.CoordinatedExit(self.preemption.exit_code)
+        if is_rank0:
+            raise_if_diverged(self.training_run.directory, self.config, final)
 
     def _raise_if_stopping(self) -> None:
         """Raise :class:`Preempted` after a signal or at the end of the run, so that reading stops."""
@@ -98,14 +110,13 @@ class TrainLoop:
     def _run_steps(self) -> bool:
         """Run all steps; return False if a signal stopped the run, after a checkpoint."""
         trainer, checkpointing, reporting = self.trainer, self.checkpointing, self.reporting
-        startup_message = self.batch_source.startup_message()
-        if startup_message is not None and trainer.step < trainer.total_steps:
-            log_rank0(startup_message)
-        reporting.restart_speed()
+        batches = self._iterate_batches()
+        if trainer.step < trainer.total_steps:
+            reporting.start_timing(self.batch_source)
         try:
             while trainer.step < trainer.total_steps and not self._should_stop():
                 distributed.set_progress(f"step {trainer.step + 1}")
-                if not self._run_step():
+                if not self._run_step(batches):
                     break
                 if self._flags.wants_metrics:
                     # Reading the metrics waits for the device anyway, so checking for spikes costs nothing more.
@@ -126,38 +137,46 @@ class TrainLoop:
             return True
         if checkpointing.saved_step != trainer.step:
             self._save_if_good()
-        self.preemption.received_signal = self.preemption.received_signal or signal.Signals(self._flags.signal)
-        saved_step = checkpointing.saved_step
-        saved = "everything is saved" if saved_step == trainer.step else f"the last saved step is {saved_step or 0}"
-        log_rank0(
-            f"stopped by {self.preemption.received_signal.name} after step {trainer.step}; {saved}; continue with "
-            "--resume"
-        )
+        self._log_stop(self._flags.signal)
         return False
+
+    def _log_stop(self, number: int) -> None:
+        """Log that a signal stopped the run, and what is saved; ``number``: the signal, if another rank received it."""
+        self.preemption.received_signal = self.preemption.received_signal or signal.Signals(number)
+        step, saved_step = self.trainer.step, self.checkpointing.saved_step
+        saved = "everything is saved" if saved_step == step else f"the last saved step is {saved_step or 0}"
+        log_rank0(
+            f"stopped by {self.preemption.received_signal.name} after step {step}; {saved}; continue with --resume"
+        )
 
     def _save_if_good(self) -> None:
         self.checkpointing.save_if_good(self._source_state, self.reporting.log)
 
-    def _run_step(self) -> bool:
+    def _run_step(self, batches: Iterator[SiteBatches]) -> bool:
         """Run one optimizer step; return False if it was abandoned because of a signal."""
         trainer = self.trainer
-        self.context.extractor.before_batch = self.preemption.raise_if_preempted
+        self.context.extractor.set_interrupt_check(self.preemption.raise_if_preempted)
         step_state = trainer.step + 1, self._source_state
         try:
-            spikes = trainer.train_step(self._get_micro_batch, self._sync_flags, self._prefetch)
+            spikes = trainer.train_step(batches, self._sync_flags, self._prefetch)
         except Preempted:
             assert self._pending_flags is None, "the ranks wait for an answer"
             trainer.zero_grad()
             return False
         finally:
-            self.context.extractor.before_batch = None
+            self.context.extractor.set_interrupt_check(lambda: None)
         self.checkpointing.record_batch(*step_state)
         self._source_state = self.batch_source.state_dict()
         self.checkpointing.handle_spikes(spikes)
         return True
 
-    def _get_micro_batch(self, number: int) -> MicroBatch:
-        """Return micro-batch ``number``; raises :class:`Preempted` on every rank if one has abandoned the step."""
+    def _iterate_batches(self) -> Iterator[SiteBatches]:
+        """Yield the remaining micro-batches of the run."""
+        for number in count(self.trainer.step * self.config.train.grad_acc_steps):
+            yield self._get_batches(number)
+
+    def _get_batches(self, number: int) -> SiteBatches:
+        """Return micro-batches ``number``; raises :class:`Preempted` on every rank if one has abandoned the step."""
         part, interrupted = None, False
         try:
             part = self.batch_source.fetch_local_part(number)
@@ -206,13 +225,27 @@ class TrainLoop:
         """Return whether a checkpoint was overdue by rank 0's clock when the step began."""
         return bool(self._flags.checkpoint_due) if env.world_size() > 1 else self.checkpointing.is_overdue()
 
-    def _calibrate_coders(self) -> None:
-        """Let the coders set their thresholds on training text; every rank uses the same text."""
-        saes = self.trainer.saes.values()
-        if all(type(sae.coder).calibrate is SparseCoder.calibrate for sae in saes):
-            return
-        sequences = read_first_sequences(self.context)
-        batches = [batch.values for batch in self.context.extractor.iterate_batches(sequences) if len(batch)]
-        for sae in saes:
+    def _calibrate_coders(self) -> bool:
+        """Let the coders set their thresholds on the last training text; every rank uses the same text.
+
+        Return False if a signal stops it.
+        """
+        if self.config.coder_class.calibrate is SparseCoder.calibrate:
+            return True
+        states = RankGather(self.context).gather_states(self.batch_source.state_dict())
+        last_batches: list[ModelBatch] = []
+        received = 0
+        try:
+            last_batches = read_batches_at(self.context, self.batch_source.read_cursors(states))
+        except Preempted:
+            received = int(self.preemption.received_signal or 0)
+        # A rank that stopped would leave the others waiting for its scores.
+        (received,) = distributed.all_reduce_max([received], "calibrating the SAEs")
+        if received:
+            self._log_stop(received)
+            return False
+        batches = [batch.values for batch in self.context.extractor.iterate_batches(last_batches) if len(batch)]
+        for sae in self.trainer.saes.values():
             ctx = sae.build_context(self.trainer.step, self.trainer.tokens_per_step, self.trainer.total_steps)
-            sae.coder.calibrate((sae.normalize_inputs(batch[sae.hookpoint]) for batch in batches), ctx)
+            sae.coder.calibrate((sae.normalize_inputs(sae.site.select_xy(batch)[0]) for batch in batches), ctx)
+        return True

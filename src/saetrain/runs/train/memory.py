@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import psutil
@@ -12,24 +13,28 @@ from saetrain.activations.model import BaseModel
 from saetrain.config import RunConfig
 from saetrain.distributed import env
 from saetrain.errors import SaetrainError
+from saetrain.runs.train.resolve import build_without_memory, count_parameters
 from saetrain.training.placement import FP32_BYTES, Placement
+from saetrain.types import Site
 
 LOGIT_COPIES = 5
 """Copies of the logits that an end-to-end step holds: outputs of both models, their difference, gradients."""
 CGROUP_LIMIT_FILES = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
-def count_sae_parameters(config: RunConfig, widths: dict[str, int]) -> int:
-    """Return the number of parameters of the SAEs with these ``widths``, {hookpoint: D}, over all seeds."""
-    each = (
-        2 * width * config.sae.resolve_num_latents(width) + config.sae.resolve_num_latents(width) + width
-        for width in widths.values()
-    )
-    return sum(each) * len(config.train.init_seeds)
+def count_sae_parameters(config: RunConfig, sites: Iterable[Site], widths: Mapping[str, int]) -> int:
+    """Return the number of parameters of the SAEs of ``sites``, over all seeds; ``widths``: {hookpoint: D}."""
+    coders = [build_without_memory(config, *site.sum_widths(widths), is_sae=site.is_sae) for site in sites]
+    return sum(map(count_parameters, coders)) * len(config.train.init_seeds)
 
 
 def required_memory_bytes(
-    config: RunConfig, model: BaseModel, widths: dict[str, int], ctx_len: int, placement: Placement
+    config: RunConfig,
+    model: BaseModel,
+    sites: Mapping[str, Site],
+    widths: Mapping[str, int],
+    ctx_len: int,
+    placement: Placement,
 ) -> int:
     """Return the bytes that a run needs in addition to the program itself.
 
@@ -38,9 +43,11 @@ def required_memory_bytes(
     a micro-batch take the place of the buffer.
     """
     model_bytes = sum(p.numel() * p.element_size() for p in model.module.parameters())
-    own = {name: width for name, width in widths.items() if placement.is_owned_by(name, env.rank())}
-    sae_bytes = 5 * FP32_BYTES * count_sae_parameters(config, own)
-    buffered = min(config.buffer.buffer_tokens, config.train.max_tokens) // env.world_size()
+    own = [site for name, site in sites.items() if placement.is_owned_by(name, env.rank())]
+    sae_bytes = 5 * FP32_BYTES * count_sae_parameters(config, own, widths)
+    # Each shard's pool holds whole model batches.
+    batch_tokens = config.loader.data_shards * config.base.resolve_batch_tokens(model.device)
+    buffered = (min(config.buffer.buffer_tokens, config.train.max_tokens) + batch_tokens // 2) // env.world_size()
     buffer_bytes = buffered * sum(widths.values()) * model.dtype.itemsize
     if env.world_size() > 1 and not placement.owners:
         own_shards = max(1, config.loader.data_shards // env.world_size())
@@ -48,7 +55,7 @@ def required_memory_bytes(
     if config.train.end_to_end:
         vocabulary = model.module.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
         buffer_bytes = LOGIT_COPIES * FP32_BYTES * config.train.batch_size * ctx_len * vocabulary
-    widest = max(config.sae.resolve_num_latents(width) for width in widths.values())
+    widest = max(config.sae.resolve_num_latents(site.sum_widths(widths)[0]) for site in sites.values())
     rows = config.train.batch_size * ctx_len * (env.world_size() if placement.owners else 1)
     return model_bytes + sae_bytes + buffer_bytes + 3 * FP32_BYTES * rows * widest
 
@@ -71,18 +78,22 @@ def available_memory_bytes(device: torch.device) -> int:
 
 
 def check_memory(
-    config: RunConfig, model: BaseModel, widths: dict[str, int], ctx_len: int, placement: Placement
+    config: RunConfig,
+    model: BaseModel,
+    sites: Mapping[str, Site],
+    widths: Mapping[str, int],
+    ctx_len: int,
+    placement: Placement,
 ) -> None:
     """Raise SaetrainError if the run needs more memory than is available, unless --force is set."""
-    needed, available = (
-        required_memory_bytes(config, model, widths, ctx_len, placement),
-        available_memory_bytes(model.device),
-    )
+    needed = required_memory_bytes(config, model, sites, widths, ctx_len, placement)
+    available = available_memory_bytes(model.device)
     if needed <= available or config.force:
         return
-    latents = ", ".join(sorted({f"{config.sae.resolve_num_latents(width):,}" for width in widths.values()}))
+    counts = {config.sae.resolve_num_latents(site.sum_widths(widths)[0]) for site in sites.values()}
+    latents = ", ".join(sorted(f"{count:,}" for count in counts))
     raise SaetrainError(
-        f"{latents} latents over {len(widths)} hookpoints need about {format_bytes(needed)} of memory, but only "
+        f"{latents} latents over {len(sites)} hookpoints need about {format_bytes(needed)} of memory, but only "
         f"{format_bytes(available)} are available on {model.device}; lower --expansion_factor (now "
         f"{config.sae.expansion_factor}) or --num_latents, train fewer --layers at once, lower --buffer_tokens, or "
         "pass --force to start anyway"

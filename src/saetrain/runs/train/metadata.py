@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
@@ -9,28 +10,29 @@ from saetrain.activations.model import DTYPES
 from saetrain.coders import SparseCoder
 from saetrain.config import RunConfig
 from saetrain.distributed import env
+from saetrain.errors import DivergedRun
 from saetrain.interop.metadata import SaeMetadata
-from saetrain.logs.console import log_rank0
+from saetrain.logs.console import log_rank0, print_rank0
 from saetrain.optim import describe_small_sgd_lr, describe_unusual_lr
-from saetrain.runs.train.builders import sae_names
-from saetrain.runs.train.choose_step import choose_kernels, step_request
+from saetrain.runs.run_dir import SAES_DIR
+from saetrain.runs.sae_table import build_sae_table, open_console
 from saetrain.runs.train.setup import RunContext
 from saetrain.training.dead_latents import min_dead_fraction
 from saetrain.training.trainer import Trainer
+from saetrain.types import Site
 
 
 def build_run_metadata(run: RunContext, trainer: Trainer) -> SaeMetadata:
     """Return the metadata that all SAEs of the run share: model, text, token policy and training."""
     config = run.config
-    kernels = choose_kernels(config.compute, step_request(config, run.model.device))
-    locations = [absolute_location(name) for name in config.dataset]
+    kernels, locations = run.resolved.kernels, [absolute_location(name) for name in config.dataset]
     return SaeMetadata(
         model=absolute_location(config.model),
         model_revision=run.model.revision,
         model_weights_sha256=run.weights_sha256,
         model_dtype=next(name for name, dtype in DTYPES.items() if dtype is run.model.dtype),
         dataset=locations[0] if len(locations) == 1 else locations,
-        mix=None if len(locations) == 1 else list(run.plan.shares),
+        mix=None if len(locations) == 1 else list(config.mixing.normalized_shares(len(locations))),
         dataset_config=config.source.dataset_config,
         split=config.source.split,
         streaming=config.source.streaming,
@@ -57,29 +59,42 @@ def absolute_location(name: str) -> str:
     return str(Path(name).resolve()) if os.path.exists(name) else name
 
 
-def hook_name(run: RunContext, hookpoint: str) -> str:
+def hook_name(run: RunContext, site: Site) -> str:
     """Return TransformerLens' name of a causal model's residual stream, which SAELens expects; else the module's."""
-    if run.model.causal and run.config.where.hookpoints is None:
-        return f"blocks.{hookpoint.rsplit('.', 1)[1]}.hook_resid_post"
-    return hookpoint
+    if run.model.causal and site.is_sae and run.config.where.hookpoints is None:
+        return f"blocks.{site.name.rsplit('.', 1)[1]}.hook_resid_post"
+    return site.name
+
+
+def describe_passes(run: RunContext) -> str:
+    """Return a phrase about how often the run passes over its text."""
+    shares = run.config.mixing.normalized_shares(len(run.config.dataset))
+    rows = zip(run.config.dataset, shares, run.text_tokens, strict=True)
+    counts = {
+        name: f"{run.resolved.n_tokens * share / max(tokens, 1):.2f} passes over" if tokens is not None else "streaming"
+        for name, share, tokens in rows
+    }
+    if len(counts) > 1:
+        return ", ".join(f"{count} {name}" for name, count in counts.items())
+    (count,) = counts.values()
+    return f"{count} the text" + ("" if run.train_tokens is not None else ", so the number of passes is unknown")
 
 
 def log_run_start(run: RunContext, trainer: Trainer) -> None:
     """Log what will be trained on what, and warn about settings that are probably mistakes."""
-    plan, config = run.plan, run.config
-    leftover_tokens = config.train.max_tokens - plan.n_tokens
+    resolved, config = run.resolved, run.config
+    leftover_tokens = config.train.max_tokens - resolved.n_tokens
     if 0 < trainer.step < trainer.total_steps:
         log_rank0(f"{trainer.total_steps - trainer.step} of {trainer.total_steps} steps are left")
-    count = len(sae_names(run))
-    kernels = choose_kernels(config.compute, step_request(config, run.model.device))
+    count, kernels = len(run.sae_names), resolved.kernels
     log_rank0(f"kernels: {kernels.kernels}, products in {kernels.compute_dtype} (--kernels, --compute_dtype)")
     if trainer.step == trainer.total_steps:
         log_rank0(f"all {trainer.total_steps} steps are done; writing and evaluating the SAEs again")
         return
     log_rank0(
-        f"training {count} SAE{'s' if count > 1 else ''} for {plan.steps} steps of "
-        f"{plan.tokens_per_step:,} tokens ({plan.n_tokens:,} in total; {leftover_tokens:,} of --max_tokens unused), "
-        f"{plan.describe_passes()}, at lr {describe_lrs(config, trainer)}"
+        f"training {count} SAE{'s' if count > 1 else ''} for {resolved.steps} steps of "
+        f"{resolved.tokens_per_step:,} tokens ({resolved.n_tokens:,} in total; {leftover_tokens:,} of --max_tokens "
+        f"unused), {describe_passes(run)}, at lr {describe_lrs(config, trainer)}"
     )
     if config.train.end_to_end:
         log_rank0(
@@ -89,7 +104,7 @@ def log_run_start(run: RunContext, trainer: Trainer) -> None:
     if config.dead.dead_feature_threshold is not None:
         log_rank0("--dead_feature_threshold is deprecated: use --dead_window_tokens")
     coders = [sae.coder for sae in trainer.saes.values()]
-    widths = sorted({coder.d_in for coder in coders if config.sae.k >= coder.d_in})
+    widths = sorted({coder.d_in for coder in coders if (coder.expected_l0() or 0) >= coder.d_in})
     if widths:
         log_rank0(
             f"--k {config.sae.k} is at least the activation width {widths[0]}, so the code is not sparse; lower --k"
@@ -111,16 +126,18 @@ def describe_lrs(config: RunConfig, trainer: Trainer) -> str:
 
 def _describe_lr_risk(run: RunContext, coder: SparseCoder) -> str | None:
     """Return a warning about an unusual learning rate, or None."""
-    lr, plan = run.config.optim.lr, run.plan
-    recommended = coder.recommended_lr(plan.tokens_per_step, plan.steps)
+    lr, per_step, steps = run.config.optim.lr, run.resolved.tokens_per_step, run.resolved.steps
+    recommended = coder.recommended_lr(per_step, steps)
     if lr == "auto":
         return None
     if run.config.optim.optimizer == "sgd":
         return describe_small_sgd_lr(lr)
     if recommended is None or not run.config.has_lr_rule:
         return None
-    size = f"{coder.num_latents} latents, L0 {coder.expected_l0():g} and {plan.steps} steps of {plan.tokens_per_step}"
-    return describe_unusual_lr(lr, recommended, f"{size} tokens")
+    l0 = coder.expected_l0()
+    sparsity = "" if l0 is None else f", L0 {l0:g}"
+    size = f"{coder.num_latents} latents{sparsity} and {steps} steps of {per_step} tokens"
+    return describe_unusual_lr(lr, recommended, size)
 
 
 def warn_unreachable_threshold(coder: SparseCoder, threshold: float) -> None:
@@ -135,21 +152,40 @@ def warn_unreachable_threshold(coder: SparseCoder, threshold: float) -> None:
         )
 
 
-def log_run_summary(directory: Path, metrics: dict[str, dict[str, float]]) -> None:
-    """Print the held-out metrics of each SAE and the paths of the results."""
-    name_width = max(map(len, metrics))
-    print(f"{'SAE':<{name_width}}     FVU  expl.var      L0  never fired  dead by rate  redundancy (random)")
-    for name, row in metrics.items():
-        print(
-            f"{name:<{name_width}} {row['fvu']:7.4f} {row['explained_variance']:9.4f} {row['l0']:7.2f} "
-            f"{row['dead_never_fired']:12.1%} {row['dead_below_threshold']:13.1%} "
-            f"{row['decoder_redundancy_top100']:10.3f} ({row['decoder_redundancy_top100_random']:.3f})"
-        )
-    tokens = next(iter(metrics.values()))["tokens"]
-    print(f"on {tokens:,.0f} held-out tokens; run in {directory}, SAEs in {directory / 'sae'}")
+def log_next_steps(directory: Path, sae: str) -> None:
+    """Print the commands that a user may type after a run; ``sae``: the name of one of its SAEs."""
+    print_rank0(f"next:  saetrain evaluate {directory}   (every metric, baseline and reason)")
+    print_rank0(f"       saetrain compare {directory} OTHER_RUN")
+    print_rank0(f"       python: saetrain.load('{directory / SAES_DIR / sae}')")
+
+
+def log_run_summary(metrics: dict[str, dict[str, float]], *, will_assess: bool) -> None:
+    """Print the held-out metrics of each SAE, unless an assessment follows, and warn about SAEs without use."""
+    if not will_assess:
+        console, tokens = open_console(), next(iter(metrics.values()))["tokens"]
+        console.print(f"on {tokens:,.0f} held-out tokens:")
+        console.print(build_sae_table({"SAE": list(metrics)}, list(metrics.values())))
     unusable = [name for name, row in metrics.items() if not row["fvu"] < 1]
     if unusable:
-        print(
+        print_rank0(
             f"WARNING: {', '.join(unusable)}: worse than predicting the mean (FVU is not below 1), so not usable; "
             "try more tokens, another --lr or a lower --k"
         )
+
+
+def raise_if_diverged(directory: Path, config: RunConfig, metrics: dict[str, dict[str, float]]) -> None:
+    """Raise DivergedRun if a held-out FVU is not a number, or above 1 in a run that minimizes the FVU."""
+    limit = math.inf if config.train.end_to_end else 1
+    diverged = {name: row["fvu"] for name, row in metrics.items() if not row["fvu"] <= limit}
+    if not diverged:
+        return
+    name, fvu = max(diverged.items(), key=lambda item: (math.isnan(item[1]), item[1]))
+    found = "FVU nan, not a number" if math.isnan(fvu) else f"FVU {fvu:.4g}, above 1"
+    lr = "a lower --lr" if config.optim.lr == "auto" or not config.has_lr_rule else "--lr auto or a lower --lr"
+    error = DivergedRun(
+        f"the run diverged: {len(diverged)} of {len(metrics)} SAEs reconstruct held-out text worse than its mean does "
+        f"({name}: {found}); they are saved in {directory / 'sae'}; start a new run with {lr}"
+    )
+    if not env.will_be_restarted():
+        raise error
+    log_rank0(f"{error} (exit code 0, because torchrun would restart the run after another one)")

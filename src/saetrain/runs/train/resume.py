@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from saetrain.activations.model import hash_model_code
 from saetrain.config import RunConfig, from_flat, to_flat
@@ -14,10 +14,12 @@ from saetrain.distributed import env
 from saetrain.errors import SaetrainError
 from saetrain.evaluation.evaluator import ScoreSettings
 from saetrain.evaluation.health import HealthSettings
+from saetrain.features.settings import FeatureSettings
 from saetrain.logs.console import log_rank0
 from saetrain.optim import LR_DECAY_SHARE
 from saetrain.runs.train import gather
-from saetrain.runs.train.setup import RunContext, build_batch_plan, resolve_config
+from saetrain.runs.train.resolve import Resolved
+from saetrain.runs.train.setup import RunContext, resolve_config
 from saetrain.training.checkpoint import Checkpoint
 
 MAY_CHANGE_ON_RESUME = frozenset(
@@ -47,8 +49,13 @@ MAY_CHANGE_ON_RESUME = frozenset(
         "finetune",
         "dead_percentage_threshold",
         "assess",
+        "report",
         "parallel",
-        *(item.name for item in (*dataclasses.fields(ScoreSettings), *dataclasses.fields(HealthSettings))),
+        *(
+            item.name
+            for settings in (ScoreSettings, HealthSettings, FeatureSettings)
+            for item in dataclasses.fields(settings)
+        ),
     }
 )
 """Settings that do not affect the weights; model and data set are compared by their content."""
@@ -57,7 +64,7 @@ TEXT_SETTINGS = frozenset({"split", "dataset_config", "text_column", "skip_bad_r
 MAY_DIFFER_BETWEEN_RANKS = frozenset({"save_dir", "device", "data_preprocessing_num_proc", "resume", "overwrite"})
 """Settings that may differ between processes."""
 BATCH_SETTINGS = ("batch_size", "grad_acc_steps")
-DERIVED_SETTINGS = ("lr_warmup_steps", "weight_decay", "dead_window_tokens", "model_batch_tokens")
+DERIVED_SETTINGS = ("lr_warmup_steps", "weight_decay", "dead_window_tokens", "model_batch_tokens", "group_tokens")
 """Settings that are derived from others or from the machine if not given; a resumed run keeps its first values."""
 
 
@@ -80,25 +87,30 @@ def require_same_run(run: RunContext) -> None:
     gather.require_equal_on_ranks({**settings, **found, **content_hashes(run)})
 
 
-def reconcile_with_checkpoint(run: RunContext, checkpoint: Checkpoint) -> RunContext:
-    """Return ``run`` with the settings that the checkpoint's run resolved.
+def keep_first_values(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
+    """Return settings with what the first start of the run derived or chose, unless the user gives other values.
 
-    Raises SaetrainError if a setting, the model or the text has changed in a way that would change the result.
+    ``values``: those of the checkpoint. Raises SaetrainError if the run cannot be continued with these processes.
     """
+    before: Mapping[str, Any] = values["settings"]
+    flat = to_flat(fit_batch(config, values))
+    flat.update({name: before[name] for name in DERIVED_SETTINGS if flat.get(name, "") is None})
+    flat.update(_keep_kernels(flat, before))
+    if flat["lr"] == "auto" != values["asked_lr"]:
+        _refuse_changes([_describe_change("lr", "auto", values["asked_lr"])])
+    if flat["max_tokens"] != before["max_tokens"]:
+        _require_not_shorter(flat["max_tokens"], before["max_tokens"])
+    return dataclasses.replace(from_flat(flat, "checkpoint"), where=config.where)
+
+
+def require_same_result(run: RunContext, checkpoint: Checkpoint) -> None:
+    """Raise SaetrainError if a setting, the model or the text has changed in a way that would change the result."""
     saved_hashes, current_hashes = checkpoint.values["identity"], content_hashes(run)
     _require_same_hash(current_hashes, saved_hashes, "model_weights_sha256", "MODEL: its weights are not those")
     _require_same_hash(current_hashes, saved_hashes, "model_config", "MODEL: its configuration or code is not the one")
     _require_same_hash(current_hashes, saved_hashes, "tokenizer", "MODEL: its tokenizer is not the one")
     before: Mapping[str, Any] = checkpoint.values["settings"]
-    given = to_flat(run.config)
-    flat = to_flat(resolve_config(run))
-    if flat["max_tokens"] != before["max_tokens"]:
-        _require_not_shorter(flat["max_tokens"], before["max_tokens"])
-    # This also applies to an unchanged --max_tokens, because an earlier resume may have raised it.
-    flat.update({name: before[name] for name in DERIVED_SETTINGS if given[name] is None})
-    if given["lr"] == checkpoint.values["asked_lr"] == "auto":
-        flat["lr"] = before["lr"]
-    flat.update(_resolve_kernels(given, before))
+    flat, was_expanded = to_flat(resolve_config(run)), run.config.sae.num_latents is None
     ignorable = _ignorable_settings(run, flat, before)
     if _sequences_per_step(flat, env.world_size()) == _sequences_per_step(before, checkpoint.values["world_size"]):
         ignorable |= set(BATCH_SETTINGS)
@@ -107,27 +119,32 @@ def reconcile_with_checkpoint(run: RunContext, checkpoint: Checkpoint) -> RunCon
         for name, value in flat.items()
         if name not in MAY_CHANGE_ON_RESUME | ignorable | {"max_tokens"} and value != before.get(name)
     }
-    if given["num_latents"] is None and "expansion_factor" in differing:
+    if was_expanded and "expansion_factor" in differing:
         differing.discard("num_latents")
     requested = {**before, "lr": checkpoint.values["asked_lr"]}
-    changed = [
-        f"--{name} is {_format_setting(flat[name])} now and was {_format_setting(requested.get(name))}"
-        for name in flat
-        if name in differing
-    ]
+    changed = [_describe_change(name, flat[name], requested.get(name)) for name in flat if name in differing]
     if changed and env.world_size() != checkpoint.values["world_size"]:
         changed.append(f"the number of processes is {env.world_size()} now and was {checkpoint.values['world_size']}")
     if changed:
-        raise SaetrainError(
-            f"--resume: {', '.join(changed)} when the run began, which would change the result; pass the earlier "
-            "value, or start another --run_name"
-        )
+        _refuse_changes(changed)
     # The text is compared after the settings, because some of them decide which texts are trained on.
     _require_same_hash(current_hashes, saved_hashes, "text", "DATASET: its text is not the one")
-    config: RunConfig = dataclasses.replace(from_flat(flat, "checkpoint"), where=run.config.where)
-    plan = build_batch_plan(config, run.framing.ctx_len, run.plan.text_tokens)
-    run.extractor.batch_tokens = config.base.resolve_batch_tokens(run.model.device)
-    return dataclasses.replace(run, config=config, plan=plan)
+    placed = Resolved.from_json(checkpoint.values["resolved"]).placement.owners
+    if run.resolved.placement.owners != placed:
+        log_rank0(
+            "the SAEs are placed on other processes than before: sums are rounded differently, so bits will differ"
+        )
+
+
+def _describe_change(name: str, value: Any, before: Any) -> str:
+    return f"--{name} is {_format_setting(value)} now and was {_format_setting(before)}"
+
+
+def _refuse_changes(changed: list[str]) -> NoReturn:
+    raise SaetrainError(
+        f"--resume: {', '.join(changed)} when the run began, which would change the result; pass the earlier "
+        "value, or start another --run_name"
+    )
 
 
 def _format_setting(value: Any) -> str:
@@ -148,8 +165,7 @@ def _sequences_per_step(settings: Mapping[str, Any], world: int) -> int:
 def fit_batch(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
     """Return settings whose batch keeps the checkpoint's sequences per step on another number of processes.
 
-    Raises SaetrainError if that is impossible. A batch that the user changed is left to
-    :func:`reconcile_with_checkpoint`.
+    Raises SaetrainError if that is impossible. A batch that the user changed is left to :func:`require_same_result`.
     """
     before, saved_n_ranks, n_ranks = values["settings"], values["world_size"], env.world_size()
     flat = to_flat(config)
@@ -174,7 +190,7 @@ def fit_batch(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
     return dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=size, grad_acc_steps=steps))
 
 
-def _resolve_kernels(given: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+def _keep_kernels(given: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
     """Return the kernels of the first start, because kernels round differently; an explicit choice is used and logged.
 
     An explicit choice is needed if the run moves to a machine without a compiler.
@@ -199,7 +215,7 @@ def _ignorable_settings(run: RunContext, flat: Mapping[str, Any], before: Mappin
     # Only the commit identifies the Python code of a model on the hub.
     if run.weights_sha256 is not None and not run.config.base.trust_remote_code:
         names.add("revision")
-    if run.plan.train_tokens is not None:
+    if run.train_tokens is not None:
         names |= TEXT_SETTINGS
     return frozenset(names)
 

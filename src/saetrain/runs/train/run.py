@@ -11,6 +11,7 @@ from saetrain import distributed
 from saetrain.activations.model import resolve_device
 from saetrain.config import RunConfig, write_yaml
 from saetrain.distributed import env
+from saetrain.errors import SaetrainError
 from saetrain.logs import require_log_packages
 from saetrain.runs.run_dir import (
     CONFIG_FILE,
@@ -20,12 +21,14 @@ from saetrain.runs.run_dir import (
     resolve_run_dir,
     resume_if_restarted,
 )
+from saetrain.runs.run_lock import lock_run_dir
 from saetrain.runs.train import gather
-from saetrain.runs.train.builders import TrainingRun, build_trainer, sae_names
+from saetrain.runs.train.builders import TrainingRun, build_trainer
 from saetrain.runs.train.choose_step import choose_kernels, step_request
 from saetrain.runs.train.dry_run import report_dry_run
 from saetrain.runs.train.loop import TrainLoop
-from saetrain.runs.train.resume import fit_batch, reconcile_with_checkpoint, require_same_run
+from saetrain.runs.train.resolve import Resolved
+from saetrain.runs.train.resume import keep_first_values, require_same_result, require_same_run
 from saetrain.runs.train.setup import RunContext, prepare_run, resolve_config
 from saetrain.training.checkpoint import Checkpoint
 
@@ -46,27 +49,39 @@ def train_saes(config: RunConfig) -> Path:
         context = prepare_run(config)
         report_dry_run(context, *build_trainer(context, None))
         return directory
+    with lock_run_dir(directory):
+        context, checkpoint = _prepare_or_resume(config, directory)
+        run = TrainingRun(context, *build_trainer(context, checkpoint), directory, checkpoint)
+        _write_run_dir(run, config.output.overwrite)
+        TrainLoop(run).run()
+    return directory
+
+
+def _prepare_or_resume(config: RunConfig, directory: Path) -> tuple[RunContext, Checkpoint | None]:
+    """Return the prepared run, and the checkpoint to continue from."""
     checkpoint = _open_checkpoint(config, directory)
-    if checkpoint is not None:
-        config = fit_batch(config, checkpoint.values)
-    context = prepare_run(config)
-    if checkpoint is not None:
-        context = reconcile_with_checkpoint(context, checkpoint)
+    if checkpoint is None:
+        context = prepare_run(config)
+    else:
+        kept = Resolved.from_json(checkpoint.values["resolved"])
+        context = prepare_run(keep_first_values(config, checkpoint.values), kept)
+        require_same_result(context, checkpoint)
         checkpoint = _broadcast_checkpoint(context, checkpoint)
     require_same_run(context)
-    trainer, normalizers = build_trainer(context, checkpoint)
-    is_rank0 = env.rank() == 0
-    retry_flag = "--overwrite" if config.output.overwrite else "--resume"
-    if is_rank0:
-        with report_write_errors(directory, "at the start", checkpoint is not None, retry_flag):
-            initialize_run_dir(directory, config.output.overwrite)
-    loop = TrainLoop(TrainingRun(context, trainer, normalizers, directory, checkpoint))
-    output = dataclasses.replace(config.output, run_name=directory.name)
-    if is_rank0:
-        with loop.checkpointing.report_write_errors():
-            write_yaml(directory / CONFIG_FILE, dataclasses.replace(resolve_config(context), output=output))
-    loop.run()
-    return directory
+    return context, checkpoint
+
+
+def _write_run_dir(run: TrainingRun, overwrite: bool) -> None:
+    """Create the run directory, or empty it with ``overwrite``, and write the resolved settings; only on rank 0."""
+    if env.rank() != 0:
+        return
+    retry_flag = "--overwrite" if overwrite else "--resume"
+    with report_write_errors(run.directory, "at the start", run.checkpoint is not None, retry_flag):
+        initialize_run_dir(run.directory, overwrite)
+    resolved = resolve_config(run.context)
+    output = dataclasses.replace(resolved.output, run_name=run.directory.name)
+    with report_write_errors(run.directory, f"at step {run.trainer.step}", run.checkpoint is not None):
+        write_yaml(run.directory / CONFIG_FILE, dataclasses.replace(resolved, output=output))
 
 
 def _choose_kernels_on_ranks(config: RunConfig) -> None:
@@ -92,10 +107,13 @@ def _open_checkpoint(config: RunConfig, directory: Path) -> Checkpoint | None:
 
 def _broadcast_checkpoint(run: RunContext, checkpoint: Checkpoint) -> Checkpoint:
     """Send this rank the tensors that it needs, because the run directory may be on rank 0's disk only."""
+    missing = run.sae_names.keys() - checkpoint.values["files"].keys()
+    if missing:
+        raise SaetrainError(f"--resume: checkpoint {checkpoint.path} has no SAE {', '.join(sorted(missing))}")
     tensors = {}
     for name in checkpoint.values["files"]:
         content = distributed.broadcast_tensors(checkpoint.tensors.get(name), f"sending the checkpoint of {name}")
-        hookpoint = sae_names(run).get(name, (None,))[0]
-        if hookpoint is None or run.placement.is_owned_by(hookpoint, env.rank()):
+        site, _ = run.sae_names.get(name, (None, None))
+        if site is None or run.resolved.placement.is_owned_by(site.name, env.rank()):
             tensors[name] = content
     return dataclasses.replace(checkpoint, tensors=tensors)

