@@ -16,6 +16,7 @@ class Work:
     """A workload; its sizes are N tokens, D width, F latents, K active."""
 
     kind: Kind
+    architecture: str = "topk"
     tokens: int = 2048
     width: int = 768
     latents: int = 6144
@@ -97,6 +98,64 @@ def step_cases(kernels: list[str], peers: bool) -> list[Case]:
     tools = tuple(tool for name in kernels for tool in KERNELS[name][:1]) + (STEP_PEERS if peers else ())
     return [
         Case(f"step F={latents} k={k}", "step", Work("step", latents=latents, k=k), tools) for latents, k in STEP_SHAPES
+    ]
+
+
+ARCHITECTURE_SHAPES = (
+    ("batchtopk", 6144),
+    ("batchtopk", 24576),
+    ("matryoshka", 6144),
+    ("jumprelu", 6144),
+    ("standard", 6144),
+    ("abstopk", 6144),
+)
+MATRYOSHKA_PARTS = (16, 8, 4, 2, 1)
+"""The default prefixes of matryoshka are the latents divided by these."""
+FIRST_STEPS = (20,) * 10
+"""Rounds of the first 200 steps, in which the number of active latents changes."""
+
+
+NOT_NATIVE = ("standard", "abstopk")
+"""Architectures that only the torch kernels train."""
+
+
+def architecture_tools(architecture: str, kernels: list[str]) -> tuple[Tool, ...]:
+    """saetrain with the kernels that train an architecture."""
+    names = [name for name in without_reference(kernels) if name != "native" or architecture not in NOT_NATIVE]
+    return tuple(tool for name in names for tool in KERNELS[name][:1])
+
+
+def architecture_works() -> dict[str, Work]:
+    """{name: the training step of another architecture than topk}; k is the wanted L0."""
+    return {
+        f"{architecture} F={latents} k=32": Work("step", architecture, latents=latents)
+        for architecture, latents in ARCHITECTURE_SHAPES
+    }
+
+
+def architecture_cases(kernels: list[str], peers: bool) -> list[Case]:
+    """The training step of each architecture next to our topk, after the first 200 steps of our own."""
+    cases = []
+    for name, work in architecture_works().items():
+        own = architecture_tools(work.architecture, kernels)
+        topk = tuple(replace(tool, name=f"{tool.name}, topk", changes={"architecture": "topk"}) for tool in own)
+        settled = tuple(replace(tool, options={**tool.options, "warmup": sum(FIRST_STEPS)}) for tool in own)
+        tools = (*settled, *topk, *(STEP_PEERS[2:] if peers else ()))
+        cases.append(Case(f"architecture {name}", "architectures", work, tools, max_rounds=LONG_ROUNDS))
+    return cases
+
+
+def first_steps_cases(kernels: list[str], peers: bool) -> list[Case]:
+    """The first 200 steps of the architectures whose number of active latents changes."""
+    others = STEP_PEERS[2:] if peers else ()
+    return [
+        Case(
+            *(f"first 200 steps, {name}", "first_steps", work),
+            (*architecture_tools(work.architecture, kernels), *others),
+            repeats=FIRST_STEPS,
+        )
+        for name, work in architecture_works().items()
+        if work.latents == 6144 and work.architecture in ("batchtopk", "matryoshka", "jumprelu")
     ]
 
 
@@ -196,6 +255,8 @@ def memory_cases(kernels: list[str], peers: bool) -> list[Case]:
 
 GROUPS = {
     "step": step_cases,
+    "architectures": architecture_cases,
+    "first_steps": first_steps_cases,
     "precision": precision_cases,
     "dead": dead_cases,
     "end_to_end": end_to_end_cases,

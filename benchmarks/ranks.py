@@ -31,6 +31,7 @@ from benchmarks.saetrain_runner import (
     RandomSequences,
     build_base_model,
     build_sae_trainer,
+    iterate_sae_batches,
 )
 from saetrain import distributed
 from saetrain.activations.buffer import ShuffleBuffer
@@ -43,6 +44,7 @@ from saetrain.data.sharded import LoaderSettings, ShardedSequences
 from saetrain.distributed import env
 from saetrain.optim import OptimSettings, resolve_warmup_steps
 from saetrain.training.trainer import Trainer, TrainSettings
+from saetrain.types import Site
 
 SHARDS = 16
 VARIANTS = ("alone", "weak", "strong")
@@ -77,7 +79,9 @@ class Variant:
         # The same number of steps in every variant, so that a sample covers whole refill periods.
         slots_per_shard = BUFFER_BATCHES * tokens // SHARDS
         buffer = ShuffleBuffer(self._reader, self._source, owned, SHARDS, slots_per_shard, SEED)
-        self._take = lambda number: buffer.take_activations(number * tokens, tokens, STEPS * tokens)
+        self._batches = iterate_sae_batches(
+            lambda number: buffer.take_activations(number * tokens, tokens, STEPS * tokens)
+        )
         self._prefetch = buffer.prefetch_pools
         return self
 
@@ -88,7 +92,7 @@ class Variant:
         for _ in range(steps):
             # A run all-reduces as many flags before every update.
             sync_flags = distributed.AsyncAllReduce([0, 0, 0, 0]).wait if self._ranks > 1 else _do_nothing
-            self.trainer.train_step(self._take, sync_flags, self._prefetch)
+            self.trainer.train_step(self._batches, sync_flags, self._prefetch)
         seconds, now = time.perf_counter() - start, distributed.comm_stats()
         return {
             "seconds": seconds / steps,
@@ -102,13 +106,13 @@ class Variant:
 def build_variants(work: Work, compute_dtype: str) -> dict[str, Variant]:
     """Build all variants on one model."""
     names = [hookpoint_name(work, layer) for layer in work.layers]
-    source = ShardedSequences(RandomSequences(work, STEPS), LoaderSettings(data_shards=SHARDS), True, False)
-    reader = ActivationExtractor(
-        ActivationCapture(build_base_model(work), names), source.keep, ModelSettings().resolve_batch_tokens(CPU)
-    )
-    sample = reader.extract_all(source.read(0, source.start_cursor, CALIBRATION_BATCHES * work.tokens)[0])
-    reader.norm_limits = compute_norm_limits(sample)
-    normalizers = fit_normalizers(sample, reader.norm_limits)
+    batch_tokens = ModelSettings().resolve_batch_tokens(CPU)
+    settings = LoaderSettings(data_shards=SHARDS)
+    source = ShardedSequences(RandomSequences(work, STEPS), settings, True, False, batch_tokens)
+    reader = ActivationExtractor(ActivationCapture(build_base_model(work), names), source.keep, batch_tokens)
+    sample = reader.extract_all(source.read_first_batches(CALIBRATION_BATCHES * work.tokens))
+    reader.set_norm_limits(compute_norm_limits(sample))
+    normalizers = fit_normalizers(sample, reader.norm_limits, map(Site.of_sae, names))
     ranks = env.world_size()
     shapes = {"alone": (work.tokens, 1), "weak": (ranks * work.tokens, ranks), "strong": (work.tokens, ranks)}
     return {

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -18,15 +19,16 @@ from saetrain.activations.capture import ActivationCapture
 from saetrain.activations.extract import ActivationExtractor, Activations
 from saetrain.activations.model import BaseModel
 from saetrain.activations.normalize import Normalizer, compute_norm_limits, fit_normalizers
-from saetrain.coders.topk import TopK, TopKSettings
+from saetrain.coders import CODERS, CoderSettings
 from saetrain.data.packing import Sequences
 from saetrain.data.sharded import LoaderSettings, ShardedSequences
 from saetrain.optim import OptimSettings, resolve_warmup_steps
 from saetrain.runs.train.choose_step import build_train_step, choose_kernels
 from saetrain.training.dead_latents import DEFAULT_DEAD_BIAS_LIFT, DeadSettings, FiringTracker
-from saetrain.training.steps.base import KernelSettings, StepRequest
-from saetrain.training.trainer import SaeState, Trainer, TrainSettings
-from saetrain.types import TokenKind, TokenSequence
+from saetrain.training.sae_state import SaeState
+from saetrain.training.steps.base import KernelSettings, MicroBatch, StepRequest
+from saetrain.training.trainer import SiteBatches, Trainer, TrainSettings
+from saetrain.types import Site, TokenKind, TokenSequence
 
 CPU = torch.device("cpu")
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
@@ -42,11 +44,12 @@ HOOKPOINT = "activations"
 def build_sae_trainer(
     hookpoint: str,
     normalizer: Normalizer,
-    settings: TopKSettings,
+    settings: CoderSettings,
     kernels: str,
     compute_dtype: str,
     tokens: int,
     *,
+    architecture: str = "topk",
     alone: bool = True,
     optim: OptimSettings | None = None,
     steps: int = STEPS,
@@ -54,24 +57,35 @@ def build_sae_trainer(
 ) -> SaeState:
     """Build the state of one SAE for a run of ``steps``; ``alone``: the run has one process."""
     width = len(normalizer.mean)
-    coder = TopK(width, settings.resolve_num_latents(width), settings.k, settings.auxk_alpha, seed)
+    coder_class = CODERS[architecture]
+    coder = coder_class.build(settings, width, seed=seed)
     optim, dead = optim or OptimSettings(), DeadSettings()
     names: Any = {"kernels": kernels, "compute_dtype": DTYPES.get(compute_dtype, compute_dtype)}
-    chosen = choose_kernels(KernelSettings(**names), StepRequest(TopK, optim, CPU))
+    chosen = choose_kernels(KernelSettings(**names), StepRequest(coder_class, optim, CPU, sae=settings))
     window = dead.resolve_window(steps * tokens, coder.num_latents, coder.expected_l0())
     firing = FiringTracker(coder.num_latents, window, dead.dead_percentage_threshold, CPU)
+    lr = coder.recommended_lr(tokens, steps) if optim.lr == "auto" else optim.lr
+    assert lr is not None, f"no rule for the learning rate of {architecture}"
+    normalize = partial(normalizer, bf16=chosen.compute_dtype == "bfloat16")
     return SaeState(
-        hookpoint,
+        Site.of_sae(hookpoint),
         coder,
-        partial(normalizer, bf16=chosen.compute_dtype == "bfloat16"),
+        normalize,
+        normalize,
         build_train_step(coder, chosen, optim, no_accumulation=alone),
         firing,
         data_variance=normalizer.scaled_variance,
         mse_per_fvu=normalizer.variance / coder.d_in,
-        peak_lr=coder.recommended_lr(tokens, steps) if optim.lr == "auto" else optim.lr,
+        peak_lr=lr,
         seed=seed,
         dead_bias_lr_multiplier=DEFAULT_DEAD_BIAS_LIFT,
     )
+
+
+def iterate_sae_batches(take: Callable[[int], Mapping[str, Tensor]]) -> Iterator[SiteBatches]:
+    """Yield the micro-batches ``take(number)`` of SAEs."""
+    for number in count():
+        yield {name: MicroBatch.of_sae(x_ND) for name, x_ND in take(number).items()}
 
 
 class TrainerRunner:
@@ -81,7 +95,8 @@ class TrainerRunner:
         self, trainer: Trainer, take: Callable[[int], dict[str, Tensor]], period: int, dead_share: float = 0.0
     ) -> None:
         self.period = period
-        self._trainer, self._take, self._dead_share = trainer, take, dead_share
+        self._trainer, self._dead_share = trainer, dead_share
+        self._batches = iterate_sae_batches(take)
 
     def run(self, steps: int) -> list[float]:
         """Run the next ``steps`` training steps and return the seconds of each."""
@@ -89,7 +104,7 @@ class TrainerRunner:
         for _ in range(steps):
             self._mark_dead()
             start = time.perf_counter()
-            self._trainer.train_step(self._take)
+            self._trainer.train_step(self._batches)
             if self._trainer.step % LOG_EVERY == 0:
                 self._trainer.compute_metrics()
             seconds.append(time.perf_counter() - start)
@@ -102,12 +117,14 @@ class TrainerRunner:
             sae.firing.since_fired[:dead] = sae.firing.window_tokens
 
 
-def build(work: Work, kernels: str, compute_dtype: str) -> TrainerRunner:
-    """Build the workload."""
-    settings = TopKSettings(k=work.k, num_latents=work.latents, auxk_alpha=1 / 32 if work.dead_share else 0.0)
-    if work.kind == "step":
-        return _build_step(work, settings, kernels, compute_dtype)
-    return _build_end_to_end(work, settings, kernels, compute_dtype)
+def build(work: Work, kernels: str, compute_dtype: str, warmup: int = 0) -> TrainerRunner:
+    """Build the workload; ``warmup``: steps to run before."""
+    dead: dict[str, Any] = {"auxk_alpha": 1 / 32} if work.dead_share else {}
+    settings = CODERS[work.architecture].Settings(k=work.k, num_latents=work.latents, **dead)
+    build_runner = _build_step if work.kind == "step" else _build_end_to_end
+    runner = build_runner(work, settings, kernels, compute_dtype)
+    runner.run(warmup)
+    return runner
 
 
 def _build_trainer(saes: dict[str, SaeState], tokens: int) -> Trainer:
@@ -115,10 +132,14 @@ def _build_trainer(saes: dict[str, SaeState], tokens: int) -> Trainer:
     return Trainer(saes, settings, tokens_per_step=tokens, warmup_steps=resolve_warmup_steps(OptimSettings(), STEPS))
 
 
-def _build_step(work: Work, settings: TopKSettings, kernels: str, compute_dtype: str) -> TrainerRunner:
+def _build_step(work: Work, settings: CoderSettings, kernels: str, compute_dtype: str) -> TrainerRunner:
     batches = make_activations(work)
-    normalizers = fit_normalizers(Activations({HOOKPOINT: batches[0]}, np.zeros(work.tokens, dtype=np.int64), 0), {})
-    sae = build_sae_trainer(HOOKPOINT, normalizers[HOOKPOINT], settings, kernels, compute_dtype, work.tokens)
+    sample = Activations({HOOKPOINT: batches[0]}, np.zeros(work.tokens, dtype=np.int64), 0)
+    normalizers = fit_normalizers(sample, {}, [Site.of_sae(HOOKPOINT)])
+    normalizer = normalizers[HOOKPOINT]
+    sae = build_sae_trainer(
+        HOOKPOINT, normalizer, settings, kernels, compute_dtype, work.tokens, architecture=work.architecture
+    )
     trainer = _build_trainer({HOOKPOINT: sae}, work.tokens)
     return TrainerRunner(trainer, lambda number: {HOOKPOINT: batches[number % len(batches)]}, 1, work.dead_share)
 
@@ -129,6 +150,7 @@ class RandomSequences(Sequences):
     def __init__(self, work: Work, count: int) -> None:
         self._work, self._count = work, count
         self.text_tokens = count * work.ctx_len
+        self.lengths = np.full(count, work.ctx_len, dtype=np.int64)
 
     def __len__(self) -> int:
         return self._count
@@ -142,15 +164,17 @@ class RandomSequences(Sequences):
         return TokenSequence(ids, kind, np.full(length, index, dtype=np.int64))
 
 
-def _build_end_to_end(work: Work, settings: TopKSettings, kernels: str, compute_dtype: str) -> TrainerRunner:
+def _build_end_to_end(work: Work, settings: CoderSettings, kernels: str, compute_dtype: str) -> TrainerRunner:
     names = [hookpoint_name(work, layer) for layer in work.layers]
     causal = work.model == "gpt2"
-    source = ShardedSequences(RandomSequences(work, STEPS), LoaderSettings(data_shards=SHARDS), True, causal)
+    source = ShardedSequences(
+        RandomSequences(work, STEPS), LoaderSettings(data_shards=SHARDS), True, causal, work.tokens
+    )
     # The other tools' models also get this many tokens at once.
     reader = ActivationExtractor(ActivationCapture(build_base_model(work), names), source.keep, work.tokens)
-    sample = reader.extract_all(source.read(0, source.start_cursor, CALIBRATION_BATCHES * work.tokens)[0])
-    reader.norm_limits = compute_norm_limits(sample)
-    normalizers = fit_normalizers(sample, reader.norm_limits)
+    sample = reader.extract_all(source.read_first_batches(CALIBRATION_BATCHES * work.tokens))
+    reader.set_norm_limits(compute_norm_limits(sample))
+    normalizers = fit_normalizers(sample, reader.norm_limits, map(Site.of_sae, names))
     saes = {
         name: build_sae_trainer(name, normalizer, settings, kernels, compute_dtype, work.tokens)
         for name, normalizer in normalizers.items()

@@ -20,6 +20,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from benchmarks.cases import Work
+from benchmarks.gpu.interpreter import patch_language_once
 from benchmarks.gpu.kernel_checks import check_kernels
 from benchmarks.gpu.model_forward import ModelForward
 from benchmarks.gpu.shapes import HOOK, MODELS, SHAPES, SMALL
@@ -163,6 +164,8 @@ def main() -> None:
     shapes, models = ([SMALL], MODELS[:1]) if options.quick else ([SMALL, *SHAPES], MODELS)
     place = "on the GPU" if device == "cuda" else "in Triton's interpreter, which is slow"
     print(f"checking the kernels {place}", flush=True)
+    if device == "cpu":
+        patch_language_once()
     checked = check_kernels(device, quick=options.quick)
     for check in checked:
         verdict = "correct" if check["ok"] else "WRONG"

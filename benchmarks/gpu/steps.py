@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -17,11 +18,13 @@ from saetrain.activations.normalize import Normalizer
 from saetrain.coders.topk import TopK
 from saetrain.optim import OptimSettings
 from saetrain.training.dead_latents import DEFAULT_DEAD_BIAS_LIFT, DeadSettings, FiringTracker
+from saetrain.training.sae_state import SaeState
 from saetrain.training.steps.autograd import AutogradStep
-from saetrain.training.steps.base import TrainStep
+from saetrain.training.steps.base import MicroBatch, TrainStep
 from saetrain.training.steps.self_check import StepShape
 from saetrain.training.steps.triton import TritonStep
-from saetrain.training.trainer import SaeState, Trainer, TrainSettings
+from saetrain.training.trainer import Trainer, TrainSettings
+from saetrain.types import Site
 
 LR = 1e-3
 SKEWED = "triton (skewed inputs)"
@@ -56,7 +59,7 @@ class SaetrainStep:
         window = DeadSettings().resolve_window(STEPS * shape.tokens, shape.latents, shape.k)
         firing = FiringTracker(shape.latents, window, DeadSettings().dead_percentage_threshold, torch.device(device))
         axes, variance = torch.eye(shape.width, device=device), float(shape.width)
-        normalizer = Normalizer(torch.zeros(shape.width, device=device), 1.0, axes, variance, float("inf"))
+        normalizer = Normalizer(torch.zeros(shape.width, device=device), 1.0, axes, variance)
         about: dict[str, Any] = {
             "data_variance": variance,
             "mse_per_fvu": 1.0,
@@ -64,13 +67,14 @@ class SaetrainStep:
             "seed": SEED,
             "dead_bias_lr_multiplier": DEFAULT_DEAD_BIAS_LIFT,
         }
-        self._sae = SaeState("x", coder, partial(normalizer, bf16=True), build(coder), firing, **about)
+        normalize = partial(normalizer, bf16=True)
+        self._sae = SaeState(Site.of_sae("x"), coder, normalize, normalize, build(coder), firing, **about)
         settings = TrainSettings(max_tokens=STEPS * shape.tokens)
         self._trainer = Trainer({"x": self._sae}, settings, tokens_per_step=shape.tokens, warmup_steps=0)
 
     def __call__(self, x: Tensor) -> None:
         """One step."""
-        self._trainer.train_step(lambda _: {"x": x})
+        self._trainer.train_step(repeat({"x": MicroBatch.of_sae(x)}))
 
     def check_steps(self) -> dict[str, float]:
         """Return the share of latents that fired in the last step; AssertionError if a step was skipped."""

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from itertools import cycle
+from itertools import cycle, pairwise
+from typing import Any
 
 import torch
 from dictionary_learning.buffer import ActivationBuffer
+from dictionary_learning.trainers.batch_top_k import BatchTopKTrainer
+from dictionary_learning.trainers.jumprelu import JumpReluTrainer
+from dictionary_learning.trainers.matryoshka_batch_top_k import MatryoshkaBatchTopKTrainer
+from dictionary_learning.trainers.standard import StandardTrainer
 from dictionary_learning.trainers.top_k import TopKTrainer
+from dictionary_learning.trainers.trainer import SAETrainer
 from nnsight import LanguageModel
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -16,7 +22,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from benchmarks.cases import Work
+from benchmarks.cases import MATRYOSHKA_PARTS, Work
 from benchmarks.inputs import (
     SEED,
     STEPS,
@@ -36,7 +42,7 @@ SEQUENCES = 256
 class UpdateRunner:
     """Takes a batch and updates the trainer, as a step of ``trainSAE`` does."""
 
-    def __init__(self, trainer: TopKTrainer, batches: Iterator[Tensor], period: int) -> None:
+    def __init__(self, trainer: SAETrainer, batches: Iterator[Tensor], period: int) -> None:
         self._trainer, self._batches, self.period = trainer, batches, period
         self._step = 0
 
@@ -51,18 +57,42 @@ class UpdateRunner:
         return seconds
 
 
+TRAINERS: dict[str, type[SAETrainer]] = {
+    "topk": TopKTrainer,
+    "batchtopk": BatchTopKTrainer,
+    "matryoshka": MatryoshkaBatchTopKTrainer,
+    "jumprelu": JumpReluTrainer,
+    "standard": StandardTrainer,
+}
+
+
+def build_trainer(
+    architecture: str, width: int, latents: int, k: int, *, steps: int, seed: int, **options: Any
+) -> SAETrainer:
+    """Build the trainer of one of our architectures; ``options`` change its defaults."""
+    sparsity: dict[str, Any] = {"k": k}
+    if architecture == "matryoshka":
+        shares = [0.0, *(1 / part for part in MATRYOSHKA_PARTS)]
+        sparsity["group_fractions"] = [stop - start for start, stop in pairwise(shares)]
+    if architecture == "jumprelu":
+        sparsity = {"target_l0": k}
+    if architecture == "standard":
+        sparsity = {}
+    return TRAINERS[architecture](
+        steps=steps,
+        activation_dim=width,
+        dict_size=latents,
+        layer=0,
+        lm_name="prepared activations",
+        seed=seed,
+        device="cpu",
+        **sparsity | options,
+    )
+
+
 def build(work: Work) -> UpdateRunner:
     """Build the workload."""
-    trainer = TopKTrainer(
-        steps=STEPS,
-        activation_dim=work.width,
-        dict_size=work.latents,
-        k=work.k,
-        layer=work.layers[0],
-        lm_name=work.model,
-        seed=SEED,
-        device="cpu",
-    )
+    trainer = build_trainer(work.architecture, work.width, work.latents, work.k, steps=STEPS, seed=SEED)
     if work.kind == "step":
         return UpdateRunner(trainer, cycle(make_activations(work)), 1)
     return UpdateRunner(trainer, _build_buffer(work), PERIOD)

@@ -5,17 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from itertools import cycle, pairwise
+from typing import Any
 
 import torch
 from datasets import Dataset
-from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.config import SAETrainerConfig
+from sae_lens.registry import get_sae_training_class
+from sae_lens.saes.sae import TrainingSAE
 from sae_lens.training.activations_store import ActivationsStore
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
-from benchmarks.cases import Work
+from benchmarks.cases import MATRYOSHKA_PARTS, Work
 from benchmarks.inputs import SEED, VOCABULARY, make_activations, make_token_ids, sequences_per_step
 
 BUFFER_BATCHES = 8
@@ -54,10 +56,22 @@ class FitRunner:
         return [after - before for before, after in pairwise(times)]
 
 
+def build_sae(architecture: str, width: int, latents: int, k: int, **options: Any) -> TrainingSAE[Any]:
+    """Build SAELens' SAE of one of our architectures; ``options`` change its configuration."""
+    name = {"matryoshka": "matryoshka_batchtopk"}.get(architecture, architecture)
+    settings: dict[str, Any] = {} if architecture in ("jumprelu", "standard") else {"k": k}
+    if architecture == "jumprelu":
+        settings = {"jumprelu_sparsity_loss_mode": "quadratic", "target_l0": k}
+    if architecture == "matryoshka":
+        settings["matryoshka_widths"] = [latents // part for part in MATRYOSHKA_PARTS]
+    sae_class, config_class = get_sae_training_class(name)
+    return sae_class(config_class(d_in=width, d_sae=latents, device="cpu", **settings | options))
+
+
 def build(work: Work, autocast: bool) -> FitRunner:
     """Build the workload."""
     torch.manual_seed(SEED)
-    sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=work.width, d_sae=work.latents, k=work.k, device="cpu"))
+    sae = build_sae(work.architecture, work.width, work.latents, work.k)
     # SAELens' runner sets lr_end; without the runner it must be given.
     config = SAETrainerConfig(
         total_training_samples=0,

@@ -22,6 +22,7 @@ from benchmarks.recipe.results import Results
 from benchmarks.recipe.sweep import TOOLS, Comparison, Tool
 from benchmarks.recipe.task import Task
 from benchmarks.recipe.task_runner import add_run_options, run_task, run_tasks
+from saetrain.coders import CODERS, DEFAULT_ARCHITECTURE
 
 OUT = ROOT / "benchmarks" / "results" / "recipe.json"
 ROUNDS = 3
@@ -32,6 +33,7 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.recipe", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--architecture", choices=list(CODERS), default=DEFAULT_ARCHITECTURE)
     parser.add_argument("--site", choices=list(SITES), default="minilm-3", help="model and layer of the activations")
     parser.add_argument("--latents", type=int, default=3072)
     parser.add_argument("--k", type=int, default=32)
@@ -62,9 +64,20 @@ def time_tools(comparison: Comparison, tools: tuple[Tool, ...], results: Results
 def main() -> None:
     """Run the missing tasks and print the table."""
     options = parse_options()
-    make = functools.partial(Task, site=options.site, latents=options.latents, k=options.k, tokens=options.tokens)
+    make = functools.partial(
+        Task,
+        site=options.site,
+        latents=options.latents,
+        k=options.k,
+        tokens=options.tokens,
+        architecture=options.architecture,
+    )
     comparison = Comparison(make, tuple(sorted(options.steps)), tuple(options.seeds))
-    tools = tuple(tool for tool in TOOLS if not options.tools or tool.name in options.tools)
+    tools = tuple(
+        tool
+        for tool in TOOLS
+        if options.architecture in tool.architectures and (not options.tools or tool.name in options.tools)
+    )
     results = Results(options.out, "benchmarks.recipe", sys.argv[1:])
     activations = functools.partial(
         cache_activations, folder=options.folder, train=options.train_tokens, held_out=options.held_out_tokens

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from benchmarks.machine import ROOT
 from saetrain.cli import parse_train
-from saetrain.runs.train.setup import RunContext, held_out_batches, prepare_run, read_calibration_sample
+from saetrain.data import python_docs
+from saetrain.runs.train.builders import measure_normalizers
+from saetrain.runs.train.setup import RunContext, held_out_batches, prepare_run
 
 TRAIN_TOKENS = 440_000
 HELD_OUT_TOKENS = 45_000
@@ -42,12 +44,7 @@ def find_minilm() -> Path:
 
 def write_documentation(folder: Path) -> Path:
     """Write Python's own documentation below ``folder``."""
-    spec = importlib.util.spec_from_file_location("python_docs", ROOT / "scripts" / "python_docs.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.write_splits(folder / "text")
+    python_docs.write_splits(folder / "text")
     return folder / "text"
 
 
@@ -67,7 +64,7 @@ def cache_activations(name: str, folder: Path, train: int = TRAIN_TOKENS, held_o
     words = [str(site.model()), str(site.text(folder)), "--layers", str(site.layer), "--ctx_len", str(site.ctx_len)]
     words += ["--batch_size", "1", "--max_tokens", str(train), "--eval_tokens", str(held_out)]
     run = prepare_run(parse_train(words))
-    read_calibration_sample(run)
+    measure_normalizers(run)  # Sets the norm limits.
     fresh = path.with_suffix(".new")
     save_file({"train": _extract_train(run, train), "held_out": _extract_held_out(run, held_out)}, fresh)
     fresh.rename(path)
@@ -79,8 +76,8 @@ def _extract_train(run: RunContext, tokens: int) -> Tensor:
     shards = run.train_source.n_shards
     rows = []
     for shard in range(shards):
-        sequences, _ = run.train_source.read(shard, run.train_source.start_cursor, -(-tokens // shards))
-        (values,) = run.extractor.extract_all(sequences).values.values()
+        batches, _ = run.train_source.read(shard, run.train_source.start_cursor, -(-tokens // shards))
+        (values,) = run.extractor.extract_all(batches).values.values()
         rows.append(values.float())
     found = torch.cat(rows)
     assert len(found) >= tokens, (len(found), tokens)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from dictionary_learning.trainers.top_k import TopKTrainer
 from torch import Tensor
 
+from benchmarks.peers.dictionary_learning import build_trainer
 from benchmarks.recipe.task import Batches, Task
 from benchmarks.recipe.worker import Reconstruct
 
@@ -20,17 +20,11 @@ def fit_sae(task: Task, batches: Batches) -> tuple[Reconstruct, dict[str, Any]]:
     )
     options = dict(task.options)
     window = options.pop("dead_window", None)
-    trainer = TopKTrainer(
+    trainer = build_trainer(
+        *(task.architecture, batches[0].shape[1], task.latents, task.k),
         steps=task.steps,
-        activation_dim=batches[0].shape[1],
-        dict_size=task.latents,
-        k=task.k,
-        layer=0,
-        lm_name="cached activations",
         seed=task.seed,
-        device="cpu",
-        **schedule,
-        **options,
+        **schedule | options,
     )
     if window is not None:
         trainer.dead_feature_threshold = window

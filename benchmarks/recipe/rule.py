@@ -13,6 +13,7 @@ import statistics
 import sys
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 from benchmarks.machine import ROOT
 from benchmarks.recipe.activations import HELD_OUT_TOKENS, SITES, TRAIN_TOKENS, cache_activations
@@ -20,13 +21,14 @@ from benchmarks.recipe.results import Results
 from benchmarks.recipe.sweep import FACTOR, SAETRAIN, best_rate, is_settled, next_rates
 from benchmarks.recipe.task import Task
 from benchmarks.recipe.task_runner import add_run_options, run_tasks
+from saetrain.coders import CODERS, DEFAULT_ARCHITECTURE
 from saetrain.optim import RunSize, recommended_lr
 
 OUT = ROOT / "benchmarks" / "results" / "recipe-rule.json"
 TOLERANCE = 0.004
 """Largest accepted FVU above that of the best fixed rate."""
-BATCH_CASE = 3072, 32, 400
-"""Latents, k and steps of the cases with other batch sizes."""
+BATCH_CASE: dict[str, Any] = {"latents": 3072, "k": 32, "steps": 400}
+"""The cases with other batch sizes."""
 ANCHOR = 0.01
 """All rates of a sweep are ANCHOR times a power of FACTOR, so that they stay the same when the rule changes."""
 
@@ -34,18 +36,21 @@ ANCHOR = 0.01
 def rule_tasks(options: argparse.Namespace) -> list[Task]:
     """One task with the rule's rate per case, short and narrow cases first."""
     grid = [
-        Task(SAETRAIN, site, latents, k, steps, options.tokens, options.seed)
+        Task(SAETRAIN, site, latents, k, steps, options.tokens, options.seed, architecture=options.architecture)
         for steps in sorted(options.steps)
         for latents in sorted(options.latents)
         for site in options.sites
         for k in options.k
     ]
-    return [*grid, *(Task(SAETRAIN, options.sites[0], *BATCH_CASE, tokens, options.seed) for tokens in options.batches)]
+    batches = [replace(grid[0], site=options.sites[0], tokens=tokens, **BATCH_CASE) for tokens in options.batches]
+    return [*grid, *batches]
 
 
 def rule_rate(task: Task) -> float:
     """The rate that the rule chooses for a task."""
-    return recommended_lr(RunSize(task.latents, task.k, task.tokens, task.steps))
+    factor = CODERS[task.architecture].lr_scale
+    assert factor is not None, f"no rule for {task.architecture}"
+    return factor * recommended_lr(RunSize(task.latents, task.k, task.tokens, task.steps))
 
 
 def first_sweep_rate(task: Task) -> float:
@@ -108,6 +113,7 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    found.add_argument("--architecture", choices=list(CODERS), default=DEFAULT_ARCHITECTURE)
     found.add_argument("--sites", nargs="+", choices=list(SITES), default=list(SITES))
     found.add_argument("--latents", nargs="+", type=int, default=[512, 3072, 12288])
     found.add_argument("--k", nargs="+", type=int, default=[16, 32, 64])

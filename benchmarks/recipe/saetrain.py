@@ -11,13 +11,14 @@ from torch import Tensor
 from benchmarks.recipe.components import COMPONENTS, DECAY, kernels_without, normalizer_without
 from benchmarks.recipe.task import Batches, Task
 from benchmarks.recipe.worker import Reconstruct
-from benchmarks.saetrain_runner import HOOKPOINT, build_sae_trainer
+from benchmarks.saetrain_runner import HOOKPOINT, build_sae_trainer, iterate_sae_batches
 from saetrain.activations.extract import Activations
 from saetrain.activations.normalize import fit_normalizers
-from saetrain.coders.topk import TopKSettings
+from saetrain.coders import CODERS
 from saetrain.optim import AUTO_WEIGHT_DECAY, OptimSettings, resolve_warmup_steps
 from saetrain.runs.train.setup import CALIBRATION_TOKENS
 from saetrain.training.trainer import Trainer, TrainSettings
+from saetrain.types import Site
 
 
 def fit_sae(task: Task, batches: Batches) -> tuple[Reconstruct, dict[str, Any]]:
@@ -28,11 +29,21 @@ def fit_sae(task: Task, batches: Batches) -> tuple[Reconstruct, dict[str, Any]]:
         COMPONENTS[without]()
     optim = OptimSettings(lr=task.lr or "auto", weight_decay=0.0 if without == DECAY else decay)
     sample = torch.cat([batches[step] for step in range(min(len(batches), -(-CALIBRATION_TOKENS // task.tokens)))])
-    found = fit_normalizers(Activations({HOOKPOINT: sample}, np.zeros(len(sample), dtype=np.int64), 0), {})[HOOKPOINT]
+    activations = Activations({HOOKPOINT: sample}, np.zeros(len(sample), dtype=np.int64), 0)
+    found = fit_normalizers(activations, {}, [Site.of_sae(HOOKPOINT)])[HOOKPOINT]
     normalizer, kernels = normalizer_without(without, found), kernels_without(without)
-    settings = TopKSettings(k=task.k, num_latents=task.latents, **options)
+    settings = CODERS[task.architecture].Settings(k=task.k, num_latents=task.latents, **options)
     sae = build_sae_trainer(
-        HOOKPOINT, normalizer, settings, kernels, "auto", task.tokens, optim=optim, steps=task.steps, seed=task.seed
+        HOOKPOINT,
+        normalizer,
+        settings,
+        kernels,
+        "auto",
+        task.tokens,
+        architecture=task.architecture,
+        optim=optim,
+        steps=task.steps,
+        seed=task.seed,
     )
     trainer = Trainer(
         {HOOKPOINT: sae},
@@ -40,14 +51,16 @@ def fit_sae(task: Task, batches: Batches) -> tuple[Reconstruct, dict[str, Any]]:
         tokens_per_step=task.tokens,
         warmup_steps=resolve_warmup_steps(optim, task.steps),
     )
+    micro_batches = iterate_sae_batches(lambda step: {HOOKPOINT: batches[step]})
     for _ in range(task.steps):
-        trainer.train_step(lambda step: {HOOKPOINT: batches[step]})
-    coder = sae.coder.folded(normalizer, normalizer)
+        trainer.train_step(micro_batches)
+    last = range(max(0, task.steps - CALIBRATION_TOKENS // task.tokens), task.steps)
+    ctx = sae.build_context(trainer.step, trainer.tokens_per_step, trainer.total_steps)
+    sae.coder.calibrate((normalizer(batches[step]) for step in last), ctx)
+    coder = sae.coder.folded(normalizer, normalizer).for_inference()
 
     def reconstruct(rows: Tensor) -> tuple[Tensor, Tensor]:
         codes = coder.encode(rows)
-        assert codes.indices is not None
-        fired = torch.zeros(len(rows), task.latents, dtype=torch.bool)
-        return coder.decode(codes), fired.scatter_(1, codes.indices.long(), codes.values > 0)
+        return coder.decode(codes), codes.to_dense() != 0
 
     return reconstruct, {"lr": sae.peak_lr}

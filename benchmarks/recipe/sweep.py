@@ -47,6 +47,8 @@ class Tool:
     options: tuple[tuple[str, Any], ...] = ()
     shipped: bool = True
     """Whether these options are the tool's defaults, whose results then have a row."""
+    architectures: tuple[str, ...] = ("topk",)
+    """Architectures that it can train to a wanted L0."""
     longest_sweep: float = float("inf")
     """Steps of the longest runs for which the rate is swept."""
 
@@ -56,12 +58,12 @@ class Tool:
 
 
 TOOLS = (
-    Tool(SAETRAIN),
+    Tool(SAETRAIN, architectures=("topk", "batchtopk", "matryoshka", "jumprelu", "standard", "abstopk")),
     # At its best rate it is far worse than Adam of the same tool, so the long runs, minutes each, use only Adam.
     Tool("sparsify signum", 8e-3, (("optimizer", "signum"),), longest_sweep=400),
     Tool("sparsify adam", 4e-3, (("optimizer", "adam"),), shipped=False),
-    Tool("sae-lens", 4e-3),
-    Tool("dictionary_learning", 4e-3),
+    Tool("sae-lens", 4e-3, architectures=("topk", "batchtopk", "matryoshka", "jumprelu", "abstopk")),
+    Tool("dictionary_learning", 4e-3, architectures=("topk", "batchtopk", "matryoshka", "jumprelu")),
     # The default window of 10 million tokens is longer than these runs, so the auxiliary loss would never act.
     Tool("dictionary_learning short window", 4e-3, (("dead_window", 4096),), shipped=False, longest_sweep=400),
 )

@@ -26,6 +26,7 @@ class Task:
     fp32_products: bool = False
     """Matrix products in fp32 instead of bfloat16."""
     options: dict[str, Any] = field(default_factory=dict)
+    architecture: str = "topk"
 
     @property
     def module(self) -> str:
