@@ -12,18 +12,21 @@ import saetrain
 
 ROOT = Path(saetrain.__file__).parent
 LEVELS = [
-    {"errors", "types", "distributed", "atomic_io", "hub", "async_copy"},
+    {"errors", "untrusted", "small_files", "settings", "typed_values", "types"}
+    | {"distributed", "atomic_io", "manifest", "hub", "async_copy"},
     {"losses", "metrics", "ops", "optim"},
     {"data", "activations", "coders", "logs"},
-    {"training", "evaluation", "interop"},
-    {"config", "runs", "sae"},
-    {"cli", "cli_help"},
+    {"training", "evaluation", "interop", "features"},
+    {"config", "explore", "report", "runs", "sae", "splicing"},
+    {"cli", "cli_help", "cli_suggestions"},
 ]
 LEVEL = {name: number for number, names in enumerate(LEVELS) for name in names}
 INDEPENDENT = LEVELS[2] | LEVELS[3]
 OPTIONAL = {
     "wandb": {"logs/wandb.py"},
     "tensorboard": {"logs/tensorboard.py"},
+    "starlette": {"explore/server.py"},
+    "uvicorn": {"explore/server.py"},
     "triton": {"ops/triton/kernels.py", "ops/triton/topk.py"},
 }
 

@@ -10,9 +10,9 @@ from typing import Any
 from saetrain.activations.extract import ActivationExtractor
 from saetrain.cli import main
 from saetrain.data.sharded import ShardedSequences
-from saetrain.distributed import env
+from saetrain.distributed import env, heartbeat
 from saetrain.runs.train import checkpointing
-from saetrain.training.trainer import SaeState
+from saetrain.training.sae_state import SaeState
 
 
 def install_faults() -> None:
@@ -39,6 +39,11 @@ def install_faults() -> None:
     checkpointing.save_checkpoint = save_slowly
 
 
+def install_quick_heartbeat() -> None:
+    """Let silent ranks count as dead after 8 s instead of 20, and the stacks of blocked ones be printed after 5 s."""
+    heartbeat.BEAT_INTERVAL_S, heartbeat.PEER_TIMEOUT_S, heartbeat.BLOCKED_PYTHON_S = 0.5, 8.0, 5.0
+
+
 def wait_for_device() -> None:
     """Hang."""
     time.sleep(1000)
@@ -46,6 +51,7 @@ def wait_for_device() -> None:
 
 def install_dead_file_server() -> None:
     """Let rank 0 wait forever for the text of its second pools, which another thread reads."""
+    install_quick_heartbeat()
     read = ShardedSequences.read
 
     def read_from_dead_server(self: ShardedSequences, shard: int, cursor: Any, tokens: int) -> Any:
@@ -58,6 +64,7 @@ def install_dead_file_server() -> None:
 
 def install_lock_holder() -> None:
     """Let step 50 of rank 1 call C code that never returns and holds Python's lock."""
+    install_quick_heartbeat()
     forward_backward = SaeState.forward_backward
 
     def hold_python_lock(self: SaeState, batch: Any, progress: Any) -> None:
@@ -69,14 +76,14 @@ def install_lock_holder() -> None:
 
 
 def install_slow_model() -> None:
-    """Let each of the first 15 model batches of rank 1 take a second."""
+    """Let each of the first 12 model batches of rank 1 take half a second."""
     capture, n_batches = ActivationExtractor._capture_activations, 0
 
     def capture_slowly(self: ActivationExtractor, *inputs: Any) -> Any:
         nonlocal n_batches
         n_batches += 1
-        if os.environ["RANK"] == "1" and n_batches <= 15:
-            time.sleep(1)
+        if os.environ["RANK"] == "1" and n_batches <= 12:
+            time.sleep(0.5)
         return capture(self, *inputs)
 
     ActivationExtractor._capture_activations = capture_slowly  # type: ignore[method-assign]

@@ -10,25 +10,28 @@ from pathlib import Path
 
 import pytest
 
+from saetrain.coders import CODERS
 from tests.distributed.conftest import (
     SIZES,
     STEPS,
     Launcher,
     Ranks,
+    bits,
     finish_torchrun,
     free_port,
     records,
     same_run,
     wait_for_step,
 )
+from tests.integration.test_resume import calibrate_on_few_tokens
 from tests.processes import ForkedCommand
 
-CASES = {
+CASES: dict[str, tuple[str, str, tuple[int, ...]]] = {
     "native-two-micro-batches": (
         "tiny_bert",
         "--layers 1 --kernels native --grad_acc_steps 2 --auxk_alpha 0.1 --lr 0.01 --num_latents 512 "
         "--dead_window_tokens 600",
-        (2, 4),
+        (2,),
     ),
     "native-clipped": ("tiny_bert", "--layers 1 --kernels native --grad_acc_steps 2 --max_grad_norm 0.1", (2,)),
     "torch-two-layers-two-seeds": (
@@ -38,17 +41,16 @@ CASES = {
     ),
     "reference-streaming-sgd": (
         "tiny_bert",
-        "--layers 1 --kernels reference --streaming true --optimizer sgd --lr 1",
+        "--layers 1 --kernels reference --streaming true --data_shards 4 --optimizer sgd --lr 1",
         (2,),
     ),
     "decoder-three-uneven-ranks": ("tiny_gpt2", "--layers 1 --kernels torch --batch_size 12", (3,)),
     "hookpoints": (
         "tiny_bert",
         "--layers 0 2 4 --init_seeds 1 2 --kernels native --parallel hookpoints --eval_every 20",
-        (2, 4),
+        (4,),
     ),
     "kl-two-micro-batches": ("tiny_gpt2", "--layers 1 --loss_fn kl --grad_acc_steps 2 --e2e_recon_weight 0.5", (2,)),
-    "relu-l1": ("tiny_bert", "--layers 1 --architecture tests.architectures.relu_l1:ReluL1", (2,)),
     "abs-topk-two-hookpoints": (
         "tiny_bert",
         "--layers 0 2 --architecture tests.architectures.abs_topk:AbsTopK --parallel hookpoints",
@@ -56,9 +58,28 @@ CASES = {
     ),
     "threshold-two-micro-batches": (
         "tiny_bert",
-        "--layers 1 --architecture tests.architectures.threshold:Threshold --grad_acc_steps 2",
+        "--hookpoints encoder.layer.1.intermediate --architecture tests.architectures.threshold:Threshold "
+        "--grad_acc_steps 2",
         (2,),
     ),
+    "threshold-two-hookpoints": (
+        "tiny_bert",
+        "--hookpoints encoder.layer.[12].intermediate --architecture tests.architectures.threshold:Threshold "
+        "--parallel hookpoints",
+        (2,),
+    ),
+    "batchtopk-shared-group": ("tiny_bert", "--layers 1 --architecture batchtopk --auxk_alpha 0.1", (4,)),
+    "batchtopk-four-groups": (
+        "tiny_bert",
+        "--layers 1 --architecture batchtopk --grad_acc_steps 2 --group_tokens 64",
+        (2,),
+    ),
+    "batchtopk-two-hookpoints": (
+        "tiny_bert",
+        "--layers 0 2 --architecture batchtopk --group_tokens 32 --parallel hookpoints",
+        (2,),
+    ),
+    "batchtopk-kl": ("tiny_gpt2", "--layers 1 --loss_fn kl --architecture batchtopk --grad_acc_steps 2", (2,)),
     "masked-ce": ("tiny_mlm", "--layers 1 --loss_fn ce", (4,)),
 }
 
@@ -75,15 +96,32 @@ def test_n_ranks_equal_one(case: str, launcher: Launcher, topics_jsonl: str, req
     micro_batches = 2 if "--grad_acc_steps" in words else 1
     tokens = str(STEPS * sequences * 32 * micro_batches)
     common = [request.getfixturevalue(model), topics_jsonl, *words, "--max_tokens", tokens, "--batch_size"]
-    one = launcher.run(1, "one", [*common, str(sequences)])
+    prepare = calibrate_on_few_tokens if "--loss_fn" in words else None
+    one = launcher.run(1, "one", [*common, str(sequences)], prepare)
     for world in worlds:
-        several = launcher.run(world, f"of{world}", [*common, str(sequences // world)])
+        several = launcher.run(world, f"of{world}", [*common, str(sequences // world)], prepare)
         same_run(one, several)
         train = [line for line in records(several) if line["kind"] == "train"]
         dead = max(sae["dead_not_fired"] for line in train for sae in line["saes"].values())
         assert dead > 0 or "--dead_window_tokens" not in words, "nothing was lifted"
         last = train[-1]
         assert {f"rank{number}/waiting" for number in range(world)} <= last.keys()
+
+
+@pytest.mark.parametrize("architecture", sorted(CODERS.keys() - {"topk"}))
+def test_each_architecture_on_two_ranks_and_resumed(
+    architecture: str, launcher: Launcher, topics_jsonl: str, tiny_bert: str
+) -> None:
+    words = [tiny_bert, topics_jsonl, "--layers", "1", "--architecture", architecture, "--save_every", str(STEPS // 2)]
+    words += ["--max_tokens", str(STEPS * 128), "--batch_size"]
+    one, two = launcher.run(1, "one", [*words, "4"]), launcher.run(2, "two", [*words, "2"])
+    same_run(one, two)
+    before = bits(two)
+    shutil.rmtree(two / "sae")
+    shutil.rmtree(two / "checkpoints" / f"step_{STEPS:09d}")
+    output = launcher.start(2, "two", [*words, "2", "--resume"]).finish()
+    assert f"at step {STEPS // 2} of {STEPS}" in output
+    assert bits(two) == before
 
 
 def test_two_ranks_with_triton_equal_one(launcher: Launcher, topics_jsonl: str, tiny_bert: str) -> None:

@@ -29,6 +29,7 @@ from tests.distributed.raises import (
     install_dead_file_server,
     install_faults,
     install_lock_holder,
+    install_quick_heartbeat,
     install_slow_model,
 )
 from tests.processes import finish
@@ -55,7 +56,22 @@ def check_interrupted_run(run: Path) -> None:
     assert not (run / "sae").exists()
 
 
-def test_a_killed_rank_is_named_and_torchrun_restarts_it(launcher: Launcher, words: list[str]) -> None:
+def test_a_killed_rank_is_named_and_a_restart_resumes(launcher: Launcher, words: list[str]) -> None:
+    """The store outlives the ranks, as torchrun's does."""
+    words = [*words, *tokens(120), "--batch_size", "2"]
+    untouched = launcher.run(2, "untouched", words)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    ranks = launcher.start(2, "killed", words, store=store)
+    wait_for_step(ranks, launcher.folder / "killed", 45)
+    ranks.commands[1].kill()
+    output = finish(ranks.commands[0], None, PEER_EXIT_S)
+    assert re.search(r"rank 1 has not answered for .* last phase was .*, step \d+", output), output
+    assert "resumed from" in launcher.start(2, "killed", words, store=store).finish()
+    assert bits(launcher.folder / "killed") == bits(untouched)
+
+
+@pytest.mark.soak
+def test_torchrun_restarts_a_run_whose_rank_was_killed(launcher: Launcher, words: list[str]) -> None:
     words = [*words, *tokens(300), "--batch_size", "2"]
     untouched = launcher.run(2, "untouched", words)
     arguments = ["--standalone", "--nproc_per_node", "2", "--max_restarts", "2", "--monitor_interval", "0.1"]
@@ -69,7 +85,7 @@ def test_a_killed_rank_is_named_and_torchrun_restarts_it(launcher: Launcher, wor
 
 
 def test_a_stuck_rank_is_named(launcher: Launcher, words: list[str]) -> None:
-    ranks = launcher.start(2, "stuck", [*words, *tokens(LONG), "--batch_size", "2"])
+    ranks = launcher.start(2, "stuck", [*words, *tokens(LONG), "--batch_size", "2"], install_quick_heartbeat)
     wait_for_step(ranks, launcher.folder / "stuck", 50)
     ranks.commands[1].send_signal(signal.SIGSTOP)
     begun = time.monotonic()
@@ -81,11 +97,11 @@ def test_a_stuck_rank_is_named(launcher: Launcher, words: list[str]) -> None:
 
 def test_a_rank_that_waits_forever_for_text_is_named(launcher: Launcher, words: list[str]) -> None:
     """Rank 0 serves the store, and its main thread waits for the thread that reads."""
-    launcher.environment["SAETRAIN_PROGRESS_TIMEOUT_MINUTES"] = "0.1"
+    launcher.environment["SAETRAIN_PROGRESS_TIMEOUT_MINUTES"] = "0.06"
     ranks = launcher.start(2, "stalled", [*words, *tokens(LONG), "--batch_size", "2"], install_dead_file_server)
     ranks.finish(1, PEER_EXIT_S)
     first, second = (command.read_output() for command in ranks.commands)
-    failure = r"error: rank 0 failed in training, step \d+: no progress for \d+ s, and the limit is 6 s .*result \("
+    failure = r"error: rank 0 failed in training, step \d+: no progress for \d+ s, and the limit is 4 s .*result \("
     assert re.search(f"saetrain: rank 0: {failure}", first), first
     assert re.search(f"saetrain: rank 1: {failure}", second), second
     assert first.count("in read_from_dead_server") == 1, first
@@ -116,7 +132,7 @@ def test_a_rank_that_holds_pythons_lock_prints_its_stacks(launcher: Launcher, wo
 
 def test_a_slow_rank_is_no_failure(launcher: Launcher, words: list[str]) -> None:
     """Rank 0 waits for rank 1 for longer than the limit."""
-    launcher.environment["SAETRAIN_PROGRESS_TIMEOUT_MINUTES"] = "0.1"
+    launcher.environment["SAETRAIN_PROGRESS_TIMEOUT_MINUTES"] = "0.06"
     words = [*words, *tokens(50), "--batch_size", "2", "--model_batch_tokens", "32"]
     output = launcher.start(2, "slow", words, install_slow_model).finish()
     assert records(launcher.folder / "slow")[0]["rank0/waiting"] > 0.5
@@ -152,16 +168,16 @@ def test_a_data_set_that_fails_on_one_rank_ends_all(launcher: Launcher, tiny_ber
         "rank 0: error: rank 1 failed in reading and tokenizing the data set: data set 'text.jsonl' could not" in first
     )
     assert "Traceback" not in first + second
-    assert not (launcher.folder / "run").exists()
+    assert not list((launcher.folder / "run").glob("[!.]*"))
 
 
 def test_sigterm_saves_and_another_number_of_processes_resumes(launcher: Launcher, words: list[str]) -> None:
-    words = [*words, *tokens(300)]
+    words = [*words, *tokens(150)]
     one = launcher.run(1, "one", [*words, "--batch_size", "4"])
     run = launcher.folder / "moved"
     output = ""
-    for world, until in ((4, 60), (2, 150), (4, None)):
-        ranks = launcher.start(world, "moved", [*words, "--batch_size", "1", *(["--resume"] if until != 60 else [])])
+    for world, until in ((4, 30), (2, 80), (4, None)):
+        ranks = launcher.start(world, "moved", [*words, "--batch_size", "1", *(["--resume"] if until != 30 else [])])
         if until is None:
             ranks.finish()
             break
@@ -170,11 +186,11 @@ def test_sigterm_saves_and_another_number_of_processes_resumes(launcher: Launche
         output = ranks.finish()
         assert "stopped by SIGTERM after step" in output
         assert "everything is saved" in output
-        assert steps_done(run) < 300
+        assert steps_done(run) < 150
     assert "--batch_size 1 --grad_acc_steps 2 keep the run's steps of 4 sequences on 2 processes" in output
     # In so many steps rounding decides some of the choices among pre-activations that are nearly the same.
     same_run(one, run, 1e-3)
-    assert [line["step"] for line in records(run) if line["kind"] == "train"] == list(range(1, 301))
+    assert [line["step"] for line in records(run) if line["kind"] == "train"] == list(range(1, 151))
 
 
 @pytest.mark.parametrize("how", ["Ctrl-C", "SIGTERM to torchrun"])
@@ -232,7 +248,7 @@ def test_a_spike_on_one_rank_ends_all_with_one_message(
     parallel: str, launcher: Launcher, tiny_bert: str, topics_jsonl: str
 ) -> None:
     words = [tiny_bert, topics_jsonl, "--layers", "0", "1", "--parallel", parallel, "--batch_size", "2"]
-    words += ["--lr", "1e30", "--max_grad_norm", "0", *tokens(200)]
+    words += ["--lr", "1e12", "--max_grad_norm", "0", *tokens(200)]
     # This store outlives rank 0, so that rank 1 learns that rank 0 has reported the spike.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     output = launcher.start(2, "spiking", words, store=store).finish(None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import shutil
 import subprocess
@@ -59,11 +61,12 @@ def missing_weights(place: Place) -> list[str]:
 
 
 def not_finite(place: Place) -> list[str]:
-    from transformers import BertModel
+    from transformers import AutoTokenizer, BertModel
 
     model = BertModel.from_pretrained(place.model)
+    number = AutoTokenizer.from_pretrained(place.model).convert_tokens_to_ids("the")
     with torch.no_grad():
-        model.embeddings.word_embeddings.weight[1996] = float("inf")
+        model.embeddings.word_embeddings.weight[number] = float("inf")
     model.save_pretrained(place.model)
     return []
 
@@ -203,6 +206,48 @@ def wide_ids(place: Place) -> list[str]:
     return []
 
 
+def model_config(**changes: object) -> Callable[[Place], list[str]]:
+    def spoil(place: Place) -> list[str]:
+        place.config(**changes)
+        return []
+
+    return spoil
+
+
+def deep_model_config(place: Place) -> list[str]:
+    Path(place.model, "config.json").write_text('{"model_type": ' + "[" * 50_000)
+    return []
+
+
+def fifo_in_the_model(place: Place) -> list[str]:
+    os.mkfifo(Path(place.model, "added_tokens.json"))
+    return []
+
+
+def row_of_brackets(place: Place) -> list[str]:
+    with open(place.text, "a") as file:
+        file.write('{"text": ' + "[" * 50_000 + "\n")
+    return []
+
+
+def row(value: object) -> Callable[[Place], list[str]]:
+    def spoil(place: Place) -> list[str]:
+        Path(place.text).write_text(json.dumps(value) + "\n")
+        return []
+
+    return spoil
+
+
+def odd_column(place: Place) -> list[str]:
+    Path(place.text).write_text(json.dumps({"\x1b[31mred\nsaetrain: error: forged": 3}) + "\n")
+    return []
+
+
+def odd_model_type(place: Place) -> list[str]:
+    place.config(model_type="\x1b[31mred\nsaetrain: error: forged", architectures=["X"])
+    return []
+
+
 def finetune_elsewhere(place: Place) -> list[str]:
     main([place.model, place.text, *BASE.split(), "--layers", "1", "--save_dir", str(place.folder / "other")])
     (run,) = (place.folder / "other").iterdir()
@@ -252,7 +297,7 @@ CASES: dict[str, tuple[Callable[[Place], list[str]], str]] = {
     "broken row group": (broken_row_group, r"t.parquet, rows 21 to 30 \(row group 2\): .*; --skip_bad_rows"),
     "number where text should be": (
         number_for_text,
-        "column text, row 1 .*contains int '3' instead of text; --skip_bad_rows",
+        "column text, row 1 .*contains int 3 instead of text; --skip_bad_rows",
     ),
     "nothing to stream": (no_rows_to_stream, "t.parquet: has no rows"),
     "part of a stream": (flags("--streaming --split train[:5]"), "can't be combined with --streaming"),
@@ -260,7 +305,7 @@ CASES: dict[str, tuple[Callable[[Place], list[str]], str]] = {
         flags("--mix 3 1"),
         "--mix 3 1: 2 weights for 1 data set; pass one weight per data set",
     ),
-    "weight of nothing": (flags("--mix 0"), "--mix 0: weights must be positive"),
+    "weight of nothing": (flags("--mix 0"), "--mix 0.0: must be above 0"),
     "tokens for another length": (
         tokens_for_another_length,
         "was made for --ctx_len 64, but this command uses --ctx_len 32",
@@ -271,7 +316,7 @@ CASES: dict[str, tuple[Callable[[Place], list[str]], str]] = {
     "unknown column": (flags("--text_column body"), "--text_column body: no such column"),
     "code of its own": (code_of_its_own, "contains its own Python code, .* --trust_remote_code true"),
     "endless line without a word": (endless_line, "its activations are the same on every token"),
-    "bytes that are no UTF-8": (latin_1, "text.jsonl, line 4: is not valid JSON: 'utf-8' .*--skip_bad_rows"),
+    "bytes that are no UTF-8": (latin_1, "text.jsonl, line 4: is not UTF-8; .*iconv -f LATIN1 .*--skip_bad_rows"),
     "half a character": (half_a_character, r"text.jsonl, line \d+: contains half of a surrogate pair.*--skip_bad_rows"),
     "half a character in a stream": (
         half_a_character_streamed,
@@ -283,6 +328,28 @@ CASES: dict[str, tuple[Callable[[Place], list[str]], str]] = {
         "contains no SAE of encoder.layer.0, only of encoder.layer.1",
     ),
     "broken settings file": (flags("--config nowhere.yaml"), "--config nowhere.yaml: can't be read"),
+    "architectures that are no names": (
+        model_config(architectures=[3]),
+        r"config.json: architectures: found \[3\]",
+    ),
+    "positions that are no number": (
+        model_config(max_position_embeddings="many"),
+        "config.json: max_position_embeddings: found 'many', must be a whole number",
+    ),
+    "deep model configuration": (deep_model_config, "config.json: is nested 50,001 levels deep"),
+    "FIFO in the model": (fifo_in_the_model, "added_tokens.json is not a regular file"),
+    "row of brackets": (row_of_brackets, r"text.jsonl, line \d+: is nested 50,001 levels deep.*--skip_bad_rows"),
+    "null in token ids": (
+        row({"input_ids": [5, None, 6]}),
+        "column input_ids, row 0 .* of a list of token ids",
+    ),
+    "chat of strings": (
+        row({"messages": [{"role": "user", "content": 3}]}),
+        "column messages, row 0 .* instead of chat messages; --skip_bad_rows",
+    ),
+    "column that forges a line": (odd_column, r"the data set has \\x1b\[31mred\\nsaetrain: error: forged"),
+    "model type that forges a line": (odd_model_type, r"\\x1b\[31mred"),
+    "path of many characters": (flags(f"--finetune {'x' * 5000}"), "--finetune xxx.*: is too long"),
     "fine-tuning from nothing": (flags("--finetune nowhere"), "--finetune nowhere: contains no SAE"),
 }
 

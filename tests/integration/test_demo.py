@@ -1,29 +1,26 @@
-"""``make demo`` at a small size: what it prints is what lies on disk."""
+"""``saetrain demo`` at a small size prints what is stored on disk."""
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
 import saetrain
+from saetrain.cli import main
+from saetrain.runs import demo
 from tests.processes import ForkedCommand
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
 SMALL = "--eval_tokens 3000 --fit_tokens 2000 --loss_tokens 0 --bootstrap 10 --buffer_tokens 4096"
 
 
 @pytest.fixture
-def demo(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The script, which scores on fewer tokens and trains in a forked process."""
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    demo = importlib.import_module("demo")
+def small_demo(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the demo score on fewer tokens and train in a forked process."""
 
     def train(command: list[str], check: bool) -> subprocess.CompletedProcess[str]:
         assert command[1:3] == ["-m", "saetrain"]
@@ -31,20 +28,21 @@ def demo(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         return subprocess.CompletedProcess(command, process.wait(), process.read_output())
 
     monkeypatch.setattr(demo.subprocess, "run", train)
-    return demo
 
 
-def test_demo(
-    demo: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.usefixtures("small_demo")
+def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """A single test, because the demo takes long and must not run once per check."""
-    monkeypatch.setattr(sys, "argv", ["demo.py", "--folder", str(tmp_path), "--tokens", "8192", "--texts", "150"])
-    demo.main()
+    monkeypatch.setattr(sys.stdout, "reconfigure", lambda **options: None, raising=False)
+    main(["demo", "--folder", str(tmp_path), "--max_tokens", "8192", "--texts", "150"])
     printed = capsys.readouterr().out
     texts_are_real_distinct_and_enough(tmp_path)
     the_printed_command_can_be_copied(printed, tmp_path)
     figures_are_those_on_disk(printed, tmp_path)
     shown_latents_follow_the_rule(printed, tmp_path)
+    page = tmp_path / "minilm_layer3" / "report.html"
+    assert f"Open {page}." in printed
+    assert page.stat().st_size > 500_000
 
 
 def texts_are_real_distinct_and_enough(folder: Path) -> None:
@@ -93,3 +91,17 @@ def shown_latents_follow_the_rule(printed: str, folder: Path) -> None:
 
 def read(path: Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [(["--texts", "0"], "--texts 0: must be at least 1"), ([], "the model of the demo is missing; run pip install")],
+)
+def test_what_the_demo_lacks_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as caught:
+        main(["demo", *words])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.startswith(f"saetrain: error: {message}")

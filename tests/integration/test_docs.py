@@ -16,7 +16,9 @@ import pytest
 from torch.distributed.run import get_args_parser as torchrun_parser
 
 from saetrain.cli import main
-from saetrain.config import CompareConfig, EvaluateConfig, config_class, flag_types
+from saetrain.coders import CODERS
+from saetrain.config import CompareConfig, EvaluateConfig, FeaturesConfig, PushConfig, config_class, flag_types
+from saetrain.explore.settings import ExploreConfig
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -69,11 +71,14 @@ def workplace(folder: Path, bert: str, gpt2: str, topics: list[str]) -> Iterator
 def run_page(page: Path, libraries: bool) -> list[str]:
     """Run a page's commands, then its Python blocks in one namespace; gives what the blocks print."""
     for words in commands(page):
-        if words[0] in ("tokenize", "compare"):
+        if words[0] in ("tokenize", "compare", "push"):
             main(words)
             continue
         if words[0] == "evaluate":
             main([*words, "--loss_tokens", "256", "--bootstrap", "10", "--device", "cpu"])
+            continue
+        if words[0] == "features":
+            main([*words, "--device", "cpu"])
             continue
         size = [] if {"--expansion_factor", "--config", "--help"} & set(words) else LATENTS
         main([*words, *size, *SMALL])
@@ -134,8 +139,13 @@ def test_flags_exist(page: Path) -> None:
         *flag_types(config_class("topk")),
         *flag_types(EvaluateConfig),
         *flag_types(CompareConfig),
+        *flag_types(FeaturesConfig),
+        *flag_types(PushConfig),
+        *flag_types(ExploreConfig),
+        *(name for coder in CODERS.values() for name in flag_types(coder.Settings)),
         "config",
         "help",
+        "version",
     }
     known |= {action.dest for action in torchrun_parser()._actions} | {"nodes"}
     used = {flag.replace("-", "_") for flag in re.findall(r"(?<![\w-])--([a-z][\w-]*)", text)}

@@ -13,7 +13,9 @@ import pytest
 import torch
 
 from saetrain.cli import main
+from saetrain.runs.train import setup
 from tests.integration.test_resume import (
+    calibrate_on_few_tokens,
     fingerprint,
     finish,
     kill_and_resume,
@@ -26,10 +28,16 @@ from tests.integration.test_resume import (
 from tests.integration.test_training import lines, train, weights
 
 TINY = "--k 4 --num_latents 64 --batch_size 4 --ctx_len 32 --eval_tokens 500 --layers 1 --assess false"
-STEPS = 100
+STEPS = 60
 SHORT = ["--max_tokens", str(STEPS * 128), "--save_every", "20"]
 SITES = {"tiny_gpt2": "h.1", "tiny_mlm": "encoder.layer.1"}
 MODELS = pytest.mark.parametrize("model", SITES)
+
+
+@pytest.fixture(autouse=True)
+def _few_calibration_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(setup, "CALIBRATION_TOKENS", setup.CALIBRATION_TOKENS)
+    calibrate_on_few_tokens()
 
 
 @MODELS
@@ -37,11 +45,11 @@ MODELS = pytest.mark.parametrize("model", SITES)
 def test_the_loss_falls_and_its_terms_are_logged(
     model: str, loss: str, request: pytest.FixtureRequest, tmp_path: Path, topics_jsonl: str
 ) -> None:
-    words = f"{TINY} --loss_fn {loss} --e2e_recon_weight 1e-4 --auxk_alpha 0.01 --lr 3e-3 --log_every 1"
+    words = f"{TINY} --loss_fn {loss} --e2e_recon_weight 1e-4 --auxk_alpha 0.01 --lr 6e-3 --log_every 1"
     words += " --dead_window_tokens 100"
-    run = train(tmp_path, "run", f"{request.getfixturevalue(model)} {topics_jsonl} {words} --max_tokens 25600")
+    run = train(tmp_path, "run", f"{request.getfixturevalue(model)} {topics_jsonl} {words} --max_tokens 12800")
     figures = [line["saes"][SITES[model]] for line in lines(run, "train")]
-    assert len(figures) == 200
+    assert len(figures) == 100
     for row in figures:
         terms = [row["loss_recon"], row[f"loss_{loss}"], row.get("loss_auxk", 0.0)]
         assert row["loss"] == pytest.approx(sum(terms))
@@ -60,7 +68,7 @@ def test_the_loss_falls_and_its_terms_are_logged(
 def test_accumulated_micro_batches_equal_one_batch(
     model: str, loss: str, request: pytest.FixtureRequest, tmp_path: Path, topics_jsonl: str
 ) -> None:
-    base = f"{request.getfixturevalue(model)} {topics_jsonl} {TINY} --max_tokens 8192 --loss_fn {loss}"
+    base = f"{request.getfixturevalue(model)} {topics_jsonl} {TINY} --max_tokens 4096 --loss_fn {loss}"
     base += " --dead_window_tokens 512 --e2e_recon_weight 0.1 --optimizer sgd --lr 0.5"
     one = train(tmp_path, "one", f"{base} --batch_size 8")
     four = train(tmp_path, "four", f"{base} --batch_size 2 --grad_acc_steps 4")
@@ -77,7 +85,7 @@ RUNS = pytest.mark.parametrize(
         pytest.param("tiny_gpt2", "--loss_fn kl --e2e_recon_weight 0.1", id="decoder-kl"),
         pytest.param(
             "tiny_mlm",
-            "--loss_fn ce --streaming --mix 2 1 --batch_size 2 --grad_acc_steps 2",
+            "--loss_fn ce --streaming --mix 2 1 --data_shards 4 --batch_size 2 --grad_acc_steps 2",
             id="encoder-ce-streaming-mixed-two-micro-steps",
         ),
     ],
@@ -89,7 +97,7 @@ def test_killed_and_resumed_it_ends_with_the_same_bits(
     model: str, source: str, request: pytest.FixtureRequest, tmp_path: Path, few_topics_jsonl: str
 ) -> None:
     words = words_of(request.getfixturevalue(model), "1", [*source.split(), *SHORT], few_topics_jsonl)
-    whole = start(tmp_path, "whole", words)
+    whole = start(tmp_path, "whole", words, calibrate_on_few_tokens)
     kill_and_resume(tmp_path, "killed", words, kills=2, seed=5, steps=STEPS)
     finish(whole)
     assert fingerprint(tmp_path / "killed") == fingerprint(tmp_path / "whole")
@@ -99,13 +107,13 @@ def test_killed_and_resumed_it_ends_with_the_same_bits(
 def test_sigterm_loses_nothing(tmp_path: Path, tiny_mlm: str, topics_jsonl: str) -> None:
     source = ["--loss_fn", "kl", "--batch_size", "2", "--grad_acc_steps", "2"]
     words = words_of(tiny_mlm, "1", [*source, *SHORT], topics_jsonl)
-    whole = start(tmp_path, "whole", words)
-    process = start(tmp_path, "stopped", words)
+    whole = start(tmp_path, "whole", words, calibrate_on_few_tokens)
+    process = start(tmp_path, "stopped", words, calibrate_on_few_tokens)
     wait_for_step(process, tmp_path / "stopped", 27)
     process.send_signal(signal.SIGTERM)
     assert "everything is saved" in finish(process)
     assert last_checkpoint(tmp_path / "stopped") >= 27
-    finish(start(tmp_path, "stopped", [*words, "--resume"]))
+    finish(start(tmp_path, "stopped", [*words, "--resume"], calibrate_on_few_tokens))
     finish(whole)
     assert fingerprint(tmp_path / "stopped") == fingerprint(tmp_path / "whole")
 
@@ -121,7 +129,8 @@ def test_a_dry_run_times_the_model_too(
     words = f"{request.getfixturevalue(model)} {topics_jsonl} {TINY} --max_tokens 25600 --loss_fn kl --dry_run"
     main([*words.split(), "--save_dir", str(tmp_path)])
     printed = capsys.readouterr().out
-    assert re.search(r"time +about 0:\d\d:\d\d at [\d,]+ tokens/s", printed)
+    assert re.search(r" \d+:\d\d  training at [\d,]+ tokens/s", printed)
+    assert "filling the shuffle buffer" not in printed
     assert "200 of 128 tokens" in printed
     assert not list(tmp_path.iterdir())
 
@@ -190,7 +199,8 @@ def test_a_resumed_run_keeps_its_loss(
 def test_a_spike_ends_the_run_and_says_where_the_text_stood(
     tmp_path: Path, tiny_gpt2: str, topics_jsonl: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = f"{tiny_gpt2} {topics_jsonl} {TINY} --max_tokens 12800 --loss_fn kl --lr 1e30 --lr_warmup_steps 0"
+    words = f"{tiny_gpt2} {topics_jsonl} {TINY} --max_tokens 12800 --loss_fn kl --lr 1e12 --weight_decay 1e12"
+    words += " --lr_warmup_steps 0"
     with pytest.raises(SystemExit) as caught:
         train(tmp_path, "run", f"{words} --max_grad_norm 0 --optimizer sgd")
     assert caught.value.code == 2

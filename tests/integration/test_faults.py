@@ -1,4 +1,4 @@
-"""Disks that fill and processes that die in the middle of a save."""
+"""Disks that fill and processes that die in the middle of a save, or of a write to a cache."""
 
 from __future__ import annotations
 
@@ -38,31 +38,29 @@ def test_every_system_call_of_a_save_may_fail_or_be_the_last(library: Path, tmp_
     assert done.stdout.count("resumable") == 4
 
 
-@pytest.mark.parametrize("stride", [8, pytest.param(1, marks=pytest.mark.soak)])
+CASES = ["nothing:killed,full,once", "damaged checkpoint:killed,full", "other run:killed,full"]
+CASES += ["no checkpoints:killed,full"]
+"""What the folder contains before the run, and the faults."""
+
+
 @pytest.mark.parametrize(
-    ("before", "faults"),
-    [
-        ("nothing", ["killed"]),
-        ("nothing", ["full", "once"]),
-        ("damaged checkpoint", ["killed", "full"]),
-        ("other run", ["killed", "full"]),
-        ("no checkpoints", ["killed", "full"]),
-    ],
+    ("stride", "cases"),
+    [(16, CASES), *(pytest.param(1, [case], marks=pytest.mark.soak, id=case) for case in CASES)],
 )
 def test_every_system_call_of_a_run_may_fail_or_be_the_last(
-    before: str, faults: list[str], stride: int, library: Path, tmp_path: Path, tiny_bert: str, topics: list[str]
+    stride: int, cases: list[str], library: Path, tmp_path: Path, tiny_bert: str, topics: list[str]
 ) -> None:
     """A run of 8 steps and 3 checkpoints is forked once for each system call in its folder, and meets a fault there.
 
     It is killed there, or the disk is full from then on (both at every call but those inside the second checkpoint's
     folder, which are the third's again; of a write half is done), or the call alone fails (renames, unlink, rmdir,
     mkdir). Where the folder holds something before, the calls are those of the start, for behind it the run is the
-    same. Out of reach is the rename inside safetensors, which goes past the C library. Of the writes, each eighth is
-    taken; `make test-soak` takes all.
+    same. Out of reach is the rename inside safetensors, which goes past the C library. A part of the calls is taken,
+    another one for each fault; `make test-soak` takes all.
     """
     text = tmp_path / "text.jsonl"
     text.write_text("".join(json.dumps({"text": topic[:1500]}) + "\n" for topic in topics[:8]))
-    arguments = [str(library), str(tmp_path), tiny_bert, str(text), before, str(stride), *faults]
+    arguments = [str(library), str(tmp_path), tiny_bert, str(text), str(stride), *cases]
     done = subprocess.run(
         [sys.executable, "-m", "tests.integration.run_fault_driver", *arguments],
         env={**os.environ, "LD_PRELOAD": str(library), "OMP_NUM_THREADS": "1"},
@@ -72,7 +70,23 @@ def test_every_system_call_of_a_run_may_fail_or_be_the_last(
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count(f"over {before}\n") == len(faults)
+    assert done.stdout.count(" calls over ") == sum(case.count(",") + 1 for case in cases)
+
+
+@pytest.mark.parametrize("stride", [6, pytest.param(1, marks=pytest.mark.soak)])
+def test_every_system_call_of_a_cache_may_fail_or_be_the_last(
+    stride: int, library: Path, tmp_path: Path, tiny_bert: str
+) -> None:
+    """Cached tokens, token folders and the cached C++ library are whole or are made again."""
+    done = subprocess.run(
+        [sys.executable, str(HERE / "cache_fault_driver.py"), str(library), str(tmp_path), tiny_bert, str(stride)],
+        env={**os.environ, "LD_PRELOAD": str(library), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count(" calls\n") == 9
 
 
 def test_a_full_disk_ends_the_run_with_a_message_and_resume_goes_on(

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from saetrain.atomic_io import hash_file
 from saetrain.cli import main
 from saetrain.optim import LR_DECAY_SHARE, lr_factor
 from tests.integration.test_resume import (
@@ -27,6 +28,7 @@ from tests.integration.test_resume import (
     start,
     wait_for_step,
 )
+from tests.unit.runs.test_checkpoint_state import remake_manifest
 
 SMALL = "--k 4 --num_latents 64 --batch_size 2 --ctx_len 32 --eval_tokens 500 --log_every 1 --buffer_tokens 1024"
 SMALL += " --assess false"
@@ -79,6 +81,28 @@ def test_a_second_ctrl_c_ends_at_once(signals: list[str], code: int, reached: bo
     assert ("reached" in done.stdout) == reached
 
 
+@pytest.mark.parametrize("flag", ["--resume", "--overwrite", None])
+def test_a_second_start_is_refused_while_the_first_runs(
+    flag: str | None, tmp_path: Path, tiny_bert: str, topics_jsonl: str
+) -> None:
+    words = [tiny_bert, topics_jsonl, *SETTINGS.split()]
+    first = start(tmp_path, "run", words)
+    while not (tmp_path / "run" / ".lock").exists():
+        time.sleep(0.01)
+    second = start(tmp_path, "run", [*words, *([flag] if flag else [])])
+    output = finish(second, 2)
+    assert f"{tmp_path / 'run'} is in use by process {first.pid} on host" in output
+    assert "Traceback" not in output
+    assert first.poll() is None
+    wait_for_step(first, tmp_path / "run", 1)
+    assert f"is in use by process {first.pid}" in finish(start(tmp_path, "run", [*words, "--resume"]), 2)
+    first.kill()
+    first.wait()
+    process = start(tmp_path, "run", [*words, "--resume"])
+    wait_for_step(process, tmp_path / "run", 2)
+    assert process.poll() is None
+
+
 def test_torchrun_restarts_resume_by_themselves(whole: Path, tmp_path: Path, tiny_bert: str, topics_jsonl: str) -> None:
     words = [tiny_bert, topics_jsonl, *SETTINGS.split(), "--overwrite"]
     process = start(tmp_path, "run", words)
@@ -102,7 +126,7 @@ def resume(tmp_path: Path, model: str, data: str, *words: str) -> None:
     main([model, data, *SETTINGS.split(), "--save_dir", str(tmp_path), "--run_name", "run", "--resume", *words])
 
 
-@pytest.mark.parametrize("harm", ["cut", "flip", "missing", "manifest", "list"])
+@pytest.mark.parametrize("harm", ["cut", "flip", "missing", "manifest", "list", "empty list"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
     harm: str, whole: Path, tmp_path: Path, tiny_bert: str, topics_jsonl: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -115,9 +139,11 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
         victim.unlink()
     elif harm == "list":
         victim.write_text("[]")
-    elif harm == "flip":
+    elif harm in ("flip", "empty list"):
         content[len(content) // 2] ^= 1
         victim.write_bytes(content)
+        if harm == "empty list":
+            (last / "manifest.json").write_text('{"sha256": {}}')
     else:
         victim.write_bytes(content[: len(content) // 2])
     resume(tmp_path, tiny_bert, topics_jsonl)
@@ -147,13 +173,56 @@ def test_a_checkpoint_of_another_version_is_refused(
     for path in run.glob("checkpoints/step_*/state.json"):
         values = json.loads(path.read_text())
         path.write_text(json.dumps({**values, "format": 0}))
-        manifest = json.loads(path.with_name("manifest.json").read_text())
-        manifest["sha256"]["state.json"] = hash_file(path)
-        path.with_name("manifest.json").write_text(json.dumps(manifest))
+        remake_manifest(path.parent)
     with pytest.raises(SystemExit) as caught:
         resume(tmp_path, tiny_bert, topics_jsonl)
     assert caught.value.code == 2
     assert "has format 0, but this version of saetrain needs format" in capsys.readouterr().err
+
+
+def rename_sae(checkpoint: Path, values: dict[str, Any]) -> None:
+    for key in ("files", "losses"):
+        values[key]["other"] = values[key].pop("encoder.layer.0")
+
+
+def change_tensor(name: str, value: torch.Tensor | None) -> Callable[[Path, dict[str, Any]], None]:
+    def change(checkpoint: Path, values: dict[str, Any]) -> None:
+        path = checkpoint / values["files"]["encoder.layer.0"]
+        tensors = load_file(path)
+        tensors.pop(name)
+        save_file(tensors if value is None else {**tensors, name: value}, path)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (rename_sae, "has no SAE encoder.layer.0"),
+        (lambda checkpoint, values: (checkpoint / "sae_000.safetensors").write_bytes(b"?" * 99), "is not valid"),
+        (change_tensor("coder.W_dec", None), "the tensors of encoder.layer.0 are not those of the run: 'W_dec'"),
+        (change_tensor("coder.W_dec", torch.zeros(3)), "the tensors of encoder.layer.0 are not those of the run"),
+    ],
+)
+def test_a_checkpoint_with_right_hashes_and_other_content_is_refused(
+    change: Callable[[Path, dict[str, Any]], object],
+    said: str,
+    whole: Path,
+    tmp_path: Path,
+    tiny_bert: str,
+    topics_jsonl: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = copy(whole, tmp_path)
+    checkpoint = run / "checkpoints" / f"step_{last_checkpoint(run):09d}"
+    values = json.loads((checkpoint / "state.json").read_text())
+    change(checkpoint, values)
+    (checkpoint / "state.json").write_text(json.dumps(values))
+    remake_manifest(checkpoint)
+    with pytest.raises(SystemExit) as caught:
+        resume(tmp_path, tiny_bert, topics_jsonl)
+    assert caught.value.code == 2
+    assert said in capsys.readouterr().err
 
 
 def test_resume_refuses_when_every_checkpoint_is_damaged(
@@ -280,10 +349,11 @@ def test_a_longer_run_keeps_rates_and_windows_that_followed_its_length(
     words = [word for word in words if word not in ("--num_latents", "64")]
     words += ["--hookpoints", "encoder.layer.0.intermediate", "encoder.layer.1", "--max_tokens"]
     main([*words, "1280"])
-    before = state(tmp_path / "run")["rates"]
-    assert len({lr for lr, _ in before.values()}) == 2
+    before = {name: state(tmp_path / "run")["resolved"][name] for name in ("lrs", "dead_windows", "warmup_steps")}
+    assert len(set(before["lrs"].values())) == 2
     main([*words, "5120", "--resume"])
-    assert state(tmp_path / "run")["rates"] == before
+    after = state(tmp_path / "run")["resolved"]
+    assert {name: after[name] for name in before} == before
     assert state(tmp_path / "run")["step"] == 80
 
 
@@ -295,7 +365,7 @@ def test_a_rate_that_was_given_is_not_left_for_the_rule_s(
     with pytest.raises(SystemExit) as caught:
         main([*words, "--lr", "auto", "--resume"])
     assert caught.value.code == 2
-    assert re.search(r"--lr is 0\.0\d+ now and was 0\.001", capsys.readouterr().err)
+    assert "--lr is auto now and was 0.001 when the run began" in capsys.readouterr().err
 
 
 def state(run: Path) -> dict[str, Any]:

@@ -6,18 +6,20 @@ import hashlib
 import json
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from saetrain.runs.train import setup
 from tests.processes import POLL_INTERVAL_S, ForkedCommand, finish
 
 TAIL_BYTES = 20_000
 """More than the longest line of a metrics file here."""
 SAVE_EVERY = 40
-STEPS = 400
+STEPS, SHORT_STEPS = 400, 200
 SETTINGS = (
     f"--k 4 --num_latents 64 --batch_size 4 --ctx_len 32 --eval_tokens 600 --eval_every 90 --log_every 1 "
     "--assess false "
@@ -25,9 +27,16 @@ SETTINGS = (
 )
 
 
-def start(out: Path, name: str, words: Sequence[str], **environment: str) -> ForkedCommand:
-    """Start the command line in a process."""
-    return ForkedCommand([*words, "--save_dir", str(out), "--run_name", name], environment)
+def calibrate_on_few_tokens() -> None:
+    """Measure the normalizers on fewer tokens, because the model reads those one sequence at a time."""
+    setup.CALIBRATION_TOKENS = 1024
+
+
+def start(
+    out: Path, name: str, words: Sequence[str], prepare: Callable[[], object] | None = None, **environment: str
+) -> ForkedCommand:
+    """Start the command line in a process, in which ``prepare`` is called before."""
+    return ForkedCommand([*words, "--save_dir", str(out), "--run_name", name], environment, prepare=prepare)
 
 
 def steps_done(run: Path) -> int:
@@ -70,7 +79,8 @@ def records(run: Path) -> list[dict[str, Any]]:
 def kill_and_resume(out: Path, name: str, words: Sequence[str], kills: int, seed: int, steps: int) -> None:
     """Kill the run ``kills`` times at random steps, all but the first behind a checkpoint, and let it end."""
     run, generator = out / name, random.Random(seed)
-    process = start(out, name, words)
+    begin = partial(start, out, name, prepare=calibrate_on_few_tokens)
+    process = begin(words)
     reached = behind_a_checkpoint = 0
     for number in range(kills):
         low = max(reached, SAVE_EVERY + 2 if number else 1)
@@ -81,7 +91,7 @@ def kill_and_resume(out: Path, name: str, words: Sequence[str], kills: int, seed
         process.wait()
         reached, saved = steps_done(run), last_checkpoint(run)
         assert reached < steps
-        process = start(out, name, [*words, "--resume"])
+        process = begin([*words, "--resume"])
         if saved == 0:
             continue
         behind_a_checkpoint += 1
@@ -116,7 +126,12 @@ VARIANTS = pytest.mark.parametrize(
             id="decoder-two-layers",
         ),
         pytest.param("tiny_gpt2", "2", ["--streaming"], id="decoder-one-layer-streaming", marks=pytest.mark.soak),
-        pytest.param("tiny_bert", "0 2", ["--streaming", "--mix", "2", "1"], id="encoder-two-layers-streaming-mixed"),
+        pytest.param(
+            "tiny_bert",
+            "0 2",
+            ["--streaming", "--mix", "2", "1", "--data_shards", "4"],
+            id="encoder-two-layers-streaming-mixed",
+        ),
         pytest.param(
             "tiny_bert",
             "2",
@@ -132,13 +147,13 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(
     model: str, layers: str, source: list[str], request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     text = request.getfixturevalue("few_topics_jsonl" if "--streaming" in source else "topics_jsonl")
-    words = words_of(request.getfixturevalue(model), layers, source, text)
-    whole = start(tmp_path, "whole", words)
-    kill_and_resume(tmp_path, "killed", words, kills=3, seed=len(layers), steps=STEPS)
+    words = [*words_of(request.getfixturevalue(model), layers, source, text), "--max_tokens", str(SHORT_STEPS * 128)]
+    whole = start(tmp_path, "whole", words, calibrate_on_few_tokens)
+    kill_and_resume(tmp_path, "killed", words, kills=2, seed=len(layers), steps=SHORT_STEPS)
     finish(whole)
     assert fingerprint(tmp_path / "killed") == fingerprint(tmp_path / "whole")
     assert records(tmp_path / "killed") == records(tmp_path / "whole")
     train = [r for r in records(tmp_path / "killed") if r["kind"] == "train"]
-    assert [r["step"] for r in train] == list(range(1, STEPS + 1))
+    assert [r["step"] for r in train] == list(range(1, SHORT_STEPS + 1))
     dead = max(sae["dead_not_fired"] for r in train for sae in r["saes"].values())
     assert dead > 0 or "--dead_window_tokens" not in source, "no latent's bias was lifted"

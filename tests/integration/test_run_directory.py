@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 
 from saetrain.cli import main
+from saetrain.runs import text_data
 
 TINY = "--k 4 --num_latents 64 --batch_size 2 --ctx_len 32 --eval_tokens 500 --assess false --max_tokens 512"
 
@@ -122,7 +124,49 @@ def test_dry_run_prints_the_plan_and_leaves_nothing(
     for word in ("encoder.layer.0", "encoder.layer.3", "memory", "disk", "steps", "tokens/s", "time"):
         assert word in printed
     assert "steps       8 of 64 tokens = 512 tokens" in printed
+    phases = re.findall(r"^(?:time|    ) +(\d+):(\d\d)  (\w+)", printed, re.MULTILINE)
+    names = ["reading", "filling", "training", "scoring", "in"]
+    assert [phase for _, _, phase in phases] == names
+    *each, total = (60 * int(minutes) + int(seconds) for minutes, seconds, _ in phases)
+    assert total == pytest.approx(sum(each), abs=len(each))
     assert not out.exists()
+
+
+def test_dry_run_of_a_large_text_estimates_from_a_sample(
+    tmp_path: Path,
+    tiny_bert: str,
+    topics_jsonl: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tokens = {}
+    words = [
+        tiny_bert,
+        topics_jsonl,
+        *TINY.split(),
+        "--dry_run",
+        "--save_dir",
+        str(tmp_path / "out"),
+        "--assess",
+        "true",
+        "--ablate_latents",
+        "2",
+    ]
+    for size in (4_000_000, 200_000):
+        monkeypatch.setattr(text_data, "DRY_RUN_BYTES", size)
+        monkeypatch.setattr(text_data, "MIN_DRY_RUN_ROWS", 2)
+        main(words)
+        printed = capsys.readouterr()
+        tokens[size] = int(re.search(r"^text +([\d,]+) tokens", printed.out, re.M)[1].replace(",", ""))  # type: ignore[index]
+        assert bool(re.search(r"--dry_run tokenizes a sample of \d+ of \d+ rows", printed.err)) == (size < 4_000_000)
+        for phase in (
+            "assessing the SAEs next to baselines",
+            "collecting features on 512 tokens",
+            "ablating up to 2 latents per SAE",
+            "writing the report",
+        ):
+            assert phase in printed.out
+    assert tokens[200_000] == pytest.approx(tokens[4_000_000], rel=0.4)
 
 
 def test_sparsify_layout_can_be_switched_off(tmp_path: Path, tiny_bert: str, topics_jsonl: str) -> None:

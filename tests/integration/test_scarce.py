@@ -81,7 +81,7 @@ main(sys.argv[2:])
     [
         (
             400,
-            "--batch_size 64 --max_tokens 4096 --num_latents 100000 --k 4 --kernels reference",
+            "--batch_size 64 --max_tokens 4096 --num_latents 100000 --k 4 --architecture standard",
             "lower --batch_size from 64 to 32",
         ),
         (

@@ -107,19 +107,20 @@ def test_training_ends_with_a_summary(start: Start, tmp_path: Path) -> None:
     run = tmp_path / "output" / "tiny-bert_sae"
     (row,) = rows(run / "summary.json")
     held_against(row, run)
-    assert re.search(r"┃ run +┃ tiny-bert_sae +┃", printed)
-    assert re.search(rf"│ SAE +│ {LAYER} +│", printed)
-    assert re.search(rf"│ verdict +│ {row['verdict']} +│", printed)
+    assert re.search(rf"^tiny-bert_sae +{LAYER} .* {row['verdict']} *$", printed, re.MULTILINE)
     assert (run / "sae" / LAYER / "cfg.json").exists()
 
 
+@pytest.mark.soak
 def test_several_processes(start: Start, tmp_path: Path) -> None:
+    """As the second run of the script that compares one process with several."""
     printed = whole(start(MULTI, *FLAGS, PROCESSES="2", SAVE_DIR=str(tmp_path / "o u t"), RUN_NAME="multi"))
     (row,) = rows(tmp_path / "o u t" / "multi" / "summary.json")
     held_against(row, tmp_path / "o u t" / "multi")
-    assert re.search(r"┃ run +┃ multi +┃", printed)
+    assert re.search(rf"^multi +{LAYER} .* {row['verdict']} *$", printed, re.MULTILINE)
 
 
+@pytest.mark.soak
 def test_dead_latent_study(start: Start, tmp_path: Path) -> None:
     printed = whole(start(STUDY, *FLAGS, LRS="0.002", AUXK_ALPHAS="0 0.03125", RUN_NAME="study"))
     study = tmp_path / "output" / "study"
@@ -128,7 +129,7 @@ def test_dead_latent_study(start: Start, tmp_path: Path) -> None:
     for row, name in zip(table, names, strict=True):
         held_against(row, study / name)
     assert [row["settings"] for row in table] == [{"auxk_alpha": 0.0}, {"auxk_alpha": 0.03125}]
-    assert "all SAEs: model" in printed
+    assert f"all SAEs: SAE {LAYER}, model" in printed
     assert "lr 0.002" in " ".join(printed.split())
 
 

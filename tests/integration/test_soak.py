@@ -10,6 +10,7 @@ import pytest
 
 from tests.integration.test_resume import (
     VARIANTS,
+    calibrate_on_few_tokens,
     fingerprint,
     finish,
     kill_and_resume,
@@ -33,10 +34,10 @@ def test_twenty_five_kills_change_no_bit(
     words = words_of(request.getfixturevalue(model), layers, source, topics_jsonl)
     words += ["--max_tokens", str(STEPS * 128), "--save_every", "20"]
     run, generator = tmp_path / "killed", random.Random(layers)
-    finish(start(tmp_path, "whole", words))
+    finish(start(tmp_path, "whole", words, calibrate_on_few_tokens))
     for _ in range(KILLS_AT_TIMES):
         before = last_checkpoint(run)
-        process = start(tmp_path, "killed", [*words, "--resume"])
+        process = start(tmp_path, "killed", [*words, "--resume"], calibrate_on_few_tokens)
         time.sleep(generator.uniform(0.2, 7.0))
         process.kill()
         process.wait()

@@ -14,14 +14,16 @@ import pytest
 from transformers import AutoTokenizer
 
 from saetrain.cli import main, parse_train
-from saetrain.config import from_flat, read_yaml
+from saetrain.config import from_flat
 from saetrain.data.tokenize import Framing
 from saetrain.runs.text_data import load_text
+from saetrain.small_files import read_settings
 from saetrain.types import DATASET_ROW_BITS
 from tests.integration.test_resume import fingerprint
 
 BASE = (
-    "--k 4 --num_latents 64 --batch_size 2 --ctx_len 32 --eval_tokens 500 --max_tokens 1280 --device cpu --assess false"
+    "--k 4 --num_latents 64 --batch_size 2 --ctx_len 32 --eval_tokens 500 --max_tokens 1280 --device cpu "
+    "--assess false --data_shards 4"
 )
 
 
@@ -115,8 +117,8 @@ def test_settings_file_keeps_one_data_set_plain_and_several_as_a_list(
 ) -> None:
     one = run(tmp_path, "one", tiny_bert, topics_jsonl)
     two = run(tmp_path, "two", tiny_bert, topics_jsonl, topics_jsonl, "--mix", "3", "1")
-    assert read_yaml(str(one / "config.yaml"))["dataset"] == topics_jsonl
-    flat = read_yaml(str(two / "config.yaml"))
+    assert read_settings(str(one / "config.yaml"))["dataset"] == topics_jsonl
+    flat = read_settings(str(two / "config.yaml"))
     assert (flat["dataset"], flat["mix"]) == ([topics_jsonl] * 2, [3.0, 1.0])
     assert from_flat(flat, "there").dataset == (topics_jsonl,) * 2
     main(["--config", str(two / "config.yaml"), "--save_dir", str(tmp_path), "--run_name", "again"])
@@ -134,12 +136,12 @@ def test_what_one_data_set_holds_out_no_other_trains_on(
     config = parse_train([model, *(str(tmp_path / f"{name}.jsonl") for name in halves), *BASE.split()])
     config = dataclasses.replace(config, source=dataclasses.replace(config.source, streaming=streaming))
     tokenizer = AutoTokenizer.from_pretrained(model)
-    text = load_text(config, tokenizer, Framing.from_tokenizer(tokenizer, "gpt2" in model, 32))
+    text = load_text(config, tokenizer, Framing.from_tokenizer(tokenizer, "gpt2" in model, 32), 256)
     held = {topic(halves, int(doc)) for number in range(len(text.held_out)) for doc in set(text.held_out[number].doc)}
     trained: set[str] = set()
     for shard in range(text.train_source.n_shards):
-        sequences, _ = text.train_source.read(shard, text.train_source.start_cursor, 60_000)
-        trained |= {topic(halves, int(doc)) for sequence in sequences for doc in set(sequence.doc)}
+        batches, _ = text.train_source.read(shard, text.train_source.start_cursor, 60_000)
+        trained |= {topic(halves, int(doc)) for batch in batches for sequence in batch for doc in set(sequence.doc)}
     assert held & set(topics[30:50]), "both have some of them"
     assert all(how.startswith("documents chosen") for how in text.metadata["held_out"])
     assert not held & trained
@@ -176,11 +178,10 @@ def test_near_copies_of_what_another_data_set_holds_out_are_left_out(
     loud.write_text("".join(json.dumps({"text": "  ".join(text.upper().split())}) + "\n" for text in topics[30:]))
     config = parse_train([tiny_bert, str(folder), str(loud), *BASE.split()])
     tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
-    text = load_text(config, tokenizer, Framing.from_tokenizer(tokenizer, False, 32))
-    sequences, _ = text.train_source.read(0, text.train_source.start_cursor, 60_000)
-    loud_docs = {
-        int(doc) % (1 << DATASET_ROW_BITS) for s in sequences for doc in set(s.doc) if int(doc) >> DATASET_ROW_BITS == 1
-    }
+    text = load_text(config, tokenizer, Framing.from_tokenizer(tokenizer, False, 32), 256)
+    batches, _ = text.train_source.read(0, text.train_source.start_cursor, 60_000)
+    docs = {int(doc) for batch in batches for sequence in batch for doc in sequence.doc}
+    loud_docs = {doc % (1 << DATASET_ROW_BITS) for doc in docs if doc >> DATASET_ROW_BITS == 1}
     assert loud_docs <= set(range(10)), "those from the tenth on are the first data set's validation split"
     assert loud_docs
 
@@ -207,7 +208,7 @@ def test_tokenize_says_what_is_wrong(
     assert "is neither a local path" in refused(capsys, "tokenize", tiny_bert, "nobody/nothing", out)
     latin = tmp_path / "latin.jsonl"
     latin.write_bytes('{"text": "plain"}\n{"text": "caf\u00e9"}\n'.encode("latin-1"))
-    assert "latin.jsonl, line 2: is not valid JSON: 'utf-8'" in refused(capsys, "tokenize", tiny_bert, str(latin), out)
+    assert "latin.jsonl, line 2: is not UTF-8; if" in refused(capsys, "tokenize", tiny_bert, str(latin), out)
     assert not Path(out).exists()
     main(["tokenize", tiny_bert, topics_jsonl, out])
     assert "already exists and is not empty" in refused(capsys, "tokenize", tiny_bert, topics_jsonl, out)

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from saetrain.cli import main
-from saetrain.training.trainer import SaeState
+from saetrain.training.sae_state import SaeState
+from saetrain.training.steps.base import MicroBatch
 from tests.integration.test_interrupted import short_run
 from tests.integration.test_resume import last_checkpoint, records
 
@@ -19,8 +19,8 @@ def poisoned(monkeypatch: pytest.MonkeyPatch, step: int, factor: float) -> None:
     """Make the activations of one step large (or not finite) behind the buffer, as a broken model run would."""
     take, calls = SaeState.forward_backward, iter(range(1, 10_000))
 
-    def micro_step(self: SaeState, raw_ND: torch.Tensor, progress: Any) -> None:
-        take(self, raw_ND * factor if next(calls) == step else raw_ND, progress)
+    def micro_step(self: SaeState, batch: MicroBatch, ctx: Any) -> None:
+        take(self, MicroBatch.of_sae(batch.x_ND * factor) if next(calls) == step else batch, ctx)
 
     monkeypatch.setattr(SaeState, "forward_backward", micro_step)
 
@@ -52,7 +52,7 @@ def test_weights_that_are_ruined_end_the_run_and_are_not_saved(
 ) -> None:
     """A learning rate far too high ruins the weights in one update, which the next loss shows."""
     words = short_run(tmp_path, tiny_bert, topics_jsonl)
-    words += ["--save_every", "1", "--lr", "1e30", "--lr_warmup_steps", "0"]
+    words += ["--save_every", "1", "--lr", "1e12", "--lr_warmup_steps", "0"]
     with pytest.raises(SystemExit) as caught:
         main(words)
     assert caught.value.code == 2

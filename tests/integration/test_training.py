@@ -15,7 +15,9 @@ from safetensors.torch import load_file
 
 import saetrain
 from saetrain.cli import main, parse_train
-from saetrain.runs.train.setup import held_out_batches, prepare_run, read_calibration_sample
+from saetrain.runs.train.builders import measure_normalizers
+from saetrain.runs.train.setup import held_out_batches, prepare_run
+from tests.unit.interop.layouts import name_as_linear, write_dictionary
 
 SIZES = "--k 4 --num_latents 64 --batch_size 4 --ctx_len 32 --eval_tokens 1500 --assess false"
 TINY = f"{SIZES} --buffer_tokens 2048"
@@ -40,8 +42,8 @@ def weights(run: Path, sae: str) -> dict[str, torch.Tensor]:
 def encoder_run(tmp_path_factory: pytest.TempPathFactory, minilm: str, topics_jsonl: str) -> Path:
     """A short run on the trained encoder over Python's documentation."""
     words = (
-        f"{minilm} {topics_jsonl} --layers 3 --k 16 --num_latents 768 --max_tokens 30720 --batch_size 4 --ctx_len 128 "
-        "--lr 4e-3 --eval_tokens 3000 --assess false --eval_every 30 --log_every 1"
+        f"{minilm} {topics_jsonl} --layers 3 --k 16 --num_latents 768 --max_tokens 15360 --batch_size 4 --ctx_len 128 "
+        "--lr 8e-3 --eval_tokens 1500 --assess false --eval_every 15 --log_every 1"
     )
     return train(tmp_path_factory.mktemp("encoder"), "run", words)
 
@@ -52,8 +54,8 @@ def test_it_learns_and_says_so(encoder_run: Path) -> None:
     final = lines(encoder_run, "final")[0]["saes"]["encoder.layer.3"]
     assert final["fvu"] < 0.4
     assert final["l0"] == 16
-    assert len(lines(encoder_run, "train")) == 60
-    assert [record["step"] for record in lines(encoder_run, "eval")] == [30]
+    assert len(lines(encoder_run, "train")) == 30
+    assert [record["step"] for record in lines(encoder_run, "eval")] == [15]
 
 
 def independent_figures(folder: Path, x: np.ndarray) -> tuple[float, float]:
@@ -104,7 +106,7 @@ def test_figures_agree_with_an_independent_computation(encoder_run: Path) -> Non
     about = json.loads((folder / "cfg.json").read_text())["saetrain"]
     reported = about["held_out_figures"]
     prepared = prepare_run(parse_train([about["model"], about["dataset"], *settings_of(encoder_run)]))
-    read_calibration_sample(prepared)
+    measure_normalizers(prepared)
     ours = np.concatenate([batch.values["encoder.layer.3"].numpy() for batch in held_out_batches(prepared)]).astype(
         np.float64
     )
@@ -125,7 +127,7 @@ def test_saved_sae_equals_the_trained_one_on_real_data(encoder_run: Path, topics
     raw = load_file(checkpoint / state["files"]["encoder.layer.3"])
     mean, axes = map(load_file(checkpoint / state["files"]["normalizer:encoder.layer.3"]).get, ("mean", "axes"))
     scale = state["normalizers"]["encoder.layer.3"]["scale"]
-    _, tokenizer, capture, _ = sae._loaded_model
+    _, tokenizer, capture, *_ = sae._loaded_model
     batch = tokenizer(topics[:3], return_tensors="pt", truncation=True, max_length=64, padding=True)
     x = capture(batch["input_ids"], batch["attention_mask"])["encoder.layer.3"].flatten(0, 1)
     inner = (x - mean) / scale @ axes
@@ -150,6 +152,13 @@ def test_encode_text_runs_the_model_it_was_trained_on(encoder_run: Path) -> None
     assert longer.tokens.count("[SEP]") == 1, "only the tokenizer's own separator is one"
     alone = sae.encode_text(["The yield statement."])[0]
     torch.testing.assert_close(alone.codes.to_dense(), short.codes.to_dense(), rtol=1e-3, atol=1e-3)
+
+
+def test_encode_text_warns_about_long_texts(encoder_run: Path) -> None:
+    sae = saetrain.load(encoder_run / "sae" / "encoder.layer.3")
+    with pytest.warns(UserWarning, match=rf"truncated 1 of 2 texts to {sae.metadata.ctx_len} tokens"):
+        _, longer = sae.encode_text(["The yield statement.", "word " * 500])
+    assert len(longer.tokens) == sae.metadata.ctx_len
 
 
 def test_encode_text_refuses_another_model(encoder_run: Path, tmp_path: Path, tiny_bert: str) -> None:
@@ -241,7 +250,7 @@ def test_the_commands_of_the_readme_run_as_they_stand(
     for chosen in (layers, every):
         main(
             f"bert-base-uncased wikitext --layers {chosen} --max_tokens 1024 --k 192 --expansion_factor 32 "
-            "--batch_size 4 --ctx_len 64 --eval_tokens 1000 --assess false".split()
+            "--batch_size 4 --ctx_len 64 --lr auto --eval_tokens 1000 --assess false".split()
         )
     assert len(list((tmp_path / "output").iterdir())) == 2
 
@@ -304,7 +313,8 @@ def test_texts_of_the_held_out_split_are_not_trained_on(tmp_path: Path, tiny_ber
     trained = {
         int(doc)
         for shard in range(16)
-        for sequence in prepared.train_source.read(shard, prepared.train_source.start_cursor, 20_000)[0]
+        for batch in prepared.train_source.read(shard, prepared.train_source.start_cursor, 20_000)[0]
+        for sequence in batch
         for doc in sequence.doc
     }
     assert not trained & {*range(40, 60)}, "these repeat texts of the validation split, in other letters"
@@ -337,10 +347,33 @@ def test_finetuning_knows_the_hookpoint_and_wants_one_seed(
     assert (about["finetuned_from"], about["init_seed"]) == (str(first / "sae"), 42)
 
 
+@pytest.mark.parametrize(("architecture", "dict_class"), [("batchtopk", "BatchTopKSAE"), ("standard", "AutoEncoder")])
+def test_finetuning_starts_from_an_sae_of_another_library(
+    tmp_path: Path, tiny_bert: str, topics_jsonl: str, architecture: str, dict_class: str
+) -> None:
+    """Its FVU before the first step is that of the SAE, not that of random weights."""
+    words = f"{tiny_bert} {topics_jsonl} {TINY} --layers 1 --architecture {architecture} --lr 1e-9 --max_tokens 512"
+    trained = train(tmp_path, "trained", f"{words.replace('1e-9', '0.01').replace('512', '20480')}")
+    coder = saetrain.load(trained / "sae" / "encoder.layer.1").coder
+    weights = {name: value.contiguous() for name, value in coder.state_dict().items()}
+    named = name_as_linear(weights, "bias" if architecture == "standard" else "b_dec")
+    extra = {} if architecture == "standard" else {"k": torch.tensor(4), "threshold": weights["threshold"]}
+    folder = write_dictionary(tmp_path / "other", dict_class, {**named, **extra}, submodule_name=None)
+    started = train(tmp_path, "started", f"{words} --finetune {folder}")
+    fvu = {
+        run.name: saetrain.load(run / "sae" / "encoder.layer.1").metadata.held_out_figures["fvu"]
+        for run in (trained, started, train(tmp_path, "random", words))
+    }
+    assert fvu["started"] == pytest.approx(fvu["trained"], rel=0.05)
+    assert abs(fvu["trained"] - fvu["random"]) > 0.2
+
+
 def test_a_useless_sae_is_said_to_be_useless(
     tmp_path: Path, tiny_bert: str, topics_jsonl: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train(tmp_path, "run", f"{tiny_bert} {topics_jsonl} {SIZES} --k 40 --max_tokens 256 --lr 3")
+    with pytest.raises(SystemExit) as end:
+        train(tmp_path, "run", f"{tiny_bert} {topics_jsonl} {SIZES} --k 40 --max_tokens 256 --lr 3")
+    assert end.value.code == 3
     printed = capsys.readouterr()
     assert "--k 40 is at least the activation width 32" in printed.err
     assert "WARNING: encoder.layer.0: worse than predicting the mean" in printed.out

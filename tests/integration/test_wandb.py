@@ -169,7 +169,7 @@ def test_a_stuck_service_does_not_keep_a_refused_run_from_ending(
 
 def test_training_goes_on_when_its_process_dies(tmp_path: Path, tiny_bert: str, topics_jsonl: str) -> None:
     # Long enough that it is not done before its child is found and killed.
-    steps = 10 * STEPS
+    steps = 4 * STEPS
     words = [tiny_bert, topics_jsonl, *SETTINGS.split(), "--log_to_wandb", "true", "--wandb_log_frequency", "5"]
     words += ["--max_tokens", str(steps * 128), "--save_every", str(steps), "--eval_every", "0"]
     process = start(tmp_path, "run", words, **OFFLINE)
