@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -287,6 +288,7 @@ def test_wandb_offline_takes_the_figures(
 
 def test_tensorboard_takes_the_figures(tmp_path: Path, tiny_bert: str, topics_jsonl: str) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
     words = f"{tiny_bert} {topics_jsonl} {TINY} --max_tokens 2048 --log_to_tensorboard true --log_every 4"
     run = train(tmp_path, "run", words)
@@ -296,6 +298,10 @@ def test_tensorboard_takes_the_figures(tmp_path: Path, tiny_bert: str, topics_js
     assert [point.step for point in points] == [4, 8, 12, 16]
     expected = [record["saes"]["encoder.layer.0"]["fvu"] for record in lines(run, "train")]
     assert [point.value for point in points] == pytest.approx(expected)
+    layout = Layout.FromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
+    charts = {chart.title: list(chart.multiline.tag) for chart in layout.category[0].chart}
+    for name, [pattern] in charts.items():
+        assert [tag for tag in events.Tags()["scalars"] if re.search(pattern, tag)] == [f"train/encoder.layer.0/{name}"]
 
 
 def parquet(folder: Path, **splits: list[str]) -> str:

@@ -7,6 +7,9 @@ import importlib.util
 from saetrain.errors import SaetrainError
 from saetrain.logs.base import MetricsRecord, RunInfo, Sink
 
+OVERVIEW_METRICS = ("fvu", "l0", "dead_below_threshold", "lr")
+"""Metrics of which one chart shows the curves of all SAEs."""
+
 
 class TensorBoardSink(Sink):
     """Write metrics as scalars over optimizer steps."""
@@ -18,6 +21,9 @@ class TensorBoardSink(Sink):
 
         purge_step = 0 if info.resumed_step is None else info.resumed_step + 1
         self._writer = SummaryWriter(str(info.run_dir / "tensorboard"), purge_step=purge_step)
+        # A run has dozens of scalars per SAE, so the tab "Custom scalars" collects the few that people read first.
+        charts = {name: ["Multiline", [f"^train/.*/{name}$"]] for name in OVERVIEW_METRICS}
+        self._writer.add_custom_scalars({"All SAEs": charts})
 
     @staticmethod
     def require_installed() -> None:
