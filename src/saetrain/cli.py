@@ -9,7 +9,7 @@ import re
 import sys
 import traceback
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from importlib.metadata import version
 from itertools import takewhile
@@ -41,7 +41,7 @@ from saetrain.errors import RankFailure, SaetrainError
 from saetrain.explore.settings import ExploreConfig
 from saetrain.small_files import read_settings
 from saetrain.typed_values import convert_value, describe_type, takes_list
-from saetrain.untrusted import escape_text, format_error
+from saetrain.untrusted import escape_text, format_error, require_plain_text, show_text
 
 COMMANDS: dict[str, tuple[type, str]] = {
     "tokenize": (TokenizeConfig, "saetrain.runs.tokenize:tokenize_dataset"),
@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     debug = _is_debug_requested(words)
     try:
         try:
-            with distributed.process_group_context():
+            with distributed.process_group_context(), _explain_file_errors():
                 _run_command(words)
         finally:
             sys.stdout.flush()
@@ -101,6 +101,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(130) from None
     except OSError as error:
         raise SystemExit(_abandon_stdout(error)) from None
+
+
+@contextlib.contextmanager
+def _explain_file_errors() -> Iterator[None]:
+    """Raise SaetrainError instead of an OSError that names a file, such as one without permission."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            raise
+        raise SaetrainError(f"{show_text(error.filename)}: {error.strerror}") from error
 
 
 def _abandon_stdout(error: OSError) -> int:
@@ -210,7 +221,7 @@ def parse_evaluate(words: Sequence[str]) -> EvaluateConfig:
     path = words[0] if words and not words[0].startswith("--") else parse_with_defaults(tyro.MISSING_NONPROP).path
     from saetrain.runs.evaluate.setup import defaults_from_run
 
-    return parse_with_defaults(defaults_from_run(path) or tyro.MISSING_NONPROP)
+    return parse_with_defaults(defaults_from_run(require_plain_text(path, "PATH")) or tyro.MISSING_NONPROP)
 
 
 def _parse_words(config_type: Any, prog: str, words: Sequence[str], **options: Any) -> Any:

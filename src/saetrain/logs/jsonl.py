@@ -106,7 +106,9 @@ def _read_lines_up_to_step(path: Path, step: int) -> list[bytes]:
 
 
 def _iterate_lines(path: Path) -> Iterator[tuple[bytes, StoredRecord | None]]:
-    """Yield (line, its record, or None if it has none) of each whole line."""
+    """Yield (line, its record, or None if it has none) of each whole line; SaetrainError if ``path`` is no file."""
+    if not path.is_file():
+        raise SaetrainError(f"{path}: is not a regular file")
     # What follows the last line break was cut short by a crash, or is still being written.
     *lines, _ = path.read_bytes().split(b"\n")
     for line in lines:
