@@ -20,9 +20,14 @@ from saetrain.untrusted import show_text
 MAX_JSON_BYTES = 10_000_000
 MAX_YAML_BYTES = 100_000
 """PyYAML reads about 50 kB per second."""
+MAX_CARD_BYTES = 1_000_000
+"""Limit of the YAML that describes a data set; some on the hub have hundreds of configurations."""
+DATASET_CARD_FILES = ("README.md", ".huggingface.yaml")
+"""Files with YAML that the library `datasets` reads in the folder of a data set."""
 MAX_DEPTH = 64
 """Largest depth of lists and objects; a parser that recurses can crash on thousands."""
-JSON_STRINGS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)
+# A string ends at a line break: an unclosed one must not hide the brackets of later rows, which are parsed as well.
+JSON_STRINGS = re.compile(rb'"[^"\\\r\n]*(?:\\[^\r\n][^"\\\r\n]*)*"?')
 BRACKETS = bytes.maketrans(b"[{]}", b"\x01\x01\xff\xff")
 
 
@@ -65,7 +70,8 @@ def parse_json(data: bytes, label: str, schema: Any = None) -> Any:
     if depth > MAX_DEPTH:
         raise SaetrainError(f"{label}: is nested {depth:,} levels deep; at most {MAX_DEPTH} are allowed")
     try:
-        value = json.loads(data, object_pairs_hook=_build_object)
+        # Given bytes, the parser would also take UTF-16, whose depth was not measured.
+        value = json.loads(data.decode("utf-8-sig"), object_pairs_hook=_build_object)
     except ValueError as error:
         raise SaetrainError(f"{label}: is not valid JSON: {error}") from error
     return value if schema is None else _convert_json(data, label, schema)
@@ -166,13 +172,23 @@ def parse_yaml(text: bytes, label: str, loader: type[yaml.SafeLoader] = _StrictL
         raise SaetrainError(f"{label}: is not valid YAML: {str(error).splitlines()[0]}") from error
 
 
-def check_front_matter(path: Path) -> None:
-    """Raise SaetrainError if a Markdown file exists and begins with YAML that is not valid or not allowed."""
-    if path.exists():
-        text = read_small_file(path, str(path), MAX_JSON_BYTES)
-        parts = re.split(rb"^---[ \t\r]*$", text, maxsplit=2, flags=re.MULTILINE)
-        if len(parts) == 3 and not parts[0].strip():
-            parse_yaml(parts[1], f"{path}: the front matter")
+def check_dataset_card(folder: Path) -> None:
+    """Raise SaetrainError if YAML that `datasets` reads in the folder of a data set is not valid or not allowed."""
+    for name in DATASET_CARD_FILES:
+        if (folder / name).exists():
+            label = f"{folder / name}"
+            text = read_small_file(folder / name, label, MAX_JSON_BYTES)
+            parts = re.split(rb"^---[ \t\r]*$", text, maxsplit=2, flags=re.MULTILINE)
+            if name.endswith(".yaml"):
+                parse_yaml(_require_card_size(text, label), label)
+            elif len(parts) == 3 and not parts[0].strip():
+                parse_yaml(_require_card_size(parts[1], label), f"{label}: the front matter")
+
+
+def _require_card_size(text: bytes, label: str) -> bytes:
+    if len(text) > MAX_CARD_BYTES:
+        raise SaetrainError(f"{label}: its YAML is larger than {MAX_CARD_BYTES:,} bytes")
+    return text
 
 
 def read_settings(path: str, flag: str = "--config ") -> dict[str, Any]:

@@ -163,7 +163,7 @@ def _read_json_rows(path: str, files: RowFiles) -> Iterator[RowOrError]:
                 yield BadRow(location, describe_depth(depth))
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode("utf-8-sig"))
             except UnicodeDecodeError:
                 yield BadRow(location, NOT_UTF_8)
                 continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from saetrain.data.text_column import TextColumn
 from saetrain.errors import SaetrainError, did_you_mean
 from saetrain.hub import is_hub_reachable, offline_mode, refuse_missing_path, require_hub
 from saetrain.settings import Settings
-from saetrain.small_files import check_front_matter
+from saetrain.small_files import DATASET_CARD_FILES, check_dataset_card
 from saetrain.types import shown_default
 
 HELD_OUT_SPLITS = ("validation", "valid", "val", "dev", "test")
@@ -187,7 +188,7 @@ def _loader_options(path: Path) -> tuple[str, dict[str, Any]]:
         return kind, {"data_files": {"train": str(path)}, **_kind_options(kind, [path])}
     if not path.is_dir():
         raise SaetrainError(f"data set {path}: is neither a regular file nor a folder")
-    check_front_matter(path / "README.md")
+    check_dataset_card(path)
     files = [f for f in sorted(path.rglob("*")) if f.suffix.lower() in FILE_KINDS and f.is_file() and f.stat().st_size]
     texts = [f for f in files if f.suffix.lower() == ".txt"]
     if not files:
@@ -218,12 +219,14 @@ def _load_hub(path: str, config: str | None, settings: SourceSettings, column: s
             return _load_splits(path, config, settings, path, configs=prepared, column=column)
     downloaded = _find_downloaded(path)
     if downloaded is not None:
+        check_dataset_card(Path(downloaded))
         try:
             return _load_splits(downloaded, config, settings, path, column=column)
         except SaetrainError:  # the cache may contain only a part of the data set
             if not is_hub_reachable():
                 raise
     require_hub(f"data set '{path}'")
+    _check_remote_card(path)
     return _load_splits(path, config, settings, path, column=column)
 
 
@@ -234,11 +237,23 @@ def _prepared_configs(path: str) -> list[str]:
 
     *owner, name = path.split("/")
     folder = Path(datasets.config.HF_DATASETS_CACHE, "___".join([*owner, camelcase_to_snakecase(name)]))
-    infos = folder.glob("*/*/*/dataset_info.json")
-    # The folder of a variant that was made with options does not have the configuration's name.
-    return sorted(
-        {info.parts[-4] for info in infos if json.loads(info.read_text()).get("config_name") == info.parts[-4]}
-    )
+    names = set()
+    for info in folder.glob("*/*/*/dataset_info.json"):
+        # The library reports a file whose end is missing, such as one of a process that was killed.
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            # The folder of a variant that was made with options does not have the configuration's name.
+            if json.loads(info.read_text()).get("config_name") == info.parts[-4]:
+                names.add(info.parts[-4])
+    return sorted(names)
+
+
+def _check_remote_card(path: str) -> None:
+    """Download the YAML that describes data set ``path`` on the hub, and check it before `datasets` reads it."""
+    from huggingface_hub import snapshot_download
+
+    # A data set that can't be downloaded is reported by what loads it.
+    with contextlib.suppress(OSError, ValueError):
+        check_dataset_card(Path(snapshot_download(path, repo_type="dataset", allow_patterns=list(DATASET_CARD_FILES))))
 
 
 def _find_downloaded(path: str) -> str | None:

@@ -236,6 +236,11 @@ def test_data_set_that_was_opened_before_needs_no_network(hub_cache: Path, tmp_p
     prepared_cache(tmp_path, two_configs, "someone", "thing", "first")
     with pytest.raises(SaetrainError, match="It has: first, second"):
         open_("someone/thing")
+    # A process that was killed may leave half a description.
+    (info,) = (tmp_path / "prepared").glob("*/first/*/*/dataset_info.json")
+    info.write_bytes(info.read_bytes()[:50])
+    with pytest.raises(SaetrainError, match="data set 'someone/thing' could not be read"):
+        open_("someone/thing")
 
 
 @pytest.mark.parametrize("skip_bad_rows", [False, True])
