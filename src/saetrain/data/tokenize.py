@@ -167,16 +167,25 @@ def tokenize_rows(
     name = f"tokens-{_fingerprint_tokens(rows, column, tokenizer, framing)}"
     # The library's default is next to the rows' files, which may be a folder of the user.
     cached = Path(datasets.config.HF_DATASETS_CACHE, "saetrain", name)
-    _ensure_tokens_cached(cached, write_tokens, log)
+    ensure_tokens_cached(cached, write_tokens, log)
     # Several processes write several files, whose names contain their numbers.
     parts = [datasets.Dataset.from_file(str(path)) for path in sorted(cached.glob("*.arrow"))]
     return datasets.concatenate_datasets(parts)
 
 
-def _ensure_tokens_cached(cached: Path, write_tokens: Callable[[Path], None], log: Callable[[str], None]) -> None:
+def ensure_tokens_cached(cached: Path, write_tokens: Callable[[Path], None], log: Callable[[str], None]) -> None:
+    """Make sure that the folder ``cached`` is intact; SaetrainError if it can't be written, or a process was killed."""
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
         ensure_cached(cached, write_tokens, log)
+    except RuntimeError as error:
+        # The library's message when the system kills one of its processes, mostly because memory ran out.
+        if "abruptly died" not in str(error):
+            raise
+        raise SaetrainError(
+            "--data_preprocessing_num_proc: a process that tokenizes was killed, mostly because memory ran out; pass a "
+            "smaller number"
+        ) from error
     except (OSError, ValueError) as error:
         # After a failed write, the library writes to the closed file, which hides the cause.
         cause = error if isinstance(error, OSError) else error.__context__

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,15 @@ import pytest
 
 from saetrain.data.sources import SourceSettings, open_dataset
 from saetrain.data.text_column import TextColumn, find_text_column
-from saetrain.data.tokenize import ROW_TOKENS, Framing, TokenSettings, hash_text, load_tokenizer, tokenize_rows
+from saetrain.data.tokenize import (
+    ROW_TOKENS,
+    Framing,
+    TokenSettings,
+    ensure_tokens_cached,
+    hash_text,
+    load_tokenizer,
+    tokenize_rows,
+)
 from saetrain.errors import SaetrainError
 
 TEXT = TextColumn("text", ("text",), "")
@@ -344,4 +353,17 @@ def test_damaged_cached_tokens_are_made_again(
     assert tokenize_again() == whole
     assert tokenize_again() == whole
     assert len(lines) == n_lines, "damage is logged once"
-    assert all(f"{entry} is damaged" in line for line in lines)
+    assert all(f"{entry} is built again, because" in line for line in lines)
+
+
+def kill_process(rows: dict[str, Any]) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_process_is_named_with_its_flag(tmp_path: Path) -> None:
+    def write_tokens(folder: Path) -> None:
+        datasets.Dataset.from_dict({"text": ["a", "b"]}).map(kill_process, num_proc=2)
+
+    with pytest.raises(SaetrainError, match="--data_preprocessing_num_proc: a process that tokenizes was killed"):
+        ensure_tokens_cached(tmp_path / "tokens", write_tokens, print)
+    assert not (tmp_path / "tokens").exists()
