@@ -81,19 +81,25 @@ def _list_files(folder: Path) -> list[str]:
 
 
 def ensure_cached(
-    folder: Path, build: Callable[[Path], None], log: Callable[[str], None], *, is_private: bool = False
+    folder: Path,
+    build: Callable[[Path], None],
+    log: Callable[[str], None],
+    *,
+    is_private: bool = False,
+    find_problem: Callable[[Path], str | None] = find_damage,
 ) -> None:
     """Make sure that ``folder`` is intact: if it is missing or damaged, ``build`` writes its files to a given folder.
 
-    Another process that writes the same folder is waited for. ``log`` is called with one line if there is one, or if
-    the folder is damaged. Raises OSError if the folder can't be written, and what ``build`` raises.
+    ``find_problem`` returns what is wrong with an existing folder, or None. Another process that writes the same folder
+    is waited for. ``log`` is called with one line if there is one, or if the folder has a problem. Raises
+    OSError if the folder can't be written, and what ``build`` raises.
     """
     with _hold_lock(folder.with_name(f".{folder.name}.lock"), log, 0o600 if is_private else -1):
         is_missing = not os.path.lexists(folder)
-        damage = None if is_missing else find_damage(folder)
-        if damage:
-            log(f"{folder} is damaged ({damage}), so it is built again")
-        if is_missing or damage:
+        problem = None if is_missing else find_problem(folder)
+        if problem:
+            log(f"{folder} is built again, because {problem}")
+        if is_missing or problem:
             with replace_folder(folder, is_private=is_private) as temporary:
                 build(temporary)
 

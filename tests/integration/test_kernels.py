@@ -62,6 +62,12 @@ def test_without_a_compiler_pytorch_s_kernels_are_used_and_logged(
     assert "Traceback" not in output
 
 
+def test_a_compiler_that_is_no_command_is_named(tmp_path: Path, tiny_bert: str, topics_jsonl: str) -> None:
+    output = run_native(tmp_path / "out", tmp_path / "cache", tiny_bert, topics_jsonl, 2, CXX="'g++")
+    assert "the variable CXX is no command: No closing quotation" in output
+    assert "Traceback" not in output
+
+
 def run_native(out: Path, cache: Path, model: str, text: str, code: int = 0, **environment: str) -> str:
     """Run the native kernels with libraries cached below ``cache``; return the output."""
     words = [model, text, *BASE.split(), "--kernels", "native", "--save_dir", str(out)]
@@ -124,17 +130,26 @@ def empty_library(library: Path) -> None:
     remake_manifest(library.parent)
 
 
+def delete_library(library: Path) -> None:
+    library.unlink()
+    remake_manifest(library.parent)
+
+
 @pytest.mark.parametrize(
     ("harm", "said"),
     [
-        (cut_file, "is damaged (native-"),
-        (zero_middle, "is damaged (native-"),
-        (lambda library: library.write_bytes(b"no library"), "is damaged (native-"),
-        (lambda library: (library.parent / "manifest.json").unlink(), "is damaged (manifest.json is missing)"),
-        (lambda library: library.chmod(0o620), "are built again, because others may write to"),
-        (lambda library: library.parent.chmod(0o777), "are built again, because others may write to"),
-        pytest.param(give_away, "are built again, because", marks=NEEDS_ROOT),
-        (empty_library, BUILDING),
+        (cut_file, "is built again, because native-"),
+        (zero_middle, "is built again, because native-"),
+        (lambda library: library.write_bytes(b"no library"), "is built again, because native-"),
+        (
+            lambda library: (library.parent / "manifest.json").unlink(),
+            "is built again, because manifest.json is missing",
+        ),
+        (lambda library: library.chmod(0o620), "is built again, because others may write to"),
+        (lambda library: library.parent.chmod(0o777), "is built again, because others may write to"),
+        pytest.param(give_away, "is built again, because", marks=NEEDS_ROOT),
+        (empty_library, "is built again, because its library could not be loaded"),
+        (delete_library, "is built again, because it contains no library"),
     ],
 )
 def test_a_library_that_cannot_be_trusted_is_rebuilt_with_one_line(

@@ -97,7 +97,7 @@ def test_a_damaged_cache_is_built_again_with_one_line(harm: Callable[[Path], obj
     lines: list[str] = []
     ensure_cached(folder, build_entry, lines.append)
     assert len(lines) == 1
-    assert f"{folder} is damaged" in lines[0]
+    assert f"{folder} is built again, because" in lines[0]
     assert said in lines[0]
     assert find_damage(folder) is None
     ensure_cached(folder, pytest.fail, lines.append)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from saetrain.atomic_io import delete_path, hash_file
+from saetrain.atomic_io import hash_file
 from saetrain.distributed import env
 from saetrain.manifest import ensure_cached, find_damage
 from saetrain.untrusted import escape_text
@@ -39,19 +39,15 @@ def build_library(rebuild: bool = False) -> Path:
     if compiler is None:
         # A library that was built while a compiler was installed can still be used.
         built = sorted(folder.glob(f"{name}-*"), key=lambda path: path.stat().st_mtime)
-        usable = [path for path in built if not (rebuild or _find_untrusted_entry(path) or find_damage(path))]
+        usable = [path for path in built if not (rebuild or _find_problem(path))]
         if not usable:
             raise OSError(
                 "no C++ compiler was found: install g++, c++ or clang++, or name a compiler in the variable CXX"
             )
         return _library_in(usable[-1])
     entry = folder / f"{name}-{_hash_parts([_get_compiler_version(compiler)])}"
-    problem = _find_untrusted_entry(entry) if os.path.lexists(entry) else None
-    if problem:
-        _log_on_host(f"the cached C++ kernels are built again, because {problem}")
-    if problem or rebuild:
-        delete_path(entry)
-    ensure_cached(entry, partial(_compile_into, compiler), _log_on_host, is_private=True)
+    find_problem = _report_unusable if rebuild else _find_problem
+    ensure_cached(entry, partial(_compile_into, compiler), _log_on_host, is_private=True, find_problem=find_problem)
     return _library_in(entry)
 
 
@@ -69,8 +65,14 @@ def _library_in(entry: Path) -> Path:
     return next(entry.glob("*.so"))
 
 
-def _find_untrusted_entry(entry: Path) -> str | None:
-    return find_untrusted(entry, entry.rglob("*"))
+def _find_problem(entry: Path) -> str | None:
+    """Return why the library in a cache entry must not be loaded, or None."""
+    problem = find_untrusted(entry, entry.rglob("*")) or find_damage(entry)
+    return problem or (None if any(entry.glob("*.so")) else "it contains no library")
+
+
+def _report_unusable(entry: Path) -> str:
+    return "its library could not be loaded"
 
 
 def find_untrusted(folder: Path, files: Iterable[Path] = ()) -> str | None:
@@ -100,7 +102,10 @@ def _hash_parts(parts: list[str]) -> str:
 
 def _find_compiler() -> list[str] | None:
     """Return the compiler's command, or None if there is no compiler."""
-    named = shlex.split(os.environ.get("CXX", ""))
+    try:
+        named = shlex.split(os.environ.get("CXX", ""))
+    except ValueError as error:
+        raise OSError(f"the variable CXX is no command: {error}") from error
     found = next((path for name in ("g++", "c++", "clang++") if (path := shutil.which(name))), None)
     return named or ([found] if found else None)
 
