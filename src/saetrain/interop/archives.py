@@ -14,6 +14,7 @@ from saetrain.errors import SaetrainError
 from saetrain.interop.schema import require_file, require_finite
 from saetrain.untrusted import show_value
 
+ARCHIVE_START = b"PK\x03\x04"
 MAX_EXPANSION = 4
 """Largest size of the entries of an archive, relative to the file; compression makes weights little smaller."""
 MAX_PICKLE_BYTES = 100_000
@@ -73,6 +74,10 @@ def read_numpy_tensors(path: Path) -> dict[str, Tensor]:
 def _list_entries(path: Path) -> list[zipfile.ZipInfo]:
     """Return the entries of an archive; raise SaetrainError if it is none, or if they are much larger than the file."""
     require_file(path)
+    with open(path, "rb") as file:
+        # torch reads a file with another beginning as a pickle, although zipfile would find an archive in it.
+        if file.read(len(ARCHIVE_START)) != ARCHIVE_START:
+            raise SaetrainError(f"{path}: is no archive, or other data precedes it")
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()

@@ -153,6 +153,7 @@ def _upgrade_config(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     new = {EARLIER_NAMES.get(key, key): value for key, value in config.items()}
     if "metadata" in config:
         if isinstance(new.get("k"), float):
+            require_types(path, new, {"k": float})
             new["k"] = max(1, round(new["k"]))
         return new
     types = {"activation_fn": str, "activation_fn_kwargs": dict, "hook_name": str, "normalize_activations": bool | str}

@@ -90,7 +90,7 @@ def require_finite(path: Path, weights: dict[str, Tensor]) -> dict[str, Tensor]:
 def measure_decoder(path: Path, weights: Mapping[str, Tensor]) -> tuple[int, int]:
     """Return (F, D), the shape of ``W_dec``; raise SaetrainError if there is none."""
     shape = tuple(weights["W_dec"].shape) if "W_dec" in weights else ()
-    if len(shape) != 2:
+    if len(shape) != 2 or 0 in shape:
         raise SaetrainError(f"{path}: W_dec must have shape (F, D), found {shape or 'nothing'}")
     return shape[0], shape[1]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
 import re
 import zipfile
 from collections.abc import Callable
@@ -120,7 +121,8 @@ TRAINER = {"dict_class": "BatchTopKSAE", "k": K}
             with_config(trainer={**TRAINER, "submodule_name": 3}),
             r"config\.json: trainer\.submodule_name: found 3, must be a string",
         ),
-        (with_bytes("ae.pt", lambda data: b""), r"ae\.pt: is damaged, truncated or no archive: File is not a zip"),
+        (with_bytes("ae.pt", lambda data: b""), r"ae\.pt: is no archive, or other data precedes it"),
+        (with_bytes("ae.pt", lambda data: pickle.dumps([[]] * 9) + data), r"ae\.pt: is no archive, or other data"),
         (with_bytes("ae.pt", lambda data: data[: len(data) // 2]), r"ae\.pt: is damaged, truncated or no archive"),
         (
             with_bytes("ae.pt", lambda data: data.replace(b"_rebuild_tensor_v2", b"_rebuild_tensor_v9")),
@@ -212,7 +214,7 @@ def write_huge_header(folder: Path) -> None:
     ("spoil", "said"),
     [
         (make_folder("params.npz"), r"params\.npz: is not a file"),
-        (with_bytes("params.npz", lambda data: b"PK"), r"params\.npz: is damaged, truncated or no archive"),
+        (with_bytes("params.npz", lambda data: b"PK"), r"params\.npz: is no archive, or other data precedes it"),
         (with_bytes("params.npz", lambda data: data[:-30]), r"params\.npz: is damaged, truncated or no archive"),
         (
             with_bytes("params.npz", lambda data: data.replace(b"NUMPY", b"NUMPX")),
@@ -234,6 +236,10 @@ def write_huge_header(folder: Path) -> None:
         (with_arrays(b_enc=np.full(F, np.nan, np.float32)), r"params\.npz: b_enc contains 20 values that are NaN"),
         (with_arrays(W_dec=None), r"params\.npz: W_dec must have shape \(F, D\), found nothing"),
         (with_arrays(W_dec=np.zeros(3, np.float32)), r"params\.npz: W_dec must have shape \(F, D\), found \(3,\)"),
+        (
+            with_arrays(W_enc=np.zeros((0, F), np.float32), W_dec=np.zeros((F, 0), np.float32)),
+            rf"params\.npz: W_dec must have shape \(F, D\), found \({F}, 0\)",
+        ),
         (with_arrays(threshold=None), r"params\.npz: its tensors are not those of JumpReLU: Missing key.*threshold"),
         (with_arrays(threshold=np.zeros((), np.float32)), r"params\.npz: .*size mismatch for threshold"),
         (with_arrays(scaling_factor=np.ones(F, np.float32)), r"Unexpected key.*scaling_factor"),
@@ -275,6 +281,8 @@ def test_transcoders_of_gemma_scope_are_refused_by_their_path(tmp_path: Path) ->
         ({"matryoshka_widths": ["a"]}, r"cfg\.json: matryoshka_widths: found \['a'\], must be a list of whole numbers"),
         ({"matryoshka_widths": [5, 10]}, r"cfg\.json: the prefixes \[5, 10\] must increase up to 20 latents"),
         ({"k": None}, r"cfg\.json: has no key 'k'"),
+        ({"k": float("inf")}, r"cfg\.json: k: found inf, must be a finite number"),
+        ({"k": float("nan")}, r"cfg\.json: k: found nan, must be a finite number"),
     ],
 )
 def test_configurations_of_saelens(config: dict[str, Any], said: str, tmp_path: Path) -> None:
