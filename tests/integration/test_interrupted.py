@@ -252,6 +252,7 @@ def test_resume_without_a_checkpoint_starts_fresh_and_says_so(
     ("words", "named"),
     [
         ("--k 5", "--k is 5 now and was 4"),
+        ("--architecture batchtopk", "--architecture is batchtopk now and was topk"),
         ("--lr 0.01", "--lr is 0.01 now and was 0.001"),
         ("--shuffle_seed 1", "--shuffle_seed is 1"),
         ("--layers 3", "--layers is"),

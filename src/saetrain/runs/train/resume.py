@@ -94,6 +94,9 @@ def keep_first_values(config: RunConfig, values: Mapping[str, Any]) -> RunConfig
     """
     before: Mapping[str, Any] = values["settings"]
     flat = to_flat(fit_batch(config, values))
+    if flat["architecture"] != before["architecture"]:
+        # Another architecture has other settings, so nothing else can be compared.
+        _refuse_changes([_describe_change("architecture", flat["architecture"], before["architecture"])])
     flat.update({name: before[name] for name in DERIVED_SETTINGS if flat.get(name, "") is None})
     flat.update(_keep_kernels(flat, before))
     if flat["lr"] == "auto" != values["asked_lr"]:
