@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import json
 import statistics
 import sys
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any
 
 from rich.text import Text
 
-from saetrain.atomic_io import write_atomic, write_json
+from saetrain.atomic_io import replace_non_finite, write_atomic, write_json
 from saetrain.coders import CODERS
 from saetrain.config import CompareConfig
 from saetrain.errors import SaetrainError, did_you_mean
@@ -31,6 +32,7 @@ from saetrain.runs.evaluate.report import FORMAT_VERSION as ASSESSMENT_FORMAT
 from saetrain.runs.run_dir import CONFIG_FILE, SAES_DIR, is_run_dir
 from saetrain.runs.sae_table import build_sae_table, open_console
 from saetrain.small_files import read_json_object, read_settings
+from saetrain.typed_values import require_type
 
 FORMAT_VERSION = 1
 IGNORED_SETTINGS = {"run_name", "save_dir"}.union(
@@ -145,7 +147,7 @@ class Comparison:
                     "run": row.run,
                     "sae": row.sae,
                     "verdict": row.verdict,
-                    "settings": {name: row.settings.get(name) for name in self.differing_settings},
+                    "settings": {name: _to_json(row.settings.get(name)) for name in self.differing_settings},
                     "figures": {name: estimate.as_json() for name, estimate in row.metrics.items()},
                     "tokens_scored": row.judged_on[TOKENS_SCORED],
                     "loss_tokens_scored": row.judged_on[LOSS_TOKENS_SCORED],
@@ -215,7 +217,9 @@ def read_run(folder: Path, name: str) -> list[SaeRow]:
     speed = mean_tokens_per_second(folder / METRICS)
     try:
         rows = [_build_row(name, sae, content, settings, speed) for sae in content["saes"]]
-    except (KeyError, TypeError, AttributeError) as error:
+    except SaetrainError as error:
+        raise _invalid_file(path, str(error)) from error
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise _invalid_file(path, f"is not in saetrain's format ({type(error).__name__}: {error})") from error
     if not rows:
         raise _invalid_file(path, "contains no SAE")
@@ -242,7 +246,12 @@ def _build_row(run: str, sae: str, content: dict[str, Any], settings: dict[str, 
         for name in COMPARED_METRICS
         if name in found and found[name]["value"] is not None
     }
-    return SaeRow(run, sae, entry["verdict"], settings, judged_on, metrics, speed)
+    return SaeRow(run, sae, require_type(entry["verdict"], str, "verdict"), settings, judged_on, metrics, speed)
+
+
+def _to_json(value: Any) -> Any:
+    """Return a value of a settings file for JSON, which has no dates and no infinity."""
+    return json.loads(json.dumps(replace_non_finite(value), default=str))
 
 
 def _parse_estimate(metric: dict[str, Any]) -> Estimate:

@@ -55,7 +55,7 @@ def build_sae_table(
     """Return a table with one row per SAE: its labels ({title: one cell per SAE}), metrics and verdict."""
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
     for title in labels:
-        table.add_column(title, overflow="fold", no_wrap=title not in NAME_TITLES)
+        table.add_column(Text(title), overflow="fold", no_wrap=title not in NAME_TITLES)
     shown = [name for name in COLUMNS if any(name in row for row in metrics)]
     for title in (*(COLUMNS[name][0] for name in shown), *(["verdict"] if verdicts else [])):
         table.add_column(title, justify="right", no_wrap=True)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import datetime
 import itertools
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -286,6 +288,8 @@ def test_a_run_without_an_assessment_says_how_to_make_one(tmp_path: Path, capsys
         (json.dumps({**assessment(), "format": 7}), f"has format 7, but this version reads {FORMAT_VERSION}"),
         (json.dumps({"format": FORMAT_VERSION}), "is not in saetrain's format (KeyError: 'saes')"),
         (json.dumps({**assessment(), "saes": {LAYER: 3}}), "is not in saetrain's format"),
+        (json.dumps(assessment(l0=figure("abc"))), "is not in saetrain's format (ValueError"),  # type: ignore[arg-type]
+        (json.dumps(assessment()).replace('"3/4"', "null"), "verdict: found None, must be a string"),
         (json.dumps({**assessment(), "saes": {}}), "final_assessment.json: contains no SAE"),
     ],
 )
@@ -308,6 +312,20 @@ def test_broken_neighbours_are_named(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "metrics.jsonl: line 2 is invalid" in refused(capsys, run)
     (tmp_path / "a" / "config.yaml").write_text("- 1\n")
     assert f"error: {run}/config.yaml: must contain lines" in refused(capsys, run)
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "fifo").replace(tmp_path / "a" / "metrics.jsonl")
+    (tmp_path / "a" / "config.yaml").unlink()
+    assert "metrics.jsonl: is not a regular file" in refused(capsys, run)
+
+
+def test_settings_of_any_kind_are_shown_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A key is no markup of the table, and JSON has no dates."""
+    odd = {"[link=x]lr[/link]": 1, "[/x]": 2, "day": datetime.date(2026, 11, 30), "far": float("inf")}
+    runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b", **odd)]
+    main(["compare", *runs, "--out", str(tmp_path / "t.json")])
+    found = json.loads((tmp_path / "t.json").read_text())["saes"][1]["settings"]
+    assert found == {"[link=x]lr[/link]": 1, "[/x]": 2, "day": "2026-11-30", "far": None}
+    assert "[link=x]lr[/link]" in capsys.readouterr().out
 
 
 def test_bad_files_to_write_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
