@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import reprlib
 import unicodedata
 
@@ -61,6 +62,15 @@ def require_plain_text(text: str, label: str) -> str:
             f"{MAX_NAME_BYTES}"
         )
     return text
+
+
+def shorten_name(name: str, max_bytes: int = MAX_NAME_BYTES) -> str:
+    """Return ``name``; if it has more than ``max_bytes``, its beginning and a hash of the whole name."""
+    whole = name.encode()
+    if len(whole) <= max_bytes:
+        return name
+    digest = hashlib.sha256(whole).hexdigest()[:16]
+    return f"{whole[: max_bytes - len(digest) - 1].decode(errors='ignore')}_{digest}"
 
 
 def require_file_name(name: str, label: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ from saetrain.logs.jsonl import METRICS_FILE as METRICS
 from saetrain.logs.jsonl import list_earlier_metrics
 from saetrain.runs.train.checkpoint_state import CheckpointState
 from saetrain.training.checkpoint import Checkpoint, find_newest_valid, load_checkpoint
-from saetrain.untrusted import MAX_NAME_BYTES
+from saetrain.untrusted import shorten_name
 
 CHECKPOINTS_DIR = "checkpoints"
 CONFIG_FILE = "config.yaml"
@@ -69,17 +68,8 @@ def resolve_run_dir(config: RunConfig) -> Path:
         else:
             site = "layer" + "-".join(str(layer).replace("-", "to") for layer in where.layers or (0,))
         width = f"f{config.sae.num_latents}" if config.sae.num_latents else f"x{config.sae.expansion_factor}"
-        name = _shorten_name(f"{Path(config.model).name}_{site}_k{config.sae.k}_{width}")
+        name = shorten_name(f"{Path(config.model).name}_{site}_k{config.sae.k}_{width}")
     return Path(config.output.save_dir) / name
-
-
-def _shorten_name(name: str) -> str:
-    """Return ``name``; if it is too long for a file system, its beginning and a hash of the whole name."""
-    whole = name.encode()
-    if len(whole) <= MAX_NAME_BYTES:
-        return name
-    digest = hashlib.sha256(whole).hexdigest()[:16]
-    return f"{whole[: MAX_NAME_BYTES - len(digest) - 1].decode(errors='ignore')}_{digest}"
 
 
 def shorten_path(path: Path) -> str:

@@ -13,7 +13,13 @@ from saetrain.evaluation.evaluator import MetricResult, SaeScores
 from saetrain.evaluation.health import HealthSettings
 from saetrain.interop.metadata import SaeMetadata
 from saetrain.runs.evaluate.load_saes import SavedSae
-from saetrain.runs.evaluate.report import TextScores, build_metrics_table, build_verdict_table, judge_sae
+from saetrain.runs.evaluate.report import (
+    TextScores,
+    build_metrics_table,
+    build_verdict_table,
+    judge_sae,
+    unique_file_names,
+)
 
 VALUES = {"explained_variance": 0.8, "l0": 20.0, "dead_below_threshold": 0.6}
 VALUES |= {"decoder_redundancy_top100": 0.1, "decoder_near_duplicates": 0.0}
@@ -65,3 +71,12 @@ def test_tables_fit_80_columns_with_every_figure_whole(loss: dict[str, int]) -> 
     assert "8,000 tokens" in shown
     assert ("loss on 4,064" in shown) == ("ce_clean" in loss)
     assert ("output on 4,064" in shown) == ("pooled_cosine" in loss)
+
+
+def test_the_files_of_many_data_sets_have_names_that_a_file_system_takes(tmp_path: Path) -> None:
+    mixed = " + ".join(str(tmp_path / f"text_{number}.jsonl") for number in range(300))
+    names = unique_file_names([mixed, mixed, str(tmp_path)])
+    assert len({*names}) == 3
+    for name in names:
+        (tmp_path / name).write_text("")
+        assert len(name) < 240

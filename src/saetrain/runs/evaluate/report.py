@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -25,8 +26,11 @@ from saetrain.runs.evaluate.setup import EvalContext
 from saetrain.runs.run_dir import ASSESSMENT_FILE, EVALUATION_DIR, SAES_DIR, shorten_path
 from saetrain.runs.sae_table import RANDOM_REDUNDANCY, build_sae_table, open_console
 from saetrain.training.dead_latents import min_dead_fraction
+from saetrain.untrusted import shorten_name
 
 FORMAT_VERSION = 2
+MAX_STEM_BYTES = 200
+"""Leaves room for a number, an ending and what the name of a temporary file adds."""
 BASELINE_NAMES = {
     RANDOM_DECODER: "random decoder",
     PCA_RECONSTRUCTION: "PCA of rank k",
@@ -211,8 +215,10 @@ def unique_file_names(data_sets: list[str]) -> list[str]:
     """Return ``<data set>.json`` for each data set, with numbers where names would be equal."""
     out: list[str] = []
     for name in data_sets:
-        last = Path(name).stem if Path(name).exists() else name
+        # Several data sets that a run mixes have one name together, which may be longer than a path.
+        last = Path(name).stem if os.path.exists(name) else name
         stem = "".join(char if char.isalnum() or char in "-_." else "_" for char in last).strip("._") or "text"
+        stem = shorten_name(stem, MAX_STEM_BYTES)
         number = 1
         while f"{stem}{'' if number == 1 else f'_{number}'}.json" in out:
             number += 1
