@@ -139,6 +139,8 @@ def test_no_key_and_no_server_are_said_with_the_way_out(tmp_path: Path, tiny_ber
         "WANDB_BASE_URL": "http://127.0.0.1:9",
         "WANDB_INIT_TIMEOUT": "4",
     }
+    output = finish(start(tmp_path, "time", words, **OFFLINE, WANDB_INIT_TIMEOUT="soon"), code=2)
+    assert "error: WANDB_INIT_TIMEOUT 'soon': must be a number of seconds" in output
     for name, environment in (("key", without_key), ("server", no_server)):
         output = finish(start(tmp_path, name, words, **environment), code=2)
         assert "--log_to_wandb true: Weights & Biases could not start a run" in output

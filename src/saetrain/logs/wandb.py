@@ -19,6 +19,7 @@ from saetrain.errors import SaetrainError
 from saetrain.logs.base import FINAL_KINDS, MetricsRecord, RunInfo, Sink
 from saetrain.logs.console import log_rank0
 from saetrain.small_files import read_json
+from saetrain.untrusted import show_value
 
 START_FAILED = "--log_to_wandb true: Weights & Biases could not start a run"
 LOGIN_HINT = "(run `wandb login`, set WANDB_API_KEY, or set WANDB_MODE=offline)"
@@ -46,10 +47,7 @@ class WandBSink(Sink):
             resume="allow",
             dir=str(info.run_dir),
             config=dict(info.settings),
-            settings=wandb.Settings(
-                init_timeout=float(os.environ.get("WANDB_INIT_TIMEOUT", INIT_TIMEOUT_S)),
-                quiet=True,
-            ),
+            settings=wandb.Settings(init_timeout=_read_init_timeout(), quiet=True),
         )
         self._is_dead = False
         self._run.define_metric("*", step_metric="step")
@@ -60,11 +58,12 @@ class WandBSink(Sink):
 
     @staticmethod
     def require_installed() -> None:
-        """Raise SaetrainError if the package is missing, or if an online run has no API key."""
+        """Raise SaetrainError if the package is missing, or if an online run could not start."""
         if importlib.util.find_spec("wandb") is None:
             raise SaetrainError(
                 "--log_to_wandb true: the package wandb is not installed; run pip install 'saetrain[wandb]'"
             )
+        _read_init_timeout()
         wandb = _import_wandb()
         if wandb.setup().settings.mode in ("offline", "disabled", "dryrun"):
             return
@@ -116,6 +115,14 @@ class WandBSink(Sink):
     def close(self, failed: bool) -> None:
         """Finish the W&B run, with exit code 1 after a failure."""
         self._call_wandb(lambda: self._run.finish(exit_code=1 if failed else 0))
+
+
+def _read_init_timeout() -> float:
+    given = os.environ.get("WANDB_INIT_TIMEOUT") or INIT_TIMEOUT_S
+    try:
+        return float(given)
+    except ValueError as error:
+        raise SaetrainError(f"WANDB_INIT_TIMEOUT {show_value(given)}: must be a number of seconds") from error
 
 
 def _import_wandb() -> Any:
