@@ -20,10 +20,6 @@ from saetrain.untrusted import show_text
 MAX_JSON_BYTES = 10_000_000
 MAX_YAML_BYTES = 100_000
 """PyYAML reads about 50 kB per second."""
-MAX_CARD_BYTES = 1_000_000
-"""Limit of the YAML that describes a data set; some on the hub have hundreds of configurations."""
-DATASET_CARD_FILES = ("README.md", ".huggingface.yaml")
-"""Files with YAML that the library `datasets` reads in the folder of a data set."""
 MAX_DEPTH = 64
 """Largest depth of lists and objects; a parser that recurses can crash on thousands."""
 # A string ends at a line break: an unclosed one must not hide the brackets of later rows, which are parsed as well.
@@ -170,25 +166,6 @@ def parse_yaml(text: bytes, label: str, loader: type[yaml.SafeLoader] = _StrictL
         raise SaetrainError(f"{label}: is not valid YAML: {line}{error.problem}") from error
     except (yaml.YAMLError, ValueError) as error:
         raise SaetrainError(f"{label}: is not valid YAML: {str(error).splitlines()[0]}") from error
-
-
-def check_dataset_card(folder: Path) -> None:
-    """Raise SaetrainError if YAML that `datasets` reads in the folder of a data set is not valid or not allowed."""
-    for name in DATASET_CARD_FILES:
-        if (folder / name).exists():
-            label = f"{folder / name}"
-            text = read_small_file(folder / name, label, MAX_JSON_BYTES)
-            parts = re.split(rb"^---[ \t\r]*$", text, maxsplit=2, flags=re.MULTILINE)
-            if name.endswith(".yaml"):
-                parse_yaml(_require_card_size(text, label), label)
-            elif len(parts) == 3 and not parts[0].strip():
-                parse_yaml(_require_card_size(parts[1], label), f"{label}: the front matter")
-
-
-def _require_card_size(text: bytes, label: str) -> bytes:
-    if len(text) > MAX_CARD_BYTES:
-        raise SaetrainError(f"{label}: its YAML is larger than {MAX_CARD_BYTES:,} bytes")
-    return text
 
 
 def read_settings(path: str, flag: str = "--config ") -> dict[str, Any]:

@@ -14,14 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from saetrain.cli import parse_train
-from saetrain.data.sources import SourceSettings, open_dataset
 from saetrain.errors import SaetrainError
 from saetrain.small_files import (
-    MAX_CARD_BYTES,
     MAX_DEPTH,
     MAX_JSON_BYTES,
     MAX_YAML_BYTES,
-    check_dataset_card,
     measure_depth,
     parse_json,
     parse_yaml,
@@ -97,26 +94,6 @@ def test_json_in_utf_16_is_refused() -> None:
     with pytest.raises(SaetrainError, match=r"cfg\.json: is not valid JSON"):
         parse_json(text.encode("utf-16-le"), "cfg.json")
     assert parse_json(b"\xef\xbb\xbf{}", "cfg.json") == {}
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("README.md", f"---\n{LAUGHS}---\n", r"README\.md: the front matter: is not valid YAML: line 2: anchors"),
-        (
-            "README.md",
-            f"---\n# {'x' * MAX_CARD_BYTES}\n---\n",
-            r"README\.md: its YAML is larger than 1,000,000 bytes",
-        ),
-        (".huggingface.yaml", LAUGHS, r"\.huggingface\.yaml: is not valid YAML: line 1: anchors"),
-    ],
-)
-def test_the_card_of_a_data_set_is_checked(tmp_path: Path, name: str, text: str, message: str) -> None:
-    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
-    check_dataset_card(tmp_path)
-    (tmp_path / name).write_text(text)
-    with pytest.raises(SaetrainError, match=message):
-        open_dataset(str(tmp_path), SourceSettings())
 
 
 @pytest.mark.parametrize("read", [lambda path: read_settings(str(path)), read_json_object])

@@ -12,6 +12,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any
 
+from saetrain.data.dataset_card import check_dataset_card, check_remote_card
 from saetrain.data.json_depth import limit_json_depth
 from saetrain.data.lenient_readers import (
     BadRow,
@@ -24,7 +25,6 @@ from saetrain.data.text_column import TextColumn
 from saetrain.errors import SaetrainError, did_you_mean
 from saetrain.hub import is_hub_reachable, offline_mode, refuse_missing_path, require_hub
 from saetrain.settings import Settings
-from saetrain.small_files import DATASET_CARD_FILES, check_dataset_card
 from saetrain.types import shown_default
 
 HELD_OUT_SPLITS = ("validation", "valid", "val", "dev", "test")
@@ -226,7 +226,7 @@ def _load_hub(path: str, config: str | None, settings: SourceSettings, column: s
             if not is_hub_reachable():
                 raise
     require_hub(f"data set '{path}'")
-    _check_remote_card(path)
+    check_remote_card(path)
     return _load_splits(path, config, settings, path, column=column)
 
 
@@ -245,15 +245,6 @@ def _prepared_configs(path: str) -> list[str]:
             if json.loads(info.read_text()).get("config_name") == info.parts[-4]:
                 names.add(info.parts[-4])
     return sorted(names)
-
-
-def _check_remote_card(path: str) -> None:
-    """Download the YAML that describes data set ``path`` on the hub, and check it before `datasets` reads it."""
-    from huggingface_hub import snapshot_download
-
-    # A data set that can't be downloaded is reported by what loads it.
-    with contextlib.suppress(OSError, ValueError):
-        check_dataset_card(Path(snapshot_download(path, repo_type="dataset", allow_patterns=list(DATASET_CARD_FILES))))
 
 
 def _find_downloaded(path: str) -> str | None:

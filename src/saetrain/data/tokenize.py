@@ -179,13 +179,10 @@ def ensure_tokens_cached(cached: Path, write_tokens: Callable[[Path], None], log
         cached.parent.mkdir(parents=True, exist_ok=True)
         ensure_cached(cached, write_tokens, log)
     except RuntimeError as error:
-        # The library's message when the system kills one of its processes, mostly because memory ran out.
         if "abruptly died" not in str(error):
             raise
-        raise SaetrainError(
-            "--data_preprocessing_num_proc: a process that tokenizes was killed, mostly because memory ran out; pass a "
-            "smaller number"
-        ) from error
+        advice = "--data_preprocessing_num_proc: a process that tokenizes was killed; pass a smaller number"
+        raise SaetrainError(advice) from error
     except (OSError, ValueError) as error:
         # After a failed write, the library writes to the closed file, which hides the cause.
         cause = error if isinstance(error, OSError) else error.__context__

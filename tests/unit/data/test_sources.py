@@ -324,31 +324,6 @@ def test_a_json_list_of_many_brackets_is_refused(tmp_path: Path) -> None:
         open_dataset(str(tmp_path / "a.json"), SourceSettings())
 
 
-@pytest.mark.parametrize(
-    ("readme", "message"),
-    [
-        (
-            "---\na: !!python/object/apply:os.system [ls]\n---\n",
-            "README.md: the front matter: .* line 2: anchors",
-        ),
-        (
-            "---\na: 1\na: 2\n---\ntext",
-            "README.md: .* line 3: the key 'a' occurs twice",
-        ),
-        ("---\na: " + "[" * 9999 + "\n---\n", "README.md: the front matter: .* is nested more than 64 levels deep"),
-        ("---\na: &a [1]\nb: [*a]\n---\n", "README.md: the front matter: .* anchors"),
-        ("---\nconfigs: 3\n---\n", "could not be read"),
-        ("---\nconfigs:\n- config_name: a\n  data_files: ../../*\n---\n", "could not be read|was not found"),
-        ("\xff", "README.md: line 1 is not UTF-8"),
-    ],
-)
-def test_an_odd_description_next_to_the_data_is_named(tmp_path: Path, readme: str, message: str) -> None:
-    (tmp_path / "a.jsonl").write_text(GOOD)
-    (tmp_path / "README.md").write_text(readme, encoding="latin-1")
-    with pytest.raises(SaetrainError, match=message):
-        open_dataset(str(tmp_path), SourceSettings())
-
-
 def test_a_script_next_to_the_data_is_not_run(tmp_path: Path) -> None:
     folder = tmp_path / "texts"
     folder.mkdir()
