@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from importlib import import_module
 from importlib.metadata import version
 from itertools import takewhile
+from pathlib import Path
 from typing import Any
 
 import tyro
@@ -21,7 +22,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec
 from saetrain import distributed
 from saetrain.activations.hookpoints import LAYER_WORD
 from saetrain.cli_help import DESCRIPTION, SHORT_HELP
-from saetrain.cli_suggestions import describe_unknown_flag
+from saetrain.cli_suggestions import describe_unknown_flag, explain_parser_message, require_command_or_model
 from saetrain.coders import find_coder_class
 from saetrain.config import (
     CompareConfig,
@@ -152,7 +153,8 @@ def _run_command(words: list[str]) -> None:
         if not env.rank():
             _print_help(words)
     else:
-        config = parse_train(words)
+        require_command_or_model(command, ["train", *COMMANDS])
+        config = parse_train(words[1:] if command == "train" and not os.path.exists(command) else words)
         from saetrain.runs.train.run import train_saes
 
         train_saes(config)
@@ -195,6 +197,10 @@ def parse_train(words: Sequence[str]) -> RunConfig:
     config = _parse_words(config_type, "saetrain", words, default=defaults, description=DESCRIPTION)
     for name in ("model", "dataset"):
         if not getattr(config, name):
+            from saetrain.runs.run_dir import is_run_dir
+
+            if is_run_dir(Path(config.model)):
+                raise SaetrainError(f"{config.model}: is a run directory; saetrain evaluate, report and others take it")
             where = f" or as '{name}:' in {path}" if path else ""
             raise SaetrainError(f"{name.upper()} is missing: give it on the command line{where}")
     config.mixing.normalized_shares(len(config.dataset))
@@ -238,9 +244,7 @@ def _parse_words(config_type: Any, prog: str, words: Sequence[str], **options: A
         if not stop.code:
             raise
     _require_flag_types(words, flag_types(config_type))
-    # The first line is a heading, and rules or the lines of a box surround the message.
-    text = " ".join(re.sub("[╭╮╰╯│─]|-{9,}", " ", printed.getvalue().partition("\n")[2]).split())
-    raise SaetrainError(f"{text.partition(' For full helptext')[0]} ('{prog} --help' lists the flags)")
+    raise SaetrainError(explain_parser_message(printed.getvalue(), prog))
 
 
 def _require_flag_types(words: Sequence[str], types_by_flag: dict[str, Any]) -> None:
