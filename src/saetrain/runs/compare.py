@@ -106,9 +106,16 @@ class Comparison:
         return Comparison(rows, differing_settings)
 
     def shown_settings(self) -> list[str]:
-        """Return the differing settings without those that differ because of others."""
+        """Return the differing settings without those that differ because of others, the architecture first."""
         differing = set(self.differing_settings)
-        return [name for name in self.differing_settings if differing.isdisjoint(DERIVED_FROM.get(name, ()))]
+        shown = [name for name in self.differing_settings if differing.isdisjoint(DERIVED_FROM.get(name, ()))]
+        if "architecture" in differing:
+            # A flag that some of the architectures do not have differs because of them.
+            foreign = {
+                name for row in self.rows for name in CODER_SETTINGS if row.settings and name not in row.settings
+            }
+            shown = ["architecture", *(name for name in shown if name not in {"architecture", *foreign})]
+        return shown
 
     def metric_names(self) -> list[str]:
         """Return the names of the metrics that at least one SAE has."""
@@ -202,6 +209,8 @@ def read_run(folder: Path, name: str) -> list[SaeRow]:
         advice = f"run `saetrain evaluate {folder}` to create it"
         if is_run_dir(folder) and not (folder / SAES_DIR).is_dir():
             advice = "its run is not finished: continue it with --resume"
+        elif not is_run_dir(folder) and not (folder / SAE_CONFIG_FILE).exists():
+            advice = "it is neither a run nor the folder of an SAE"
         raise SaetrainError(f"{folder}: contains no {ASSESSMENT_FILE}; {advice}")
     content = read_json_object(path, f"; run `saetrain evaluate {folder}` to create it again")
     found = content.get("format")
@@ -314,7 +323,7 @@ def print_table(comparison: Comparison) -> None:
 
 def _format_setting(name: str, values: list[Any]) -> list[str]:
     """Return the values of a setting for the terminal; of paths the last part, unless that makes values equal."""
-    whole = list(map(format_value, values))
+    whole = [f"{value:.4g}" if isinstance(value, float) else format_value(value) for value in values]
     if name not in PATH_SETTINGS:
         return whole
     ends = [

@@ -84,7 +84,7 @@ def test_only_settings_that_differ_are_shown(tmp_path: Path, capsys: pytest.Capt
     printed = capsys.readouterr().out
     table = shown(printed)
     assert table == {
-        "run": ["a", "b"], "auxk_alpha": ["0.0", "0.03125"], "layers": ["0", "0 1"], "L0": ["4.0"] * 2,
+        "run": ["a", "b"], "auxk_alpha": ["0", "0.03125"], "layers": ["0", "0 1"], "L0": ["4.0"] * 2,
         "dead": ["25.0%"] * 2, "redund.": ["0.360"] * 2, "verdict": ["3/4"] * 2,
     }  # fmt: skip
     assert "all SAEs: SAE encoder.layer.0, model m, k 4, lr 0.001" in printed
@@ -274,6 +274,8 @@ def test_files_among_the_runs_are_left_out(tmp_path: Path, capsys: pytest.Captur
 def test_a_run_without_an_assessment_says_how_to_make_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = make_run(tmp_path / "a")
     (tmp_path / "a" / "final_assessment.json").unlink()
+    assert "final_assessment.json; it is neither a run nor the folder of an SAE" in refused(capsys, run)
+    (tmp_path / "a" / "cfg.json").write_text("{}")
     assert f"contains no final_assessment.json; run `saetrain evaluate {run}` to create it" in refused(capsys, run)
     (tmp_path / "a" / ".saetrain").touch()
     assert "its run is not finished: continue it with --resume" in refused(capsys, run)
