@@ -115,6 +115,8 @@ class Verdict:
     """The judgments on all metrics; prints as ``3/4``, the number that pass out of those that are judged."""
 
     judgments: dict[str, Judgment]
+    steps: int | None = None
+    """Optimizer steps of the training; None if they are unknown."""
 
     @property
     def n_passed(self) -> int:
@@ -138,7 +140,9 @@ class Verdict:
             if not judgment.is_judged
         ]
         parts = (("fails", failed), ("not judged", excused))
-        return "; ".join([f"{self} checks pass", *(f"{what} {', '.join(names)}" for what, names in parts if names)])
+        line = "; ".join([f"{self} checks pass", *(f"{what} {', '.join(names)}" for what, names in parts if names)])
+        is_short = self.steps is not None and self.steps < MIN_JUDGED_STEPS
+        return f"{line}; only {self.steps} steps, more tokens would help" if is_short and not excused else line
 
     def as_json(self) -> dict[str, Any]:
         """Return the verdict as it is stored in ``final_assessment.json``."""
@@ -173,7 +177,7 @@ def judge_metrics(
     }
     if metrics["explained_variance"].value >= 0:
         judgments = {name: _excuse_short_run(judgment, sae.steps) for name, judgment in judgments.items()}
-    return Verdict(judgments)
+    return Verdict(judgments, sae.steps)
 
 
 def _excuse_short_run(judgment: Judgment, steps: int | None) -> Judgment:
@@ -307,11 +311,11 @@ def _judge_redundancy(
     )
     value, limit = metrics[name].value, settings.max_redundancy
     is_passing = excess <= settings.max_redundancy_excess and duplicates <= settings.max_near_duplicates
+    is_met = "met" if value <= limit else "exceeded"
     reason = (
         f"the 100 most similar pairs of decoder rows have a mean cosine of {value:.3f}"
         f"{_format_baselines(own_baselines, '.3f')}, and {metrics[duplicates_name].value:.2%} of the latents have a "
-        f"near duplicate; the fixed limit of {limit:g}, which does not count, is "
-        f"{'met' if value <= limit else 'exceeded'}"
+        f"near duplicate (the older limit of {limit:g}, which is {is_met}, decides nothing)"
     )
     return _build_judgment(
         metrics[name],

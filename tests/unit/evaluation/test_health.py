@@ -197,7 +197,7 @@ def test_redundancy_is_judged_by_its_excess_and_by_near_duplicates(
     )
     assert (found.status, found.by_construction) == (status, False)
     assert bool(found.advice) == (status == "fail")
-    assert ("limit of 0.25, which does not count, is met" in found.reason) == (value <= 0.25)
+    assert ("the older limit of 0.25, which is met, decides nothing" in found.reason) == (value <= 0.25)
 
 
 SHORT = replace(SHAPE, steps=MIN_JUDGED_STEPS - 1)
