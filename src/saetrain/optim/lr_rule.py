@@ -40,7 +40,7 @@ def describe_unusual_lr(lr: float, recommended: float, size: str) -> str | None:
     if 1 / LR_WARNING_FACTOR <= ratio <= LR_WARNING_FACTOR:
         return None
     relation = f"{ratio:.1f} times" if ratio > 1 else f"1/{1 / ratio:.1f} of"
-    return f"--lr {lr:g} is {relation} the {recommended:.2g} that --lr auto would use for {size}"
+    return f"--lr {lr:g} is {relation} the {recommended:.2g} that --lr auto would use for {size}; try --lr auto"
 
 
 def describe_small_sgd_lr(lr: float) -> str | None:

@@ -13,7 +13,7 @@ import pytest
 from saetrain.cli import parse_train
 from saetrain.coders import SparseCoder, TopK
 from saetrain.errors import DivergedRun
-from saetrain.runs.train.metadata import _describe_lr_risk, raise_if_diverged
+from saetrain.runs.train.metadata import describe_lr_risk, raise_if_diverged
 
 
 @pytest.mark.parametrize(
@@ -45,6 +45,6 @@ class RuleWithoutL0(TopK):
 def test_a_numeric_lr_is_compared_with_the_rule_of_a_coder_without_an_l0() -> None:
     resolved = SimpleNamespace(tokens_per_step=4096, steps=1000)
     run: Any = SimpleNamespace(config=parse_train(["model", "data", "--lr", "5"]), resolved=resolved)
-    remark = _describe_lr_risk(run, RuleWithoutL0(8, 64, 4))
+    remark = describe_lr_risk(run, RuleWithoutL0(8, 64, 4))
     assert remark is not None
     assert "64 latents and 1000 steps of 4096 tokens" in remark

@@ -25,7 +25,7 @@ from saetrain.runs.train.memory import (
     format_bytes,
     required_memory_bytes,
 )
-from saetrain.runs.train.metadata import describe_lrs, describe_passes
+from saetrain.runs.train.metadata import describe_lr_risk, describe_lrs, describe_passes
 from saetrain.runs.train.resolve import count_parameters
 from saetrain.runs.train.saving import fold_coders
 from saetrain.runs.train.setup import RunContext
@@ -59,6 +59,8 @@ def report_dry_run(run: RunContext, trainer: Trainer, normalizers: dict[str, Nor
         f"lr          {describe_lrs(run.config, trainer)}, {resolved.warmup_steps} warm-up steps, weight decay "
         f"{optim.effective_weight_decay:g}"
     )
+    for remark in {describe_lr_risk(run, sae.coder) for sae in trainer.saes.values()} - {None}:
+        print_rank0(f"            {remark}")
     per_process = " per process" if env.world_size() > 1 else ""
     needed = required_memory_bytes(run.config, run.model, run.sites, widths, run.framing.ctx_len, resolved.placement)
     available = format_bytes(available_memory_bytes(run.model.device))

@@ -89,7 +89,7 @@ class TrainLoop:
             if finished and self.config.assess and self.config.report and is_rank0:
                 self.reporting.write_page()
             if finished and is_rank0:
-                log_next_steps(self.training_run.directory, next(iter(final)))
+                log_next_steps(self.training_run.directory, next(iter(final)), is_assessed=self.config.assess)
             failed = False
         finally:
             # A thread that prefetches would keep the process of a failed run alive.

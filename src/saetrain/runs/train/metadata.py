@@ -112,7 +112,7 @@ def log_run_start(run: RunContext, trainer: Trainer) -> None:
     for coder in {coder.num_latents: coder for coder in coders}.values():
         if not config.dead_bias_lr_multiplier and coder.dead_latents_advice:
             log_rank0(f"dead latents stay dead in this run; {coder.dead_latents_advice}")
-        remark = _describe_lr_risk(run, coder)
+        remark = describe_lr_risk(run, coder)
         if remark:
             log_rank0(remark)
         warn_unreachable_threshold(coder, config.dead.dead_percentage_threshold)
@@ -124,7 +124,7 @@ def describe_lrs(config: RunConfig, trainer: Trainer) -> str:
     return " and ".join(found) + (" (--lr auto)" if config.optim.lr == "auto" else "")
 
 
-def _describe_lr_risk(run: RunContext, coder: SparseCoder) -> str | None:
+def describe_lr_risk(run: RunContext, coder: SparseCoder) -> str | None:
     """Return a warning about an unusual learning rate, or None."""
     lr, per_step, steps = run.config.optim.lr, run.resolved.tokens_per_step, run.resolved.steps
     recommended = coder.recommended_lr(per_step, steps)
@@ -152,10 +152,11 @@ def warn_unreachable_threshold(coder: SparseCoder, threshold: float) -> None:
         )
 
 
-def log_next_steps(directory: Path, sae: str) -> None:
+def log_next_steps(directory: Path, sae: str, *, is_assessed: bool) -> None:
     """Print the commands that a user may type after a run; ``sae``: the name of one of its SAEs."""
     print_rank0(f"next:  saetrain evaluate {directory}   (every metric, baseline and reason)")
-    print_rank0(f"       saetrain compare {directory} OTHER_RUN")
+    if is_assessed:
+        print_rank0(f"       saetrain compare {directory} OTHER_RUN")
     print_rank0(f"       python: saetrain.load('{directory / SAES_DIR / sae}')")
 
 
