@@ -43,6 +43,11 @@ class TokenCodes:
     kept: np.ndarray
     codes: Codes
 
+    def __repr__(self) -> str:
+        """Return one line with the counts, because a text has thousands of values."""
+        n_active = int(self.codes.firing_counts().sum())
+        return f"TokenCodes({len(self.tokens)} tokens, {self.codes.n_latents} latents, {n_active} active values)"
+
 
 class SAE:
     """A trained SAE that takes raw activations of its hookpoint.

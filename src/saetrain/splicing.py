@@ -172,7 +172,7 @@ def splice(
     model: nn.Module,
     saes: SAE | Sequence[SAE],
     *,
-    ablate: Sequence[int] | PerSae = (),
+    ablate: int | Sequence[int] | PerSae = (),
     scale: Mapping[int, float] | PerSae | None = None,
     positions: Positions = None,
     replace: bool = False,
@@ -186,7 +186,7 @@ def splice(
     Args:
         model: a transformer of Hugging Face, with or without its head.
         saes: SAEs that were trained on this model.
-        ablate: latents that are set to zero; for several SAEs {hookpoint: latents}.
+        ablate: one or several latents that are set to zero; for several SAEs {hookpoint: latents}.
         scale: {latent: factor}; for several SAEs {hookpoint: {latent: factor}}.
         positions: positions that are changed, by default all.
         replace: use the reconstruction alone, without its error.
@@ -309,6 +309,8 @@ def _assign_to_saes(argument: str, given: Any, names: Sequence[str]) -> dict[str
         if unknown:
             raise SaetrainError(f"splice: {argument} names {unknown[0]}, but the SAEs are at {', '.join(names)}")
         return dict(given)
+    if isinstance(given, int):
+        given = [given]
     if not given:
         return {}
     if len(names) > 1:
