@@ -187,7 +187,7 @@ def _list_settings(record: SaeRecord) -> dict[str, Any]:
         "latents": f"{coder['d_sae']:,} for width {coder['d_in']:,}",
         "k": coder.get("k"),
         "loss": metadata.loss_fn,
-        "optimizer, peak learning rate": f"{settings.get('optimizer')}, {settings.get('lr')}",
+        "optimizer, peak learning rate": f"{settings.get('optimizer')}, {_format_number(settings.get('lr'))}",
         "seeds": f"weights {metadata.init_seed}, order of the text {settings.get('shuffle_seed')}",
         "started from": metadata.finetuned_from,
         "saetrain": record.assessment and record.assessment.get("saetrain"),
