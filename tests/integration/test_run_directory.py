@@ -119,8 +119,9 @@ def test_dry_run_prints_the_plan_and_leaves_nothing(
     tmp_path: Path, tiny_bert: str, topics_jsonl: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    run(out, tiny_bert, topics_jsonl, "--dry_run", "--layers", "0", "3")
+    run(out, tiny_bert, topics_jsonl, "--dry_run", "--layers", "0", "3", "--lr", "5")
     printed = capsys.readouterr().out
+    assert printed.count("that --lr auto would use for") == 1
     for word in ("encoder.layer.0", "encoder.layer.3", "memory", "disk", "steps", "tokens/s", "time"):
         assert word in printed
     assert "steps       8 of 64 tokens = 512 tokens" in printed

@@ -152,6 +152,8 @@ def test_encode_text_runs_the_model_it_was_trained_on(encoder_run: Path) -> None
     assert short.kept.tolist() == [False, *[True] * (len(short.tokens) - 2), False]
     assert longer.tokens.count("[SEP]") == 1, "only the tokenizer's own separator is one"
     alone = sae.encode_text(["The yield statement."])[0]
+    active = int(alone.codes.firing_counts().sum())
+    assert repr(alone) == f"TokenCodes({len(alone.tokens)} tokens, {sae.num_latents} latents, {active} active values)"
     torch.testing.assert_close(alone.codes.to_dense(), short.codes.to_dense(), rtol=1e-3, atol=1e-3)
 
 

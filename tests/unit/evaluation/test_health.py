@@ -223,6 +223,12 @@ def test_short_runs_get_a_reason_instead_of_a_fail(name: str, values: dict[str, 
         assert one(name, shape=replace(long, expected_l0=None), **values).status == "fail"
 
 
+def test_a_short_run_that_passes_is_named_as_short() -> None:
+    said = verdict(SHORT).describe_checks()
+    assert said.endswith(f"; only {SHORT.steps} steps, more tokens would help")
+    assert "steps" not in verdict(LONG).describe_checks()
+
+
 def test_a_short_run_that_is_worse_than_the_mean_fails() -> None:
     for value in (-0.1, math.nan):
         assert one("explained_variance", shape=SHORT, explained_variance=value).status == "fail"

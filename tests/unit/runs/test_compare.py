@@ -281,6 +281,18 @@ def test_a_run_without_an_assessment_says_how_to_make_one(tmp_path: Path, capsys
     assert "its run is not finished: continue it with --resume" in refused(capsys, run)
 
 
+def test_flags_of_one_architecture_are_not_compared_with_another(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = make_run(tmp_path / "a", layers=[0], architecture="topk")
+    second = make_run(tmp_path / "b", layers=[1], architecture="jumprelu")
+    settings = yaml.safe_load((tmp_path / "b" / "config.yaml").read_text())
+    del settings["auxk_alpha"]
+    (tmp_path / "b" / "config.yaml").write_text(yaml.safe_dump({**settings, "bandwidth": 0.1}))
+    assert compared(first, second).shown_settings() == ["architecture", "layers"]
+    assert list(shown(capsys.readouterr().out))[:3] == ["run", "architecture", "layers"]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -49,6 +49,8 @@ def test_a_pass_equals_a_hand_written_hook(model: nn.Module, family: str, sae: S
     assert not torch.equal(found, clean)
     assert len(spliced.codes) == IDS.numel()
     assert float(spliced.codes.to_dense()[:, three].sum()) > 0
+    with torch.no_grad(), saetrain.splice(model, sae, ablate=one, scale={two: 3.0}, replace=replace):
+        assert torch.equal(model(input_ids=IDS).logits, expected)
 
 
 @pytest.mark.parametrize("gradients", [False, True])
