@@ -38,7 +38,7 @@ def test_twenty_five_kills_change_no_bit(
     for _ in range(KILLS_AT_TIMES):
         before = last_checkpoint(run)
         process = start(tmp_path, "killed", [*words, "--resume"], calibrate_on_few_tokens)
-        time.sleep(generator.uniform(0.2, 7.0))
+        time.sleep(generator.uniform(0.1, 3.0))
         process.kill()
         process.wait()
         assert last_checkpoint(run) >= before
