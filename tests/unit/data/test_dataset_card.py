@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from saetrain.data.dataset_card import MAX_CARD_BYTES, check_dataset_card
+from saetrain.data.dataset_card import MAX_CARD_BYTES, check_dataset_card, check_remote_card
 from saetrain.data.sources import SourceSettings, open_dataset
 from saetrain.errors import SaetrainError
 
@@ -57,3 +57,8 @@ def test_an_odd_description_next_to_the_data_is_named(tmp_path: Path, readme: st
     (tmp_path / "README.md").write_text(readme, encoding="latin-1")
     with pytest.raises(SaetrainError, match=message):
         open_dataset(str(tmp_path), SourceSettings())
+
+
+@pytest.mark.parametrize("name", ["someone/thing", "no name", "a/b/c"])
+def test_a_data_set_that_is_not_downloaded_is_left_to_its_loader(hub_cache: Path, name: str) -> None:
+    check_remote_card(name)
