@@ -107,7 +107,7 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
     def route(self, path: str, body: bytes) -> tuple[bytes, dict[str, str]]:
-        if match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+        if match := re.fullmatch(r"/(?:datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             return self.send_file(*match.groups())
         if match := re.fullmatch(r"/lfs/([0-9a-f]{64})", path):
             assert hashlib.sha256(body).hexdigest() == match[1]
@@ -122,7 +122,7 @@ class Handler(BaseHTTPRequestHandler):
             return {"errors": [], "warnings": []}
         if match := re.fullmatch(r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
             return self.start_large_uploads(json.loads(body))
-        match = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(\w+)(?:/(.+))?)?", path)
+        match = re.fullmatch(r"/api/(?:models|datasets)/([^/]+/[^/]+)(?:/(\w+)(?:/(.+))?)?", path)
         if match is None:
             raise Refused(404, "", f"{path} does not exist")
         name, action, revision = match[1], match[2] or "revision", match[3] or "main"

@@ -9,6 +9,7 @@ import pytest
 from saetrain.data.dataset_card import MAX_CARD_BYTES, check_dataset_card, check_remote_card
 from saetrain.data.sources import SourceSettings, open_dataset
 from saetrain.errors import SaetrainError
+from tests.fake_hub import serve_hub, use_hub
 
 GOOD = '{"text": "some words"}\n'
 LAUGHS = "a: &a [x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}, *{a}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True))
@@ -62,3 +63,13 @@ def test_an_odd_description_next_to_the_data_is_named(tmp_path: Path, readme: st
 @pytest.mark.parametrize("name", ["someone/thing", "no name", "a/b/c"])
 def test_a_data_set_that_is_not_downloaded_is_left_to_its_loader(hub_cache: Path, name: str) -> None:
     check_remote_card(name)
+
+
+def test_the_card_of_a_data_set_on_the_hub_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serve_hub() as hub:
+        use_hub(hub, monkeypatch, str(tmp_path))
+        files = {"README.md": f"---\n{LAUGHS}---\n".encode(), "train.jsonl": GOOD.encode()}
+        hub.add_repo("someone/thing", files)
+        with pytest.raises(SaetrainError, match=r"README\.md: the front matter: is not valid YAML: line 2: anchors"):
+            check_remote_card("someone/thing")
+    assert not list(tmp_path.rglob("train.jsonl"))
