@@ -11,6 +11,7 @@ import os
 import shlex
 import subprocess
 import sys
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -178,7 +179,10 @@ def show_latents(folder: Path, rows: list[dict[str, str]]) -> None:
     from saetrain.sae import load
 
     sae = load(folder)
-    codes = sae.encode_text([row["text"] for row in rows])
+    with warnings.catch_warnings():
+        # Long texts are cut on purpose; the demo prints the limit.
+        warnings.simplefilter("ignore", UserWarning)
+        codes = sae.encode_text([row["text"] for row in rows])
     tokens = sum(int(code.kept.sum()) for code in codes)
     print_lines(
         f"Searched {len(rows):,} texts of test.jsonl: {tokens:,} tokens, at most {sae.metadata.ctx_len} per text."
