@@ -44,6 +44,11 @@ def install_quick_heartbeat() -> None:
     heartbeat.BEAT_INTERVAL_S, heartbeat.PEER_TIMEOUT_S, heartbeat.BLOCKED_PYTHON_S = 0.5, 8.0, 5.0
 
 
+def install_frequent_beats() -> None:
+    """Let each rank report its phase 20 times per second, because tiny runs do 45 steps in less than one second."""
+    heartbeat.BEAT_INTERVAL_S = 0.05
+
+
 def wait_for_device() -> None:
     """Hang."""
     time.sleep(1000)

@@ -28,6 +28,7 @@ from tests.distributed.conftest import (
 from tests.distributed.raises import (
     install_dead_file_server,
     install_faults,
+    install_frequent_beats,
     install_lock_holder,
     install_quick_heartbeat,
     install_slow_model,
@@ -61,7 +62,7 @@ def test_a_killed_rank_is_named_and_a_restart_resumes(launcher: Launcher, words:
     words = [*words, *tokens(120), "--batch_size", "2"]
     untouched = launcher.run(2, "untouched", words)
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    ranks = launcher.start(2, "killed", words, store=store)
+    ranks = launcher.start(2, "killed", words, install_frequent_beats, store=store)
     wait_for_step(ranks, launcher.folder / "killed", 45)
     ranks.commands[1].kill()
     output = finish(ranks.commands[0], None, PEER_EXIT_S)
