@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import re
 import sys
 import traceback
 import typing
@@ -20,9 +19,17 @@ import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec
 
 from saetrain import distributed
-from saetrain.activations.hookpoints import LAYER_WORD
 from saetrain.cli_help import DESCRIPTION, SHORT_HELP
-from saetrain.cli_suggestions import describe_unknown_flag, explain_parser_message, require_command_or_model
+from saetrain.cli_suggestions import explain_parser_message, require_command_or_model
+from saetrain.cli_words import (
+    FALSE_WORDS,
+    find_value,
+    find_values,
+    given_flags,
+    list_combinations,
+    normalize_flags,
+    split_off_file,
+)
 from saetrain.coders import find_coder_class
 from saetrain.config import (
     CompareConfig,
@@ -40,6 +47,7 @@ from saetrain.config import (
 from saetrain.distributed import env
 from saetrain.errors import RankFailure, SaetrainError
 from saetrain.explore.settings import ExploreConfig
+from saetrain.grid import apply_point, expand_grid, join_configs, parse_points
 from saetrain.small_files import read_settings
 from saetrain.typed_values import convert_value, describe_type, takes_list
 from saetrain.untrusted import escape_text, format_error, require_plain_text, show_text
@@ -55,7 +63,6 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "demo": (DemoConfig, "saetrain.runs.demo:run_demo"),
 }
 """Commands other than training: {name: (settings, module:function)}."""
-TRUE_WORDS, FALSE_WORDS = ("true", "yes", "1"), ("false", "no", "0")
 tyro_registry = ConstructorRegistry()
 Config = typing.TypeVar("Config")
 
@@ -132,7 +139,7 @@ def _abandon_stdout(error: OSError) -> int:
 
 def _is_debug_requested(words: list[str]) -> bool:
     """Return whether --debug is given, even if another flag can't be parsed."""
-    value = _find_value(words, "debug")
+    value = find_value(words, "debug")
     return value is not None and value.lower() not in FALSE_WORDS
 
 
@@ -172,29 +179,50 @@ def _print_help(words: list[str]) -> None:
     """Print the short help, or every flag of the given architecture for ``--help all``."""
     position = next(number for number, word in enumerate(words) if word in ("-h", "--help"))
     if words[position + 1 : position + 2] == ["all"]:
-        given = _find_value(words, "architecture")
+        given = find_value(words, "architecture")
         parse_train(["--help", *(["--architecture", given] if given else [])])
     print(SHORT_HELP, end="")
 
 
 def parse_train(words: Sequence[str]) -> RunConfig:
     """Parse the arguments of training; raise SaetrainError, or let tyro exit with 2, if they are not valid."""
-    words, path = _split_off_config(list(words))
+    words, path = split_off_file(list(words), "config")
+    words, grid_path = split_off_file(words, "grid")
     values = read_settings(path) if path else {}
-    given = _find_value(words, "architecture")
-    config_type = config_class(
-        given or str(values.get("architecture", RunConfig.architecture)), may_import=given is not None
-    )
-    words = _normalize_flags(words, flag_types(config_type), "saetrain --help all")
-    if {"num_latents", "expansion_factor"} <= _given_flags(words):
+    points = parse_points(read_settings(grid_path, "--grid "), f"--grid {grid_path}") if grid_path else []
+    given = find_values(words, "architecture")
+    named = given or [str(values.get("architecture", RunConfig.architecture))]
+    types: dict[str, Any] = {}
+    for name in dict.fromkeys([*named, *(str(point["architecture"]) for point in points if "architecture" in point)]):
+        # A module is imported only if the command line names it, because the import runs its code.
+        types |= flag_types(config_class(name, may_import=name in given))
+    words = normalize_flags(words, types, "saetrain --help all", has_grid=True)
+    if {"num_latents", "expansion_factor"} <= given_flags(words):
         # A file contains both, because the number of latents is resolved from the factor.
         raise SaetrainError("--num_latents and --expansion_factor can't be given together: choose one")
+    combinations = list_combinations(words)
+    if values.get("grid") and (points or len(combinations) > 1):
+        raise SaetrainError(f"--config {path}: has a grid already; pass one value per flag, and no --grid")
+    if points and len(combinations) > 1:
+        raise SaetrainError(f"--grid {grid_path}: lists all SAEs, so pass one value per flag")
+    configs = [_parse_one(each, values, path) for each in combinations]
+    configs = [apply_point(configs[0], point, f"--grid {grid_path}") for point in points] or configs
+    config = join_configs(configs)
+    # The error about equal SAEs comes before anything slow.
+    expand_grid(config)
+    return config
+
+
+def _parse_one(words: list[str], values: dict[str, Any], path: str | None) -> RunConfig:
+    """Parse the normalized words of a run with one value per flag; ``values``: those of the file ``path``."""
+    given, values = find_value(words, "architecture"), dict(values)
+    config_type = config_class(given or str(values.get("architecture", RunConfig.architecture)))
     if given and values.get("architecture", given) != given:
         raise SaetrainError(f"--architecture {given}: {path} is for architecture {values['architecture']}")
     if given:
         values["architecture"] = given
     defaults = from_flat(_without_overridden(values, words), path) if path else tyro.MISSING_NONPROP
-    config = _parse_words(config_type, "saetrain", words, default=defaults, description=DESCRIPTION)
+    config: RunConfig = _parse_words(config_type, "saetrain", words, default=defaults, description=DESCRIPTION)
     for name in ("model", "dataset"):
         if not getattr(config, name):
             from saetrain.runs.run_dir import is_run_dir
@@ -209,15 +237,15 @@ def parse_train(words: Sequence[str]) -> RunConfig:
 
 def parse_command(config_type: type[Config], command: str, words: Sequence[str]) -> Config:
     """Parse the arguments of ``saetrain COMMAND``."""
-    words = _normalize_flags(list(words), flag_types(config_type), f"saetrain {command} --help")
+    words = normalize_flags(list(words), flag_types(config_type), f"saetrain {command} --help")
     found: Config = _parse_words(config_type, f"saetrain {command}", words)
     return found
 
 
 def parse_evaluate(words: Sequence[str]) -> EvaluateConfig:
     """Parse the arguments of ``saetrain evaluate``; the settings of the run in PATH are the defaults."""
-    words = _normalize_flags(list(words), flag_types(EvaluateConfig), "saetrain evaluate --help")
-    architecture = _find_value(words, "architecture")
+    words = normalize_flags(list(words), flag_types(EvaluateConfig), "saetrain evaluate --help")
+    architecture = find_value(words, "architecture")
     if architecture:
         find_coder_class(architecture, may_import=True)
 
@@ -271,123 +299,7 @@ MUTUALLY_EXCLUSIVE = (
 """Groups of alternative settings: a flag replaces the other settings of its group in the file."""
 
 
-def _find_value(words: Sequence[str], flag: str) -> str | None:
-    """Return the word that follows a flag, before the words are parsed; None without the flag."""
-    for position, word in enumerate(words):
-        name, equals, value = word.partition("=")
-        if name == f"--{flag}":
-            return value if equals else "".join(words[position + 1 : position + 2])
-    return None
-
-
 def _without_overridden(values: dict[str, Any], words: Sequence[str]) -> dict[str, Any]:
     """Return the settings of a file without those that the flags in ``words`` replace."""
-    replaced = {name for group in MUTUALLY_EXCLUSIVE if group & _given_flags(words) for name in group}
+    replaced = {name for group in MUTUALLY_EXCLUSIVE if group & given_flags(words) for name in group}
     return {name: value for name, value in values.items() if name not in replaced}
-
-
-def _given_flags(words: Sequence[str]) -> set[str]:
-    return {word[2:].partition("=")[0] for word in words if word.startswith("--")}
-
-
-def _normalize_flags(words: list[str], types_by_flag: dict[str, Any], help_command: str) -> list[str]:
-    """Replace dashes in flags by underscores, give booleans a value, and move positionals to the front.
-
-    Raises SaetrainError for flags that are not in ``types_by_flag``.
-    """
-    known = [*types_by_flag, "help"]
-    out: list[str] = []
-    for position, word in enumerate(words):
-        if not word.startswith("--") or word == "--":
-            out.append(word)
-            continue
-        name, equals, value = word[2:].partition("=")
-        name = name.replace("-", "_")
-        if name not in known:
-            raise SaetrainError(describe_unknown_flag(name, known, help_command))
-        out.append(f"--{name}{equals}{value}")
-        following = words[position + 1].lower() if position + 1 < len(words) else ""
-        if types_by_flag.get(name) is bool and not equals:
-            if following in TRUE_WORDS + FALSE_WORDS:
-                continue
-            out.append("true")
-    _refuse_several_numbers(out, types_by_flag)
-    return _move_positionals_first(_normalize_booleans(out, types_by_flag), types_by_flag)
-
-
-def _move_positionals_first(words: list[str], types_by_flag: dict[str, Any]) -> list[str]:
-    """Move words that follow a list of numbers but are not numbers to the positionals at the front.
-
-    Raises SaetrainError for words such as ``1,2``, which are neither a number nor a positional.
-    """
-    first: list[str] = []
-    rest: list[str] = []
-    flag, in_number_list = None, False
-    for word in words:
-        if word.startswith("--"):
-            flag, in_number_list = word, "=" not in word and _is_number_list(types_by_flag.get(word[2:]))
-            rest.append(word)
-        elif in_number_list and not _is_number(word) and not (flag == "--layers" and LAYER_WORD.fullmatch(word)):
-            if re.fullmatch(r"[-\d.,:]+", word):
-                raise SaetrainError(f"{flag} {word}: not a number; pass numbers that are separated by spaces")
-            first.append(word)
-        else:
-            (first if flag is None else rest).append(word)
-    return [*first, *rest]
-
-
-def _refuse_several_numbers(words: list[str], types_by_flag: dict[str, Any]) -> None:
-    """Raise SaetrainError if several numbers follow a flag that takes one."""
-    for position, word in enumerate(words):
-        hint = types_by_flag.get(word[2:]) if word.startswith("--") else None
-        values = list(takewhile(_is_number, words[position + 1 :]))
-        if len(values) > 1 and {int, float} & {hint, *typing.get_args(hint)} and not _is_number_list(hint):
-            raise SaetrainError(
-                f"{word} {' '.join(values)}: takes one number; start one run per value, and show all with "
-                "'saetrain compare'"
-            )
-
-
-def _is_number_list(hint: Any) -> bool:
-    """Return whether a setting is a list of numbers."""
-    tuples = [option for option in (hint, *typing.get_args(hint)) if typing.get_origin(option) is tuple]
-    return any({int, float} & {item, *typing.get_args(item)} for each in tuples for item in typing.get_args(each)[:1])
-
-
-def _is_number(word: str) -> bool:
-    try:
-        float(word)
-    except ValueError:
-        return False
-    return True
-
-
-def _normalize_booleans(words: list[str], types_by_flag: dict[str, Any]) -> list[str]:
-    """Replace every spelling of a boolean by the one that tyro accepts, ``true`` or ``false``."""
-    out: list[str] = []
-    for word in words:
-        name, equals, value = word[2:].partition("=") if word.startswith("--") else ("", "", "")
-        if types_by_flag.get(name) is bool and equals:
-            out.extend([f"--{name}", _normalize_boolean(value)])
-        elif out and out[-1].startswith("--") and types_by_flag.get(out[-1][2:]) is bool:
-            out.append(_normalize_boolean(word))
-        else:
-            out.append(word)
-    return out
-
-
-def _normalize_boolean(word: str) -> str:
-    return "true" if word.lower() in TRUE_WORDS else "false" if word.lower() in FALSE_WORDS else word
-
-
-def _split_off_config(words: list[str]) -> tuple[list[str], str | None]:
-    """Return the words without ``--config FILE``, and the file if there is one."""
-    for position, word in enumerate(words):
-        name, equals, value = word.partition("=")
-        if name == "--config":
-            rest = words[position + 1 :]
-            if not equals and not rest:
-                raise SaetrainError("--config: the file is missing; pass --config FILE.yaml")
-            file = value if equals else rest[0]
-            return words[:position] + (rest if equals else rest[1:]), file
-    return words, None

@@ -80,6 +80,8 @@ class RunConfig(Settings):
     """Evaluate the SAEs at the end: metrics with baselines and a verdict. `false` also skips features by default."""
     report: bool = True
     """Write report.html at the end, a page with all results (`saetrain report`). --assess false also skips it."""
+    grid: typing.Annotated[tuple[dict[str, typing.Any], ...], tyro.conf.Suppress] = ()
+    """Settings in which the SAEs of a run differ (saetrain.grid); flags with several values and --grid set it."""
     force: bool = False
     """Start even if the run needs more memory than is available."""
     dry_run: bool = False
@@ -334,8 +336,10 @@ def setting_types(config: type) -> dict[str, Any]:
 def flag_types(config: type) -> dict[str, Any]:
     """Return {flag without dashes: type} of all settings of ``config`` except the positionals."""
     hints = typing.get_type_hints(config, include_extras=True)
-    positionals = {name for name, hint in hints.items() if tyro.conf.Positional in typing.get_args(hint)}
-    return {name: hint for name, hint in setting_types(config).items() if name not in positionals}
+    no_flags = {
+        name for name, hint in hints.items() if {tyro.conf.Positional, tyro.conf.Suppress} & {*typing.get_args(hint)}
+    }
+    return {name: hint for name, hint in setting_types(config).items() if name not in no_flags}
 
 
 def to_flat(config: RunConfig) -> dict[str, Any]:

@@ -17,8 +17,8 @@ LEVELS = [
     {"losses", "metrics", "ops", "optim"},
     {"data", "activations", "coders", "logs"},
     {"training", "evaluation", "interop", "features"},
-    {"config", "explore", "report", "runs", "sae", "splicing"},
-    {"cli", "cli_help", "cli_suggestions"},
+    {"config", "explore", "grid", "report", "runs", "sae", "splicing"},
+    {"cli", "cli_help", "cli_suggestions", "cli_words"},
 ]
 LEVEL = {name: number for number, names in enumerate(LEVELS) for name in names}
 INDEPENDENT = LEVELS[2] | LEVELS[3]

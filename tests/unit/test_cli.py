@@ -176,8 +176,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         ("--layers 0-3 2", "--layers 0-3 2: a layer is named twice"),
         ("--layers all 2", "--layers all 2: a layer is named twice"),
         ("--layers most", "--layers: pass one or more numbers from 0, ranges such as 0-5, or all"),
-        ("--k 8 16 32", "--k 8 16 32: takes one number; start one run per value, and show all with 'saetrain compare'"),
-        ("--lr 1e-3 0.01", "--lr 1e-3 0.01: takes one number"),
+        ("--max_tokens 8 16", "--max_tokens 8 16: takes one number; start one run per value, and show all with"),
+        ("--lr 1e-3 1e-3", "--lr 1e-3 1e-3: has a value twice"),
         ("--expansion_factor 0", "--expansion_factor 0"),
         ("--auxk_alpha -1", "--auxk_alpha -1.0: must be at least 0"),
         ("--lr 0", "--lr 0.0: must be above 0"),
@@ -234,7 +234,7 @@ def test_values_that_make_no_sense_are_refused_by_name(words: str, message: str)
         ("--lr fast", "--lr: found 'fast', must be a number or auto$"),
         ("--init_seeds 1.5", r"--init_seeds: found \['1.5'\], must be a list of whole numbers$"),
         ("--l0_range a b", "--l0_range: its value is missing; it must be a list of numbers$"),
-        ("--k 8 16 32", "--k 8 16 32: takes one number; start one run per value"),
+        ("--grad_acc_steps 8 16", "--grad_acc_steps 8 16: takes one number; start one run per value"),
         ("-x", "Unrecognized options: -x"),
     ],
 )
@@ -387,7 +387,7 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
 def test_every_setting_survives_the_flat_form() -> None:
     config = parse_train(BASE)
     assert from_flat(to_flat(config), "here") == config
-    assert set(to_flat(config)) == {*flag_types(config_class("topk")), "model", "dataset"}
+    assert set(to_flat(config)) == {*flag_types(config_class("topk")), "model", "dataset", "grid"}
 
 
 def test_short_help_fits_on_a_screen_and_shows_real_defaults(capsys: pytest.CaptureFixture[str]) -> None:

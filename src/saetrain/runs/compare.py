@@ -29,10 +29,11 @@ from saetrain.logs.jsonl import METRICS_FILE as METRICS
 from saetrain.logs.jsonl import read_records
 from saetrain.runs.evaluate.report import ASSESSMENT_FILE
 from saetrain.runs.evaluate.report import FORMAT_VERSION as ASSESSMENT_FORMAT
-from saetrain.runs.run_dir import CONFIG_FILE, SAES_DIR, is_run_dir
+from saetrain.runs.run_dir import SAES_DIR, find_config_file, is_run_dir
 from saetrain.runs.sae_table import build_sae_table, open_console
 from saetrain.small_files import read_json_object, read_settings
 from saetrain.typed_values import require_type
+from saetrain.untrusted import show_text
 
 FORMAT_VERSION = 1
 IGNORED_SETTINGS = {"run_name", "save_dir"}.union(
@@ -43,8 +44,8 @@ DERIVED_FROM = {
     "lr_warmup_steps": ("max_tokens", "batch_size", "grad_acc_steps", "ctx_len"),
     "weight_decay": ("lr",),
     "dead_window_tokens": ("max_tokens", "k", "num_latents", "expansion_factor"),
-    "kernels": ("device", "optimizer", "loss_fn"),
-    "compute_dtype": ("device", "kernels", "optimizer", "loss_fn"),
+    "kernels": ("device", "optimizer", "loss_fn", "architecture"),
+    "compute_dtype": ("device", "kernels", "optimizer", "loss_fn", "architecture"),
 }
 """{setting: settings that it is derived from by default}; if one of these differs, only --out contains the setting."""
 PATH_SETTINGS = ("model", "dataset", "finetune")
@@ -216,16 +217,16 @@ def read_run(folder: Path, name: str) -> list[SaeRow]:
     found = content.get("format")
     if found != ASSESSMENT_FORMAT:
         raise _invalid_file(path, f"has format {found}, but this version reads {ASSESSMENT_FORMAT}")
-    config = folder / CONFIG_FILE
-    settings = read_settings(str(config), flag="") if config.exists() else {}
     # The batch size in the settings is per process.
-    trained = next((folder / SAES_DIR).rglob(SAE_CONFIG_FILE), None)
-    if settings and trained is not None:
+    trained, processes = next((folder / SAES_DIR).rglob(SAE_CONFIG_FILE), None), {}
+    if trained is not None:
         entry = read_sae_config(trained.parent).get("saetrain") or {}
-        settings["processes"] = SaeMetadata.from_entry(trained, "saetrain", entry).processes
+        processes = {"processes": SaeMetadata.from_entry(trained, "saetrain", entry).processes}
+    names = content.get("saes")
+    settings = {sae: _read_sae_settings(folder, sae) | processes for sae in (names if isinstance(names, dict) else ())}
     speed = mean_tokens_per_second(folder / METRICS)
     try:
-        rows = [_build_row(name, sae, content, settings, speed) for sae in content["saes"]]
+        rows = [_build_row(name, sae, content, settings[sae], speed) for sae in content["saes"]]
     except SaetrainError as error:
         raise _invalid_file(path, str(error)) from error
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
@@ -233,6 +234,15 @@ def read_run(folder: Path, name: str) -> list[SaeRow]:
     if not rows:
         raise _invalid_file(path, "contains no SAE")
     return rows
+
+
+def _read_sae_settings(folder: Path, sae: str) -> dict[str, Any]:
+    """Return the settings of an SAE of a run, without the grid that they come from; none if there is no file."""
+    path = find_config_file(folder, sae)
+    if ".." in path.relative_to(folder).parts:
+        raise SaetrainError(f"{show_text(sae)} is no name of an SAE")
+    settings = read_settings(str(path), flag="") if path.exists() else {}
+    return {name: value for name, value in settings.items() if name != "grid"}
 
 
 def _invalid_file(path: Path, problem: str) -> SaetrainError:

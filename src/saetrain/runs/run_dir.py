@@ -13,8 +13,9 @@ from safetensors import SafetensorError
 
 from saetrain import distributed
 from saetrain.atomic_io import temporary_path, write_atomic
-from saetrain.config import RunConfig
+from saetrain.config import RunConfig, to_flat
 from saetrain.errors import SaetrainError
+from saetrain.grid import expand_grid
 from saetrain.interop.formats import SAES_DIR
 from saetrain.logs.console import log_rank0
 from saetrain.logs.jsonl import METRICS_FILE as METRICS
@@ -67,8 +68,14 @@ def resolve_run_dir(config: RunConfig) -> Path:
             site = f"every{where.layer_stride}"
         else:
             site = "layer" + "-".join(str(layer).replace("-", "to") for layer in where.layers or (0,))
-        width = f"f{config.sae.num_latents}" if config.sae.num_latents else f"x{config.sae.expansion_factor}"
-        name = shorten_name(f"{Path(config.model).name}_{site}_k{config.sae.k}_{width}")
+        flats = [to_flat(each) for each in expand_grid(config).values()]
+        k = "-".join(dict.fromkeys(str(flat["k"]) for flat in flats))
+        width = "-".join(
+            dict.fromkeys(
+                f"f{flat['num_latents']}" if flat["num_latents"] else f"x{flat['expansion_factor']}" for flat in flats
+            )
+        )
+        name = shorten_name(f"{Path(config.model).name}_{site}_k{k}_{width}")
     return Path(config.output.save_dir) / name
 
 
@@ -121,6 +128,12 @@ def find_features_folder(sae_folder: Path) -> Path:
         if parent.name == SAES_DIR:
             return parent.parent / FEATURES_DIR / folder.relative_to(parent)
     return folder / FEATURES_DIR
+
+
+def find_config_file(directory: Path, sae: str) -> Path:
+    """Return the file with the settings of an SAE of a run: its own, or else that of the run."""
+    own = directory / SAES_DIR / sae / CONFIG_FILE
+    return own if own.exists() else directory / CONFIG_FILE
 
 
 def is_run_dir(directory: Path) -> bool:

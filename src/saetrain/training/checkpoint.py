@@ -56,7 +56,7 @@ class CheckpointSettings(Settings):
 
 
 STATE_FILE = "state.json"
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 """Version of the checkpoint format; increase it if older checkpoints can no longer be resumed."""
 
 

@@ -24,22 +24,22 @@ class ParallelSettings(Settings):
 
 @dataclass(frozen=True)
 class SaeCost:
-    """Cost of a site: ``parameters`` of the SAEs of all its seeds, ``width`` of its activations."""
+    """Cost of an SAE: its ``parameters``, and the ``widths`` {hookpoint: D} of the activations that it needs."""
 
     parameters: int
-    width: int
+    widths: Mapping[str, int]
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Assignment ``owners`` {site: rank}, empty if every rank trains all SAEs; ``reason`` is logged."""
+    """Assignment ``owners`` {SAE: rank}, empty if every rank trains all SAEs; ``reason`` is logged."""
 
     owners: Mapping[str, int] = field(default_factory=dict)
     reason: str = ""
 
-    def is_owned_by(self, site: str, rank: int) -> bool:
-        """Return whether ``rank`` trains the SAEs of ``site``, which is the name of a site."""
-        return not self.owners or self.owners[site] == rank
+    def is_owned_by(self, sae: str, rank: int) -> bool:
+        """Return whether ``rank`` trains the SAE with this name."""
+        return not self.owners or self.owners[sae] == rank
 
 
 def plan_placement(
@@ -51,7 +51,7 @@ def plan_placement(
     bytes_per_element: int,
     is_spliced: bool,
 ) -> Placement:
-    """Assign the SAEs of ``sae_costs`` {site: cost} to ``world_size`` ranks.
+    """Assign the SAEs of ``sae_costs`` {SAE: cost} to ``world_size`` ranks.
 
     ``step_tokens``: tokens of the whole optimizer step; ``bytes_per_element``: bytes per element of the activations;
     ``is_spliced``: the loss is that of the model's outputs. Raises SaetrainError if the requested mode is impossible.
@@ -69,16 +69,17 @@ def plan_placement(
     owners, imbalance = assign_longest_first(sae_costs, world_size)
     remote_share = (world_size - 1) / world_size
     gradient_bytes = 2 * remote_share * FP32_BYTES * sum(cost.parameters for cost in sae_costs.values())
-    activation_bytes = (
-        remote_share * step_tokens / world_size * bytes_per_element * sum(cost.width for cost in sae_costs.values())
-    )
+    # A rank receives the activations of a hookpoint once, for all its SAEs.
+    received = {(owners[name], *item) for name, cost in sae_costs.items() for item in cost.widths.items()}
+    width = sum(each for _, _, each in received)
+    activation_bytes = remote_share * step_tokens / world_size * bytes_per_element * width
     activations, gradients = _format_bytes(activation_bytes), _format_bytes(gradient_bytes)
     traffic = f"{activations} of activations, {gradients} of gradients per process and step"
     if settings.parallel != "auto":
         chosen = settings.parallel
         return Placement(owners if chosen == "hookpoints" else {}, f"{chosen} parallel, set by --parallel ({traffic})")
     if imbalance > MAX_IMBALANCE:
-        count = f"{len(sae_costs)} hookpoint{'s' if len(sae_costs) > 1 else ''}"
+        count = f"{len(sae_costs)} SAE{'s' if len(sae_costs) > 1 else ''}"
         return Placement({}, f"data parallel: {count} can't be divided evenly among {world_size} processes ({traffic})")
     if activation_bytes < gradient_bytes:
         return Placement(owners, f"hookpoints parallel: communicates fewer bytes ({traffic})")
@@ -86,9 +87,9 @@ def plan_placement(
 
 
 def assign_longest_first(sae_costs: Mapping[str, SaeCost], world_size: int) -> tuple[dict[str, int], float]:
-    """Assign the largest site first, each to the rank with the fewest parameters so far.
+    """Assign the largest SAE first, each to the rank with the fewest parameters so far.
 
-    Return ({site: rank}, parameters of the largest rank over the mean).
+    Return ({SAE: rank}, parameters of the largest rank over the mean).
     """
     rank_costs = [0] * world_size
     owners = {}

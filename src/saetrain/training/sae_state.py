@@ -23,9 +23,10 @@ class SaeState:
     """One SAE (or other coder) in training.
 
     ``normalize_inputs`` and ``normalize_outputs`` map raw activations (N, D) of the site's inputs and outputs to coder
-    inputs x and to what the coder reconstructs, y. ``data_variance`` is E‖y‖² of the latter, and ``mse_per_fvu`` the
-    factor from FVU to the mean squared error per element in raw units. Each step adds ``dead_bias_lr_multiplier`` times
-    the learning rate to the encoder bias of dead latents. ``stop_on_spike``: a loss spike ends the run.
+    inputs x and to what the coder reconstructs, y; SAEs with the same functions share the results. ``data_variance``
+    is E‖y‖² of the latter, and ``mse_per_fvu`` the factor from FVU to the mean squared error per element in raw units.
+    Each step adds ``dead_bias_lr_multiplier`` times the learning rate to the encoder bias of dead latents.
+    ``stop_on_spike``: a loss spike ends the training of this SAE.
     """
 
     def __init__(
@@ -69,8 +70,10 @@ class SaeState:
         """Accumulate gradients and counts of one micro-batch."""
         n_tokens = ctx.n_tokens if batch.step_tokens is None else batch.step_tokens
         ctx = replace(ctx, n_tokens=n_tokens, groups=batch.groups)
-        y_ND = None if batch.y_ND is batch.x_ND else self._normalize_outputs(batch.y_ND)
-        stats = self.train_step.forward_backward(self.normalize_inputs(batch.x_ND), ctx, y_ND, batch.objective)
+        x_ND, y_ND = batch.normalize_once(self.normalize_inputs, batch.x_ND), None
+        if batch.y_ND is not batch.x_ND:
+            y_ND = batch.normalize_once(self._normalize_outputs, batch.y_ND)
+        stats = self.train_step.forward_backward(x_ND, ctx, y_ND, batch.objective)
         self.stats = stats if self.stats is None else self.stats.merge_with(stats)
 
     def add_to_buckets(self, buckets: GradientBuckets) -> None:

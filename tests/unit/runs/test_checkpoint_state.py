@@ -33,7 +33,7 @@ VALUES: dict[str, Any] = {
     "normalizers": {"h.0": {"scale": 1, "variance": 2.5}},
     "norm_limits": {"h.0": 3.5},
     "resolved": {
-        "kernels": {"kernels": "torch", "compute_dtype": "float32"},
+        "kernels": {"h.0": {"kernels": "torch", "compute_dtype": "float32"}},
         "lrs": {"h.0": 1e-3},
         "steps": 10,
         "dead_windows": {"h.0": 100},

@@ -20,8 +20,10 @@ def test_a_signal_stops_the_calibration(monkeypatch: pytest.MonkeyPatch, capsys:
         raise Preempted
 
     stopped: Any = TrainLoop.__new__(TrainLoop)
-    stopped.preemption, stopped.context = PreemptionHandler(), None
-    stopped.config = SimpleNamespace(coder_class=Threshold)
+    stopped.preemption, stopped.context = (
+        PreemptionHandler(),
+        SimpleNamespace(plans={"h.0": SimpleNamespace(config=SimpleNamespace(coder_class=Threshold))}),
+    )
     stopped.trainer, stopped.checkpointing = SimpleNamespace(step=7), SimpleNamespace(saved_step=7)
     stopped.batch_source = SimpleNamespace(state_dict=dict, read_cursors=dict)
     monkeypatch.setattr(loop, "RankGather", lambda context: SimpleNamespace(gather_states=dict))

@@ -14,6 +14,8 @@ from saetrain.cli import parse_train
 from saetrain.coders import SparseCoder, TopK
 from saetrain.errors import DivergedRun
 from saetrain.runs.train.metadata import describe_lr_risk, raise_if_diverged
+from saetrain.runs.train.plan import SaePlan
+from saetrain.types import Site
 
 
 @pytest.mark.parametrize(
@@ -44,7 +46,8 @@ class RuleWithoutL0(TopK):
 
 def test_a_numeric_lr_is_compared_with_the_rule_of_a_coder_without_an_l0() -> None:
     resolved = SimpleNamespace(tokens_per_step=4096, steps=1000)
-    run: Any = SimpleNamespace(config=parse_train(["model", "data", "--lr", "5"]), resolved=resolved)
-    remark = describe_lr_risk(run, RuleWithoutL0(8, 64, 4))
+    config = parse_train(["model", "data", "--lr", "5"])
+    run: Any = SimpleNamespace(config=config, plans={"h.0": SaePlan(Site.of_sae("h.0"), config)}, resolved=resolved)
+    remark = describe_lr_risk(run, "h.0", RuleWithoutL0(8, 64, 4))
     assert remark is not None
     assert "64 latents and 1000 steps of 4096 tokens" in remark

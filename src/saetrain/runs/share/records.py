@@ -8,7 +8,7 @@ from typing import Any
 
 from saetrain.interop.metadata import SaeMetadata
 from saetrain.interop.schema import SAE_CONFIG_FILE, read_sae_config
-from saetrain.runs.run_dir import ASSESSMENT_FILE, CONFIG_FILE, SAES_DIR
+from saetrain.runs.run_dir import ASSESSMENT_FILE, SAES_DIR, find_config_file
 from saetrain.small_files import read_json_object, read_settings
 
 REMEDY = "; write it again with `saetrain evaluate`"
@@ -18,7 +18,7 @@ REMEDY = "; write it again with `saetrain evaluate`"
 class SaeRecord:
     """The contents of the files of one SAE; ``assessment`` is None before the first evaluation.
 
-    ``config``: cfg.json; ``settings``: config.yaml; ``assessment``: final_assessment.json; ``judged``: the entry of
+    ``config``: cfg.json; ``settings``: its config.yaml; ``assessment``: final_assessment.json; ``judged``: the entry of
     the SAE in it.
     """
 
@@ -52,5 +52,5 @@ def read_sae_record(run_dir: Path, folder: Path) -> SaeRecord:
     saes = assessment.get("saes", {}) if assessment is not None else {}
     # An evaluation of one SAE alone names it by its hookpoint.
     judged = saes.get(name) if newest is None or newest.parent == run_dir else next(iter(saes.values()), None)
-    settings = read_settings(str(run_dir / CONFIG_FILE), flag="")
+    settings = read_settings(str(find_config_file(run_dir, name)), flag="")
     return SaeRecord(name, folder, read_sae_config(folder), settings, assessment if judged else None, judged)

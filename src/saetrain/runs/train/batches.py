@@ -121,24 +121,20 @@ class ShuffledBatches(BatchSource):
 
     def exchange_parts(self, number: int, part: dict[str, Tensor]) -> SiteBatches:
         """Return the part itself, or all ranks' activations of the sites that this rank owns."""
-        owners, sites = self._run.resolved.placement.owners, self._run.sites
+        owners, sites, plans = self._run.resolved.placement.owners, self._run.sites, self._run.plans
         if not owners:
             groups = self._build_groups([self._positions_of_rank(number, env.rank())], part)
             return {name: MicroBatch(*site.select_xy(part), groups=groups) for name, site in sites.items()}
         positions = [self._positions_of_rank(number, rank) for rank in range(env.world_size())]
         rows, groups = [len(each) for each in positions], self._build_groups(positions, part)
-        # A hookpoint of several sites is sent once per site.
-        parts = {f"{name} {hookpoint}": part[hookpoint] for name in sites for hookpoint in sites[name].hookpoints}
-        owner_of_part = {f"{name} {hookpoint}": owners[name] for name in sites for hookpoint in sites[name].hookpoints}
+        # A hookpoint is sent once to each rank with an SAE that needs it.
+        needed = dict.fromkeys((rank, each) for name, rank in owners.items() for each in plans[name].site.hookpoints)
+        parts = {f"{rank} {hookpoint}": part[hookpoint] for rank, hookpoint in needed}
+        owner_of_part = {f"{rank} {hookpoint}": rank for rank, hookpoint in needed}
         received = distributed.all_to_all_by_owner(parts, owner_of_part, rows)
-        return {
-            name: MicroBatch(
-                *site.select_xy({hookpoint: received[f"{name} {hookpoint}"] for hookpoint in site.hookpoints}),
-                groups=groups,
-            )
-            for name, site in sites.items()
-            if owners[name] == env.rank()
-        }
+        own = {hookpoint: received[f"{rank} {hookpoint}"] for rank, hookpoint in needed if rank == env.rank()}
+        own_sites = dict.fromkeys(plans[name].site.name for name, rank in owners.items() if rank == env.rank())
+        return {name: MicroBatch(*sites[name].select_xy(own), groups=groups) for name in own_sites}
 
     def _positions_of_rank(self, number: int, rank: int) -> Tensor:
         """Return the positions in micro-batch ``number`` of the rows that a rank reads, in its order, int64."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -19,12 +20,12 @@ from saetrain.errors import SaetrainError
 from saetrain.interop.finetune import initialize_from_sae
 from saetrain.logs.console import log_rank0
 from saetrain.runs.train.choose_step import build_train_step
+from saetrain.runs.train.plan import SaePlan
 from saetrain.runs.train.setup import RunContext, read_calibration_sample, resolve_config
 from saetrain.training.checkpoint import Checkpoint
 from saetrain.training.dead_latents import FiringTracker
 from saetrain.training.sae_state import SaeState
 from saetrain.training.trainer import Trainer
-from saetrain.types import Site
 
 MEASURING_PHASE = "measuring the activations"
 
@@ -50,15 +51,17 @@ class TrainingRun:
 
 def build_trainer(run: RunContext, checkpoint: Checkpoint | None) -> tuple[Trainer, dict[str, Normalizer]]:
     """Return the trainer of this rank's SAEs and the normalizers; restores both from ``checkpoint``."""
-    if run.config.finetune is not None and len(run.config.train.init_seeds) > 1:
-        raise SaetrainError("--finetune with several --init_seeds: all would start from the same SAE; pass one seed")
+    if run.config.finetune is not None and len(run.plans) > len(run.sites):
+        raise SaetrainError("--finetune with several SAEs per hookpoint: all would start from the same SAE; train one")
     normalizers = measure_normalizers(run) if checkpoint is None else load_normalizers(run, checkpoint)
     saes: dict[str, SaeState] = {}
-    for name, (site, seed) in run.sae_names.items():
-        if not run.resolved.placement.is_owned_by(site.name, env.rank()):
+    # SAEs with the same function share its results.
+    find_function = functools.cache(lambda name, bf16: partial(normalizers[name], bf16=bf16))
+    for name, plan in run.plans.items():
+        if not run.resolved.placement.is_owned_by(name, env.rank()):
             continue
-        coder = build_coder(run, site, normalizers, seed, fresh=checkpoint is None)
-        saes[name] = build_sae_state(run, name, coder, normalizers)
+        coder = build_coder(run, plan, normalizers, fresh=checkpoint is None)
+        saes[name] = build_sae_state(run, name, coder, normalizers, find_function)
         if checkpoint is not None:
             try:
                 saes[name].load_state_dict(checkpoint.tensors[name], checkpoint.values["losses"][name])
@@ -134,12 +137,11 @@ def _build_normalizers(
     }
 
 
-def build_coder(
-    run: RunContext, site: Site, normalizers: Mapping[str, Normalizer], seed: int, *, fresh: bool
-) -> SparseCoder:
+def build_coder(run: RunContext, plan: SaePlan, normalizers: Mapping[str, Normalizer], *, fresh: bool) -> SparseCoder:
     """Return a coder with initial weights, or with those of --finetune unfolded to take normalized activations."""
+    site, config = plan.site, plan.config
     d_in, d_out = site.sum_widths(run.extractor.capture.widths)
-    coder = run.config.coder_class.build(run.config.sae, d_in, None if site.is_sae else d_out, seed=seed)
+    coder = config.coder_class.build(config.sae, d_in, None if site.is_sae else d_out, seed=plan.seed)
     coder = coder.to(run.model.device)
     if run.config.finetune is not None and fresh:
         modules = [name for name, _ in run.model.module.named_modules()]
@@ -151,25 +153,34 @@ def build_coder(
     return coder
 
 
-def build_sae_state(run: RunContext, name: str, coder: SparseCoder, normalizers: Mapping[str, Normalizer]) -> SaeState:
-    """Return the training state of the coder of the SAE ``name``."""
-    config, resolved, device = run.config, run.resolved, run.model.device
-    site, seed = run.sae_names[name]
-    inputs, outputs = normalizers[site.x_name], normalizers[site.y_name]
-    use_bf16 = resolved.kernels.compute_dtype == "bfloat16"
+def build_sae_state(
+    run: RunContext,
+    name: str,
+    coder: SparseCoder,
+    normalizers: Mapping[str, Normalizer],
+    find_function: Callable[[str, bool], Callable[[Tensor], Tensor]],
+) -> SaeState:
+    """Return the training state of the coder of the SAE ``name``.
+
+    ``find_function`` maps the name of a normalizer, and whether its results are bf16, to a function.
+    """
+    plan, resolved, device = run.plans[name], run.resolved, run.model.device
+    site, config, kernels = plan.site, plan.config, resolved.kernels[name]
+    outputs = normalizers[site.y_name]
+    use_bf16 = kernels.compute_dtype == "bfloat16"
     no_accumulation = config.train.grad_acc_steps == 1 and not resolved.is_data_parallel
     window = resolved.dead_windows[name]
     return SaeState(
         site,
         coder,
-        partial(inputs, bf16=use_bf16),
-        partial(outputs, bf16=use_bf16),
-        build_train_step(coder, resolved.kernels, config.optim, no_accumulation=no_accumulation),
+        find_function(site.x_name, use_bf16),
+        find_function(site.y_name, use_bf16),
+        build_train_step(coder, kernels, config.optim, no_accumulation=no_accumulation),
         FiringTracker(coder.num_latents, window, config.dead.dead_percentage_threshold, device),
         data_variance=outputs.scaled_variance,
         mse_per_fvu=outputs.variance / coder.d_out,
         peak_lr=resolved.lrs[name],
-        seed=seed,
+        seed=plan.seed,
         dead_bias_lr_multiplier=config.dead_bias_lr_multiplier if coder.lifts_dead_biases else 0.0,
         stop_on_spike=config.train.on_spike == "stop",
     )

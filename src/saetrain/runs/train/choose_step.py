@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
 
 import torch
 
@@ -18,9 +17,9 @@ from saetrain.training.steps.base import KernelSettings, StepRequest, TrainStep
 from saetrain.types import Site
 
 
-def step_request(config: RunConfig, device: torch.device, sites: Mapping[str, Site] | None = None) -> StepRequest:
-    """Return what the training step of a run must support; ``sites`` None: they are not known yet."""
-    y_is_x = all(site.is_sae for site in (sites or {}).values())
+def step_request(config: RunConfig, device: torch.device, site: Site | None = None) -> StepRequest:
+    """Return what the training step of an SAE must support; ``site`` None: it is not known yet."""
+    y_is_x = site is None or site.is_sae
     return StepRequest(config.coder_class, config.optim, device, config.train.end_to_end, y_is_x, config.sae)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterator
-from itertools import repeat
 
 import torch
 
@@ -25,7 +24,7 @@ from saetrain.runs.train.memory import (
     format_bytes,
     required_memory_bytes,
 )
-from saetrain.runs.train.metadata import describe_lr_risk, describe_lrs, describe_passes
+from saetrain.runs.train.metadata import describe_kernels, describe_lr_risk, describe_lrs, describe_passes
 from saetrain.runs.train.resolve import count_parameters
 from saetrain.runs.train.saving import fold_coders
 from saetrain.runs.train.setup import RunContext
@@ -41,17 +40,16 @@ TIMED_SCORING_TOKENS = 512
 
 def report_dry_run(run: RunContext, trainer: Trainer, normalizers: dict[str, Normalizer]) -> None:
     """Print model, SAEs, memory, disk, steps and an estimate of the time, for which a few steps are trained."""
-    resolved, kernels = run.resolved, run.resolved.kernels
-    widths = run.extractor.capture.widths
+    resolved, widths = run.resolved, run.extractor.capture.widths
     print_rank0(f"model       {run.model.name} on {run.model.device}, {run.model.dtype}")
-    print_rank0(f"kernels     {kernels.kernels}, products in {kernels.compute_dtype}")
+    print_rank0(f"kernels     {describe_kernels(run)}")
     for name, sae in trainer.saes.items():
-        count = count_parameters(sae.coder)
+        count, config = count_parameters(sae.coder), run.plans[name].config
         print_rank0(
-            f"SAE         {name}: width {sae.coder.d_in}, {sae.coder.num_latents:,} latents, k {run.config.sae.k}, "
-            f"{count:,} parameters"
+            f"SAE         {name}: {config.architecture}, width {sae.coder.d_in}, {sae.coder.num_latents:,} latents, "
+            f"k {config.sae.k}, {count:,} parameters"
         )
-    elsewhere = len(run.sae_names) - len(trainer.saes)
+    elsewhere = len(run.plans) - len(trainer.saes)
     if elsewhere:
         print_rank0(f"            and {elsewhere} more in other processes")
     optim = run.config.optim
@@ -59,13 +57,13 @@ def report_dry_run(run: RunContext, trainer: Trainer, normalizers: dict[str, Nor
         f"lr          {describe_lrs(run.config, trainer)}, {resolved.warmup_steps} warm-up steps, weight decay "
         f"{optim.effective_weight_decay:g}"
     )
-    for remark in {describe_lr_risk(run, sae.coder) for sae in trainer.saes.values()} - {None}:
+    for remark in {describe_lr_risk(run, name, sae.coder) for name, sae in trainer.saes.items()} - {None}:
         print_rank0(f"            {remark}")
     per_process = " per process" if env.world_size() > 1 else ""
-    needed = required_memory_bytes(run.config, run.model, run.sites, widths, run.framing.ctx_len, resolved.placement)
+    needed = required_memory_bytes(run.config, run.model, run.plans, widths, run.framing.ctx_len, resolved.placement)
     available = format_bytes(available_memory_bytes(run.model.device))
     print_rank0(f"memory      {format_bytes(needed)}{per_process} in addition to the program, {available} available")
-    weights = count_sae_parameters(run.config, run.sites.values(), widths) * FP32_BYTES
+    weights = count_sae_parameters(run.plans.values(), widths) * FP32_BYTES
     sae_files = weights * (2 if run.config.output.save_sparsify else 1)
     print_rank0(
         f"disk        {format_bytes(3 * weights)} per checkpoint ({MAX_CHECKPOINTS} are kept), "
@@ -106,7 +104,7 @@ def estimate_phases(
         if loss_tokens is None:
             loss_tokens = DEFAULT_LOSS_TOKENS[run.model.device.type]
         # The model runs once clean, and per SAE with its reconstruction, with zeros and with the mean.
-        passes = 1 + 3 * len(run.sae_names)
+        passes = 1 + 3 * len(run.plans)
         phases["assessing the SAEs next to baselines"] = (
             config.scoring.fit_tokens * model_s
             + eval_tokens * (model_s + assess_s)
@@ -122,9 +120,9 @@ def _estimate_features(run: RunContext, model_s: float, row_s: float, whole_mode
     ``row_s``: seconds per row of a product with the weights of one SAE; ``model_s`` and ``whole_model_s``: seconds per
     token of the model up to the last hookpoint and of the whole model.
     """
-    config, phases, n_saes = run.config, {}, len(run.sae_names)
+    config, phases, n_saes = run.config, {}, len(run.plans)
     widths = run.extractor.capture.widths
-    latents = [config.sae.resolve_num_latents(site.sum_widths(widths)[0]) for site, _ in run.sae_names.values()]
+    latents = [plan.config.sae.resolve_num_latents(plan.site.sum_widths(widths)[0]) for plan in run.plans.values()]
     if config.collects_features:
         tokens = config.features.feature_tokens
         tokens = min(DEFAULT_FEATURE_TOKENS, run.resolved.n_tokens) if tokens is None else tokens
@@ -187,9 +185,13 @@ def time_step(run: RunContext, trainer: Trainer, normalizers: dict[str, Normaliz
         micro_tokens //= env.world_size()
     rows = torch.arange(micro_tokens, device=run.model.device) % len(activations)
     values = {name: value[rows] for name, value in activations.values.items()}
-    micro_batches = {name: MicroBatch(*site.select_xy(values)) for name, site in run.sites.items()}
+    own_sites = dict.fromkeys(sae.site for sae in trainer.saes.values())
     own_tokens = run.resolved.tokens_per_step / env.world_size()
-    return model_s * own_tokens + _median_step_s(run, trainer, repeat(micro_batches)), model_s
+
+    def build_batches() -> SiteBatches:
+        return {site.name: MicroBatch(*site.select_xy(values)) for site in own_sites}
+
+    return model_s * own_tokens + _median_step_s(run, trainer, iter(build_batches, None)), model_s
 
 
 def time_end_to_end_step(run: RunContext, trainer: Trainer, normalizers: dict[str, Normalizer]) -> float:

@@ -34,7 +34,7 @@ class RankGather:
     """Gathers values from all ranks; with one process, the results are its own values."""
 
     def __init__(self, run: RunContext) -> None:
-        self.names, self._owners = run.sae_names, run.resolved.placement.owners
+        self.names, self._owners = list(run.plans), run.resolved.placement.owners
         self._is_data_parallel = run.resolved.is_data_parallel
 
     def gather_entries(self, own: dict[str, Any]) -> dict[str, Any]:
@@ -51,8 +51,8 @@ class RankGather:
     def gather_tensors(self, own: Mapping[str, Mapping[str, Tensor]], what: str) -> dict[str, dict[str, Tensor]]:
         """Return {SAE: tensors} of all SAEs on rank 0, and {} on the other ranks."""
         out = {}
-        for name, (site, _) in self.names.items():
-            found = distributed.gather_tensors_to_rank0(self._owners.get(site.name, 0), own.get(name, {}), what)
+        for name in self.names:
+            found = distributed.gather_tensors_to_rank0(self._owners.get(name, 0), own.get(name, {}), what)
             if found is not None:
                 out[name] = found
         return out

@@ -230,7 +230,7 @@ class TrainLoop:
 
         Return False if a signal stops it.
         """
-        if self.config.coder_class.calibrate is SparseCoder.calibrate:
+        if all(plan.config.coder_class.calibrate is SparseCoder.calibrate for plan in self.context.plans.values()):
             return True
         states = RankGather(self.context).gather_states(self.batch_source.state_dict())
         last_batches: list[ModelBatch] = []

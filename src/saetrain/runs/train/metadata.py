@@ -25,7 +25,7 @@ from saetrain.types import Site
 def build_run_metadata(run: RunContext, trainer: Trainer) -> SaeMetadata:
     """Return the metadata that all SAEs of the run share: model, text, token policy and training."""
     config = run.config
-    kernels, locations = run.resolved.kernels, [absolute_location(name) for name in config.dataset]
+    locations = [absolute_location(name) for name in config.dataset]
     return SaeMetadata(
         model=absolute_location(config.model),
         model_revision=run.model.revision,
@@ -46,8 +46,6 @@ def build_run_metadata(run: RunContext, trainer: Trainer) -> SaeMetadata:
         exclude_sinks=config.buffer.exclude_sinks,
         loss_fn=config.train.loss_fn,
         finetuned_from=config.finetune,
-        kernels=kernels.kernels,
-        compute_dtype=kernels.compute_dtype,
         processes=env.world_size(),
         tokens_seen=trainer.tokens_seen,
         steps=trainer.step,
@@ -86,8 +84,8 @@ def log_run_start(run: RunContext, trainer: Trainer) -> None:
     leftover_tokens = config.train.max_tokens - resolved.n_tokens
     if 0 < trainer.step < trainer.total_steps:
         log_rank0(f"{trainer.total_steps - trainer.step} of {trainer.total_steps} steps are left")
-    count, kernels = len(run.sae_names), resolved.kernels
-    log_rank0(f"kernels: {kernels.kernels}, products in {kernels.compute_dtype} (--kernels, --compute_dtype)")
+    count = len(run.plans)
+    log_rank0(f"kernels: {describe_kernels(run)} (--kernels, --compute_dtype)")
     if trainer.step == trainer.total_steps:
         log_rank0(f"all {trainer.total_steps} steps are done; writing and evaluating the SAEs again")
         return
@@ -106,27 +104,33 @@ def log_run_start(run: RunContext, trainer: Trainer) -> None:
     coders = [sae.coder for sae in trainer.saes.values()]
     widths = sorted({coder.d_in for coder in coders if (coder.expected_l0() or 0) >= coder.d_in})
     if widths:
-        log_rank0(
-            f"--k {config.sae.k} is at least the activation width {widths[0]}, so the code is not sparse; lower --k"
-        )
-    for coder in {coder.num_latents: coder for coder in coders}.values():
-        if not config.dead_bias_lr_multiplier and coder.dead_latents_advice:
-            log_rank0(f"dead latents stay dead in this run; {coder.dead_latents_advice}")
-        remark = describe_lr_risk(run, coder)
-        if remark:
-            log_rank0(remark)
-        warn_unreachable_threshold(coder, config.dead.dead_percentage_threshold)
+        log_rank0(f"--k is at least the activation width {widths[0]}, so the code is not sparse; lower --k")
+    remarks: dict[str | None, None] = {}
+    for name, sae in trainer.saes.items():
+        if not config.dead_bias_lr_multiplier and sae.coder.dead_latents_advice:
+            remarks[f"dead latents stay dead in this run; {sae.coder.dead_latents_advice}"] = None
+        remarks[describe_lr_risk(run, name, sae.coder)] = None
+        remarks[describe_unreachable_threshold(sae.coder, config.dead.dead_percentage_threshold)] = None
+    for remark in filter(None, remarks):
+        log_rank0(remark)
+
+
+def describe_kernels(run: RunContext) -> str:
+    """Return a phrase about the training steps of the run's SAEs and the dtypes of their products."""
+    found = dict.fromkeys(f"{each.kernels}, products in {each.compute_dtype}" for each in run.resolved.kernels.values())
+    return "; ".join(found)
 
 
 def describe_lrs(config: RunConfig, trainer: Trainer) -> str:
     """Return the peak learning rates of this rank's SAEs, and whether --lr auto chose them."""
-    found = sorted({f"{sae.peak_lr:.3g}" for sae in trainer.saes.values()})
-    return " and ".join(found) + (" (--lr auto)" if config.optim.lr == "auto" else "")
+    found = sorted({sae.peak_lr for sae in trainer.saes.values()})
+    is_auto = "auto" in {config.optim.lr, *(point.get("lr") for point in config.grid)}
+    return ", ".join(f"{lr:.3g}" for lr in found) + (" (--lr auto)" if is_auto else "")
 
 
-def describe_lr_risk(run: RunContext, coder: SparseCoder) -> str | None:
-    """Return a warning about an unusual learning rate, or None."""
-    lr, per_step, steps = run.config.optim.lr, run.resolved.tokens_per_step, run.resolved.steps
+def describe_lr_risk(run: RunContext, sae: str, coder: SparseCoder) -> str | None:
+    """Return a warning about an unusual learning rate of the SAE with this name, or None."""
+    lr, per_step, steps = run.plans[sae].config.optim.lr, run.resolved.tokens_per_step, run.resolved.steps
     recommended = coder.recommended_lr(per_step, steps)
     if lr == "auto":
         return None
@@ -140,16 +144,17 @@ def describe_lr_risk(run: RunContext, coder: SparseCoder) -> str | None:
     return describe_unusual_lr(lr, recommended, size)
 
 
-def warn_unreachable_threshold(coder: SparseCoder, threshold: float) -> None:
-    """Log a warning if the rate rule counts some latents as dead whatever the training does."""
+def describe_unreachable_threshold(coder: SparseCoder, threshold: float) -> str | None:
+    """Return a warning if the rate rule counts some latents as dead whatever the training does, or None."""
     l0 = coder.expected_l0()
     bound = min_dead_fraction(l0, coder.num_latents, threshold) if l0 is not None else 0.0
-    if l0 is not None and bound > 0:
-        log_rank0(
-            f"with an L0 of {l0:g} at most {int(l0 / threshold):,} of {coder.num_latents:,} latents can fire on "
-            f"{threshold:.3%} of tokens, so at least {bound:.1%} count as dead by --dead_percentage_threshold whatever "
-            "the training does"
-        )
+    if l0 is None or bound <= 0:
+        return None
+    return (
+        f"with an L0 of {l0:g} at most {int(l0 / threshold):,} of {coder.num_latents:,} latents can fire on "
+        f"{threshold:.3%} of tokens, so at least {bound:.1%} count as dead by --dead_percentage_threshold whatever "
+        "the training does"
+    )
 
 
 def log_next_steps(directory: Path, sae: str, *, is_assessed: bool) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,20 +18,20 @@ from saetrain.errors import SaetrainError
 from saetrain.logs.console import log_rank0
 from saetrain.optim import resolve_warmup_steps
 from saetrain.runs.train.choose_step import choose_kernels, step_request
+from saetrain.runs.train.plan import SaePlan
 from saetrain.training.placement import Placement, SaeCost, plan_placement
 from saetrain.training.steps.base import KernelSettings
-from saetrain.types import Site
 
 
 @dataclass(frozen=True)
 class Resolved:
     """The values that a run computes before its first step, and stores in its checkpoints.
 
-    ``lrs`` {SAE: peak learning rate}; ``dead_windows`` {SAE: tokens without firing after which a latent is dead}.
+    ``kernels`` {SAE: training step and dtype of its products, without `auto`}; ``lrs`` {SAE: peak learning rate};
+    ``dead_windows`` {SAE: tokens without firing after which a latent is dead}.
     """
 
-    kernels: KernelSettings
-    """Training step and dtype of its products, without `auto`."""
+    kernels: Mapping[str, KernelSettings]
     lrs: Mapping[str, float]
     dead_windows: Mapping[str, int]
     warmup_steps: int
@@ -40,7 +40,7 @@ class Resolved:
     """Activations per optimizer step, over all processes."""
     steps: int
     group_tokens: int | None = None
-    """Activations per group in which the coders select latents; None if they select per token."""
+    """Activations per group in which coders select latents; None if all coders select per token."""
 
     @property
     def n_tokens(self) -> int:
@@ -55,14 +55,14 @@ class Resolved:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Resolved:
         """Return what ``dataclasses.asdict`` stored in a checkpoint."""
-        nested = {"kernels": KernelSettings(**values["kernels"]), "placement": Placement(**values["placement"])}
-        return cls(**{**values, **nested})
+        kernels = {name: KernelSettings(**each) for name, each in values["kernels"].items()}
+        return cls(**{**values, "kernels": kernels, "placement": Placement(**values["placement"])})
 
 
 def resolve_run(
     config: RunConfig,
     model: BaseModel,
-    sites: Mapping[str, Site],
+    plans: Mapping[str, SaePlan],
     widths: Mapping[str, int],
     ctx_len: int,
     kept: Resolved | None = None,
@@ -72,24 +72,22 @@ def resolve_run(
     ``kept``: the values of the first start of a run that is resumed, which keeps its rates and windows.
     Raises SaetrainError for settings that are impossible.
     """
-    kernels = choose_kernels(config.compute, step_request(config, model.device, sites))
     per_step = count_step_tokens(config, ctx_len)
     steps = _count_steps(config, ctx_len, per_step)
-    # A setting that is given was kept or refused before, so only what the rules derive is taken from the first start.
-    kept_lrs = kept.lrs if kept and config.optim.lr == "auto" else {}
-    kept_windows = kept.dead_windows if kept and config.dead.dead_window_tokens is None else {}
-    lrs, windows, costs = {}, {}, {}
-    saes = name_saes(sites, config.train.init_seeds)
-    for name, site in sites.items():
-        coder = build_without_memory(config, *site.sum_widths(widths), is_sae=site.is_sae)
-        window = config.dead.resolve_window(config.train.max_tokens, coder.num_latents, coder.expected_l0())
-        lr = kept_lrs[name] if name in kept_lrs else _resolve_lr(config, coder, per_step, steps)
-        for sae in (sae for sae, (own_site, _) in saes.items() if own_site is site):
-            # A run of an earlier version has kept one value per site, which is also the name of its first SAE.
-            lrs[sae] = kept_lrs.get(sae, lr)
-            windows[sae] = kept_windows.get(sae, kept_windows.get(name, window))
-        parameters = count_parameters(coder) * len(config.train.init_seeds)
-        costs[name] = SaeCost(parameters, sum(widths[hookpoint] for hookpoint in site.hookpoints))
+    kernels, lrs, windows, costs = {}, {}, {}, {}
+    for name, plan in plans.items():
+        own, site = plan.config, plan.site
+        kernels[name] = _resolve_kernels(plan, model.device, kept.kernels.get(name) if kept else None)
+        coder = build_without_memory(own, *site.sum_widths(widths), is_sae=site.is_sae)
+        # A setting that is given was kept or refused before, so only what the rules derive is from the first start.
+        is_lr_kept, is_window_kept = own.optim.lr == "auto", own.dead.dead_window_tokens is None
+        lrs[name] = kept.lrs[name] if kept and is_lr_kept else _resolve_lr(own, coder, per_step, steps)
+        windows[name] = (
+            kept.dead_windows[name]
+            if kept and is_window_kept
+            else own.dead.resolve_window(own.train.max_tokens, coder.num_latents, coder.expected_l0())
+        )
+        costs[name] = SaeCost(count_parameters(coder), {each: widths[each] for each in site.hookpoints})
     placement = plan_placement(
         config.processes,
         costs,
@@ -100,17 +98,21 @@ def resolve_run(
     )
     if placement.reason:
         log_rank0(f"{env.world_size()} processes, {placement.reason}")
-    warmup, group_tokens = resolve_warmup_steps(config.optim, steps), _resolve_group_tokens(config, ctx_len, kept)
-    return Resolved(kernels, lrs, windows, warmup, placement, per_step, steps, group_tokens)
+    warmup = resolve_warmup_steps(config.optim, steps)
+    return Resolved(
+        kernels, lrs, windows, warmup, placement, per_step, steps, _resolve_group_tokens(plans, ctx_len, kept)
+    )
 
 
-def name_saes(sites: Mapping[str, Site], seeds: Sequence[int]) -> dict[str, tuple[Site, int]]:
-    """Return {SAE: (site, seed)} of a run with one SAE per site and seed."""
-    return {
-        name if number == 0 else f"{name}/seed{seed}": (site, seed)
-        for name, site in sites.items()
-        for number, seed in enumerate(seeds)
-    }
+def _resolve_kernels(plan: SaePlan, device: torch.device, kept: KernelSettings | None) -> KernelSettings:
+    """Return the kernels of an SAE: those that the flags name, or else those of the first start."""
+    given = plan.config.compute
+    if kept is not None:
+        given = KernelSettings(
+            kernels=kept.kernels if given.kernels == "auto" else given.kernels,
+            compute_dtype=kept.compute_dtype if given.compute_dtype == "auto" else given.compute_dtype,
+        )
+    return choose_kernels(given, step_request(plan.config, device, plan.site))
 
 
 def build_without_memory(config: RunConfig, d_in: int, d_out: int, *, is_sae: bool) -> SparseCoder:
@@ -129,10 +131,12 @@ def count_step_tokens(config: RunConfig, ctx_len: int) -> int:
     return config.train.batch_size * ctx_len * config.train.grad_acc_steps * env.world_size()
 
 
-def _resolve_group_tokens(config: RunConfig, ctx_len: int, kept: Resolved | None) -> int | None:
+def _resolve_group_tokens(plans: Mapping[str, SaePlan], ctx_len: int, kept: Resolved | None) -> int | None:
     """Return the activations per selection group; SaetrainError if a micro-batch does not hold whole groups."""
-    if not isinstance(config.sae, GroupSettings):
+    config = next((plan.config for plan in plans.values() if isinstance(plan.config.sae, GroupSettings)), None)
+    if config is None:
         return None
+    assert isinstance(config.sae, GroupSettings)
     unit = ctx_len * env.world_size()
     micro_tokens = config.train.batch_size * unit
     group_tokens = config.sae.group_tokens or (kept.group_tokens if kept else None) or micro_tokens
@@ -170,14 +174,16 @@ def _resolve_lr(config: RunConfig, coder: SparseCoder, tokens_per_step: int, ste
     return recommended
 
 
-def fill_in_resolved(config: RunConfig, resolved: Resolved) -> RunConfig:
-    """Return settings that name the resolved values instead of the rules, where one value holds for all SAEs."""
+def fill_in_resolved(config: RunConfig, resolved: Resolved, names: Collection[str]) -> RunConfig:
+    """Return settings that name resolved values instead of rules, where one value holds for the SAEs ``names``."""
     optim = dataclasses.replace(
         config.optim, lr_warmup_steps=resolved.warmup_steps, weight_decay=config.optim.effective_weight_decay
     )
-    lrs, windows, dead = set(resolved.lrs.values()), set(resolved.dead_windows.values()), config.dead
+    lrs, windows = {resolved.lrs[name] for name in names}, {resolved.dead_windows[name] for name in names}
+    kernels, dead = {resolved.kernels[name] for name in names}, config.dead
     if len(lrs) == 1:
         optim = dataclasses.replace(optim, lr=lrs.pop())
     if len(windows) == 1 and dead.dead_feature_threshold is None:
         dead = dataclasses.replace(dead, dead_window_tokens=windows.pop())
-    return dataclasses.replace(config, optim=optim, dead=dead, compute=resolved.kernels)
+    compute = kernels.pop() if len(kernels) == 1 else config.compute
+    return dataclasses.replace(config, optim=optim, dead=dead, compute=compute)

@@ -12,6 +12,7 @@ from saetrain.activations.model import resolve_device
 from saetrain.config import RunConfig, write_yaml
 from saetrain.distributed import env
 from saetrain.errors import SaetrainError
+from saetrain.grid import expand_grid
 from saetrain.logs import require_log_packages
 from saetrain.runs.run_dir import (
     CONFIG_FILE,
@@ -90,10 +91,17 @@ def _choose_kernels_on_ranks(config: RunConfig) -> None:
     if device.type == "cuda" and device.index is not None:
         # Triton launches on torch's current device, whatever device its inputs are on.
         torch.cuda.set_device(device)
-    request = step_request(config, device)
-    chosen = distributed.local_rank0_first("building the kernels", lambda: choose_kernels(config.compute, request))
+    requests = [(each.compute, step_request(each, device)) for each in expand_grid(config).values()]
+    chosen = distributed.local_rank0_first(
+        "building the kernels", lambda: [choose_kernels(settings, request) for settings, request in requests]
+    )
     gather.require_equal_on_ranks({"the type of --device": device.type})
-    gather.require_equal_on_ranks({"--kernels": chosen.kernels, "--compute_dtype": chosen.compute_dtype})
+    gather.require_equal_on_ranks(
+        {
+            "--kernels": [each.kernels for each in chosen],
+            "--compute_dtype": [each.compute_dtype for each in chosen],
+        }
+    )
 
 
 def _open_checkpoint(config: RunConfig, directory: Path) -> Checkpoint | None:
@@ -107,13 +115,12 @@ def _open_checkpoint(config: RunConfig, directory: Path) -> Checkpoint | None:
 
 def _broadcast_checkpoint(run: RunContext, checkpoint: Checkpoint) -> Checkpoint:
     """Send this rank the tensors that it needs, because the run directory may be on rank 0's disk only."""
-    missing = run.sae_names.keys() - checkpoint.values["files"].keys()
+    missing = run.plans.keys() - checkpoint.values["files"].keys()
     if missing:
         raise SaetrainError(f"--resume: checkpoint {checkpoint.path} has no SAE {', '.join(sorted(missing))}")
     tensors = {}
     for name in checkpoint.values["files"]:
         content = distributed.broadcast_tensors(checkpoint.tensors.get(name), f"sending the checkpoint of {name}")
-        site, _ = run.sae_names.get(name, (None, None))
-        if site is None or run.resolved.placement.is_owned_by(site.name, env.rank()):
+        if name not in run.plans or run.resolved.placement.is_owned_by(name, env.rank()):
             tensors[name] = content
     return dataclasses.replace(checkpoint, tensors=tensors)

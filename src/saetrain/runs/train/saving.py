@@ -10,14 +10,15 @@ from pathlib import Path
 from saetrain import distributed
 from saetrain.activations.normalize import Normalizer
 from saetrain.atomic_io import replace_non_finite
+from saetrain.config import write_yaml
 from saetrain.evaluation.evaluator import EvalTarget
 from saetrain.interop import sparsify
 from saetrain.interop.formats import save_sae
 from saetrain.logs.console import log_rank0
-from saetrain.runs.run_dir import SAES_DIR
+from saetrain.runs.run_dir import CONFIG_FILE, SAES_DIR
 from saetrain.runs.train.gather import RankGather
 from saetrain.runs.train.metadata import build_run_metadata, hook_name
-from saetrain.runs.train.setup import RunContext
+from saetrain.runs.train.setup import RunContext, resolve_config
 from saetrain.training.trainer import Trainer
 
 
@@ -48,20 +49,28 @@ def save_saes(
     skip_files = () if context.config.output.save_sparsify else (sparsify.WEIGHTS_FILE,)
     weights = {name: target.coder.state_dict() for name, target in targets.items()}
     for name, tensors in rank_gather.gather_tensors(weights, "sending SAEs").items():
-        site, seed = rank_gather.names[name]
+        plan = context.plans[name]
+        site, config = plan.site, plan.config
         metadata = dataclasses.replace(
             run_metadata.with_site(site, context.extractor.norm_limits),
             hook_name=hook_name(context, site),
-            init_seed=seed,
+            init_seed=plan.seed,
+            kernels=context.resolved.kernels[name].kernels,
+            compute_dtype=context.resolved.kernels[name].compute_dtype,
             held_out_figures=replace_non_finite(metrics[name]),
         )
         # Rank 0 builds the coders of other ranks too, and replaces their initial weights.
         d_in, d_out = site.sum_widths(context.extractor.capture.widths)
-        coder_class, settings = context.config.coder_class, context.config.sae
-        coder = coder_class.build(settings, d_in, None if site.is_sae else d_out).for_inference()
+        coder = config.coder_class.build(config.sae, d_in, None if site.is_sae else d_out).for_inference()
         coder.load_state_dict(tensors)
         distributed.record_progress()
+        folder, own = directory / SAES_DIR / name, resolve_config(context, name)
         with report_write_errors():
-            skipped = save_sae(directory / SAES_DIR / name, coder, metadata, skip_files)
+            folder.mkdir(parents=True, exist_ok=True)
+            # A run with these settings has another default name, so that it does not meet this one's folder.
+            write_yaml(
+                folder / CONFIG_FILE, dataclasses.replace(own, output=dataclasses.replace(own.output, run_name=None))
+            )
+            skipped = save_sae(folder, coder, metadata, skip_files)
         for format_name, reason in skipped.items():
             log_rank0(f"{name}: not saved for {format_name}: {reason}; saetrain.load reads it")

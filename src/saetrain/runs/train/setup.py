@@ -30,7 +30,8 @@ from saetrain.logs.console import log_rank0
 from saetrain.runs.text_data import load_text
 from saetrain.runs.train.end_to_end import load_lm_head_model, require_mask_token, require_one_hookpoint
 from saetrain.runs.train.memory import check_memory
-from saetrain.runs.train.resolve import Resolved, count_step_tokens, fill_in_resolved, name_saes, resolve_run
+from saetrain.runs.train.plan import SaePlan, plan_saes
+from saetrain.runs.train.resolve import Resolved, count_step_tokens, fill_in_resolved, resolve_run
 from saetrain.types import Cursor, ModelBatch, Site
 
 CALIBRATION_TOKENS = 16_384
@@ -48,6 +49,8 @@ class RunContext:
     framing: Framing
     hookpoints: list[str]
     """Hookpoints that the flags select."""
+    plans: dict[str, SaePlan]
+    """{SAE: its plan} of the whole run, including the SAEs of other ranks."""
     sites: dict[str, Site]
     """{site: what its SAEs read and reconstruct}."""
     extractor: ActivationExtractor
@@ -70,11 +73,6 @@ class RunContext:
         known = [tokens for tokens in self.text_tokens if tokens is not None]
         return sum(known) if len(known) == len(self.text_tokens) else None
 
-    @property
-    def sae_names(self) -> dict[str, tuple[Site, int]]:
-        """{SAE: (site, seed)} of the whole run, including the SAEs of other ranks."""
-        return name_saes(self.sites, self.config.train.init_seeds)
-
 
 def prepare_run(config: RunConfig, kept: Resolved | None = None) -> RunContext:
     """Load and resolve everything that precedes the first activation, and log what was chosen.
@@ -89,15 +87,16 @@ def prepare_run(config: RunConfig, kept: Resolved | None = None) -> RunContext:
     tokenizer = load_tokenizer(config.model, config.base.revision, config.base.trust_remote_code)
     check_vocabulary(model, len(tokenizer))
     hookpoints = resolve_hookpoints(model, config.where)
-    sites = {site.name: site for site in config.coder_class.build_sites(hookpoints)}
+    plans = plan_saes(config, hookpoints)
+    sites = {plan.site.name: plan.site for plan in plans.values()}
     if head is not None:
         require_mask_token(config, head, tokenizer)
         require_one_hookpoint(config, hookpoints)
     capture = ActivationCapture(model, list(dict.fromkeys(name for site in sites.values() for name in site.hookpoints)))
     ctx_len = resolve_ctx_len(config, model)
     require_shards(config, count_step_tokens(config, ctx_len) // config.train.grad_acc_steps)
-    resolved = resolve_run(config, model, sites, capture.widths, ctx_len, kept)
-    check_memory(config, model, sites, capture.widths, ctx_len, resolved.placement)
+    resolved = resolve_run(config, model, plans, capture.widths, ctx_len, kept)
+    check_memory(config, model, plans, capture.widths, ctx_len, resolved.placement)
     framing = Framing.from_tokenizer(tokenizer, model.causal, ctx_len)
     batch_tokens = config.base.resolve_batch_tokens(model.device)
     # The end-to-end losses run single sequences, in the sample order.
@@ -113,6 +112,7 @@ def prepare_run(config: RunConfig, kept: Resolved | None = None) -> RunContext:
         tokenizer=tokenizer,
         framing=framing,
         hookpoints=hookpoints,
+        plans=plans,
         sites=sites,
         extractor=extractor,
         train_source=text.train_source,
@@ -218,26 +218,29 @@ def held_out_batches(run: RunContext) -> Iterator[LabelledActivations]:
             yield LabelledActivations(batch.values, batch.doc, np.full(len(batch), TokenClass.KEPT, np.uint8))
 
 
-def resolve_config(run: RunContext) -> RunConfig:
-    """Return the settings with all resolved values filled in, for ``config.yaml``."""
-    config, where = fill_in_resolved(run.config, run.resolved), run.config.where
+def resolve_config(run: RunContext, sae: str | None = None) -> RunConfig:
+    """Return the settings with all resolved values filled in, for ``config.yaml``; ``sae``: those of this SAE alone."""
+    names = run.plans if sae is None else (sae,)
+    config = run.config if sae is None else run.plans[sae].config
+    config, where = fill_in_resolved(config, run.resolved, names), config.where
     if where.hookpoints is None:
         layers = tuple(int(name.rsplit(".", 1)[1]) for name in run.hookpoints)
         where = dataclasses.replace(where, layers=layers, layer_stride=None)
     dtype = next(name for name, dtype in DTYPES.items() if dtype is run.model.dtype)
     widths = run.extractor.capture.widths
-    latents = {config.sae.resolve_num_latents(site.sum_widths(widths)[0]) for site in run.sites.values()}
-    # If sites differ in width, no single number fits all, so the settings keep the rule.
-    sae = dataclasses.replace(config.sae, num_latents=latents.pop()) if len(latents) == 1 else config.sae
-    if isinstance(sae, GroupSettings):
-        sae = dataclasses.replace(sae, group_tokens=run.resolved.group_tokens)
+    plans = (run.plans[name] for name in names)
+    latents = {plan.config.sae.resolve_num_latents(plan.site.sum_widths(widths)[0]) for plan in plans}
+    # If the SAEs differ in size, no single number fits all, so the settings keep the rule.
+    settings = dataclasses.replace(config.sae, num_latents=latents.pop()) if len(latents) == 1 else config.sae
+    if isinstance(settings, GroupSettings):
+        settings = dataclasses.replace(settings, group_tokens=run.resolved.group_tokens)
     columns = run.text_metadata["text_columns"]
     column = columns[0] if len(columns) == 1 else config.source.text_column
     return dataclasses.replace(
         config,
         where=where,
         tokens=dataclasses.replace(config.tokens, ctx_len=run.framing.ctx_len),
-        sae=sae,
+        sae=settings,
         source=dataclasses.replace(config.source, text_column=column),
         base=dataclasses.replace(
             config.base,

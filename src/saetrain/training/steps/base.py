@@ -61,6 +61,14 @@ class MicroBatch:
     objective: Objective | None = None
     step_tokens: int | None = None
     groups: TokenGroups | None = None
+    normalized: dict[Callable[[Tensor], Tensor], Tensor] = field(default_factory=dict, repr=False, compare=False)
+    """{function: its value}, so that the SAEs of a site normalize the activations once."""
+
+    def normalize_once(self, function: Callable[[Tensor], Tensor], values_ND: Tensor) -> Tensor:
+        """Return ``function(values_ND)`` from ``normalized``; the same function always gets the same values."""
+        if function not in self.normalized:
+            self.normalized[function] = function(values_ND)
+        return self.normalized[function]
 
     @classmethod
     def of_sae(cls, x_ND: Tensor) -> MicroBatch:
