@@ -99,3 +99,55 @@ def test_a_spike_can_be_skipped(
     fvu = {r["step"]: r["saes"]["encoder.layer.0"]["fvu"] for r in records(tmp_path / "run") if r["kind"] == "train"}
     assert fvu[17] > 100
     assert fvu[18] < 1.5, "the weights did not take the step"
+
+
+@pytest.mark.parametrize("save_every", [8, 1000])
+def test_in_a_grid_a_spike_ends_one_sae_and_the_others_finish(
+    save_every: int,
+    tmp_path: Path,
+    tiny_bert: str,
+    topics_jsonl: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = [*short_run(tmp_path, tiny_bert, topics_jsonl), "--save_every", str(save_every)]
+    words += ["--assess", "true", "--report", "false", "--feature_tokens", "0", "--k", "4"]
+    main([*words, "--run_name", "alone"])
+    # Each step takes one call per SAE, in their order, so this is the second SAE's in step 17.
+    poisoned(monkeypatch, 2 * 17, float("nan"))
+    with pytest.raises(SystemExit) as caught:
+        main([*words, "8"])
+    assert caught.value.code == 3
+    said = capsys.readouterr()
+    kept = 8 if save_every == 8 else 16
+    ended = f"this SAE ends here with the weights of step {kept}, and the others go on (--on_spike stop)"
+    assert ended in said.err
+    assert "1 of 2 SAEs ended at a loss spike (encoder.layer.0/k8 at step 17)" in said.err
+    run = tmp_path / "run"
+    described = json.loads((run / "sae" / "encoder.layer.0" / "k8" / "cfg.json").read_text())["saetrain"]
+    assert (described["steps"], described["diverged_step"]) == (kept, 17)
+    verdicts = json.loads((run / "final_assessment.json").read_text())["saes"]
+    assert verdicts["encoder.layer.0/k8"]["verdict"] == "diverged"
+    assert f"diverged at step 17; these are the weights of step {kept}" in said.out
+    last = [r["saes"] for r in records(run) if r["kind"] == "train"][-1]
+    assert list(last) == ["encoder.layer.0/k4"]
+    weights = "encoder.layer.0/sae_weights.safetensors"
+    assert (run / "sae" / "encoder.layer.0" / "k4" / "sae_weights.safetensors").read_bytes() == (
+        tmp_path / "alone" / "sae" / weights
+    ).read_bytes()
+
+
+def test_a_resumed_grid_leaves_an_ended_sae_alone(
+    tmp_path: Path, tiny_bert: str, topics_jsonl: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [*short_run(tmp_path, tiny_bert, topics_jsonl), "--save_every", "8", "--k", "4", "8"]
+    with monkeypatch.context() as patch:
+        poisoned(patch, 2 * 17, float("nan"))
+        with pytest.raises(SystemExit):
+            main(words)
+    weights = tmp_path / "run" / "sae" / "encoder.layer.0" / "k8" / "sae_weights.safetensors"
+    before = weights.read_bytes()
+    with pytest.raises(SystemExit) as caught:
+        main([*words, "--resume"])
+    assert caught.value.code == 3
+    assert weights.read_bytes() == before

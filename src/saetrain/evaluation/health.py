@@ -74,6 +74,8 @@ class SaeProperties:
     """Number of scored tokens."""
     steps: int | None = None
     """Optimizer steps of the training; None if they are unknown."""
+    diverged_step: int | None = None
+    """Step whose loss spike ended the training early, or None."""
 
 
 @dataclass(frozen=True)
@@ -112,11 +114,16 @@ class Judgment:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The judgments on all metrics; prints as ``3/4``, the number that pass out of those that are judged."""
+    """The judgments on all metrics; prints as ``3/4``, the number that pass out of those that are judged.
+
+    That of an SAE whose training diverged prints as ``diverged``.
+    """
 
     judgments: dict[str, Judgment]
     steps: int | None = None
     """Optimizer steps of the training; None if they are unknown."""
+    diverged_step: int | None = None
+    """Step whose loss spike ended the training early, or None."""
 
     @property
     def n_passed(self) -> int:
@@ -129,7 +136,7 @@ class Verdict:
         return sum(judgment.is_judged for judgment in self.judgments.values())
 
     def __str__(self) -> str:
-        return f"{self.n_passed}/{self.n_judged}"
+        return "diverged" if self.diverged_step is not None else f"{self.n_passed}/{self.n_judged}"
 
     def describe_checks(self) -> str:
         """Return one line: the number of checks that pass, those that fail, and why others are not judged."""
@@ -140,7 +147,10 @@ class Verdict:
             if not judgment.is_judged
         ]
         parts = (("fails", failed), ("not judged", excused))
-        line = "; ".join([f"{self} checks pass", *(f"{what} {', '.join(names)}" for what, names in parts if names)])
+        passed = f"{self.n_passed}/{self.n_judged} checks pass"
+        line = "; ".join([passed, *(f"{what} {', '.join(names)}" for what, names in parts if names)])
+        if self.diverged_step is not None:
+            return f"diverged at step {self.diverged_step}; these are the weights of step {self.steps}; {line}"
         is_short = self.steps is not None and self.steps < MIN_JUDGED_STEPS
         return f"{line}; only {self.steps} steps, more tokens would help" if is_short and not excused else line
 
@@ -177,7 +187,7 @@ def judge_metrics(
     }
     if metrics["explained_variance"].value >= 0:
         judgments = {name: _excuse_short_run(judgment, sae.steps) for name, judgment in judgments.items()}
-    return Verdict(judgments, sae.steps)
+    return Verdict(judgments, sae.steps, sae.diverged_step)
 
 
 def _excuse_short_run(judgment: Judgment, steps: int | None) -> Judgment:

@@ -54,6 +54,8 @@ class SaeMetadata:
     processes: Total = 1
     tokens_seen: TotalOrZero | None = None
     steps: TotalOrZero | None = None
+    diverged_step: TotalOrZero | None = None
+    """Step whose loss spike ended the training early; ``steps`` and ``tokens_seen`` are those of the saved weights."""
     hookpoint: str | None = None
     hook_name: str | None = None
     init_seed: Seed | None = None

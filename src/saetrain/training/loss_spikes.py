@@ -22,10 +22,10 @@ SPIKE_MIN_STEPS = 5
 
 
 class LossSpike:
-    """A loss spike: ``facts`` contains SAE, step, loss and running median; ``str()`` gives the message."""
+    """A loss spike of ``sae`` in ``step``; ``facts`` also has the loss and its running median, ``str()`` the message."""
 
     def __init__(self, sae: str, step: int, loss: float, median: float | None) -> None:
-        self.step = step
+        self.sae, self.step = sae, step
         self.facts = {"sae": sae, "step": step, "loss": repr(loss), "running_median": median}
         ratio = f", {loss / median:.0f} times its running median {median:.4g}" if median and math.isfinite(loss) else ""
         gradient = "" if ratio or not math.isfinite(loss) else ", and its gradient is not finite"

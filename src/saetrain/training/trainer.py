@@ -36,7 +36,7 @@ class TrainSettings(Settings):
     e2e_recon_weight: Factor = 0.0
     """With `ce` and `kl`: weight of the FVU that is added to the loss, in nats."""
     on_spike: Literal["stop", "skip"] = "stop"
-    """Reaction to a loss that is not finite or above 100 times its running median: stop the run or skip the step."""
+    """Reaction to a loss that is not finite or above 100 times its running median: stop the SAE, or skip the step."""
     init_seeds: tuple[Seed, ...] = (42,)
     """Seeds of the initial weights; each seed trains its own SAE in the same run."""
 
@@ -68,6 +68,14 @@ class TrainSettings(Settings):
         return self.loss_fn in ("ce", "kl")
 
 
+@dataclass(frozen=True)
+class EndedSae:
+    """The end of an SAE at a loss spike: the step of the spike, and the step after which its weights were taken."""
+
+    spike_step: int
+    weights_step: int
+
+
 class Trainer:
     """Trains several SAEs together: every SAE sees the same tokens in every step.
 
@@ -85,12 +93,19 @@ class Trainer:
         is_data_parallel: bool = False,
     ) -> None:
         self.saes = saes
+        self.ended: dict[str, EndedSae] = {}
+        """{SAE: how a loss spike ended it}, for SAEs that take no more steps; those of all ranks."""
         self.is_data_parallel = is_data_parallel
         self.settings = settings
         self.tokens_per_step = tokens_per_step
         self.total_steps = settings.max_tokens // tokens_per_step
         self.step = 0
         self._warmup_steps = warmup_steps
+
+    @property
+    def active_saes(self) -> dict[str, SaeState]:
+        """The SAEs of this rank that still take steps."""
+        return {name: sae for name, sae in self.saes.items() if name not in self.ended}
 
     @property
     def tokens_seen(self) -> int:
@@ -109,17 +124,17 @@ class Trainer:
         while it runs. Returns the known spikes: those of this step or, if the host runs ahead of the device, those of
         the step DEVICE_LAG_STEPS before.
         """
+        saes = self.active_saes
         contexts = {
-            name: sae.build_context(self.step, self.tokens_per_step, self.total_steps)
-            for name, sae in self.saes.items()
+            name: sae.build_context(self.step, self.tokens_per_step, self.total_steps) for name, sae in saes.items()
         }
         factor = lr_factor(self.step, self.total_steps, self._warmup_steps)
-        for sae in self.saes.values():
+        for sae in saes.values():
             sae.stats = None
-        buckets, first_sae = GradientBuckets(), next(iter(self.saes.values()), None)
+        buckets, first_sae = GradientBuckets(), next(iter(saes.values()), None)
         for micro in range(self.settings.grad_acc_steps):
             batch = next(batches)
-            for name, sae in self.saes.items():
+            for name, sae in saes.items():
                 record_progress()
                 self._forward_backward(name, batch[sae.site.name], contexts[name])
                 if micro < self.settings.grad_acc_steps - 1:
@@ -135,7 +150,7 @@ class Trainer:
             buckets.flush()
             during_reduce()
             buckets.wait()
-            for name, sae in self.saes.items():
+            for name, sae in saes.items():
                 sae.unpack_reduced(self.tokens_per_step)
                 sae.step_unless_spike(name, sae.peak_lr * factor, contexts[name])
         self.step += 1
@@ -146,7 +161,7 @@ class Trainer:
         return self._pop_spikes(wait=True)
 
     def _pop_spikes(self, *, wait: bool) -> list[LossSpike]:
-        found = [spike for name, sae in self.saes.items() for spike in sae.pop_spikes(name, wait=wait)]
+        found = [spike for name, sae in self.active_saes.items() for spike in sae.pop_spikes(name, wait=wait)]
         return sorted(found, key=lambda spike: spike.step)
 
     def _forward_backward(self, name: str, batch: MicroBatch, ctx: StepContext) -> None:
@@ -166,11 +181,11 @@ class Trainer:
             sae.zero_grad()
 
     def compute_metrics(self) -> dict[str, dict[str, float]]:
-        """Return {SAE: metrics} of the last step."""
+        """Return {SAE: metrics} of the last step, of the SAEs that took it."""
         factor = lr_factor(self.step - 1, self.total_steps, self._warmup_steps)
         return {
             name: {**sae.compute_metrics(self.settings.loss_fn), "lr": sae.peak_lr * factor}
-            for name, sae in self.saes.items()
+            for name, sae in self.active_saes.items()
         }
 
 

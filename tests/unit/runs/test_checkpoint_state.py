@@ -42,6 +42,7 @@ VALUES: dict[str, Any] = {
         "placement": {"owners": {}, "reason": ""},
     },
     "losses": {"h.0": [1.0, 0.5]},
+    "ended": {},
     "buffer": {"0": [0, 64, 3, 0], "1": [0, 64, 3, 0]},
     "logs": {},
     "world_size": 1,

@@ -177,7 +177,9 @@ def judge_sae(sae: SavedSae, scores: SaeScores, threshold: float, settings: Heal
     coder, l0 = sae.coder, sae.coder.expected_l0()
     bound = min_dead_fraction(l0, coder.num_latents, threshold) if l0 is not None else 0.0
     tokens = scores.metrics["dead_below_threshold"].count
-    properties = SaeProperties(coder.num_latents, l0, bound, threshold, tokens, sae.metadata.steps)
+    properties = SaeProperties(
+        coder.num_latents, l0, bound, threshold, tokens, sae.metadata.steps, sae.metadata.diverged_step
+    )
     return judge_metrics(estimates, baselines, properties, settings)
 
 
@@ -241,7 +243,7 @@ def report_assessment(assessment: Assessment) -> None:
         console.print(build_sae_table({"SAE": list(assessment.verdicts)}, rows, verdicts))
     for name, (verdict, *others) in assessment.verdicts.items():
         other_texts = (f"; {other} on {text}" for other, text in zip(others, assessment.texts[1:], strict=True))
-        style = "red" if verdict.n_passed < verdict.n_judged else "green"
+        style = "red" if verdict.n_passed < verdict.n_judged or verdict.diverged_step is not None else "green"
         console.print(Text(f"{name}: {verdict.describe_checks()}{''.join(other_texts)}", style=style))
     console.print(Text(f"written: {', '.join(map(shorten_path, assessment.write_files()))}"))
 

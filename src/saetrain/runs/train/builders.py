@@ -25,7 +25,7 @@ from saetrain.runs.train.setup import RunContext, read_calibration_sample, resol
 from saetrain.training.checkpoint import Checkpoint
 from saetrain.training.dead_latents import FiringTracker
 from saetrain.training.sae_state import SaeState
-from saetrain.training.trainer import Trainer
+from saetrain.training.trainer import EndedSae, Trainer
 
 MEASURING_PHASE = "measuring the activations"
 
@@ -76,7 +76,9 @@ def build_trainer(run: RunContext, checkpoint: Checkpoint | None) -> tuple[Train
         warmup_steps=run.resolved.warmup_steps,
         is_data_parallel=run.resolved.is_data_parallel,
     )
-    trainer.step = checkpoint.values["step"] if checkpoint else 0
+    if checkpoint is not None:
+        trainer.step = checkpoint.values["step"]
+        trainer.ended = {name: EndedSae(**each) for name, each in checkpoint.values["ended"].items()}
     return trainer, normalizers
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from saetrain.runs.train.resolve import Resolved
+from saetrain.training.trainer import EndedSae
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class CheckpointState:
     norm_limits: dict[str, float]
     resolved: Resolved
     losses: dict[str, list[float]]
+    ended: dict[str, EndedSae]
     buffer: dict[str, list[int]]
     logs: dict[str, str]
     world_size: int
@@ -70,6 +72,8 @@ class CheckpointState:
             raise ValueError("a batch or the number of processes is below 1")
         if self.files.keys() != {*self.losses, *(f"normalizer:{name}" for name in self.normalizers)}:
             raise ValueError("files, losses and normalizers are not of the same SAEs")
+        if not self.ended.keys() <= self.losses.keys():
+            raise ValueError("an SAE has ended that is not of this run")
         if self.buffer.keys() != {str(shard) for shard in range(self.settings.data_shards)}:
             raise ValueError(f"buffer does not have the {self.settings.data_shards} shards")
         if any(min(row, default=-1) < 0 for row in self.buffer.values()):

@@ -19,9 +19,17 @@ from saetrain.runs.train.batches import BatchSource, BatchSourceState
 from saetrain.runs.train.builders import TrainingRun
 from saetrain.runs.train.gather import RankGather
 from saetrain.runs.train.resume import content_hashes
-from saetrain.training.checkpoint import MAX_INTERVAL_MINUTES, rename_suspect, save_checkpoint
+from saetrain.training.checkpoint import (
+    MAX_INTERVAL_MINUTES,
+    Checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    rename_suspect,
+    save_checkpoint,
+)
 from saetrain.training.loss_spikes import LossSpike
 from saetrain.training.sae_state import DEVICE_LAG_STEPS
+from saetrain.training.trainer import EndedSae
 
 MAX_SKIPPED_STEPS = 10
 """Number of consecutive steps that --on_spike skip skips before the run fails."""
@@ -76,6 +84,7 @@ class Checkpointing:
             "normalizers": {name: value.scalar_constants() for name, value in self._run.normalizers.items()},
             "norm_limits": self._run.context.extractor.norm_limits,
             "resolved": dataclasses.asdict(self._run.context.resolved),
+            "ended": {name: dataclasses.asdict(each) for name, each in self._trainer.ended.items()},
             "losses": gather.gather_entries({name: sae.recent_losses() for name, sae in saes.items()}),
             "buffer": gather.gather_states(batches),
             "logs": log.state_dict(),
@@ -91,15 +100,53 @@ class Checkpointing:
         self._saved_at_s, self.saved_step = time.monotonic(), self._trainer.step
 
     def handle_spikes(self, own: list[LossSpike]) -> None:
-        """Stop at, or log, the loss spikes of all ranks; ``own``: the spikes of this rank's SAEs."""
+        """Stop at, or log, the loss spikes of all ranks; ``own``: the spikes of this rank's SAEs.
+
+        With --on_spike stop, an SAE ends at its spike, and the run stops if no other SAE is left.
+        """
         spikes = sorted(self._rank_gather.gather_spikes(own), key=lambda spike: spike.step)
         if spikes and self._run.context.config.train.on_spike == "stop":
+            ending = {spike.sae for spike in spikes}
+            if len(ending | self._trainer.ended.keys()) < len(self._run.context.plans):
+                for name in sorted(ending):
+                    self._end_sae(next(spike for spike in spikes if spike.sae == name))
+                return
             state = self._rank_gather.gather_states(dict(self._recent_states)[spikes[0].step])
             text = distributed.run_on_rank0(
                 "writing spike.json", lambda: self._write_spike(spikes[0], self._batch_source.describe_state(state))
             )
             raise SaetrainError(text)
         self._log_skipped_steps(spikes)
+
+    def _end_sae(self, spike: LossSpike) -> None:
+        """End an SAE at its spike, with the weights of the last checkpoint that the spike can't have spoiled.
+
+        The update that ruins the weights shows in the loss of the next step. Without a checkpoint, the SAE keeps its
+        weights.
+        """
+        found = self._find_good_checkpoint(spike) if env.rank() == 0 else None
+        kept = None if found is None else [found.values["step"], found.values["losses"][spike.sae]]
+        kept = distributed.broadcast_from_rank0(kept, "reading the last good weights")
+        step = spike.step - 1
+        if kept is not None:
+            step, losses = kept
+            tensors = None if found is None else found.tensors[spike.sae]
+            tensors = distributed.broadcast_tensors(tensors, "sending the last good weights")
+            if spike.sae in self._trainer.saes:
+                self._trainer.saes[spike.sae].load_state_dict(tensors, losses)
+        self._trainer.ended[spike.sae] = EndedSae(spike.step, step)
+        log_rank0(
+            f"{spike}; this SAE ends here with the weights of step {step}, and the others go on (--on_spike stop)"
+        )
+
+    def _find_good_checkpoint(self, spike: LossSpike) -> Checkpoint | None:
+        """Return the newest checkpoint from before the update that a spike shows, or else the newest one, if any."""
+        paths = list_checkpoints(self._run.directory / CHECKPOINTS_DIR) if self.saved_step is not None else []
+        for path in reversed(paths):
+            checkpoint = load_checkpoint(path)
+            if checkpoint.values["step"] < spike.step - 1 or path == paths[0]:
+                return checkpoint
+        return None
 
     def _write_spike(self, spike: LossSpike, shards: dict[str, Any]) -> str:
         """Write the position of the spike's batch to spike.json, and return the error with advice."""

@@ -46,7 +46,7 @@ class RankGather:
             for rows in distributed.all_gather_json(own, "gathering metrics")
             for name, value in rows.items()
         }
-        return {name: every[name] for name in self.names}
+        return {name: every[name] for name in self.names if name in every}
 
     def gather_tensors(self, own: Mapping[str, Mapping[str, Tensor]], what: str) -> dict[str, dict[str, Tensor]]:
         """Return {SAE: tensors} of all SAEs on rank 0, and {} on the other ranks."""

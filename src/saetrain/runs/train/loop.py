@@ -99,7 +99,7 @@ class TrainLoop:
         if not finished:
             raise distributed.CoordinatedExit(self.preemption.exit_code)
         if is_rank0:
-            raise_if_diverged(self.training_run.directory, self.config, final)
+            raise_if_diverged(self.training_run.directory, self.config, final, self.trainer.ended)
 
     def _raise_if_stopping(self) -> None:
         """Raise :class:`Preempted` after a signal or at the end of the run, so that reading stops."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from saetrain.activations.model import DTYPES
@@ -18,7 +19,7 @@ from saetrain.runs.run_dir import SAES_DIR
 from saetrain.runs.sae_table import build_sae_table, open_console
 from saetrain.runs.train.setup import RunContext
 from saetrain.training.dead_latents import min_dead_fraction
-from saetrain.training.trainer import Trainer
+from saetrain.training.trainer import EndedSae, Trainer
 from saetrain.types import Site
 
 
@@ -47,8 +48,6 @@ def build_run_metadata(run: RunContext, trainer: Trainer) -> SaeMetadata:
         loss_fn=config.train.loss_fn,
         finetuned_from=config.finetune,
         processes=env.world_size(),
-        tokens_seen=trainer.tokens_seen,
-        steps=trainer.step,
     )
 
 
@@ -179,18 +178,34 @@ def log_run_summary(metrics: dict[str, dict[str, float]], *, will_assess: bool) 
         )
 
 
-def raise_if_diverged(directory: Path, config: RunConfig, metrics: dict[str, dict[str, float]]) -> None:
-    """Raise DivergedRun if a held-out FVU is not a number, or above 1 in a run that minimizes the FVU."""
+def raise_if_diverged(
+    directory: Path,
+    config: RunConfig,
+    metrics: dict[str, dict[str, float]],
+    ended: Mapping[str, EndedSae] | None = None,
+) -> None:
+    """Raise DivergedRun if a held-out FVU is not a number or, in a run that minimizes the FVU, is above 1.
+
+    ``ended``: SAEs that ended at a loss spike, which also raise it.
+    """
     limit = math.inf if config.train.end_to_end else 1
     diverged = {name: row["fvu"] for name, row in metrics.items() if not row["fvu"] <= limit}
-    if not diverged:
+    parts = []
+    if ended:
+        shown = ", ".join(f"{name} at step {each.spike_step}" for name, each in ended.items())
+        parts.append(f"{len(ended)} of {len(metrics)} SAEs ended at a loss spike ({shown})")
+    if diverged:
+        name, fvu = max(diverged.items(), key=lambda item: (math.isnan(item[1]), item[1]))
+        found = "FVU nan, not a number" if math.isnan(fvu) else f"FVU {fvu:.4g}, above 1"
+        parts.append(
+            f"{len(diverged)} of {len(metrics)} SAEs reconstruct held-out text worse than its mean does ({name}: "
+            f"{found})"
+        )
+    if not parts:
         return
-    name, fvu = max(diverged.items(), key=lambda item: (math.isnan(item[1]), item[1]))
-    found = "FVU nan, not a number" if math.isnan(fvu) else f"FVU {fvu:.4g}, above 1"
     lr = "a lower --lr" if config.optim.lr == "auto" or not config.has_lr_rule else "--lr auto or a lower --lr"
     error = DivergedRun(
-        f"the run diverged: {len(diverged)} of {len(metrics)} SAEs reconstruct held-out text worse than its mean does "
-        f"({name}: {found}); they are saved in {directory / 'sae'}; start a new run with {lr}"
+        f"the run diverged: {'; '.join(parts)}; they are saved in {directory / 'sae'}; start a new run with {lr}"
     )
     if not env.will_be_restarted():
         raise error

@@ -14,6 +14,7 @@ from saetrain.config import write_yaml
 from saetrain.evaluation.evaluator import EvalTarget
 from saetrain.interop import sparsify
 from saetrain.interop.formats import save_sae
+from saetrain.interop.metadata import SaeMetadata
 from saetrain.logs.console import log_rank0
 from saetrain.runs.run_dir import CONFIG_FILE, SAES_DIR
 from saetrain.runs.train.gather import RankGather
@@ -30,6 +31,14 @@ def fold_coders(trainer: Trainer, normalizers: Mapping[str, Normalizer]) -> dict
         coder = sae.coder.folded(inputs, outputs).for_inference()
         targets[name] = EvalTarget(sae.site, coder, outputs.mean)
     return targets
+
+
+def _record_end(metadata: SaeMetadata, trainer: Trainer, sae: str) -> SaeMetadata:
+    """Return the metadata with how far the SAE was trained."""
+    ended = trainer.ended.get(sae)
+    steps, diverged_step = (trainer.step, None) if ended is None else (ended.weights_step, ended.spike_step)
+    tokens = steps * trainer.tokens_per_step
+    return dataclasses.replace(metadata, steps=steps, tokens_seen=tokens, diverged_step=diverged_step)
 
 
 def save_saes(
@@ -59,6 +68,7 @@ def save_saes(
             compute_dtype=context.resolved.kernels[name].compute_dtype,
             held_out_figures=replace_non_finite(metrics[name]),
         )
+        metadata = _record_end(metadata, trainer, name)
         # Rank 0 builds the coders of other ranks too, and replaces their initial weights.
         d_in, d_out = site.sum_widths(context.extractor.capture.widths)
         coder = config.coder_class.build(config.sae, d_in, None if site.is_sae else d_out).for_inference()
