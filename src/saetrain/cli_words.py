@@ -32,17 +32,20 @@ def find_value(words: Sequence[str], flag: str) -> str | None:
 
 
 def find_values(words: Sequence[str], flag: str) -> list[str]:
-    """Return the words that belong to a flag, before they are parsed; an empty list without the flag."""
-    for position, word in enumerate(words):
+    """Return the words that belong to the last flag of this name; an empty list without the flag."""
+    for position, word in reversed([*enumerate(words)]):
         name, equals, value = word.partition("=")
         if name == f"--{flag}":
-            following, has_positionals = _words_until_flag(words[position + 1 :]), not words[0].startswith("--")
+            following, has_positionals = _words_until_flag(words[position + 1 :]), len(_words_until_flag(words)) > 1
             return [value] if equals else _take_axis_values(flag, following, has_positionals)
     return []
 
 
 def _take_axis_values(flag: str, words: list[str], has_positionals: bool) -> list[str]:
-    """Return those of the words after a flag that are its values, and not MODEL and DATASET."""
+    """Return those of the words after a flag that are its values, and not MODEL or DATASET.
+
+    ``has_positionals``: MODEL and DATASET precede the flag.
+    """
 
     def is_value(word: str) -> bool:
         if flag == "architecture":
@@ -62,6 +65,9 @@ def list_combinations(words: list[str]) -> list[list[str]]:
         if word.startswith("--"):
             groups.append([])
         groups[-1].append(word)
+    # Of a flag that is given twice, the last one counts.
+    last = {group[0]: number for number, group in enumerate(groups) if group and group[0][2:] in AXES}
+    groups = [group for number, group in enumerate(groups) if not group or last.get(group[0], number) == number]
     choices = []
     for group in groups:
         is_axis = len(group) > 2 and group[0][2:] in AXES
@@ -127,7 +133,7 @@ def _move_positionals_first(words: list[str], types_by_flag: dict[str, Any], axe
         if word.startswith("--"):
             flag, in_number_list = word[2:], "=" not in word and _is_number_list(types_by_flag.get(word[2:]))
             rest.append(word)
-            n_values = len(_take_axis_values(flag, _words_until_flag(words[position + 1 :]), bool(first)))
+            n_values = len(_take_axis_values(flag, _words_until_flag(words[position + 1 :]), len(first) > 1))
         elif flag in axes and n_values > 0:
             n_values -= 1
             rest.append(word)

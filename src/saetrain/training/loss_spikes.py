@@ -22,7 +22,7 @@ SPIKE_MIN_STEPS = 5
 
 
 class LossSpike:
-    """A loss spike of ``sae`` in ``step``; ``facts`` also has the loss and its running median, ``str()`` the message."""
+    """A loss spike of ``sae`` in ``step``; ``facts`` also has the loss and its median, ``str()`` is the message."""
 
     def __init__(self, sae: str, step: int, loss: float, median: float | None) -> None:
         self.sae, self.step = sae, step

@@ -79,13 +79,14 @@ def resolve_run(
         own, site = plan.config, plan.site
         kernels[name] = _resolve_kernels(plan, model.device, kept.kernels.get(name) if kept else None)
         coder = build_without_memory(own, *site.sum_widths(widths), is_sae=site.is_sae)
-        # A setting that is given was kept or refused before, so only what the rules derive is from the first start.
-        is_lr_kept, is_window_kept = own.optim.lr == "auto", own.dead.dead_window_tokens is None
-        lrs[name] = kept.lrs[name] if kept and is_lr_kept else _resolve_lr(own, coder, per_step, steps)
-        windows[name] = (
-            kept.dead_windows[name]
-            if kept and is_window_kept
-            else own.dead.resolve_window(own.train.max_tokens, coder.num_latents, coder.expected_l0())
+        # A setting that is given was kept or refused before, so only what the rules derive is from the first start. A
+        # changed setting that makes other SAEs is refused later, by its name.
+        known = kept if kept is not None and name in kept.lrs else None
+        kept_lr = known.lrs[name] if known and own.optim.lr == "auto" else None
+        kept_window = known.dead_windows[name] if known and own.dead.dead_window_tokens is None else None
+        lrs[name] = kept_lr or _resolve_lr(own, coder, per_step, steps)
+        windows[name] = kept_window or own.dead.resolve_window(
+            own.train.max_tokens, coder.num_latents, coder.expected_l0()
         )
         costs[name] = SaeCost(count_parameters(coder), {each: widths[each] for each in site.hookpoints})
     placement = plan_placement(
