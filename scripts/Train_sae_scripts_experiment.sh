@@ -3,8 +3,9 @@
 #
 #   MODEL=bert-base-uncased DATASET=wikitext LRS="0.001 auto" KS="32 192" scripts/Train_sae_scripts_experiment.sh
 #
-# Each run has a folder in SAVE_DIR/RUN_NAME. The table is written to comparison.json in SAVE_DIR/RUN_NAME. These lists
-# define the grid:
+# A run trains the SAEs of all values of LRS, KS and NUM_LATENTS_LIST (docs/sweeps.md), and there is one run per value of
+# AUXK_ALPHAS. With --loss_fn ce or kl, --finetune and sgd, there is one run per point of the grid. Each run has a folder
+# in SAVE_DIR/RUN_NAME. The table is written to comparison.json in SAVE_DIR/RUN_NAME. These lists define the grid:
 #
 #   AUXK_ALPHAS       weights of the AuxK loss, which revives dead latents (default: "0 0.03125")
 #   LRS               learning rates (default: LR, else "0.001 auto"; "0.001 0.004" with sgd, ce, kl and --finetune)
@@ -35,9 +36,19 @@ grid=("")
 vary --auxk_alpha "${AUXK_ALPHAS:-0 0.03125}"
 # --lr auto supports only Adam, reconstruction losses and random initial weights. Other studies use fixed rates.
 if [[ -n ${no_rule:-} ]]; then rates="0.001 0.004"; else rates="0.001 auto"; fi
-vary --lr "${LRS:-${LR:-$rates}}"
-vary --k "${KS:-}"
-vary --num_latents "${NUM_LATENTS_LIST:-}"
+rates=${LRS:-${LR:-$rates}}
+saes=()
+if [[ -n ${no_rule:-} ]]; then
+  # With --loss_fn ce or kl and with --finetune, SAEs can't share a run.
+  vary --lr "$rates"
+  vary --k "${KS:-}"
+  vary --num_latents "${NUM_LATENTS_LIST:-}"
+else
+  for axis in "--lr $rates" ${KS:+"--k $KS"} ${NUM_LATENTS_LIST:+"--num_latents $NUM_LATENTS_LIST"}; do
+    read -ra values <<< "$axis"
+    saes+=("${values[@]}")
+  done
+fi
 
 runs=()
 for point in "${grid[@]}"; do
@@ -47,6 +58,6 @@ for point in "${grid[@]}"; do
   name=${name// /}
   runs+=("$study/$name")
   echo "run ${#runs[@]} of ${#grid[@]}:$point" >&2
-  saetrain "${settings[@]}" "${flags[@]}" --save_dir "$study" --run_name "$name" "$@"
+  saetrain "${settings[@]}" "${flags[@]}" "${saes[@]}" --save_dir "$study" --run_name "$name" "$@"
 done
 compare_to "$study/comparison.json" "${runs[@]}"

@@ -30,7 +30,7 @@ BANNED = re.compile(
 ALLOWED = re.compile(r"`[^`]*`|\"[^\"]*\"|stand-in|standalone|stand(s|ing)? for")
 """Quoted words are names of something, not prose."""
 MAX_ONE_WORD_SHARE = 0.10
-MAX_README_WORDS, MAX_DOCS_WORDS = 900, 9000
+MAX_README_WORDS, MAX_DOCS_WORDS = 900, 9800
 
 
 def remarks(text: str) -> Iterator[tuple[int, str]]:

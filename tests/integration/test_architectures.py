@@ -81,7 +81,7 @@ def test_saved_and_loaded_it_gives_the_same_codes(run_dir: Path, architecture: s
         architecture, ["saetrain.safetensors"]
     )
     assert [path.name for path in weights] == held
-    assert {path.name for path in folder.iterdir()} == {"README.md", "cfg.json", *held}
+    assert {path.name for path in folder.iterdir()} == {"README.md", "cfg.json", "config.yaml", *held}
     assert sae.coder.state_dict().keys() == {name for path in weights for name in load_file(path)}
     x = torch.randn(50, sae.coder.d_in, generator=torch.Generator().manual_seed(0))
     codes = sae.encode(x)

@@ -73,6 +73,8 @@ def records(run: Path) -> list[dict[str, Any]]:
     out = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for record in out:
         record.pop("tokens_per_second", None)
+        for metrics in record["saes"].values():
+            metrics.pop("step_ms", None)
     return out
 
 

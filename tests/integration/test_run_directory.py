@@ -173,4 +173,8 @@ def test_dry_run_of_a_large_text_estimates_from_a_sample(
 def test_sparsify_layout_can_be_switched_off(tmp_path: Path, tiny_bert: str, topics_jsonl: str) -> None:
     run(tmp_path, tiny_bert, topics_jsonl, "--save_sparsify", "false")
     folder = tmp_path / "run" / "sae" / "encoder.layer.0"
-    assert sorted(path.name for path in folder.iterdir()) == ["cfg.json", "sae_weights.safetensors"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "cfg.json",
+        "config.yaml",
+        "sae_weights.safetensors",
+    ]

@@ -120,7 +120,7 @@ def test_in_a_grid_a_spike_ends_one_sae_and_the_others_finish(
     assert caught.value.code == 3
     said = capsys.readouterr()
     kept = 8 if save_every == 8 else 16
-    ended = f"this SAE ends here with the weights of step {kept}, and the others go on (--on_spike stop)"
+    ended = f"this SAE ends here with the weights of step {kept}, and the others continue (--on_spike stop)"
     assert ended in said.err
     assert "1 of 2 SAEs ended at a loss spike (encoder.layer.0/k8 at step 17)" in said.err
     run = tmp_path / "run"

@@ -31,7 +31,10 @@ def train(out: Path, name: str, words: str) -> Path:
 
 
 def lines(run: Path, kind: str) -> list[dict[str, Any]]:
+    """The records of a kind, without the times of the SAEs' steps."""
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for metrics in (metrics for record in records for metrics in record["saes"].values()):
+        metrics.pop("step_ms", None)
     return [record for record in records if record["kind"] == kind]
 
 

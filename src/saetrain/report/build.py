@@ -35,7 +35,7 @@ from saetrain.runs.run_dir import REPORT_DIR, REPORT_FILE, SAES_DIR, find_featur
 from saetrain.runs.share.local_paths import PathShortener
 
 HERE = Path(__file__).parent
-SCRIPTS = ("dom", "data", "plot", "run_view", "sae_view", "search", "browser", "latent_view", "main")
+SCRIPTS = ("dom", "data", "plot", "compare_view", "run_view", "sae_view", "search", "browser", "latent_view", "main")
 STYLES = ("page.css",)
 PROMPT_SCRIPTS, PROMPT_STYLE = ("prompt_view", "prompt_change"), "prompt.css"
 """What only served pages have."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,18 @@ def read_curves(path: Path) -> dict[str, Any]:
         if kind in records:
             records[kind].append(record)
     seconds = _estimate_seconds(records["train"])
-    return {"curves": {kind: _build_curves(found) for kind, found in records.items()}, "train_seconds": seconds}
+    curves = {kind: _build_curves(found) for kind, found in records.items()}
+    return {"curves": curves, "train_seconds": seconds, "step_ms": _average_step_times(records["train"])}
+
+
+def _average_step_times(records: list[StoredRecord]) -> dict[str, float]:
+    """Return {SAE: median time of its step in ms}, of the SAEs whose time was measured."""
+    times: dict[str, list[float]] = {}
+    for record in records:
+        for name, metrics in record.saes.items():
+            if metrics.get("step_ms") is not None:
+                times.setdefault(name, []).append(metrics["step_ms"])  # type: ignore[arg-type]
+    return {name: statistics.median(each) for name, each in times.items()}
 
 
 def _estimate_seconds(records: list[StoredRecord]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -101,6 +102,7 @@ class Trainer:
         self.total_steps = settings.max_tokens // tokens_per_step
         self.step = 0
         self._warmup_steps = warmup_steps
+        self._step_times: dict[str, list[float]] = {name: [] for name in saes}
 
     @property
     def active_saes(self) -> dict[str, SaeState]:
@@ -134,18 +136,19 @@ class Trainer:
         buckets, first_sae = GradientBuckets(), next(iter(saes.values()), None)
         for micro in range(self.settings.grad_acc_steps):
             batch = next(batches)
+            is_last = micro == self.settings.grad_acc_steps - 1
             for name, sae in saes.items():
                 record_progress()
+                start_s = time.perf_counter()
                 self._forward_backward(name, batch[sae.site.name], contexts[name])
-                if micro < self.settings.grad_acc_steps - 1:
-                    continue
                 # Each SAE finishes its step before the next one starts, so that they can share the workspace.
-                if not self.is_data_parallel:
+                if is_last and not self.is_data_parallel:
                     sae.step_unless_spike(name, sae.peak_lr * factor, contexts[name])
-                    continue
-                if sae is first_sae:
-                    before_reduce()
-                sae.add_to_buckets(buckets)
+                self._step_times[name].append(time.perf_counter() - start_s)
+                if is_last and self.is_data_parallel:
+                    if sae is first_sae:
+                        before_reduce()
+                    sae.add_to_buckets(buckets)
         if self.is_data_parallel:
             buckets.flush()
             during_reduce()
@@ -181,12 +184,19 @@ class Trainer:
             sae.zero_grad()
 
     def compute_metrics(self) -> dict[str, dict[str, float]]:
-        """Return {SAE: metrics} of the last step, of the SAEs that took it."""
+        """Return {SAE: metrics} of the last step, of the SAEs that took it.
+
+        ``step_ms``: mean time of a micro-batch of the SAE since the last call. The host does not wait for a GPU, so
+        there the SAE has no such metric.
+        """
         factor = lr_factor(self.step - 1, self.total_steps, self._warmup_steps)
-        return {
-            name: {**sae.compute_metrics(self.settings.loss_fn), "lr": sae.peak_lr * factor}
-            for name, sae in self.active_saes.items()
-        }
+        metrics = {}
+        for name, sae in self.active_saes.items():
+            metrics[name] = {**sae.compute_metrics(self.settings.loss_fn), "lr": sae.peak_lr * factor}
+            if sae.coder.W_dec.device.type == "cpu":
+                metrics[name]["step_ms"] = 1e3 * statistics.mean(self._step_times[name])
+            self._step_times[name].clear()
+        return metrics
 
 
 class Throughput:

@@ -44,6 +44,7 @@ FULL = SaeMetadata(
     processes=2,
     tokens_seen=4096,
     steps=4,
+    diverged_step=5,
     hookpoint="h.3",
     hook_name="blocks.3.hook_resid_post",
     init_seed=42,

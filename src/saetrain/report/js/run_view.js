@@ -62,6 +62,7 @@ function showRun(run, state) {
     h("p", { class: "lead" }, ...describeRun(run)),
     describeFacts(run, sae),
     ...(run.assessment ? showVerdicts(run, sae) : [h("p", { class: "empty" }, "This run has no verdict. Run `saetrain evaluate` on it.")]),
+    showComparison(run, sae),
     ...run.evaluations.map((found) => showEvaluation(run, found, sae)),
     showCurves(run, sae),
     showSettings(run),
@@ -76,12 +77,13 @@ function listNames(value) {
 function describeRun(run) {
   const first = run.saes[0];
   const count = run.saes.length;
+  const sizes = [...new Set(run.saes.map((sae) => sae.latents))].sort((a, b) => a - b);
   const places = [...new Set(run.saes.map((sae) => sae.hookpoint))];
   const model = run.settings.model ?? first.metadata.model ?? "an unknown model";
   const data = run.settings.dataset ?? first.metadata.dataset;
   return [
     count === 1 ? "One SAE" : `${formatCount(count)} SAEs`,
-    ` with ${formatCount(first.latents)} latents on `,
+    sizes.length > 1 ? ` with ${formatCount(sizes[0])} to ${formatCount(sizes.at(-1))} latents on ` : ` with ${formatCount(first.latents)} latents on `,
     places.length === 1 ? h("b", {}, shorten(places[0], 60)) : `${places.length} hookpoints`,
     " of ",
     h("b", { title: model }, shorten(lastPart(model), 60)),
@@ -223,7 +225,7 @@ function showCurves(run, sae) {
 function showSettings(run) {
   const shown = Object.entries(run.settings).filter(([, value]) => value !== null);
   if (!shown.length) return "";
-  const text = (value) => (Array.isArray(value) ? value.join(", ") : typeof value === "object" ? JSON.stringify(value) : String(value));
+  const text = (value) => (Array.isArray(value) && typeof value[0] !== "object" ? value.join(", ") : typeof value === "object" ? JSON.stringify(value) : String(value));
   return h("section", {},
     h("h2", {}, "Settings"),
     h("details", {}, h("summary", {}, `${shown.length} settings of config.yaml`),

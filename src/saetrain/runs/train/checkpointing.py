@@ -136,7 +136,7 @@ class Checkpointing:
                 self._trainer.saes[spike.sae].load_state_dict(tensors, losses)
         self._trainer.ended[spike.sae] = EndedSae(spike.step, step)
         log_rank0(
-            f"{spike}; this SAE ends here with the weights of step {step}, and the others go on (--on_spike stop)"
+            f"{spike}; this SAE ends here with the weights of step {step}, and the others continue (--on_spike stop)"
         )
 
     def _find_good_checkpoint(self, spike: LossSpike) -> Checkpoint | None:

@@ -101,9 +101,12 @@ def log_run_start(run: RunContext, trainer: Trainer) -> None:
     if config.dead.dead_feature_threshold is not None:
         log_rank0("--dead_feature_threshold is deprecated: use --dead_window_tokens")
     coders = [sae.coder for sae in trainer.saes.values()]
-    widths = sorted({coder.d_in for coder in coders if (coder.expected_l0() or 0) >= coder.d_in})
-    if widths:
-        log_rank0(f"--k is at least the activation width {widths[0]}, so the code is not sparse; lower --k")
+    dense = [coder for coder in coders if (coder.expected_l0() or 0) >= coder.d_in]
+    if dense:
+        log_rank0(
+            f"--k {dense[0].expected_l0():g} is at least the activation width {dense[0].d_in}, so the code is not "
+            "sparse; lower --k"
+        )
     remarks: dict[str | None, None] = {}
     for name, sae in trainer.saes.items():
         if not config.dead_bias_lr_multiplier and sae.coder.dead_latents_advice:
