@@ -30,6 +30,13 @@ class Work:
     ctx_len: int = 512
     layers: tuple[int, ...] = (6,)
     """Blocks whose output is trained on, counted from 0."""
+    grid: tuple[tuple[int, int], ...] = ()
+    """Latents and active latents of each SAE of a layer; empty: one SAE with ``latents`` and ``k``."""
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """Latents and active latents of each SAE of a layer."""
+        return self.grid or ((self.latents, self.k),)
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,6 +227,39 @@ def layers_cases(kernels: list[str], peers: bool) -> list[Case]:
     return [Case("12 layers BERT", "layers", work, (*own, *others), max_rounds=LONG_ROUNDS)]
 
 
+GRIDS = {
+    "1 SAE": ((6144, 32),),
+    "16 SAEs": ((6144, 32),) * 16,
+    "5 sizes": STEP_SHAPES,
+}
+"""{name: latents and active latents of the SAEs of one layer}."""
+
+
+def with_grid(tool: Tool, name: str) -> Tool:
+    """The tool with the SAEs of one of GRIDS."""
+    return replace(tool, name=f"{tool.name}, {name}", changes={**tool.changes, "grid": GRIDS[name]})
+
+
+def grid_cases(kernels: list[str], peers: bool) -> list[Case]:
+    """Many SAEs on one layer in one run, next to one SAE; and SAEs of several sizes, next to each alone."""
+    own = KERNELS[without_reference(kernels)[-1]][0]
+    cases = []
+    for model in ("bert", "gpt2") if peers else ("bert",):
+        tools = [
+            with_model_dtype(with_grid(own, name), dtype) for dtype in ("fp32", "bf16") for name in ("1 SAE", "16 SAEs")
+        ]
+        if model == "gpt2":
+            tools += [with_model_dtype(with_grid(STEP_PEERS[2], name), "fp32") for name in ("1 SAE", "16 SAEs")]
+        work = Work("end_to_end", model=model)
+        cases.append(Case(f"grid on one layer, {model}", "grid", work, tuple(tools), max_rounds=LONG_ROUNDS))
+    alone = [
+        replace(own, name=f"{own.name}, F={latents} k={k}", changes={"grid": ((latents, k),)})
+        for latents, k in STEP_SHAPES
+    ]
+    cases.append(Case("step of 5 sizes", "grid", Work("step"), (with_grid(own, "5 sizes"), *alone)))
+    return cases
+
+
 def floor_cases(kernels: list[str], peers: bool) -> list[Case]:
     """The parts of the lower bound, one by one."""
     tool = Tool("torch", "benchmarks.floors")
@@ -261,6 +301,7 @@ GROUPS = {
     "dead": dead_cases,
     "end_to_end": end_to_end_cases,
     "layers": layers_cases,
+    "grid": grid_cases,
     "floors": floor_cases,
     "scaling": scaling_cases,
     "memory": memory_cases,

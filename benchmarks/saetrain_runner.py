@@ -54,8 +54,12 @@ def build_sae_trainer(
     optim: OptimSettings | None = None,
     steps: int = STEPS,
     seed: int = SEED,
+    functions: dict[bool, Callable[[Tensor], Tensor]] | None = None,
 ) -> SaeState:
-    """Build the state of one SAE for a run of ``steps``; ``alone``: the run has one process."""
+    """Build the state of one SAE for a run of ``steps``; ``alone``: the run has one process.
+
+    ``functions`` {whether it gives bf16: function that normalizes}: shared by the SAEs of a hookpoint, as in a run.
+    """
     width = len(normalizer.mean)
     coder_class = CODERS[architecture]
     coder = coder_class.build(settings, width, seed=seed)
@@ -66,7 +70,8 @@ def build_sae_trainer(
     firing = FiringTracker(coder.num_latents, window, dead.dead_percentage_threshold, CPU)
     lr = coder.recommended_lr(tokens, steps) if optim.lr == "auto" else optim.lr
     assert lr is not None, f"no rule for the learning rate of {architecture}"
-    normalize = partial(normalizer, bf16=chosen.compute_dtype == "bfloat16")
+    functions, bf16 = {} if functions is None else functions, chosen.compute_dtype == "bfloat16"
+    normalize = functions.setdefault(bf16, partial(normalizer, bf16=bf16))
     return SaeState(
         Site.of_sae(hookpoint),
         coder,
@@ -120,7 +125,8 @@ class TrainerRunner:
 def build(work: Work, kernels: str, compute_dtype: str, warmup: int = 0) -> TrainerRunner:
     """Build the workload; ``warmup``: steps to run before."""
     dead: dict[str, Any] = {"auxk_alpha": 1 / 32} if work.dead_share else {}
-    settings = CODERS[work.architecture].Settings(k=work.k, num_latents=work.latents, **dead)
+    cls = CODERS[work.architecture].Settings
+    settings = [cls(k=k, num_latents=latents, **dead) for latents, k in work.sizes]
     build_runner = _build_step if work.kind == "step" else _build_end_to_end
     runner = build_runner(work, settings, kernels, compute_dtype)
     runner.run(warmup)
@@ -132,15 +138,33 @@ def _build_trainer(saes: dict[str, SaeState], tokens: int) -> Trainer:
     return Trainer(saes, settings, tokens_per_step=tokens, warmup_steps=resolve_warmup_steps(OptimSettings(), STEPS))
 
 
-def _build_step(work: Work, settings: CoderSettings, kernels: str, compute_dtype: str) -> TrainerRunner:
+def _build_saes(
+    work: Work, hookpoint: str, normalizer: Normalizer, settings: list[CoderSettings], kernels: str, compute_dtype: str
+) -> dict[str, SaeState]:
+    """Build the SAEs of a hookpoint."""
+    functions: dict[bool, Callable[[Tensor], Tensor]] = {}
+    return {
+        f"{hookpoint}/{number}": build_sae_trainer(
+            hookpoint,
+            normalizer,
+            each,
+            kernels,
+            compute_dtype,
+            work.tokens,
+            architecture=work.architecture,
+            functions=functions,
+            seed=SEED + number,
+        )
+        for number, each in enumerate(settings)
+    }
+
+
+def _build_step(work: Work, settings: list[CoderSettings], kernels: str, compute_dtype: str) -> TrainerRunner:
     batches = make_activations(work)
     sample = Activations({HOOKPOINT: batches[0]}, np.zeros(work.tokens, dtype=np.int64), 0)
     normalizers = fit_normalizers(sample, {}, [Site.of_sae(HOOKPOINT)])
-    normalizer = normalizers[HOOKPOINT]
-    sae = build_sae_trainer(
-        HOOKPOINT, normalizer, settings, kernels, compute_dtype, work.tokens, architecture=work.architecture
-    )
-    trainer = _build_trainer({HOOKPOINT: sae}, work.tokens)
+    saes = _build_saes(work, HOOKPOINT, normalizers[HOOKPOINT], settings, kernels, compute_dtype)
+    trainer = _build_trainer(saes, work.tokens)
     return TrainerRunner(trainer, lambda number: {HOOKPOINT: batches[number % len(batches)]}, 1, work.dead_share)
 
 
@@ -164,7 +188,7 @@ class RandomSequences(Sequences):
         return TokenSequence(ids, kind, np.full(length, index, dtype=np.int64))
 
 
-def _build_end_to_end(work: Work, settings: CoderSettings, kernels: str, compute_dtype: str) -> TrainerRunner:
+def _build_end_to_end(work: Work, settings: list[CoderSettings], kernels: str, compute_dtype: str) -> TrainerRunner:
     names = [hookpoint_name(work, layer) for layer in work.layers]
     causal = work.model == "gpt2"
     source = ShardedSequences(
@@ -175,10 +199,9 @@ def _build_end_to_end(work: Work, settings: CoderSettings, kernels: str, compute
     sample = reader.extract_all(source.read_first_batches(CALIBRATION_BATCHES * work.tokens))
     reader.set_norm_limits(compute_norm_limits(sample))
     normalizers = fit_normalizers(sample, reader.norm_limits, map(Site.of_sae, names))
-    saes = {
-        name: build_sae_trainer(name, normalizer, settings, kernels, compute_dtype, work.tokens)
-        for name, normalizer in normalizers.items()
-    }
+    saes: dict[str, SaeState] = {}
+    for name, normalizer in normalizers.items():
+        saes |= _build_saes(work, name, normalizer, settings, kernels, compute_dtype)
     slots_per_shard = BUFFER_BATCHES * work.tokens // SHARDS
     buffer = ShuffleBuffer(reader, source, list(range(SHARDS)), SHARDS, slots_per_shard, SEED)
 

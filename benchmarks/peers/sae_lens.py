@@ -13,6 +13,7 @@ from sae_lens.config import SAETrainerConfig
 from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import TrainingSAE
 from sae_lens.training.activations_store import ActivationsStore
+from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
 from transformer_lens import HookedTransformer, HookedTransformerConfig
@@ -23,6 +24,7 @@ from benchmarks.inputs import SEED, VOCABULARY, make_activations, make_token_ids
 BUFFER_BATCHES = 8
 SEQUENCES = 256
 LR = 3e-4
+HOOK = "hook"
 
 
 class TimedBatches:
@@ -43,7 +45,7 @@ class TimedBatches:
 class FitRunner:
     """Calls ``fit`` for a number of steps at a time."""
 
-    def __init__(self, trainer: SAETrainer, provider: TimedBatches, period: int) -> None:
+    def __init__(self, trainer: SAETrainer | MultiSAETrainer, provider: TimedBatches, period: int) -> None:
         self._trainer, self._provider, self.period = trainer, provider, period
 
     def run(self, steps: int) -> list[float]:
@@ -71,7 +73,10 @@ def build_sae(architecture: str, width: int, latents: int, k: int, **options: An
 def build(work: Work, autocast: bool) -> FitRunner:
     """Build the workload."""
     torch.manual_seed(SEED)
-    sae = build_sae(work.architecture, work.width, work.latents, work.k)
+    saes = {
+        str(number): build_sae(work.architecture, work.width, latents, k)
+        for number, (latents, k) in enumerate(work.sizes)
+    }
     # SAELens' runner sets lr_end; without the runner it must be given.
     config = SAETrainerConfig(
         total_training_samples=0,
@@ -86,7 +91,10 @@ def build(work: Work, autocast: bool) -> FitRunner:
     else:
         # Half of the buffer is kept for shuffling, so a refill comes after the other half.
         provider, period = TimedBatches(iter(_build_store(work, autocast))), BUFFER_BATCHES // 2
-    return FitRunner(SAETrainer(config, sae, provider), provider, period)
+    if not work.grid:
+        return FitRunner(SAETrainer(config, saes["0"], provider), provider, period)
+    trainer = MultiSAETrainer(config, saes, dict.fromkeys(saes, HOOK), ({HOOK: batch} for batch in provider))
+    return FitRunner(trainer, provider, period)
 
 
 def _build_store(work: Work, autocast: bool) -> ActivationsStore:

@@ -101,7 +101,7 @@ def test_commands_and_python_blocks_run(
 ) -> None:
     with workplace(tmp_path, tiny_bert, tiny_gpt2, topics):
         printed = run_page(page, libraries=False)
-        finished = list(tmp_path.glob("output/*/sae/*/cfg.json"))
+        finished = list(tmp_path.glob("output/*/sae/**/cfg.json"))
     assert finished
     if page.name == "README.md":
         assert len(finished) == 13, finished  # one layer, then twelve; the dry run leaves nothing
@@ -144,6 +144,7 @@ def test_flags_exist(page: Path) -> None:
         *flag_types(ExploreConfig),
         *(name for coder in CODERS.values() for name in flag_types(coder.Settings)),
         "config",
+        "grid",
         "help",
         "version",
     }
