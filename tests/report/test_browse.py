@@ -336,3 +336,22 @@ def check_context(
     for offset, value in zip(context["offsets"], context["activations"], strict=True):
         expected[rows.index(row + offset)] = value
     np.testing.assert_allclose(shown["activations"], expected, atol=largest / 4000)
+
+
+def test_the_saes_of_a_run_are_compared(open_page: Open, report: Path, run: Path) -> None:
+    opened = open_page(report)
+    opened.visit("#s=h.1")
+    opened.wait("run")
+    marks = opened.page.locator("figure:has-text('FVU and L0') .point")
+    names = sorted(path.parent.name for path in (run / "sae").rglob("cfg.json"))
+    assert marks.count() == len(names) >= 2
+    shown = set()
+    for number in range(marks.count()):
+        # Marks of equal SAEs cover one another.
+        marks.nth(number).dispatch_event("pointermove")
+        shown.add(opened.texts("#tip div")[0])
+    assert shown == set(names)
+    other = next(number for number in range(marks.count()) if "current" not in marks.nth(number).get_attribute("class"))
+    marks.nth(other).dispatch_event("click")
+    opened.page.wait_for_timeout(100)
+    assert opened.evaluate("location.hash") != "#s=h.1"

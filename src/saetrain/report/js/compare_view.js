@@ -65,14 +65,16 @@ function showComparison(run, sae) {
     const { value, low, high } = figures[name].figures[metric] ?? {};
     return { name, x: figures[name].figures.l0.value, y: value, low, high };
   };
+  const times = ({ name, latents }) => ({ name, x: latents, y: run.step_ms?.[name] });
   const plots = [
-    pointFigure({ title: "FVU and L0", xLabel: "L0", yLabel: "FVU on held-out text", groups: groupBy(ofMetric("fvu")), format: (value) => formatFixed(value, 4), current: sae.name, onPick }),
-    pointFigure({ title: "Dead latents", xLabel: "L0", yLabel: "dead by rate", groups: groupBy(ofMetric("dead_below_threshold")), format: formatShare, current: sae.name, onPick }),
-  ];
-  const times = groupBy(({ name, latents }) => ({ name, x: latents, y: run.step_ms?.[name] }));
-  if (times.some((group) => group.points.length)) {
-    plots.push(pointFigure({ title: "Time of a step", xLabel: "latents", yLabel: "ms per micro-batch", groups: times, format: (value) => formatFixed(value, 1), logX: true, current: sae.name, onPick }));
-  }
+    ["FVU and L0", "L0", "FVU on held-out text", ofMetric("fvu"), (value) => formatFixed(value, 4), false],
+    ["Dead latents", "L0", "dead by rate", ofMetric("dead_below_threshold"), formatShare, false],
+    ["Time of a step", "latents", "ms per micro-batch", times, (value) => formatFixed(value, 1), true],
+  ].map(([title, xLabel, yLabel, build, format, logX]) => {
+    const groups = groupBy(build);
+    const hasPoints = groups.some((group) => group.points.length);
+    return hasPoints && pointFigure({ title, xLabel, yLabel, groups, format, logX, current: sae.name, onPick });
+  }).filter(Boolean);
   const legend = h("ul", { class: "legend" }, values.map((value, i) => {
     const mark = svg("svg", { viewBox: "-8 -8 16 16", width: 16, height: 16, "aria-hidden": "true" },
       svg("g", { class: `point series${i % MARKS.length}` }, svg("path", { d: MARKS[i % MARKS.length](4.5) })));
