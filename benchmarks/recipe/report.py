@@ -104,8 +104,9 @@ def _describe_fp32(comparison: Comparison, results: Results) -> Iterator[str]:
     for tool in TOOLS:
         task = comparison.fp32_task(tool, results) if tool.first_lr is not None else None
         best = comparison.best_tasks(tool, comparison.lengths[0], results) if task else None
-        pair = (results.get(task), results.get(best[0])) if task and best else (None, None)
-        if pair[0] and pair[1]:
+        pair = [found for found in (task and results.get(task), best and results.get(best[0])) if found]
+        # A tool that refuses the length of the runs has an error instead.
+        if len(pair) == 2 and all("fvu" in found for found in pair):
             gaps.append(f"{tool.name} {pair[0]['fvu'] - pair[1]['fvu']:+.4f}")
     if gaps:
         yield f"FVU with products in fp32, minus FVU with products in bfloat16 (one seed): {', '.join(gaps)}."

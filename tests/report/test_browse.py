@@ -351,7 +351,9 @@ def test_the_saes_of_a_run_are_compared(open_page: Open, report: Path, run: Path
         marks.nth(number).dispatch_event("pointermove")
         shown.add(opened.texts("#tip div")[0])
     assert shown == set(names)
-    other = next(number for number in range(marks.count()) if "current" not in marks.nth(number).get_attribute("class"))
+    other = next(
+        number for number in range(marks.count()) if "current" not in (marks.nth(number).get_attribute("class") or "")
+    )
     marks.nth(other).dispatch_event("click")
     opened.page.wait_for_timeout(100)
     assert opened.evaluate("location.hash") != "#s=h.1"

@@ -19,7 +19,23 @@ SIZE = RunSize(latents=250, d_in=8, tokens=5000, vocabulary=300)
 ELEMENTS = {
     *("A", "ARTICLE", "B", "BDI", "BUTTON", "CANVAS", "DD", "DETAILS", "DIV", "DL", "DT", "FIGCAPTION", "FIGURE"),
     *("H1", "H2", "H3", "HEADER", "INPUT", "LI", "OL", "OPTION", "P", "SECTION", "SELECT", "SMALL", "SPAN", "SUMMARY"),
-    *("TABLE", "TBODY", "TD", "TEXTAREA", "TH", "THEAD", "TR", "circle", "line", "path", "rect", "svg", "text"),
+    *(
+        "TABLE",
+        "TBODY",
+        "TD",
+        "TEXTAREA",
+        "TH",
+        "THEAD",
+        "TR",
+        "UL",
+        "circle",
+        "g",
+        "line",
+        "path",
+        "rect",
+        "svg",
+        "text",
+    ),
 }
 """Elements that the views consist of."""
 CHECK_TEXT = r"""

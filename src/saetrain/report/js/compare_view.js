@@ -76,7 +76,7 @@ function showComparison(run, sae) {
     return hasPoints && pointFigure({ title, xLabel, yLabel, groups, format, logX, current: sae.name, onPick });
   }).filter(Boolean);
   const legend = h("ul", { class: "legend" }, values.map((value, i) => {
-    const mark = svg("svg", { viewBox: "-8 -8 16 16", width: 16, height: 16, "aria-hidden": "true" },
+    const mark = svg("svg", { viewBox: "-8 -8 16 16", width: 16, height: 16, role: "img", "aria-label": `mark of ${shorten(String(value), 60)}` },
       svg("g", { class: `point series${i % MARKS.length}` }, svg("path", { d: MARKS[i % MARKS.length](4.5) })));
     return h("li", {}, mark, key === "latents" ? formatCount(value) : shorten(String(value), 60));
   }));
