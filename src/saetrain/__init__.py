@@ -20,9 +20,22 @@ _PUBLIC = {
     "splice": "saetrain.splicing",
     "attribute_latents": "saetrain.splicing",
     "Codes": "saetrain.types",
+    "ActivationWriter": "saetrain.activations.writer",
+    "write_activations": "saetrain.activations.writer",
     "SaetrainError": "saetrain.errors",
 }
-__all__ = ["SAE", "Codes", "SaetrainError", "__version__", "attribute_latents", "load", "splice", "train"]
+__all__ = [
+    "SAE",
+    "ActivationWriter",
+    "Codes",
+    "SaetrainError",
+    "__version__",
+    "attribute_latents",
+    "load",
+    "splice",
+    "train",
+    "write_activations",
+]
 
 
 def __dir__() -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import os
 import sys
@@ -48,6 +49,7 @@ from saetrain.distributed import env
 from saetrain.errors import RankFailure, SaetrainError
 from saetrain.explore.settings import ExploreConfig
 from saetrain.grid import apply_point, expand_grid, join_configs, parse_points
+from saetrain.runs.cache_settings import CacheConfig
 from saetrain.small_files import read_settings
 from saetrain.typed_values import convert_value, describe_type, takes_list
 from saetrain.untrusted import escape_text, format_error, require_plain_text, show_text
@@ -59,6 +61,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "compare": (CompareConfig, "saetrain.runs.compare:compare_runs"),
     "report": (ReportConfig, "saetrain.report.build:report_run"),
     "explore": (ExploreConfig, "saetrain.explore.run:explore_run"),
+    "cache": (CacheConfig, "saetrain.runs.cache:manage_cache"),
     "push": (PushConfig, "saetrain.runs.share.push:push_run"),
     "demo": (DemoConfig, "saetrain.runs.demo:run_demo"),
 }
@@ -221,8 +224,12 @@ def _parse_one(words: list[str], values: dict[str, Any], path: str | None) -> Ru
         raise SaetrainError(f"--architecture {given}: {path} is for architecture {values['architecture']}")
     if given:
         values["architecture"] = given
+    if find_value(words, "activations") is not None and not path:
+        path, values = "--activations", {"architecture": given or RunConfig.architecture}
     defaults = from_flat(_without_overridden(values, words), path) if path else tyro.MISSING_NONPROP
     config: RunConfig = _parse_words(config_type, "saetrain", words, default=defaults, description=DESCRIPTION)
+    if config.activations is not None:
+        return _replace_model_by_activations(config)
     for name in ("model", "dataset"):
         if not getattr(config, name):
             from saetrain.runs.run_dir import is_run_dir
@@ -233,6 +240,15 @@ def _parse_one(words: list[str], values: dict[str, Any], path: str | None) -> Ru
             raise SaetrainError(f"{name.upper()} is missing: give it on the command line{where}")
     config.mixing.normalized_shares(len(config.dataset))
     return config
+
+
+def _replace_model_by_activations(config: RunConfig) -> RunConfig:
+    """Return the settings of a run on stored activations, whose folder takes the place of model and data set."""
+    folder = config.activations
+    assert folder is not None
+    if config.model not in ("", folder) or config.dataset not in ((), (folder,)):
+        raise SaetrainError(f"--activations {folder}: takes the place of MODEL and DATASET; omit {config.model}")
+    return dataclasses.replace(config, model=folder, dataset=(folder,))
 
 
 def parse_command(config_type: type[Config], command: str, words: Sequence[str]) -> Config:

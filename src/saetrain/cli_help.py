@@ -18,6 +18,7 @@ commands (saetrain COMMAND --help shows their flags):
   evaluate PATH               score SAEs on held-out text, with a verdict
   features PATH               collect what each latent fires on
   compare RUN [RUN ...]       show the evaluations of several runs in one table
+  cache ACTION                list, verify or prune the cache of activations
   push RUN USER/REPO          upload the SAEs of a run to the Hugging Face hub
   report RUN                  write a page with all results and latents
   explore RUN                 serve that page with a prompt box on this machine
@@ -53,7 +54,7 @@ DESCRIPTION = """Train sparse autoencoders (SAEs) on the activations of a transf
 
 Example: saetrain bert-base-uncased wikitext --layers 6 --k 192 --lr auto
 
-Other commands: saetrain tokenize, evaluate, features, compare, report, explore, push and demo (each has --help).
+Other commands: saetrain tokenize, evaluate, features, compare, report, explore, cache, push and demo (each has --help).
 
 --config FILE.yaml reads settings from a file, such as a run's config.yaml. Flags override the file."""
 """Header of ``saetrain --help all``."""

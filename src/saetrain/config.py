@@ -14,6 +14,7 @@ import tyro
 import yaml
 
 from saetrain.activations.buffer import BufferSettings
+from saetrain.activations.cache_files import CacheSettings
 from saetrain.activations.hookpoints import HookpointSettings
 from saetrain.activations.model import ModelSettings
 from saetrain.atomic_io import write_atomic
@@ -49,6 +50,8 @@ class RunConfig(Settings):
     """Hub id or local folder of a transformer."""
     dataset: tyro.conf.Positional[typing.Annotated[tuple[str, ...], tyro.conf.arg(metavar="DATASET [DATASET ...]")]]
     """Hub id, or local folder or file (parquet, jsonl, csv, txt, or tokens). --mix sets the shares of several."""
+    activations: typing.Annotated[str | None, shown_default("none: MODEL computes them", "DIR")] = None
+    """Train on the activations in this folder (docs/activations.md), instead of MODEL and DATASET."""
     where: HookpointSettings = field(default_factory=HookpointSettings)
     architecture: typing.Annotated[
         str,
@@ -67,6 +70,7 @@ class RunConfig(Settings):
     mixing: MixSettings = field(default_factory=MixSettings)
     loader: LoaderSettings = field(default_factory=LoaderSettings)
     buffer: BufferSettings = field(default_factory=BufferSettings)
+    cache: CacheSettings = field(default_factory=CacheSettings)
     evaluation: EvalSettings = field(default_factory=EvalSettings)
     scoring: ScoreSettings = field(default_factory=ScoreSettings)
     health: HealthSettings = field(default_factory=HealthSettings)
@@ -95,6 +99,11 @@ class RunConfig(Settings):
             raise SaetrainError(
                 "--lr auto: the rule is for adam, reconstruction and random initial weights; with --optimizer sgd, "
                 "--loss_fn ce or kl, or --finetune, pass a number (docs/recipe.md)"
+            )
+        if self.cache.cache_activations and self.train.end_to_end:
+            raise SaetrainError(
+                f"--cache_activations: --loss_fn {self.train.loss_fn} runs the model in each step; omit the flag, or "
+                "use mse or fvu"
             )
         if self.dead.dead_bias_lift and not self._can_raise_dead_bias:
             raise SaetrainError(

@@ -194,3 +194,16 @@ def test_the_commands_of_the_page(
     process = launcher.start_torchrun("page", [*words, "--batch_size", "2"], arguments)
     assert "2 processes, data parallel" in finish_torchrun(process, 0)
     same_run(launcher.run(1, "one", [*words, "--batch_size", "4"]), tmp_path / "page")
+
+
+def test_ranks_share_a_cache_of_activations(launcher: Launcher, topics_jsonl: str, tiny_bert: str) -> None:
+    words = [tiny_bert, topics_jsonl, "--layers", "1", "--max_tokens", str(STEPS * 128), "--batch_size"]
+    cache = ["--cache_activations", "--cache_dir", str(launcher.folder / "cache")]
+    before = {world: bits(launcher.run(world, f"before{world}", [*words, str(4 // world)])) for world in (1, 2)}
+    for name in ("computed", "read"):
+        output = launcher.start(2, name, [*words, "2", *cache]).finish()
+        assert bits(launcher.folder / name) == before[2]
+        assert (" 0 were computed" in output) == (name == "read")
+    output = launcher.start(1, "one", [*words, "4", *cache]).finish()
+    assert bits(launcher.folder / "one") == before[1]
+    assert " 0 were computed" in output

@@ -140,6 +140,7 @@ class ShuffleBuffer:
             self._prefetcher.start_prefetch(shard, cursor, tokens)
         self._upcoming.update(self._to_prefetch)
         self._to_prefetch.clear()
+        self._prefetch_stored_pools()
         taken = {name: torch.cat([piece[name] for piece in pieces]) for name in self._extractor.capture.hookpoints}
         self._token_budget += len(next(iter(taken.values())))
         return taken
@@ -149,12 +150,24 @@ class ShuffleBuffer:
 
         This affects only time: the refills are spread evenly over the steps.
         """
+        for shard in self._find_next_shards():
+            self._prefetch_pool(shard)
+        self._token_budget = min(self._token_budget, 0)
+
+    def _find_next_shards(self) -> list[int]:
+        """Return the MAX_EARLY_POOLS shards that need their next pool first."""
         left = {
             shard: len(self._pools[shard].activations) - self._shard_states[shard].taken for shard in self._upcoming
         }
-        for shard in sorted(left, key=left.__getitem__)[:MAX_EARLY_POOLS]:
-            self._prefetch_pool(shard)
-        self._token_budget = min(self._token_budget, 0)
+        return sorted(left, key=left.__getitem__)[:MAX_EARLY_POOLS]
+
+    def _prefetch_stored_pools(self) -> None:
+        """Let the cache read the activations of the pools that are needed next, if their text has been read."""
+        cache = self._extractor.cache
+        for shard in self._find_next_shards() if cache is not None else ():
+            batches = self._prefetcher.peek_batches(shard, *self._upcoming[shard])
+            if cache is not None and batches is not None:
+                cache.prefetch_batches(batches)
 
     def _prefetch_pool(self, shard: int) -> None:
         """Fill the shard's next pool as far as the token budget allows, if its text has been read."""

@@ -9,18 +9,47 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from saetrain import distributed
-from saetrain.activations.capture import ActivationCapture, pad_batch
+from saetrain.activations.capture import pad_batch
+from saetrain.activations.model import BaseModel
 from saetrain.async_copy import PendingCopy, copy_to_device_async
 from saetrain.errors import SaetrainError, is_out_of_memory
 from saetrain.types import DATASET_ROW_BITS, ModelBatch, TokenKind, TokenSequence
 
 TokenPolicy = Callable[[TokenSequence], np.ndarray]
+
+
+class Capture(Protocol):
+    """What the extractor needs of a model: :class:`ActivationCapture`, or a stand-in whose activations are stored."""
+
+    model: BaseModel
+    hookpoints: list[str]
+    widths: dict[str, int]
+
+    def __call__(self, ids_BS: Tensor, mask_BS: Tensor) -> dict[str, Tensor]:
+        """Return {hookpoint: (B, S, D)} for token ids and attention mask."""
+
+
+class BatchCache(Protocol):
+    """Stored activations of model batches: :class:`ActivationCache`, or a folder that has all of them."""
+
+    def read_batch(self, batch: ModelBatch) -> dict[str, Tensor] | None:
+        """Return {hookpoint: (N, D)} of all tokens of a batch, on the host, or None if they are not stored."""
+
+    def prefetch_batches(self, batches: Iterable[ModelBatch]) -> None:
+        """Start to read the stored ones among ``batches``."""
+
+    def add_batch(self, batch: ModelBatch, values: dict[str, Tensor]) -> None:
+        """Store {hookpoint: (N, D)} of all tokens of a batch."""
+
+    def close(self) -> None:
+        """Write what is still in memory."""
 
 
 @dataclass(frozen=True)
@@ -93,13 +122,19 @@ class LabelledActivations:
 class ActivationExtractor:
     """Runs batches through the model and keeps the positions that the token policy and the norm limits allow.
 
-    ``batch_tokens``: padded tokens per batch, for advice.
+    ``batch_tokens``: padded tokens per batch, for advice. ``cache``: batches that it has do not run through the model,
+    and others are added to it.
     """
 
     def __init__(
-        self, capture: ActivationCapture, keep: TokenPolicy, batch_tokens: int, data_sets: tuple[str, ...] = ()
+        self,
+        capture: Capture,
+        keep: TokenPolicy,
+        batch_tokens: int,
+        data_sets: tuple[str, ...] = (),
+        cache: BatchCache | None = None,
     ) -> None:
-        self.capture, self.keep, self.batch_tokens = capture, keep, batch_tokens
+        self.capture, self.keep, self.batch_tokens, self.cache = capture, keep, batch_tokens, cache
         self._data_sets = data_sets
         self._norm_limits: dict[str, float] = {}
         self._check_interrupt: Callable[[], None] = lambda: None
@@ -126,10 +161,10 @@ class ActivationExtractor:
     def iterate_batches(self, batches: Iterable[ModelBatch]) -> Iterator[Activations]:
         """Yield one :class:`Activations` per batch; SaetrainError when an activation is not finite."""
         in_flight: deque[tuple[dict[str, Tensor], np.ndarray, PendingCopy]] = deque()
-        for chosen, captured in self._run_batches(batches):
+        for chosen, captured, rows in self._run_batches(batches):
             keep = np.concatenate([self.keep(sequence) for sequence in chosen])
             docs = np.concatenate([sequence.doc for sequence in chosen])[keep]
-            values = self._select_kept(captured, chosen, keep)
+            values = self._select_rows(captured, rows[keep])
             # Without this, the generator would keep the unselected activations alive while the caller uses the batch.
             del captured
             in_flight.append((values, docs, PendingCopy(self._compute_norms(values))))
@@ -150,12 +185,12 @@ class ActivationExtractor:
         Raises SaetrainError when the activation of a kept token is not finite. Other tokens with such activations are
         dropped.
         """
-        for chosen, captured in self._run_batches(batches):
+        for chosen, captured, rows in self._run_batches(batches):
             keep = np.concatenate([self.keep(sequence) for sequence in chosen])
             kinds = np.concatenate([sequence.kind for sequence in chosen])
             docs = np.concatenate([sequence.doc for sequence in chosen])
             ids = np.concatenate([sequence.ids for sequence in chosen])
-            values = self._select_kept(captured, chosen, np.ones(len(docs), dtype=bool))
+            values = self._select_rows(captured, rows)
             token_class = np.where(
                 keep, TokenClass.KEPT, np.where(kinds & TokenKind.SPECIAL, TokenClass.SPECIAL, TokenClass.FIRST)
             )
@@ -169,23 +204,32 @@ class ActivationExtractor:
             classes = token_class[accepted_rows].astype(np.uint8)
             yield LabelledActivations(values, docs[accepted_rows], classes, accepted_rows, ids[accepted_rows])
 
-    def _run_batches(self, batches: Iterable[ModelBatch]) -> Iterator[tuple[ModelBatch, dict[str, Tensor]]]:
-        """Yield (batch, {hookpoint: (B, S, D)}) of each batch."""
+    def _run_batches(self, batches: Iterable[ModelBatch]) -> Iterator[tuple[ModelBatch, dict[str, Tensor], np.ndarray]]:
+        """Yield (batch, {hookpoint: (R, D)}, (N,) row of each token of the batch) for each batch."""
         for chosen in batches:
             self._check_interrupt()
             distributed.record_progress()
-            yield chosen, self._capture_activations(*pad_batch(chosen, self.capture.model.device))
+            yield chosen, *self._compute_values(chosen)
 
-    def _select_kept(self, captured: dict[str, Tensor], chosen: ModelBatch, keep: np.ndarray) -> dict[str, Tensor]:
-        """Select the activations of kept tokens; ``keep`` (bool) covers all tokens of ``chosen`` without padding."""
-        longest = max(map(len, chosen))
-        unpadded = np.concatenate([row * longest + np.arange(len(sequence)) for row, sequence in enumerate(chosen)])
-        picked = copy_to_device_async(unpadded[keep], self.capture.model.device)
-        return {name: value.flatten(0, 1).index_select(0, picked) for name, value in captured.items()}
+    def _compute_values(self, batch: ModelBatch) -> tuple[dict[str, Tensor], np.ndarray]:
+        """Return {hookpoint: (R, D)} and the row of each token of the batch, (N,) int64."""
+        numbers = np.arange(sum(map(len, batch)))
+        stored = None if self.cache is None else self.cache.read_batch(batch)
+        if stored is not None:
+            device = self.capture.model.device
+            return {name: stored[name].to(device, non_blocking=True) for name in self.capture.hookpoints}, numbers
+        captured = self._capture_activations(*pad_batch(batch, self.capture.model.device))
+        values, longest = {name: value.flatten(0, 1) for name, value in captured.items()}, max(map(len, batch))
+        rows = np.concatenate([row * longest + np.arange(len(sequence)) for row, sequence in enumerate(batch)])
+        if self.cache is None:
+            return values, rows
+        values = self._select_rows(values, rows)
+        self.cache.add_batch(batch, values)
+        return values, numbers
 
     def _select_rows(self, values: dict[str, Tensor], numbers: np.ndarray) -> dict[str, Tensor]:
         rows = copy_to_device_async(numbers, self.capture.model.device)
-        return {name: value[rows] for name, value in values.items()}
+        return {name: value.index_select(0, rows) for name, value in values.items()}
 
     def _capture_activations(self, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
         try:

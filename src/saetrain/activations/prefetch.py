@@ -46,10 +46,14 @@ class Prefetcher:
 
     def is_ready(self, shard: int, cursor: Cursor, tokens: int) -> bool:
         """Return whether :meth:`read` with these arguments would return immediately and without an error."""
+        return self.peek_batches(shard, cursor, tokens) is not None
+
+    def peek_batches(self, shard: int, cursor: Cursor, tokens: int) -> list[ModelBatch] | None:
+        """Return the batches that :meth:`read` would return, which still returns them, or None if it is not ready."""
         key, future = self._prefetches.get(shard, (None, None))
         if future is None or key != (cursor, tokens) or not future.done() or future.cancelled():
-            return False
-        return future.exception() is None
+            return None
+        return None if future.exception() is not None else future.result()[0]
 
     def start_prefetch(self, shard: int, cursor: Cursor, tokens: int) -> None:
         """Start to read what the shard will need next."""

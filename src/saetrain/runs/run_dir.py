@@ -64,6 +64,8 @@ def resolve_run_dir(config: RunConfig) -> Path:
             site = "_".join(
                 "".join(c if c.isalnum() or c in ".-" else "-" for c in pattern) for pattern in where.hookpoints
             )
+        elif config.activations is not None:
+            site = "all"
         elif where.layer_stride is not None:
             site = f"every{where.layer_stride}"
         else:

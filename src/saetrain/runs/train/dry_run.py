@@ -8,6 +8,8 @@ from collections.abc import Iterator
 
 import torch
 
+from saetrain.activations.cache_files import parse_size, resolve_cache_dir
+from saetrain.activations.cache_key import describe_activations
 from saetrain.activations.capture import pad_batch
 from saetrain.activations.normalize import Normalizer
 from saetrain.distributed import env
@@ -69,6 +71,8 @@ def report_dry_run(run: RunContext, trainer: Trainer, normalizers: dict[str, Nor
         f"disk        {format_bytes(3 * weights)} per checkpoint ({MAX_CHECKPOINTS} are kept), "
         f"{format_bytes(sae_files)} for the trained SAEs"
     )
+    if run.config.cache.cache_activations:
+        print_rank0(f"cache       {_describe_cache_size(run)}")
     print_rank0(f"steps       {resolved.steps:,} of {resolved.tokens_per_step:,} tokens = {resolved.n_tokens:,} tokens")
     length = "a stream of unknown length" if run.train_tokens is None else f"{run.train_tokens:,} tokens"
     print_rank0(f"text        {length}; {describe_passes(run)}")
@@ -77,6 +81,18 @@ def report_dry_run(run: RunContext, trainer: Trainer, normalizers: dict[str, Nor
     for number, (phase, seconds) in enumerate(phases.items()):
         print_rank0(f"{'' if number else 'time':<11} {format_duration(seconds):>7}  {phase}")
     print_rank0(f"{'':<11} {format_duration(sum(phases.values())):>7}  in total, on a machine as busy as now")
+
+
+def _describe_cache_size(run: RunContext) -> str:
+    """Return the space that the activations of all training tokens take, and the limit, as text."""
+    text_tokens = run.resolved.n_tokens if run.train_tokens is None else min(run.train_tokens, run.resolved.n_tokens)
+    metadata = describe_activations(run.extractor.capture, run.weights_sha256, run.config.base.trust_remote_code)
+    settings = run.config.cache
+    cache_dir = resolve_cache_dir(settings.cache_dir)
+    return (
+        f"{format_bytes(text_tokens * metadata.bytes_per_token)} for the activations of {text_tokens:,} tokens, at "
+        f"most {format_bytes(parse_size(settings.cache_size))} (--cache_size), in {cache_dir}"
+    )
 
 
 def estimate_phases(

@@ -12,6 +12,7 @@ from saetrain import distributed
 from saetrain.coders import SparseCoder
 from saetrain.distributed import env
 from saetrain.logs.console import log_rank0
+from saetrain.runs.train.activation_cache import close_activation_cache
 from saetrain.runs.train.batches import build_batch_source
 from saetrain.runs.train.builders import TrainingRun
 from saetrain.runs.train.checkpointing import Checkpointing
@@ -89,12 +90,15 @@ class TrainLoop:
             if finished and self.config.assess and self.config.report and is_rank0:
                 self.reporting.write_page()
             if finished and is_rank0:
-                log_next_steps(self.training_run.directory, next(iter(final)), is_assessed=self.config.assess)
+                has_model = self.config.activations is None
+                directory, sae = self.training_run.directory, next(iter(final))
+                log_next_steps(directory, sae, has_model=has_model, is_assessed=self.config.assess)
             failed = False
         finally:
             # A thread that prefetches would keep the process of a failed run alive.
             self._has_ended = True
             self.batch_source.close()
+            close_activation_cache(self.context.extractor.cache)
             self.reporting.close(failed=failed)
         if not finished:
             raise distributed.CoordinatedExit(self.preemption.exit_code)

@@ -159,8 +159,11 @@ def describe_unreachable_threshold(coder: SparseCoder, threshold: float) -> str 
     )
 
 
-def log_next_steps(directory: Path, sae: str, *, is_assessed: bool) -> None:
+def log_next_steps(directory: Path, sae: str, *, has_model: bool, is_assessed: bool) -> None:
     """Print the commands that a user may type after a run; ``sae``: the name of one of its SAEs."""
+    if not has_model:
+        print_rank0(f"next:  python: saetrain.load('{directory / SAES_DIR / sae}')")
+        return
     print_rank0(f"next:  saetrain evaluate {directory}   (every metric, baseline and reason)")
     if is_assessed:
         print_rank0(f"       saetrain compare {directory} OTHER_RUN")

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
+from saetrain.activations.cache_files import CacheSettings
 from saetrain.activations.model import hash_model_code
 from saetrain.config import RunConfig, from_flat, to_flat
 from saetrain.data.tokenize import hash_json, tokenizer_identity
@@ -26,6 +27,7 @@ MAY_CHANGE_ON_RESUME = frozenset(
     {
         "model",
         "dataset",
+        "activations",
         "save_dir",
         "run_name",
         "save_every",
@@ -53,7 +55,7 @@ MAY_CHANGE_ON_RESUME = frozenset(
         "parallel",
         *(
             item.name
-            for settings in (ScoreSettings, HealthSettings, FeatureSettings)
+            for settings in (ScoreSettings, HealthSettings, FeatureSettings, CacheSettings)
             for item in dataclasses.fields(settings)
         ),
     }
@@ -61,7 +63,9 @@ MAY_CHANGE_ON_RESUME = frozenset(
 """Settings that do not affect the weights; model and data set are compared by their content."""
 TEXT_SETTINGS = frozenset({"split", "dataset_config", "text_column", "skip_bad_rows"})
 """Settings that select the text; they may change if the whole text is compared by its content."""
-MAY_DIFFER_BETWEEN_RANKS = frozenset({"save_dir", "device", "data_preprocessing_num_proc", "resume", "overwrite"})
+MAY_DIFFER_BETWEEN_RANKS = frozenset(
+    {"save_dir", "device", "data_preprocessing_num_proc", "resume", "overwrite", "cache_dir", "cache_size"}
+)
 """Settings that may differ between processes."""
 BATCH_SETTINGS = ("batch_size", "grad_acc_steps")
 DERIVED_SETTINGS = ("lr_warmup_steps", "weight_decay", "dead_window_tokens", "model_batch_tokens", "group_tokens")
@@ -73,7 +77,7 @@ def content_hashes(run: RunContext) -> dict[str, Any]:
     return {
         "model_weights_sha256": run.weights_sha256,
         "model_config": hash_model_code(run.model),
-        "tokenizer": hash_json(tokenizer_identity(run.tokenizer)),
+        "tokenizer": hash_json(None if run.tokenizer is None else tokenizer_identity(run.tokenizer)),
         "text": run.text_metadata["fingerprint"],
     }
 

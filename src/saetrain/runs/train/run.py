@@ -31,6 +31,7 @@ from saetrain.runs.train.loop import TrainLoop
 from saetrain.runs.train.resolve import Resolved
 from saetrain.runs.train.resume import keep_first_values, require_same_result, require_same_run
 from saetrain.runs.train.setup import RunContext, prepare_run, resolve_config
+from saetrain.runs.train.stored_run import prepare_stored_run
 from saetrain.training.checkpoint import Checkpoint
 
 
@@ -47,7 +48,7 @@ def train_saes(config: RunConfig) -> Path:
     directory = resolve_run_dir(config)
     distributed.set_phase("loading model and text", is_loading=True)
     if config.dry_run:
-        context = prepare_run(config)
+        context = (prepare_stored_run if config.activations is not None else prepare_run)(config)
         report_dry_run(context, *build_trainer(context, None))
         return directory
     with lock_run_dir(directory):
@@ -61,11 +62,12 @@ def train_saes(config: RunConfig) -> Path:
 def _prepare_or_resume(config: RunConfig, directory: Path) -> tuple[RunContext, Checkpoint | None]:
     """Return the prepared run, and the checkpoint to continue from."""
     checkpoint = _open_checkpoint(config, directory)
+    prepare = prepare_stored_run if config.activations is not None else prepare_run
     if checkpoint is None:
-        context = prepare_run(config)
+        context = prepare(config)
     else:
         kept = Resolved.from_json(checkpoint.values["resolved"])
-        context = prepare_run(keep_first_values(config, checkpoint.values), kept)
+        context = prepare(keep_first_values(config, checkpoint.values), kept)
         require_same_result(context, checkpoint)
         checkpoint = _broadcast_checkpoint(context, checkpoint)
     require_same_run(context)

@@ -28,6 +28,7 @@ from saetrain.distributed import env
 from saetrain.errors import SaetrainError
 from saetrain.logs.console import log_rank0
 from saetrain.runs.text_data import load_text
+from saetrain.runs.train.activation_cache import open_activation_cache
 from saetrain.runs.train.end_to_end import load_lm_head_model, require_mask_token, require_one_hookpoint
 from saetrain.runs.train.memory import check_memory
 from saetrain.runs.train.plan import SaePlan, plan_saes
@@ -104,7 +105,9 @@ def prepare_run(config: RunConfig, kept: Resolved | None = None) -> RunContext:
     text = distributed.local_rank0_first(
         "reading and tokenizing the data set", lambda: load_text(config, tokenizer, framing, grouped)
     )
-    extractor = ActivationExtractor(capture, text.train_source.keep, batch_tokens, config.dataset)
+    weights_sha256 = hash_model_weights(model)
+    cache = open_activation_cache(config, capture, weights_sha256)
+    extractor = ActivationExtractor(capture, text.train_source.keep, batch_tokens, config.dataset, cache)
     return RunContext(
         config=config,
         resolved=resolved,
@@ -120,7 +123,7 @@ def prepare_run(config: RunConfig, kept: Resolved | None = None) -> RunContext:
         text_tokens=text.train_tokens,
         text_metadata=text.metadata,
         read_s=text.read_s,
-        weights_sha256=hash_model_weights(model),
+        weights_sha256=weights_sha256,
         head=head,
     )
 
