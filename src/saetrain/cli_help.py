@@ -33,7 +33,7 @@ main flags (saetrain --help all shows every flag):
   --hookpoints PATTERN [PATTERN ...]
                           modules to train on instead, such as 'h.*.mlp'
   --max_tokens N          tokens to train on (default: 1000000)
-  --k N                   active latents per token (default: 192)
+  --k N [N ...]           active latents per token, one SAE each (default: 192)
   --architecture NAME     topk, batchtopk, jumprelu or others (default: topk)
   --expansion_factor N    latents per activation dimension (default: 32)
   --num_latents N         number of latents, instead of --expansion_factor
@@ -56,5 +56,8 @@ Example: saetrain bert-base-uncased wikitext --layers 6 --k 192 --lr auto
 
 Other commands: saetrain tokenize, evaluate, features, compare, report, explore, cache, push and demo (each has --help).
 
---config FILE.yaml reads settings from a file, such as a run's config.yaml. Flags override the file."""
+--config FILE.yaml reads settings from a file, such as a run's config.yaml. Flags override the file.
+
+Several values of --k, --num_latents, --expansion_factor, --architecture, --lr and --init_seeds train several SAEs in one
+run, one per combination. --grid FILE.yaml lists the combinations instead (docs/sweeps.md)."""
 """Header of ``saetrain --help all``."""
