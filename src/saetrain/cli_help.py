@@ -58,6 +58,6 @@ Other commands: saetrain tokenize, evaluate, features, compare, report, explore,
 
 --config FILE.yaml reads settings from a file, such as a run's config.yaml. Flags override the file.
 
-Several values of --k, --num_latents, --expansion_factor, --architecture, --lr and --init_seeds train several SAEs in one
-run, one per combination. --grid FILE.yaml lists the combinations instead (docs/sweeps.md)."""
+Several values of --k, --num_latents, --expansion_factor, --architecture, --lr and --init_seeds train several SAEs in
+one run, one per combination. --grid FILE.yaml lists the combinations instead (docs/sweeps.md)."""
 """Header of ``saetrain --help all``."""
